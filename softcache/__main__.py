@@ -1,0 +1,3 @@
+from softcache.cli import main
+
+main()

@@ -1,0 +1,445 @@
+"""The schema: what a cache says of itself. Parsing is validating; see FORMAT.md.
+
+The file begins with a preamble of 32 bytes: magic, offset and length of the header's JSON, and the
+xxh3 digest of that JSON. It fits one disk sector, so that pointing it at a new header is atomic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import xxhash
+
+from softcache.cache.encodings import DTYPES, ArraySpec, Axis, Encoding, encoding_from_json
+from softcache.errors import FormatError
+
+MAGIC = b"\x89SFTC\r\n\x1a"
+PREAMBLE = struct.Struct("<8sQQQ")  # magic, offset, length, digest of the JSON
+VERSION = (1, 0)
+KNOWN_FEATURES: frozenset[str] = frozenset()
+MAX_HEADER = 1 << 20  # bytes of JSON
+MAX_FILE = 1 << 60  # bytes
+MAX_COUNT = 1 << 48  # samples, and rows of all views together
+MAX_CLASSES = 1 << 31
+MAX_NAME = 1024  # bytes of a class name
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+JSON = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of the file: raw little-endian values, `offset` bytes from the file's start."""
+
+    name: str
+    dtype: str  # numpy's notation, with byte order
+    shape: tuple[int, ...]
+    axis: Axis
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row (of one view), or of one sample."""
+        leading = {"rows": 2, "samples": 1, "shared": 0, "commits": 0}[self.axis]
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape[leading:])
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a cache says of itself.
+
+    The fields up to `augment` and the teachers decide the values that are stored; the rest tells
+    where they lie and what they came to. `summary` is None until the cache is complete.
+    """
+
+    views: int
+    samples: int
+    positions: tuple[int, ...]
+    classes: int
+    temperature: float
+    encoding: Encoding
+    seed: int
+    augment: str | None
+    precision: str
+    data: str
+    teachers: tuple[JSON, ...]  # name, weights (name, sha256), parameters
+    evaluation: JSON | None  # data, digest, samples, errors
+    software: dict[str, str]
+    block_rows: int
+    user_block: int
+    file_bytes: int
+    hdf5_digest: str  # over all bytes that are neither user block nor array
+    shared_digest: str  # over the arrays that have no rows
+    arrays: tuple[Array, ...]
+    summary: JSON | None = None
+    must_understand: tuple[str, ...] = ()
+    version: tuple[int, int] = VERSION
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of one view."""
+        return -(-self.samples // self.block_rows)
+
+    def array(self, name: str) -> Array:
+        return next(array for array in self.arrays if array.name == name)
+
+    def block_range(self, block: int) -> range:
+        """Samples of one block."""
+        start = block * self.block_rows
+        return range(start, min(start + self.block_rows, self.samples))
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes that one sample takes in one view."""
+        return sum(array.row_bytes for array in self.arrays if array.axis == "rows")
+
+    def to_json(self) -> JSON:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["encoding"] = self.encoding.to_json()
+        fields["arrays"] = [dataclasses.asdict(array) for array in self.arrays]
+        return {"format": "softcache", **fields}
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: sorted keys, no spaces, ASCII; the same header gives the same bytes."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return text.encode("ascii")
+
+
+def preamble(offset: int, text: bytes) -> bytes:
+    return PREAMBLE.pack(MAGIC, offset, len(text), xxhash.xxh3_64_intdigest(text))
+
+
+def parse_preamble(raw: bytes, file_bytes: int) -> tuple[int, int, int]:
+    """Offset, length and digest of the header.
+
+    Raises:
+        FormatError: the file is no cache, or its preamble points outside the file.
+    """
+    if len(raw) < PREAMBLE.size or not raw.startswith(MAGIC):
+        raise FormatError(_what_it_is(raw))
+    _, offset, length, digest = PREAMBLE.unpack(raw[: PREAMBLE.size])
+    if length > MAX_HEADER:
+        raise FormatError(f"header of {length:,} bytes; at most {MAX_HEADER:,} are read")
+    if offset < PREAMBLE.size or offset + length > file_bytes:
+        raise FormatError(
+            f"header at {offset:,} to {offset + length:,} of a file of {file_bytes:,} bytes; "
+            "the file is cut or damaged"
+        )
+    return offset, length, digest
+
+
+def _what_it_is(raw: bytes) -> str:
+    if not raw:
+        return "the file is empty, not a cache"
+    if raw.startswith(HDF5_SIGNATURE):
+        return "an HDF5 file, but not a softcache cache; make one with softcache dump"
+    kinds = {
+        b"PK": "a zip archive (npz, pt, pt2?)",
+        b"\x93NUMPY": "an npy file",
+        b"\x1f\x8b": "gzip",
+    }
+    kind = next((kind for magic, kind in kinds.items() if raw.startswith(magic)), None)
+    found = kind or f"a file that begins with {raw[:8].hex()}"
+    return f"{found}, not a cache; make one with softcache dump"
+
+
+def parse_header(text: bytes, digest: int, file_bytes: int) -> Header:
+    """The header, checked: every field, and every array's place in the file.
+
+    Raises:
+        FormatError: any rule of FORMAT.md is broken; the message says which, by what value.
+    """
+    if xxhash.xxh3_64_intdigest(text) != digest:
+        raise FormatError(
+            "the header does not match its digest; the file is damaged, fetch it again"
+        )
+    fields = _load_json(text)
+    if fields.pop("format", None) != "softcache":
+        raise FormatError("the header does not say format softcache; this is no cache")
+    version = _version(fields)
+    known = {field.name for field in dataclasses.fields(Header)}
+    missing, unknown = sorted(known - set(fields)), sorted(set(fields) - known)
+    if missing:
+        raise FormatError(f"the header lacks {', '.join(missing)}")
+    if unknown and version[1] <= VERSION[1]:
+        raise FormatError(f"the header has unknown fields: {_shown(', '.join(unknown))}")
+    header = _build({name: fields[name] for name in known}, version)
+    _check_layout(header, file_bytes)
+    return header
+
+
+def _version(fields: JSON) -> tuple[int, int]:
+    version = _tuple(fields, "version", 0, 1 << 16)
+    if len(version) != 2:
+        raise FormatError(f"version is {list(version)}; expected [major, minor]")
+    if version[0] != VERSION[0]:
+        raise FormatError(
+            f"the cache has format version {version[0]}.{version[1]}, this softcache reads "
+            f"{VERSION[0]}.x; " + ("update softcache" if version > VERSION else "dump it again")
+        )
+    features = fields.get("must_understand")
+    if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
+        raise FormatError(f"must_understand is {_shown(features)}; expected a list of names")
+    news = sorted(set(features) - KNOWN_FEATURES)
+    if news:
+        raise FormatError(
+            f"the cache needs features that this softcache does not know: {_shown(', '.join(news))}; "
+            "update softcache"
+        )
+    return version[0], version[1]
+
+
+def _build(fields: JSON, version: tuple[int, int]) -> Header:
+    samples = _int(fields, "samples", 1, MAX_COUNT)
+    views = _int(fields, "views", 1, MAX_COUNT // samples)
+    temperature = fields["temperature"]
+    if not isinstance(temperature, float) or not 0 < temperature < 1e6:
+        raise FormatError(f"temperature is {_shown(temperature)}; expected a number above 0")
+    arrays = fields["arrays"]
+    if not isinstance(arrays, list) or len(arrays) > 64:
+        raise FormatError(f"arrays is {_shown(arrays)}; expected a list of at most 64")
+    teachers = fields["teachers"]
+    if not isinstance(teachers, list) or not all(_is_teacher(teacher) for teacher in teachers):
+        raise FormatError(f"teachers is {_shown(teachers)}; expected objects with name, parameters")
+    software = fields["software"]
+    if not isinstance(software, dict) or not all(isinstance(v, str) for v in software.values()):
+        raise FormatError(f"software is {_shown(software)}; expected versions by name")
+    return Header(
+        views=views,
+        samples=samples,
+        positions=_tuple(fields, "positions", 1, MAX_COUNT),
+        classes=_int(fields, "classes", 2, MAX_CLASSES),
+        temperature=temperature,
+        encoding=encoding_from_json(fields["encoding"]),
+        seed=_int(fields, "seed", 0, (1 << 63) - 1),
+        augment=None if fields["augment"] is None else _text(fields, "augment"),
+        precision=_text(fields, "precision"),
+        data=_text(fields, "data"),
+        teachers=tuple(teachers),
+        evaluation=_evaluation(fields["evaluation"]),
+        software=software,
+        block_rows=_int(fields, "block_rows", 1, samples),
+        user_block=_int(fields, "user_block", 512, MAX_FILE),
+        file_bytes=_int(fields, "file_bytes", 1, MAX_FILE),
+        hdf5_digest=_text(fields, "hdf5_digest"),
+        shared_digest=_text(fields, "shared_digest"),
+        arrays=tuple(_array(array) for array in arrays),
+        summary=_summary(fields["summary"]),
+        must_understand=tuple(fields["must_understand"]),
+        version=version,
+    )
+
+
+def expected_arrays(
+    encoding: Encoding,
+    *,
+    views: int,
+    samples: int,
+    positions: tuple[int, ...],
+    classes: int,
+    name_bytes: int,
+) -> list[tuple[ArraySpec, tuple[int, ...]]]:
+    """Every array of a cache with its whole shape: those of the encoding, then the common ones."""
+    specs = [
+        *encoding.arrays(classes),
+        ArraySpec("labels", "<i8", "samples", positions),
+        ArraySpec("keys", "<u8", "samples", ()),
+        ArraySpec("class_names", f"|S{name_bytes}", "shared", (classes,)),
+    ]
+    leading: Mapping[Axis, tuple[int, ...]] = {
+        "rows": (views, samples, *positions),
+        "samples": (samples,),
+        "shared": (),
+        "commits": (),
+    }
+    return [(spec, (*leading[spec.axis], *spec.shape)) for spec in specs]
+
+
+def _check_layout(header: Header, file_bytes: int) -> None:
+    """Every array is one that the encoding asks for, lies inside the file, and overlaps no other."""
+    if header.file_bytes != file_bytes:
+        raise FormatError(
+            f"the file has {file_bytes:,} bytes, its header says {header.file_bytes:,}; it was cut "
+            "or added to: copy it again"
+        )
+    if header.user_block & (header.user_block - 1) or header.user_block >= file_bytes:
+        raise FormatError(
+            f"user block of {header.user_block:,} bytes; expected a power of 2 that fits"
+        )
+    found = {array.name: array for array in header.arrays}
+    if len(found) < len(header.arrays):
+        raise FormatError("two arrays have one name")
+    names = found.get("class_names")
+    name_bytes = np.dtype(names.dtype).itemsize if names else 1
+    wanted = {
+        spec.name: (spec, shape)
+        for spec, shape in expected_arrays(
+            header.encoding,
+            views=header.views,
+            samples=header.samples,
+            positions=header.positions,
+            classes=header.classes,
+            name_bytes=name_bytes,
+        )
+    }
+    wanted |= digest_arrays(header.views, header.blocks)
+    if set(found) != set(wanted):
+        raise FormatError(
+            f"arrays are {_shown(sorted(found))}; a {header.encoding.name} cache has {sorted(wanted)}"
+        )
+    for name, (spec, shape) in wanted.items():
+        array = found[name]
+        if (array.dtype, array.shape, array.axis) != (spec.dtype, shape, spec.axis):
+            raise FormatError(
+                f"array {name} is {array.dtype} {list(array.shape)} by {array.axis}; expected "
+                f"{spec.dtype} {list(shape)} by {spec.axis}"
+            )
+    end, before = header.user_block, "the user block"
+    for array in sorted(header.arrays, key=lambda array: array.offset):
+        if array.offset < end:
+            raise FormatError(
+                f"array {array.name} begins at {array.offset:,}, inside {before}, which ends at {end:,}"
+            )
+        end, before = array.offset + array.nbytes, f"array {array.name}"
+        if end > file_bytes:
+            raise FormatError(
+                f"array {array.name} ends at {end:,}, past the file's end at {file_bytes:,}"
+            )
+
+
+def digest_arrays(views: int, blocks: int) -> dict[str, tuple[ArraySpec, tuple[int, ...]]]:
+    """The commits: a digest for each block of each view, and for each block of the samples."""
+    rows = ArraySpec("digests", "<u8", "commits", (views, blocks))
+    samples = ArraySpec("sample_digests", "<u8", "commits", (blocks,))
+    return {spec.name: (spec, spec.shape) for spec in (rows, samples)}
+
+
+def _array(fields: object) -> Array:
+    if not isinstance(fields, dict) or set(fields) != {"name", "dtype", "shape", "axis", "offset"}:
+        raise FormatError(
+            f"an array is described as {_shown(fields)}; expected name, dtype, shape, axis, offset"
+        )
+    name, dtype, axis = _text(fields, "name"), _text(fields, "dtype"), fields["axis"]
+    if not name.isidentifier():
+        raise FormatError(f"array name {_shown(name)} is no plain word")
+    text_bytes = int(dtype[2:]) if dtype.startswith("|S") and dtype[2:].isdecimal() else 0
+    if dtype not in DTYPES and not 1 <= text_bytes <= MAX_NAME:
+        raise FormatError(
+            f"array {name} has type {_shown(dtype)}; expected one of {', '.join(sorted(DTYPES))}, or "
+            f"text |S1 to |S{MAX_NAME}"
+        )
+    if axis not in get_args(Axis):
+        raise FormatError(
+            f"array {name} has axis {_shown(axis)}; expected {', '.join(get_args(Axis))}"
+        )
+    shape = _tuple(fields, "shape", 1, MAX_COUNT)
+    if np.dtype(dtype).itemsize * math.prod(shape) > MAX_FILE:
+        raise FormatError(f"array {name} of shape {list(shape)} is larger than any file")
+    return Array(name, dtype, shape, axis, _int(fields, "offset", 0, MAX_FILE))
+
+
+def _is_teacher(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and type(value.get("parameters")) is int
+        and value["parameters"] >= 0
+    )
+
+
+def _evaluation(value: object) -> JSON | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != {"data", "digest", "errors", "samples"}:
+        raise FormatError(
+            f"evaluation is {_shown(value)}; expected data, digest, errors and samples"
+        )
+    _text(value, "data"), _text(value, "digest")
+    _int(value, "errors", 0, _int(value, "samples", 1, MAX_COUNT))
+    return value
+
+
+SUMMARY = ("entropy", "agreement", "rows")
+
+
+def _summary(value: object) -> JSON | None:
+    """entropy in nats; agreement in [0, 1] or None without labels; rows it was measured on."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not set(SUMMARY) <= set(value):
+        raise FormatError(f"summary is {_shown(value)}; expected {', '.join(SUMMARY)}")
+    agreement = value["agreement"]
+    if not isinstance(value["entropy"], float) or not isinstance(agreement, float | None):
+        raise FormatError(f"summary is {_shown(value)}; expected numbers")
+    _int(value, "rows", 1, MAX_COUNT)
+    return value
+
+
+def _int(fields: JSON, name: str, low: int, high: int) -> int:
+    value = fields[name]
+    if type(value) is not int or not low <= value <= high:
+        raise FormatError(f"{name} is {_shown(value)}; expected a whole number, {low} to {high}")
+    return value
+
+
+def _tuple(fields: JSON, name: str, low: int, high: int) -> tuple[int, ...]:
+    value = fields.get(name)
+    if not isinstance(value, list) or len(value) > 8:
+        raise FormatError(f"{name} is {_shown(value)}; expected a list of at most 8 whole numbers")
+    return tuple(_int({name: part}, name, low, high) for part in value)
+
+
+def _text(fields: JSON, name: str) -> str:
+    value = fields[name]
+    if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
+        raise FormatError(f"{name} is {_shown(value)}; expected printable text")
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value from the file for a message: short, in one line, no control characters."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _load_json(text: bytes) -> JSON:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> JSON:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise FormatError("the header's JSON has a key twice")
+        return found
+
+    def no_constant(name: str) -> Literal[0]:
+        raise FormatError(f"the header's JSON holds {name}; expected finite numbers")
+
+    def finite(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise FormatError(f"the header's JSON holds {_shown(digits)}; expected finite numbers")
+        return value
+
+    try:
+        fields = json.loads(
+            text.decode("ascii"),
+            object_pairs_hook=no_duplicates,
+            parse_constant=no_constant,
+            parse_float=finite,
+        )
+    except RecursionError:
+        raise FormatError("the header's JSON is nested too deep") from None
+    except ValueError as error:  # not ASCII, not JSON, or an integer of thousands of digits
+        raise FormatError(f"the header is not JSON: {_shown(str(error))}") from error
+    if not isinstance(fields, dict):
+        raise FormatError("the header's JSON is no object")
+    return fields

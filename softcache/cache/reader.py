@@ -1,0 +1,240 @@
+"""Open a cache: check it, map it, read rows. No libhdf5 comes near a file from a stranger."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from softcache.cache.encodings import Floats
+from softcache.cache.header import PREAMBLE, Array, Header, parse_header, parse_preamble
+from softcache.errors import FormatError
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache on disk: its header, and its arrays by memory map, read-only."""
+
+    path: Path
+    header: Header
+    arrays: Mapping[str, npt.NDArray[Any]]
+
+    @property
+    def complete(self) -> bool:
+        return self.header.summary is not None and not self.missing_blocks()
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        return self.arrays["labels"]
+
+    @property
+    def keys(self) -> npt.NDArray[np.uint64]:
+        return self.arrays["keys"]
+
+    @property
+    def class_names(self) -> list[str]:
+        return [name.decode("utf-8", "replace") for name in self.arrays["class_names"]]
+
+    def missing_blocks(self) -> int:
+        """Blocks not committed yet, of rows and of samples together."""
+        digests = (self.arrays["digests"], self.arrays["sample_digests"])
+        return sum(int((array == 0).sum()) for array in digests)
+
+    def rows(
+        self, view: int, samples: npt.NDArray[np.int64], temperature: float | None = None
+    ) -> Floats:
+        """Log-probabilities of `samples` in one view.
+
+        Args:
+            view: 0 to views - 1.
+            samples: (B,) rows of the cache.
+            temperature: the one wanted; the cache's own by default.
+
+        Returns:
+            (B, *positions, C) float32, log softmax(z / temperature).
+        """
+        stored = {
+            array.name: self.arrays[array.name][view, samples]
+            if array.axis == "rows"
+            else self.arrays[array.name]
+            for array in self.header.arrays
+            if array.axis in ("rows", "shared")
+        }
+        own = self.header.temperature
+        return self.header.encoding.decode(stored, own, temperature or own)
+
+    def content_id(self) -> str:
+        """SHA-256 over the header and all digests: one line that names every byte."""
+        digest = hashlib.sha256(self.header.to_bytes())
+        for name in ("sample_digests", "digests"):
+            digest.update(np.ascontiguousarray(self.arrays[name]).data)
+        return digest.hexdigest()
+
+    def block_digest(self, view: int, block: int) -> int:
+        """The digest of a block of rows, from its bytes as they are now."""
+        parts = (self.arrays[a.name][view] for a in self.header.arrays if a.axis == "rows")
+        return self._digest(parts, block)
+
+    def sample_digest(self, block: int) -> int:
+        """The digest of a block of labels and keys, from its bytes as they are now."""
+        parts = (self.arrays[a.name] for a in self.header.arrays if a.axis == "samples")
+        return self._digest(parts, block)
+
+    def _digest(self, parts: Iterator[npt.NDArray[Any]], block: int) -> int:
+        samples = self.header.block_range(block)
+        return digest_of(part[samples.start : samples.stop] for part in parts)
+
+
+def raw_bytes(array: npt.NDArray[Any]) -> memoryview:
+    """The bytes of an array in C order."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def digest_of(parts: Iterator[npt.NDArray[Any]]) -> int:
+    """xxh3 over the bytes of the arrays, one after the other; never 0, which means missing."""
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(raw_bytes(part))
+    return digest.intdigest() or 1
+
+
+def open_cache(path: Path | str, *, unfinished: bool = False) -> Cache:
+    """Open and check a cache; nothing of it is read but the header and the digests.
+
+    Args:
+        unfinished: also open one whose dump has not completed.
+
+    Raises:
+        FormatError: there is no such file, or it breaks a rule of FORMAT.md, or is unfinished.
+    """
+    path = Path(path)
+    try:
+        header, buffer = _map(path)
+        arrays = {array.name: _view(array, buffer) for array in header.arrays}
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
+    except OSError as error:
+        raise FormatError(f"{path}: {_cannot_open(path, error)}") from error
+    cache = Cache(path, header, arrays)
+    if not unfinished and not cache.complete:
+        total = header.blocks * (header.views + 1)
+        raise FormatError(
+            f"{path} is unfinished: {total - cache.missing_blocks()} of {total} blocks are there; "
+            "run the same softcache dump again to go on"
+        )
+    return cache
+
+
+def _map(path: Path) -> tuple[Header, mmap.mmap]:
+    # without O_NONBLOCK the open itself would hang on a pipe
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError("this is no regular file")
+        size = status.st_size
+        offset, length, digest = parse_preamble(os.pread(file, PREAMBLE.size, 0), size)
+        header = parse_header(os.pread(file, length, offset), digest, size)
+        return header, mmap.mmap(file, size, access=mmap.ACCESS_READ)
+    finally:
+        os.close(file)
+
+
+def _view(array: Array, buffer: mmap.mmap) -> npt.NDArray[Any]:
+    dtype = np.dtype(array.dtype)
+    count = array.nbytes // dtype.itemsize
+    return np.frombuffer(buffer, dtype, count, array.offset).reshape(array.shape)
+
+
+def _cannot_open(path: Path, error: OSError) -> str:
+    partial = partial_path(path)
+    if isinstance(error, FileNotFoundError) and partial.exists():
+        return f"its dump has not completed ({partial.name} is there); run the same dump again"
+    return f"{error.strerror or error}; expected a cache as softcache dump makes it"
+
+
+def partial_path(path: Path) -> Path:
+    """The name that a cache has until it is complete."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def gaps(header: Header) -> list[tuple[int, int]]:
+    """Ranges of the file that are neither user block nor array: what libhdf5 wrote for itself."""
+    found, end = [], header.user_block
+    for array in sorted(header.arrays, key=lambda array: array.offset):
+        if array.offset > end:
+            found.append((end, array.offset))
+        end = array.offset + array.nbytes
+    if header.file_bytes > end:
+        found.append((end, header.file_bytes))
+    return found
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A part of the file whose bytes do not match their digest."""
+
+    what: str
+    view: int | None = None
+    samples: range | None = None
+
+    def __str__(self) -> str:
+        if self.samples is None:
+            return self.what
+        place = f"samples {self.samples.start} to {self.samples.stop - 1}"
+        return f"{self.what} of {place}" + ("" if self.view is None else f" in view {self.view}")
+
+
+def verify(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> list[Damage]:
+    """Check every byte of the file against its digest; `advance` counts bytes as they are done."""
+    header, damage = cache.header, []
+    with cache.path.open("rb") as file:
+        raw = file.read(header.user_block)
+        offset, length, _ = parse_preamble(raw, header.file_bytes)
+        if cache.header.summary is not None and (
+            offset != PREAMBLE.size or raw[offset + length :].strip(b"\0")
+        ):
+            damage.append(Damage("the user block behind the header"))
+        if hdf5_digest(file.fileno(), header) != header.hdf5_digest:
+            damage.append(Damage("the HDF5 structure"))
+    if shared_digest(cache.arrays, header) != header.shared_digest:
+        damage.append(Damage("the arrays shared by all rows"))
+    for view in (None, *range(header.views)):
+        committed = cache.arrays["sample_digests" if view is None else "digests"]
+        for block in range(header.blocks):
+            wanted = int(committed[block] if view is None else committed[view, block])
+            samples = header.block_range(block)
+            if not wanted:
+                damage.append(Damage("missing: the block", view, samples))
+                continue
+            found = cache.sample_digest(block) if view is None else cache.block_digest(view, block)
+            if found != wanted:
+                what = "labels and keys" if view is None else "soft targets"
+                damage.append(Damage(what, view, samples))
+            if view is not None:
+                advance(len(samples) * header.bytes_per_row)
+    return damage
+
+
+def hdf5_digest(file: int, header: Header) -> str:
+    """xxh3 over what libhdf5 wrote for itself, which nothing changes after creation."""
+    digest = xxhash.xxh3_64()
+    for start, end in gaps(header):
+        for at in range(start, end, 1 << 20):
+            digest.update(os.pread(file, min(1 << 20, end - at), at))
+    return digest.hexdigest()
+
+
+def shared_digest(arrays: Mapping[str, npt.NDArray[Any]], header: Header) -> str:
+    """xxh3 over the arrays that all rows share, in the header's order."""
+    names = [array.name for array in header.arrays if array.axis == "shared"]
+    return f"{digest_of(arrays[name] for name in names):016x}"

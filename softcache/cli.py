@@ -1,0 +1,148 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from softcache import __version__
+from softcache.errors import SoftcacheError
+
+# torch takes seconds to import: each command imports what it needs when it runs
+
+PATH = click.Path(path_type=Path)
+
+
+class Commands(click.Group):
+    """Prints softcache's own errors in one line, and exits with their code."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (SoftcacheError, OSError) as error:
+            if ctx.params["traceback"]:
+                raise
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            raise click.exceptions.Exit(getattr(error, "exit_code", 1)) from error
+
+
+@click.group(cls=Commands, context_settings={"max_content_width": 100, "show_default": True})
+@click.version_option(__version__, package_name="softcache")
+@click.option("--traceback", is_flag=True, help="Show where an error came from.")
+def main(traceback: bool) -> None:
+    """Run the teacher once: cache its soft targets in one file, distil any number of students."""
+
+
+@main.command()
+@click.option("--teacher", required=True, metavar="SPEC", help="The model; see below.")
+@click.option("--weights", type=PATH, help="safetensors, or a checkpoint of tensors.")
+@click.option("--data", required=True, metavar="SPEC", help="The samples; see below.")
+@click.option("--temperature", type=float, default=4.0, help="T of softmax(logits / T).")
+@click.option("--out", required=True, type=PATH, metavar="FILE", help="The cache to write.")
+@click.option("--eval-data", metavar="SPEC", help="Record the teacher's errors on these.")
+@click.option("--views", type=int, default=1, help="Augmented versions of every sample.")
+@click.option("--augment", metavar="SPEC", help="shift:PIXELS, flip, or both with a comma.")
+@click.option("--seed", type=int, default=0, help="Of the augmentation.")
+@click.option("--encoding", default="dense", help="How a row is stored.")
+@click.option("--classes", type=int, help="How many are expected; else as the teacher gives.")
+@click.option("--batch-size", type=int, default=256, help="Samples in one pass of the teacher.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
+@click.option("--precision", default="fp32", help="Of the teacher: fp32, bf16 or fp16.")
+@click.option("--workers", type=int, default=0, help="Processes that load data.")
+@click.option("--overwrite", is_flag=True, help="Make a finished or begun cache anew.")
+def dump(**options: Any) -> None:
+    """Write a teacher's soft targets for every sample into one file.
+
+    Run again after any stop, the same command goes on where it stopped. Until the cache is
+    complete it is called FILE.partial.
+
+    \b
+    A teacher is one of
+      FILE.py:CALLABLE, package.module:CALLABLE   returns a torch nn.Module
+      FILE.pt2                                    an exported program
+      mlp:800,800                                 hidden sizes
+      cnn:32x2,64x2                               widths, each with how many layers
+      resnet:20,16                                depth and first width
+    Data are one of, each with @SPLIT at the end if wanted (default: train)
+      idx:DIR           IDX files under MNIST's own names, plain or gzipped
+      npz:FILE          arrays x and y, or x_SPLIT and y_SPLIT
+      folder:DIR        images, one sub-folder per class
+      FILE.py:CALLABLE  returns a map-style torch Dataset
+    """
+    from softcache.dump import DumpConfig, dump
+    from softcache.report import cache_line
+
+    print(cache_line(dump(DumpConfig(**options))))
+
+
+@main.command()
+@click.argument("cache", type=PATH, required=False)
+@click.option("--student", required=True, metavar="SPEC", help="The model, as in dump.")
+@click.option("--data", required=True, metavar="SPEC", help="The samples, as in dump.")
+@click.option("--eval-data", metavar="SPEC", help="Count errors on these after every epoch.")
+@click.option("--out", required=True, type=PATH, metavar="DIR", help="Folder of the run.")
+@click.option("--epochs", type=int, default=20)
+@click.option("--batch-size", type=int, default=128)
+@click.option("--lr", "learning_rate", type=float, default=2e-3, help="Of AdamW, at its highest.")
+@click.option("--schedule", type=click.Choice(["cosine", "constant"]), default="cosine")
+@click.option("--weight-decay", type=float, default=0.01)
+@click.option("--alpha", type=float, help="Weight of the soft targets.  [default: 0.9]")
+@click.option("--temperature", type=float, help="Of the soft targets.  [default: the cache's]")
+@click.option("--seed", type=int, default=0, help="Of the student and the order of samples.")
+@click.option("--augment", metavar="SPEC", help="Without CACHE only: a cache brings its own.")
+@click.option("--baseline", is_flag=True, help="Also train the twin on hard labels only.")
+@click.option("--init", type=PATH, metavar="WEIGHTS", help="Begin with these weights.")
+@click.option("--classes", type=int, help="Without CACHE, where the data do not say.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), default="no")
+@click.option("--workers", type=int, default=0, help="Processes that load data.")
+@click.option("--verify/--no-verify", default=True, help="Check all digests of CACHE first.")
+@click.option("--overwrite", is_flag=True, help="Replace a finished run in DIR.")
+def train(**options: Any) -> None:
+    """Train a student from CACHE; without CACHE, train a model on the labels alone.
+
+    The loss is alpha T² KL(teacher ‖ student) + (1 - alpha) cross-entropy with the labels.
+    """
+    from softcache.train import TrainConfig, train
+
+    train(TrainConfig(**options))
+
+
+@main.command()
+@click.argument("cache", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def info(cache: Path, as_json: bool) -> None:
+    """Show what a cache says of itself; its rows are not read."""
+    from softcache.cache import open_cache
+    from softcache.info import describe, facts
+
+    found = open_cache(cache, unfinished=True)
+    click.echo(json.dumps(facts(found), indent=2) if as_json else describe(found))
+
+
+@main.command()
+@click.argument("cache", type=PATH)
+@click.option("--expect", metavar="CONTENT_ID", help="Fail if the cache is not this one.")
+def verify(cache: Path, expect: str | None) -> None:
+    """Check every byte of a cache against its digests, and name what is damaged."""
+    from softcache.verify import verify
+
+    print(verify(cache, expect))
+
+
+@main.command()
+@click.option("--data-dir", type=PATH, default=Path("data"), help="The project's data folder.")
+@click.option("--out", type=PATH, default=Path("runs/demo"), help="Where the demo writes.")
+@click.option("--seed", type=int, default=0, help="Of the student.")
+def demo(data_dir: Path, out: Path, seed: int) -> None:
+    """From a trained teacher to a distilled student on MNIST, in a few minutes."""
+    from softcache.demo import demo_commands
+
+    for arguments in demo_commands(data_dir, out, seed):
+        click.secho(f"\n$ softcache {' '.join(arguments)}", bold=True)
+        sys.stdout.flush()
+        main.main(arguments, prog_name="softcache", standalone_mode=False)

@@ -1,0 +1,436 @@
+"""Sample sources: inputs, labels, and the keys by which a cache knows its samples.
+
+A source is opened from a specification:
+
+    idx:DIR            a folder of IDX files under MNIST's own names, plain or gzipped
+    npz:FILE           arrays x and y, or x_SPLIT and y_SPLIT
+    folder:DIR         images, one sub-folder per class (needs softcache[vision])
+    FILE.py:CALLABLE   a callable that returns any map-style torch Dataset
+
+`@SPLIT` at the end names a split; the default is train.
+"""
+
+from __future__ import annotations
+
+import gzip
+import inspect
+import math
+import struct
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from softcache.errors import DataError, SettingsError
+from softcache.imports import import_callable
+
+DEFAULT_SPLIT = "train"
+UNLABELLED = -1
+FORMS = "idx:DIR, npz:FILE, folder:DIR or FILE.py:CALLABLE, each with @SPLIT at the end if wanted"
+
+
+class Batch(NamedTuple):
+    """Samples as the source holds them, before they become floats and before augmentation."""
+
+    indices: Tensor  # (B,) int64, places in the source
+    inputs: Tensor  # (B, *shape), uint8 for images, else as the source gives them
+    labels: Tensor  # (B,) int64, UNLABELLED where there is none
+    keys: Tensor  # (B,) int64, the bits of sample_keys(); empty where they were not asked for
+
+
+class Source(Protocol):
+    """Anything that gives samples by index, a batch at a time."""
+
+    @property
+    def name(self) -> str:
+        """The specification without folders: what may be written into a shared file."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their labels; empty if the source has none."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        """Raw inputs (B, *shape) and labels (B,) of the samples at `indices`."""
+
+
+def open_source(spec: str) -> Source:
+    """Open a data specification.
+
+    Raises:
+        SettingsError: the specification has none of the known forms.
+        DataError: the files are missing or are not what the form says.
+    """
+    where, _, split = spec.rpartition("@")
+    if not where:
+        where, split = spec, ""
+    kind, _, rest = where.partition(":")
+    if not rest:
+        raise SettingsError(f"data {spec!r} is no data specification; expected {FORMS}")
+    source = _open(kind, Path(rest), where, split)
+    if len(source) == 0:
+        raise DataError(f"data {spec} holds no samples; expected at least one")
+    return source
+
+
+def _open(kind: str, path: Path, where: str, split: str) -> Source:
+    if kind == "idx":
+        return _open_idx(path, split or DEFAULT_SPLIT)
+    if kind == "npz":
+        return _open_npz(path, split or DEFAULT_SPLIT)
+    if kind == "folder":
+        return _open_folder(path, split)
+    if kind.endswith(".py"):
+        return _open_dataset(where, split or DEFAULT_SPLIT)
+    raise SettingsError(f"data {where!r} is of unknown kind {kind!r}; expected {FORMS}")
+
+
+def to_float(inputs: Tensor) -> Tensor:
+    """Unsigned integer images as float32 in [0, 1], the largest value of their type being 1.
+
+    Floats become float32; other integers (ids of tokens, say) stay as they are.
+    """
+    if inputs.dtype in (torch.uint8, torch.uint16):
+        return inputs.float() / torch.iinfo(inputs.dtype).max
+    return inputs.float() if inputs.dtype.is_floating_point else inputs
+
+
+def sample_keys(inputs: Tensor) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of each sample's own content: xxh3 over its bytes, seeded by dtype and shape.
+
+    Args:
+        inputs: (B, *shape), on the CPU.
+
+    Returns:
+        (B,) uint64.
+    """
+    rows = inputs.contiguous().numpy()
+    layout = f"{rows.dtype.newbyteorder('<').str}{rows.shape[1:]}"
+    seed = xxhash.xxh3_64_intdigest(layout.encode())
+    digests = (xxhash.xxh3_64_intdigest(row.data, seed) for row in rows.reshape(len(rows), -1))
+    return np.fromiter(digests, dtype=np.uint64, count=len(rows))
+
+
+def check_labels(
+    labels: npt.NDArray[np.int64], samples: npt.NDArray[np.int64], classes: int, source: Source
+) -> None:
+    """Raise DataError if a label is neither a class nor UNLABELLED; (B,) each."""
+    wrong = np.flatnonzero((labels >= classes) | (labels < UNLABELLED))
+    if len(wrong):
+        at = int(wrong[0])
+        raise DataError(
+            f"{source.name}: sample {samples[at]} has label {labels[at]}; expected 0 to "
+            f"{classes - 1}, or {UNLABELLED} for none"
+        )
+
+
+def loader(
+    source: Source,
+    batches: Sampler[list[int]] | Sequence[Sequence[int]],
+    *,
+    workers: int = 0,
+    keys: bool = False,
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """A DataLoader that fetches a whole batch at a time; `batches` gives each batch's indices."""
+    return DataLoader(
+        _Batches(source, keys),  # type: ignore[arg-type]  # it is fetched by __getitems__ alone
+        batch_sampler=batches,  # type: ignore[arg-type]  # any sequence of indices will do
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+    )
+
+
+def sequential_batches(samples: int, batch_size: int) -> list[range]:
+    """Every sample once, in order; the last batch may be smaller."""
+    return [range(a, min(a + batch_size, samples)) for a in range(0, samples, batch_size)]
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """Every sample once per epoch, in an order drawn from (seed, epoch) alone.
+
+    A last batch of one sample is left out: batch normalization has no variance of one sample.
+    """
+
+    def __init__(self, samples: int, batch_size: int, seed: int) -> None:
+        self.samples, self.batch_size, self.seed, self.epoch = samples, batch_size, seed, 0
+        self.drop_last = samples % batch_size == 1 and samples > 1 and batch_size > 1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.samples / self.batch_size) - int(self.drop_last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
+        for step in range(len(self)):
+            yield order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
+
+
+class _Batches(Dataset[Batch]):
+    """The source as torch's fetcher wants it: one call of __getitems__ a batch."""
+
+    def __init__(self, source: Source, keys: bool) -> None:
+        self.source, self.keys = source, keys
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        inputs, labels = self.source.fetch(indices)
+        keys = sample_keys(inputs) if self.keys else np.empty(0, np.uint64)
+        return Batch(
+            torch.as_tensor(indices, dtype=torch.int64),
+            inputs,
+            torch.from_numpy(labels),
+            torch.from_numpy(keys.view(np.int64)),
+        )
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Samples that lie in one array: `inputs` (N, *shape) and `labels` (N,)."""
+
+    name: str
+    inputs: npt.NDArray[Any]
+    labels: npt.NDArray[np.int64]
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        at = np.asarray(indices, np.int64)
+        return torch.from_numpy(self.inputs[at]), self.labels[at]
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Images in `folder`, one sub-folder per class; classes in the order of their names."""
+
+    name: str
+    folder: Path
+    class_names: tuple[str, ...]
+    files: tuple[str, ...] = field(repr=False)
+    labels: npt.NDArray[np.int64] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        images = [_read_image(self.folder / self.files[i]) for i in indices]
+        sizes = {image.shape for image in images}
+        if len(sizes) > 1:
+            odd = next(i for i, image in enumerate(images) if image.shape != images[0].shape)
+            raise DataError(
+                f"{self.files[indices[odd]]} in {self.folder} has shape {images[odd].shape}, "
+                f"{self.files[indices[0]]} has {images[0].shape}; all images of a folder must have "
+                "one size: resize them, or give your own Dataset as FILE.py:CALLABLE"
+            )
+        return torch.from_numpy(np.stack(images)), self.labels[np.asarray(indices, np.int64)]
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """A user's own map-style Dataset, whose items are an input or (input, label)."""
+
+    name: str
+    dataset: Dataset[Any]
+    length: int
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        items = [self._item(i) for i in indices]
+        try:
+            inputs = torch.stack([item[0] for item in items])
+        except RuntimeError as error:
+            shapes = sorted({tuple(item[0].shape) for item in items})
+            raise DataError(
+                f"{self.name}: inputs of one batch have different shapes or types, {shapes}; "
+                "the Dataset must give all samples one shape and one dtype"
+            ) from error
+        return inputs, np.array([item[1] for item in items], np.int64)
+
+    def _item(self, index: int) -> tuple[Tensor, int]:
+        item = self.dataset[index]
+        sample, label = item if isinstance(item, tuple) and len(item) == 2 else (item, UNLABELLED)
+        try:
+            if not isinstance(sample, Tensor):
+                array = np.asarray(sample)
+                if array.ndim == 3 and hasattr(sample, "getbands"):  # Pillow: height, width, bands
+                    array = array.transpose(2, 0, 1)
+                sample = torch.from_numpy(np.array(array))
+            return sample, UNLABELLED if label is None else int(label)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.name}: item {index} is {type(item).__name__}, which is neither an input nor "
+                f"a pair (input, label) of a tensor, array or image and a whole number: {error}"
+            ) from error
+
+
+def _open_dataset(where: str, split: str) -> DatasetSource:
+    make = import_callable(where, what="data")
+    takes_split = "split" in inspect.signature(make).parameters
+    if split != DEFAULT_SPLIT and not takes_split:
+        raise SettingsError(
+            f"data {where}@{split}: the callable takes no argument 'split', so it has no split "
+            f"{split!r}; give it one, or leave @{split} out"
+        )
+    dataset = make(split=split) if takes_split else make()
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"data {where} returned {type(dataset).__name__}; expected a map-style Dataset, with "
+            "__getitem__ and __len__"
+        )
+    names = getattr(dataset, "classes", None) or ()
+    path, _, attribute = where.rpartition(":")
+    name = f"{Path(path).name}:{attribute}@{split}"
+    return DatasetSource(name, dataset, len(dataset), tuple(str(n) for n in names))
+
+
+_IDX_STEMS = {"train": "train", "test": "t10k"}
+_IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def _open_idx(folder: Path, split: str) -> ArraySource:
+    if split not in _IDX_STEMS:
+        raise SettingsError(f"idx:{folder}@{split}: no such split; expected @train or @test")
+    stem = _IDX_STEMS[split]
+    images = _read_idx(_idx_file(folder, f"{stem}-images-idx3-ubyte"))
+    labels = _read_idx(_idx_file(folder, f"{stem}-labels-idx1-ubyte"))
+    name = f"idx:{folder.resolve().name}@{split}"
+    return _array_source(name, images[:, None] if images.ndim == 3 else images, labels)
+
+
+def _idx_file(folder: Path, name: str) -> Path:
+    for candidate in (folder / name, folder / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    raise DataError(f"no file {name} or {name}.gz in {folder}; expected the IDX files of MNIST")
+
+
+def _read_idx(path: Path) -> npt.NDArray[Any]:
+    """An IDX file: two zero bytes, type, rank, big-endian sizes, values (LeCun's MNIST page)."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        zero, kind, rank = struct.unpack_from(">HBB", raw)
+        shape = struct.unpack_from(f">{rank}I", raw, 4)
+        if zero or kind not in _IDX_TYPES:
+            raise DataError(f"{path} begins with {raw[:4].hex()}; it is no IDX file")
+        values = np.frombuffer(raw, _IDX_TYPES[kind], offset=4 + 4 * rank)
+        return values.reshape(shape).astype(values.dtype.newbyteorder("="))
+    except (struct.error, ValueError, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is damaged ({error}); fetch it again") from error
+
+
+def _open_npz(path: Path, split: str) -> ArraySource:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            suffix = f"_{split}" if f"x_{split}" in arrays else ""
+            if f"x{suffix}" not in arrays or (not suffix and split != DEFAULT_SPLIT):
+                raise DataError(
+                    f"npz:{path}@{split}: the file holds {sorted(arrays)}; expected x_{split} and "
+                    f"y_{split}" + (", or x and y" if split == DEFAULT_SPLIT else "")
+                )
+            inputs = arrays[f"x{suffix}"]
+            labels = arrays.get(f"y{suffix}")
+    except FileNotFoundError as error:
+        raise DataError(f"npz:{path}: no such file") from error
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        raise DataError(f"npz:{path} cannot be read as arrays ({error})") from error
+    return _array_source(f"npz:{path.name}@{split}", inputs, labels)
+
+
+def _array_source(
+    name: str, inputs: npt.NDArray[Any], labels: npt.NDArray[Any] | None
+) -> ArraySource:
+    if inputs.ndim < 2 or inputs.dtype.kind not in "uif":
+        raise DataError(
+            f"{name}: inputs are {inputs.dtype} of shape {inputs.shape}; expected numbers of shape "
+            "(samples, ...)"
+        )
+    if labels is None:
+        labels = np.full(len(inputs), UNLABELLED, np.int64)
+    labels = labels.squeeze(1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.shape != (len(inputs),) or labels.dtype.kind not in "ui":
+        raise DataError(
+            f"{name}: labels are {labels.dtype} of shape {labels.shape}; expected whole numbers of "
+            f"shape ({len(inputs)},), one for each input"
+        )
+    if inputs.dtype.kind == "u" and inputs.dtype.itemsize > 2:
+        inputs = inputs.astype(np.int64)  # torch computes with no wider unsigned types
+    return ArraySource(name, inputs, labels.astype(np.int64))
+
+
+_IMAGE_SUFFIXES = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".ppm",
+    ".pgm",
+}
+
+
+def _open_folder(folder: Path, split: str) -> FolderSource:
+    if split or (folder / DEFAULT_SPLIT).is_dir():
+        folder = folder / (split or DEFAULT_SPLIT)
+    if not folder.is_dir():
+        raise DataError(f"folder:{folder}: no such folder; expected images, a sub-folder per class")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    files, labels = [], []
+    for label, name in enumerate(names):
+        found = sorted(
+            f"{name}/{file.name}"
+            for file in (folder / name).iterdir()
+            if file.suffix.lower() in _IMAGE_SUFFIXES
+        )
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise DataError(f"folder:{folder} holds no images; expected one sub-folder per class")
+    root = folder.parent if folder.name == (split or DEFAULT_SPLIT) else folder
+    return FolderSource(
+        f"folder:{root.resolve().name}@{split or DEFAULT_SPLIT}",
+        folder,
+        tuple(names),
+        tuple(files),
+        np.array(labels, np.int64),
+    )
+
+
+def _read_image(path: Path) -> npt.NDArray[np.uint8]:
+    """A grey image as (1, H, W), any other as RGB (3, H, W)."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise SettingsError("folder: needs Pillow; pip install 'softcache[vision]'") from error
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image if image.mode == "L" else image.convert("RGB"), np.uint8)
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{path} cannot be read as an image ({error})") from error
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -1,0 +1,39 @@
+"""The main job on the project's own data, as command lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from softcache.errors import SettingsError
+
+TEACHER = "cnn:32x2,64x2,128x2"
+STUDENT = "cnn:16,32,64"
+TEMPERATURE = 4
+EPOCHS = 8
+
+
+def demo_commands(data: Path, out: Path, seed: int) -> list[list[str]]:
+    """Command lines, without the program's name: dump, info, train.
+
+    Raises:
+        SettingsError: the data are not there.
+    """
+    weights = data / "teacher.safetensors"
+    if not weights.is_file():
+        raise SettingsError(
+            f"no {weights}; run the demo in a clone of the project, or name its data folder with "
+            "--data-dir"
+        )
+    cache = str(out / "mnist.h5")
+    train_data, test_data = f"idx:{data / 'mnist'}", f"idx:{data / 'mnist'}@test"
+    data_options = f"--data {train_data} --eval-data {test_data}"
+    return [
+        command.split()
+        for command in (
+            f"dump --teacher {TEACHER} --weights {weights} {data_options} "
+            f"--temperature {TEMPERATURE} --out {cache}",
+            f"info {cache}",
+            f"train {cache} --student {STUDENT} {data_options} --epochs {EPOCHS} "
+            f"--seed {seed} --baseline --out {out / f'student-{seed}'} --overwrite",
+        )
+    ]

@@ -1,0 +1,56 @@
+"""Test errors of a model on labelled data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import xxhash
+from torch import Tensor
+
+from softcache.data import Source, loader, sample_keys, sequential_batches, to_float
+from softcache.errors import DataError
+
+BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How many of `samples` a model got wrong."""
+
+    errors: int
+    samples: int
+
+    @cached_property
+    def accuracy(self) -> float:
+        return 1 - self.errors / self.samples
+
+
+def evaluate(
+    model: Callable[[Tensor], Tensor], source: Source, device: torch.device, workers: int = 0
+) -> Evaluation:
+    """Errors of `model`, which is in eval mode, on all of `source`.
+
+    Raises:
+        DataError: a sample has no label.
+    """
+    errors = 0
+    with torch.inference_mode():
+        for batch in loader(source, sequential_batches(len(source), BATCH), workers=workers):
+            if bool((batch.labels < 0).any()):
+                at = int(batch.indices[batch.labels < 0][0])
+                raise DataError(f"{source.name}: sample {at} has no label; errors need labels")
+            logits = model(to_float(batch.inputs.to(device)))  # (B, C)
+            errors += int((logits.argmax(-1).cpu() != batch.labels).sum())
+    return Evaluation(errors, len(source))
+
+
+def data_digest(source: Source, workers: int = 0) -> str:
+    """A short name for the content of a data set: xxh3 over its keys and labels, in order."""
+    digest = xxhash.xxh3_64()
+    for batch in loader(source, sequential_batches(len(source), BATCH), workers=workers):
+        digest.update(sample_keys(batch.inputs).astype("<u8").tobytes())
+        digest.update(batch.labels.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,52 @@
+"""Progress of long work: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+LOG_SECONDS = 30.0  # between two lines in a log
+
+
+class Advance(Protocol):
+    def __call__(self, amount: int, note: str = "") -> None: ...
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+    """Yield a function that counts `amount` more units of `total` as done."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, initial=done, desc=what, unit=unit, unit_scale=True) as bar:
+
+            def advance_bar(amount: int, note: str = "") -> None:
+                if note:
+                    bar.set_postfix_str(note, refresh=False)
+                bar.update(amount)
+
+            yield advance_bar
+        return
+
+    start = last = time.monotonic()
+    count = done
+
+    def advance_log(amount: int, note: str = "") -> None:
+        nonlocal count, last
+        count += amount
+        now = time.monotonic()
+        if now - last >= LOG_SECONDS:
+            last = now
+            rate = (count - done) / (now - start)
+            left = (total - count) / rate if rate else float("inf")
+            print(
+                f"{what}: {count:,} of {total:,} {unit} ({count / total:.0%}), {rate:,.0f} {unit}/s, "
+                f"{left:,.0f} s left{', ' + note if note else ''}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    yield advance_log
