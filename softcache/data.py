@@ -142,11 +142,13 @@ def loader(
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
     """A DataLoader that fetches a whole batch at a time; `batches` gives each batch's indices."""
+    as_is: Any = _as_is  # what __getitems__ gives is one batch already
+    indices: Any = batches
     return DataLoader(
-        _Batches(source, keys),  # type: ignore[arg-type]  # it is fetched by __getitems__ alone
-        batch_sampler=batches,  # type: ignore[arg-type]  # any sequence of indices will do
+        _Batches(source, keys),
+        batch_sampler=indices,
         num_workers=workers,
-        collate_fn=_as_is,
+        collate_fn=as_is,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
     )

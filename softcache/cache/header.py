@@ -204,7 +204,7 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
     samples = _int(fields, "samples", 1, MAX_COUNT)
     views = _int(fields, "views", 1, MAX_COUNT // samples)
     temperature = fields["temperature"]
-    if not isinstance(temperature, float) or not 0 < temperature < 1e6:
+    if type(temperature) not in (int, float) or not 0 < temperature < 1e6:
         raise FormatError(f"temperature is {_shown(temperature)}; expected a number above 0")
     arrays = fields["arrays"]
     if not isinstance(arrays, list) or len(arrays) > 64:
@@ -220,7 +220,7 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
         samples=samples,
         positions=_tuple(fields, "positions", 1, MAX_COUNT),
         classes=_int(fields, "classes", 2, MAX_CLASSES),
-        temperature=temperature,
+        temperature=float(temperature),
         encoding=encoding_from_json(fields["encoding"]),
         seed=_int(fields, "seed", 0, (1 << 63) - 1),
         augment=None if fields["augment"] is None else _text(fields, "augment"),

@@ -26,6 +26,7 @@ class Cache:
 
     path: Path
     header: Header
+    header_bytes: bytes
     arrays: Mapping[str, npt.NDArray[Any]]
 
     @property
@@ -74,7 +75,7 @@ class Cache:
 
     def content_id(self) -> str:
         """SHA-256 over the header and all digests: one line that names every byte."""
-        digest = hashlib.sha256(self.header.to_bytes())
+        digest = hashlib.sha256(self.header_bytes)
         for name in ("sample_digests", "digests"):
             digest.update(np.ascontiguousarray(self.arrays[name]).data)
         return digest.hexdigest()
@@ -118,13 +119,13 @@ def open_cache(path: Path | str, *, unfinished: bool = False) -> Cache:
     """
     path = Path(path)
     try:
-        header, buffer = _map(path)
+        header, text, buffer = _map(path)
         arrays = {array.name: _view(array, buffer) for array in header.arrays}
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
     except OSError as error:
         raise FormatError(f"{path}: {_cannot_open(path, error)}") from error
-    cache = Cache(path, header, arrays)
+    cache = Cache(path, header, text, arrays)
     if not unfinished and not cache.complete:
         total = header.blocks * (header.views + 1)
         raise FormatError(
@@ -134,7 +135,7 @@ def open_cache(path: Path | str, *, unfinished: bool = False) -> Cache:
     return cache
 
 
-def _map(path: Path) -> tuple[Header, mmap.mmap]:
+def _map(path: Path) -> tuple[Header, bytes, mmap.mmap]:
     # without O_NONBLOCK the open itself would hang on a pipe
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -143,8 +144,9 @@ def _map(path: Path) -> tuple[Header, mmap.mmap]:
             raise FormatError("this is no regular file")
         size = status.st_size
         offset, length, digest = parse_preamble(os.pread(file, PREAMBLE.size, 0), size)
-        header = parse_header(os.pread(file, length, offset), digest, size)
-        return header, mmap.mmap(file, size, access=mmap.ACCESS_READ)
+        text = os.pread(file, length, offset)
+        header = parse_header(text, digest, size)
+        return header, text, mmap.mmap(file, size, access=mmap.ACCESS_READ)
     finally:
         os.close(file)
 

@@ -1,0 +1,87 @@
+"""Small real files that the tests share: data, a teacher, a cache."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from softcache.cache import Cache
+from softcache.dump import DumpConfig, dump
+
+SAMPLES, CLASSES, SIDE = 300, 5, 8
+
+TEACHER = '''
+import torch
+from torch import nn
+
+def teacher():
+    """Untrained but always the same: its logits depend on every pixel."""
+    generator = torch.Generator().manual_seed(7)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return model
+'''
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def make_arrays(samples: int = SAMPLES, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 1, 8, 8) uint8 whose class shows as a bright row, and labels (N,)."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, CLASSES, samples)
+    images = random.integers(0, 120, (samples, 1, SIDE, SIDE), dtype=np.uint8)
+    images[np.arange(samples), 0, labels] += 120
+    return images, labels
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An npz file with the splits train and test."""
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    x, y = make_arrays()
+    x_test, y_test = make_arrays(100, seed=1)
+    np.savez(path, x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher") / "models.py"
+    path.write_text(TEACHER)
+    return path
+
+
+@pytest.fixture
+def dump_config(data_file: Path, teacher_file: Path, tmp_path: Path) -> DumpConfig:
+    """What makes the tiny cache, at tmp_path / tiny.h5."""
+    return DumpConfig(
+        teacher=f"{teacher_file}:teacher",
+        data=f"npz:{data_file}",
+        eval_data=f"npz:{data_file}@test",
+        temperature=4.0,
+        out=tmp_path / "tiny.h5",
+        batch_size=64,
+    )
+
+
+@pytest.fixture
+def cache(dump_config: DumpConfig) -> Cache:
+    """A complete dense cache of 300 samples, 5 classes, one view."""
+    return dump(dump_config)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run `softcache ARGUMENTS` as a process of its own, in tmp_path."""
+
+    def run(*arguments: str | Path, check: bool = False) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "softcache", *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=check)
+
+    return run
