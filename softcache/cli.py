@@ -38,8 +38,23 @@ def main(traceback: bool) -> None:
 
 
 @main.command()
-@click.option("--teacher", required=True, metavar="SPEC", help="The model; see below.")
-@click.option("--weights", type=PATH, help="safetensors, or a checkpoint of tensors.")
+@click.option(
+    "--teacher",
+    required=True,
+    multiple=True,
+    metavar="SPEC",
+    help="The model; see below. Given more than once, their softened probabilities are averaged.",
+)
+@click.option(
+    "--weights",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="safetensors, or a checkpoint of tensors; one for each teacher.",
+)
+@click.option(
+    "--teacher-weight", type=float, multiple=True, help="Share of each teacher in the average."
+)
 @click.option("--data", required=True, metavar="SPEC", help="The samples; see below.")
 @click.option("--temperature", type=float, default=4.0, help="T of softmax(logits / T).")
 @click.option("--out", required=True, type=PATH, metavar="FILE", help="The cache to write.")
@@ -47,7 +62,9 @@ def main(traceback: bool) -> None:
 @click.option("--views", type=int, default=1, help="Augmented versions of every sample.")
 @click.option("--augment", metavar="SPEC", help="shift:PIXELS, flip, or both with a comma.")
 @click.option("--seed", type=int, default=0, help="Of the augmentation.")
-@click.option("--encoding", default="dense", help="How a row is stored.")
+@click.option("--encoding", metavar="SPEC", default="dense", help="How a row is stored; see below.")
+@click.option("--max-kl", type=float, default=1e-3, help="Of --encoding auto, at T, 1, 2, 4 and 8.")
+@click.option("--dry-run", is_flag=True, help="Say size, time and encodings; write nothing.")
 @click.option("--classes", type=int, help="How many are expected; else as the teacher gives.")
 @click.option("--batch-size", type=int, default=256, help="Samples in one pass of the teacher.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
@@ -72,11 +89,20 @@ def dump(**options: Any) -> None:
       npz:FILE          arrays x and y, or x_SPLIT and y_SPLIT
       folder:DIR        images, one sub-folder per class
       FILE.py:CALLABLE  returns a map-style torch Dataset
+    An encoding is one of
+      dense             float16 log-probabilities, 2 bytes a class
+      quantized         8 bits a class
+      topk:K            the K largest, and the tail's mass at several temperatures
+      basis:BYTES,K     fitted to the teacher: BYTES of coefficients, K exact entries
+      sampled:N         N draws, for large vocabularies; at its own temperature only
+      auto              the smallest that keeps KL within --max-kl, measured
     """
-    from softcache.dump import DumpConfig, dump
+    from softcache.dump import DumpConfig, dry_run, dump
     from softcache.report import cache_line
 
-    print(cache_line(dump(DumpConfig(**options))))
+    dry = options.pop("dry_run")
+    config = DumpConfig(**options)
+    print(dry_run(config) if dry else cache_line(dump(config)))
 
 
 @main.command()
@@ -127,11 +153,32 @@ def info(cache: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("cache", type=PATH)
 @click.option("--expect", metavar="CONTENT_ID", help="Fail if the cache is not this one.")
-def verify(cache: Path, expect: str | None) -> None:
-    """Check every byte of a cache against its digests, and name what is damaged."""
+@click.option("--teacher", multiple=True, metavar="SPEC", help="Ask it again, as in dump.")
+@click.option("--weights", type=PATH, multiple=True, metavar="FILE", help="Of each teacher.")
+@click.option("--data", metavar="SPEC", help="The samples to ask the teacher about.")
+@click.option("--rows", type=click.IntRange(min=1), default=256, help="How many rows to ask.")
+@click.option("--device", default="auto", help="For the teacher.")
+def verify(cache: Path, expect: str | None, **options: Any) -> None:
+    """Check every byte of a cache against its digests, and name what is damaged.
+
+    With a teacher and data, random rows are computed again and compared.
+    """
     from softcache.verify import verify
 
     print(verify(cache, expect))
+    if options["teacher"] or options["data"]:
+        from softcache.recheck import ask_again
+
+        print(ask_again(cache, **options))
+
+
+@main.command()
+@click.argument("cache", type=PATH)
+def repair(cache: Path) -> None:
+    """Mark the damaged blocks of a cache as missing, for softcache dump to fill again."""
+    from softcache.verify import repair
+
+    print(repair(cache))
 
 
 @main.command()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from softcache import __version__
-from softcache.cache import Cache, Header, open_cache, parse_encoding
+from softcache import __version__, choose, fidelity
+from softcache.cache import Cache, Dense, Header, Sampled, open_cache
 from softcache.cache.reader import partial_path
 from softcache.cache.writer import Writer, create
 from softcache.data import (
@@ -25,15 +28,15 @@ from softcache.data import (
 from softcache.errors import Interrupted, SettingsError
 from softcache.evaluate import data_digest, evaluate
 from softcache.progress import progress
-from softcache.targets import encode, soften
-from softcache.teacher import PRECISIONS, Teacher, load_teacher
+from softcache.targets import make_encoder, shared_tensors
+from softcache.teacher import PRECISIONS, Ensemble, load_teacher, make_ensemble
 from softcache.views import augment, parse_augment
 
 SUMMARY_VALUES = 1 << 27  # how many probabilities the summary looks at, at the most
 RESUME_SAMPLES = 256  # how many samples a resumed dump compares with those it began with
 # what decides the values of a cache: a dump goes on only with the same
 SETTINGS = (
-    "data", "samples", "classes", "teachers", "temperature", "precision", "encoding", "views",
+    "data", "samples", "classes", "teachers", "temperature", "precision", "choice", "views",
     "augment", "seed",
 )  # fmt: skip
 
@@ -42,16 +45,18 @@ SETTINGS = (
 class DumpConfig:
     """Everything that decides what `dump` does."""
 
-    teacher: str
+    teacher: str | Sequence[str]
     data: str
     temperature: float
     out: Path
-    weights: Path | None = None
+    weights: Path | Sequence[Path] | None = None
+    teacher_weight: Sequence[float] = ()
     eval_data: str | None = None
     views: int = 1
     augment: str | None = None
     seed: int = 0
     encoding: str = "dense"
+    max_kl: float = choose.DEFAULT_MAX_KL
     classes: int | None = None
     batch_size: int = 256
     device: str = "auto"
@@ -62,6 +67,8 @@ class DumpConfig:
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
             raise SettingsError(f"temperature is {self.temperature}; expected a number above 0")
+        if not 0 < self.max_kl < math.inf:
+            raise SettingsError(f"max-kl is {self.max_kl}; expected a number above 0")
         for name, low in (("views", 1), ("seed", 0), ("batch_size", 1), ("workers", 0)):
             if getattr(self, name) < low:
                 raise SettingsError(f"{name} is {getattr(self, name)}; expected {low} or more")
@@ -73,6 +80,18 @@ class DumpConfig:
             raise SettingsError(
                 f"{self.views} views without --augment would all be the same; add it, or ask for one"
             )
+        teachers, weights = self.teachers_and_weights
+        if weights and len(weights) != len(teachers):
+            raise SettingsError(
+                f"{len(weights)} --weights for {len(teachers)} --teacher; expected one for each, in "
+                "the same order, or none"
+            )
+
+    @property
+    def teachers_and_weights(self) -> tuple[list[str], list[Path]]:
+        teachers = [self.teacher] if isinstance(self.teacher, str) else list(self.teacher)
+        weights = [self.weights] if isinstance(self.weights, Path) else list(self.weights or ())
+        return teachers, weights
 
 
 def dump(config: DumpConfig) -> Cache:
@@ -85,35 +104,30 @@ def dump(config: DumpConfig) -> Cache:
             disk fails; what was done is kept.
     """
     source = open_source(config.data)
-    device = pick_device(config.device)
-    first = to_float(source.fetch([0])[0])
-    teacher = load_teacher(
-        config.teacher,
-        config.weights,
-        sample=first,
-        classes=config.classes or len(source.class_names) or None,
-        device=device,
-        precision=config.precision,
-    )
+    teacher = load_teachers(config, source)
     draft = draft_header(config, source, teacher)
     if config.out.exists() and not config.overwrite:
         finished = open_cache(config.out)
-        check_same(finished, draft, source, config)
+        check_same(finished, draft, source)
         print(f"{config.out} is complete already; left alone (--overwrite makes it anew)")
         return finished
-    begin(config, draft, source, teacher)
     try:
+        begin(config, draft, source, teacher)
         with Writer(config.out) as writer:
             fill(writer, config, source, teacher)
-            writer.finish(summarize(writer.cache))
+            writer.finish(summarize(writer.cache, source, teacher, config.workers))
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped; {partial_path(config.out)} keeps what was done: the same command goes on"
         ) from None
-    return open_cache(config.out)
+    cache = open_cache(config.out)
+    if cache.header.summary and "fidelity" in cache.header.summary:
+        sampled = isinstance(cache.header.encoding, Sampled)
+        print(fidelity.describe(cache.header.summary["fidelity"], sampled))
+    return cache
 
 
-def fill(writer: Writer, config: DumpConfig, source: Source, teacher: Teacher) -> None:
+def fill(writer: Writer, config: DumpConfig, source: Source, teacher: Ensemble) -> None:
     """The dump loop: every batch in which a sample is missing, view by view.
 
     The grid of batches is the same after a resume, so that each row is computed in the same
@@ -121,6 +135,13 @@ def fill(writer: Writer, config: DumpConfig, source: Source, teacher: Teacher) -
     """
     header = writer.header
     ops = parse_augment(header.augment)
+    encode = make_encoder(
+        header.encoding,
+        shared_tensors(writer.cache),
+        temperature=header.temperature,
+        seed=header.seed,
+        device=teacher.device,
+    )
     grid = sequential_batches(header.samples, config.batch_size)
     missing = [writer.missing(view) for view in range(header.views)]
     total = header.samples * header.views
@@ -132,57 +153,149 @@ def fill(writer: Writer, config: DumpConfig, source: Source, teacher: Teacher) -
                 check_labels(labels, samples, header.classes, source)
                 inputs = to_float(batch.inputs.to(teacher.device))
                 inputs = augment(inputs, ops, seed=header.seed, view=view, samples=samples)
-                logits = teacher.logits(inputs, first_sample=int(samples[0]))
-                rows = encode(header.encoding, soften(logits, header.temperature))
+                log_probs = teacher.log_probs(inputs, header.temperature, samples)
+                rows = encode(log_probs, view, samples)
                 keys = batch.keys.numpy().view(np.uint64)
                 writer.write(view, int(samples[0]), rows, {"labels": labels, "keys": keys})
                 advance(int(missing[view][samples].sum()))
 
 
-def begin(config: DumpConfig, draft: Header, source: Source, teacher: Teacher) -> None:
+def load_teachers(config: DumpConfig, source: Source) -> Ensemble:
+    """Every teacher of the dump, loaded and tried on the first sample."""
+    device = pick_device(config.device)
+    first = to_float(source.fetch([0])[0])
+    specs, files = config.teachers_and_weights
+    weights: Sequence[Path | None] = files or [None] * len(specs)
+    classes = config.classes or len(source.class_names) or None
+    loaded = [
+        load_teacher(
+            spec,
+            path,
+            sample=first,
+            classes=classes,
+            device=device,
+            precision=config.precision,
+        )
+        for spec, path in zip(specs, weights, strict=True)
+    ]
+    return make_ensemble(loaded, config.teacher_weight)
+
+
+def dry_run(config: DumpConfig) -> str:
+    """What a dump would take: bytes on disk, time by a few batches, candidates; writes nothing."""
+    source = open_source(config.data)
+    teacher = load_teachers(config, source)
+    draft = draft_header(config, source, teacher)
+    fidelity_rows = try_rows(draft, source, teacher, config.workers)  # warms up, too
+    before = time.perf_counter()
+    again = try_rows(draft, source, teacher, config.workers)
+    rate = len(again) / (time.perf_counter() - before)
+    found = choose.candidates(again, temperature=draft.temperature, seed=draft.seed)
+    encoding, shared, listed = choose.resolve(
+        config.encoding,
+        fidelity_rows,
+        temperature=draft.temperature,
+        seed=draft.seed,
+        max_kl=config.max_kl,
+    )
+    if encoding not in [candidate.encoding for candidate in found]:
+        found = sorted([*listed, *found], key=lambda candidate: candidate.bytes_per_row)
+    rows = draft.samples * draft.views
+    common = sum(tensor.numel() * tensor.element_size() for tensor in shared.values())
+    row_bytes = sum(
+        np.dtype(array.dtype).itemsize * math.prod(array.shape)
+        for array in encoding.arrays(draft.classes)
+        if array.axis == "rows"
+    )
+    size = rows * row_bytes + draft.samples * 16 + common
+    return (
+        f"{choose.table(found, encoding)}\n\n"
+        f"{draft.samples:,} samples x {draft.views:,} view(s) as {choose.spec_of(encoding)}: "
+        f"about {size:,} bytes; about {rows / rate:,.0f} s at {rate:,.0f} rows/s here. "
+        "Nothing was written."
+    )
+
+
+def try_rows(draft: Header, source: Source, teacher: Ensemble, workers: int) -> Tensor:
+    """Rows of the teacher (n, C), drawn from the whole data with the cache's seed."""
+    count = max(2, min(choose.ROWS, fidelity.VALUES // draft.classes))
+    return fidelity.teacher_rows(
+        teacher,
+        source,
+        fidelity.draw_rows(draft.views, draft.samples, count, draft.seed),
+        temperature=draft.temperature,
+        augmentation=draft.augment,
+        seed=draft.seed,
+        workers=workers,
+    )
+
+
+def begin(config: DumpConfig, draft: Header, source: Source, teacher: Ensemble) -> None:
     """Allocate the unfinished file, or check that the one that is there was begun like this."""
     partial = partial_path(config.out)
     if config.overwrite:
         partial.unlink(missing_ok=True)
     if partial.exists():
-        check_same(open_cache(partial, unfinished=True), draft, source, config)
+        check_same(open_cache(partial, unfinished=True), draft, source)
         print(f"going on with {partial}")
         return
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    evaluation = None
-    if config.eval_data:
-        eval_source = open_source(config.eval_data)
-        found = evaluate(teacher.logits, eval_source, teacher.device, config.workers)
-        print(
-            f"teacher: {found.errors:,} errors of {found.samples:,} on {eval_source.name} "
-            f"({found.accuracy:.2%})"
-        )
-        evaluation = {
-            "data": eval_source.name,
-            "digest": data_digest(eval_source, config.workers),
-            "errors": found.errors,
-            "samples": found.samples,
-        }
+    evaluation = evaluate_teacher(config.eval_data, teacher, config.workers)
+    rows = None
+    if choose.needs_rows(config.encoding):
+        rows = try_rows(draft, source, teacher, config.workers)
+    encoding, shared, candidates = choose.resolve(
+        config.encoding,
+        rows,
+        temperature=draft.temperature,
+        seed=draft.seed,
+        max_kl=config.max_kl,
+    )
+    if candidates:
+        print(choose.table(candidates, encoding))
+    choice = (draft.choice or {}) | {"candidates": [c.to_json() for c in candidates]}
+    header = replace(draft, evaluation=evaluation, encoding=encoding, choice=choice)
     names = source.class_names or tuple(str(label) for label in range(teacher.classes))
-    shared = {"class_names": np.array([name.encode() for name in names])}
-    create(config.out, replace(draft, evaluation=evaluation), shared)
+    arrays = {name: tensor.numpy() for name, tensor in shared.items()}
+    create(config.out, header, arrays | {"class_names": np.array([n.encode() for n in names])})
 
 
-def draft_header(config: DumpConfig, source: Source, teacher: Teacher) -> Header:
-    """The header but for the layout, which creating the file decides."""
+def evaluate_teacher(spec: str | None, teacher: Ensemble, workers: int) -> dict[str, Any] | None:
+    """The teacher's own errors, for the header."""
+    if spec is None:
+        return None
+    source = open_source(spec)
+    found = evaluate(lambda inputs: teacher.log_probs(inputs, 1.0), source, teacher.device, workers)
+    print(
+        f"teacher: {found.errors:,} errors of {found.samples:,} on {source.name} "
+        f"({found.accuracy:.2%})"
+    )
+    return {
+        "data": source.name,
+        "digest": data_digest(source, workers),
+        "errors": found.errors,
+        "samples": found.samples,
+    }
+
+
+def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Header:
+    """The header but for encoding and layout, which creating the file decides."""
     parse_augment(config.augment)
+    choose.check_spec(config.encoding, config.temperature, teacher.classes)
     return Header(
         views=config.views,
         samples=len(source),
         positions=(),
         classes=teacher.classes,
         temperature=float(config.temperature),
-        encoding=parse_encoding(config.encoding),
+        encoding=Dense(),
         seed=config.seed,
         augment=config.augment,
         precision=config.precision,
         data=source.name,
-        teachers=(teacher.provenance,),
+        choice={"asked": config.encoding}
+        | ({"max_kl": config.max_kl} if config.encoding == "auto" else {}),
+        teachers=teacher.provenance,
         evaluation=None,
         software={
             "softcache": __version__,
@@ -198,11 +311,13 @@ def draft_header(config: DumpConfig, source: Source, teacher: Teacher) -> Header
     )
 
 
-def check_same(cache: Cache, draft: Header, source: Source, config: DumpConfig) -> None:
+def check_same(cache: Cache, draft: Header, source: Source) -> None:
     """Raise SettingsError unless `cache` was begun with the settings and the data of this dump."""
     advice = "use the same, give another --out, or --overwrite to start again"
     for name in SETTINGS:
         begun, wanted = getattr(cache.header, name), getattr(draft, name)
+        if name == "choice":
+            name, begun, wanted = "encoding", _asked(begun), _asked(wanted)
         if begun != wanted:
             raise SettingsError(
                 f"{cache.path} was begun with {_difference(name, begun, wanted)}; {advice}"
@@ -222,11 +337,19 @@ def check_same(cache: Cache, draft: Header, source: Source, config: DumpConfig) 
             )
 
 
-def summarize(cache: Cache) -> dict[str, Any]:
+def _asked(choice: dict[str, Any] | None) -> str:
+    """The encoding as it was asked for."""
+    asked = choice or {}
+    limit = f" --max-kl {asked['max_kl']:g}" if "max_kl" in asked else ""
+    return f"{asked.get('asked')}{limit}"
+
+
+def summarize(cache: Cache, source: Source, teacher: Ensemble, workers: int) -> dict[str, Any]:
     """What the header says of the soft targets, over rows spread evenly through views and samples.
 
     entropy: the mean in nats, at the cache's temperature. agreement: the share of labelled rows
     whose top class is the label, None without labels. rows: how many rows were looked at.
+    fidelity: KL of rows drawn at random against the teacher, asked again.
     """
     header = cache.header
     total = header.views * header.samples
@@ -241,7 +364,8 @@ def summarize(cache: Cache) -> dict[str, Any]:
                 samples = sample[view == one]
                 log_probs = cache.rows(int(one), samples).astype(np.float64)  # (B, C)
                 labels = cache.labels[samples]
-                entropy -= float((np.exp(log_probs) * log_probs).sum())
+                probs = np.exp(log_probs)
+                entropy -= float((probs * np.where(probs > 0, log_probs, 0)).sum())
                 agreed += int((log_probs.argmax(-1) == labels).sum())
                 labelled += int((labels >= 0).sum())
             advance(len(view))
@@ -249,6 +373,7 @@ def summarize(cache: Cache) -> dict[str, Any]:
         "entropy": entropy / count,
         "agreement": agreed / labelled if labelled else None,
         "rows": count,
+        "fidelity": fidelity.measure(cache, source, teacher, workers=workers),
     }
 
 
@@ -272,8 +397,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def _difference(name: str, begun: object, wanted: object) -> str:
-    if name == "encoding":
-        begun, wanted = (encoding.to_json() for encoding in (begun, wanted))  # type: ignore[attr-defined]
+    if name == "teachers" and len(begun) != len(wanted):  # type: ignore[arg-type]
+        return f"{len(begun)} teachers, now {len(wanted)}"  # type: ignore[arg-type]
     if name == "teachers":
         changed = [
             f"{key} {old[key]!r}, now {new[key]!r}"

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from softcache.data import Source
 from softcache.errors import ModelError, SettingsError
 from softcache.evaluate import Evaluation, evaluate
-from softcache.loss import Loss, distillation_loss
+from softcache.loss import Loss, Targets, distillation_loss
 from softcache.models import parameter_count
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises from 0
@@ -49,14 +49,14 @@ class Learner:
         return parameter_count(self.model)
 
     def step(
-        self, inputs: Tensor, labels: Tensor, targets: Tensor | None, temperature: float
+        self, inputs: Tensor, labels: Tensor, targets: Targets | None, temperature: float
     ) -> None:
         """One step on one batch.
 
         Args:
             inputs: (B, *shape) float.
             labels: (B,) int64, negative where unlabelled.
-            targets: (B, C) the teacher's log-probabilities at `temperature`, if alpha wants them.
+            targets: the teacher's log-probabilities at `temperature`, if alpha wants them.
 
         Raises:
             ModelError: the student raises, or its output is not (B, C).

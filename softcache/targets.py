@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,8 +12,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache.cache import Cache, Encoding
-from softcache.cache.encodings import FLOAT16_LOWEST
+from softcache.cache import Basis, Cache, Dense, Encoding, Quantized, Sampled, TopK
+from softcache.cache.encodings import (
+    BASIS_RANGE,
+    FLOAT16_LOWEST,
+    QUANTIZED_RANGE,
+    check_sampled,
+    id_dtype,
+    tail_weights,
+)
+from softcache.errors import FormatError
+from softcache.loss import SparseTargets, Targets
+from softcache.views import uniform
+
+Indices = npt.NDArray[np.int64]
+Stored = dict[str, npt.NDArray[Any]]  # what the file holds of a batch of rows, by array
+# log-probabilities (B, C) float32 of samples (B,) in a view, to what the file stores of them
+Encoder = Callable[[Tensor, int, Indices], Stored]
+
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the row's largest coefficient tried as its range
+SAMPLED_STREAM = 1 << 32  # of the random numbers, apart from those of augmentation
+_BYTES_OF_NARROW = 16
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
@@ -20,49 +40,296 @@ def soften(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits.float() / temperature, dim=-1)
 
 
-def encode(encoding: Encoding, log_probs: Tensor) -> dict[str, npt.NDArray[Any]]:
-    """What the file stores of log-probabilities (B, C) float32; only that leaves the device.
+def make_encoder(
+    encoding: Encoding,
+    shared: Mapping[str, Tensor],
+    *,
+    temperature: float,
+    seed: int,
+    device: torch.device,
+) -> Encoder:
+    """A function that encodes on `device`; only what is stored leaves it.
 
-    The lowest float16 stands for anything below it: exp of both is 0, and the loss has no inf - inf.
+    Args:
+        shared: the arrays that all rows share, if the encoding has any.
+        temperature: of the log-probabilities that will come.
+        seed: of the cache, for draws.
     """
-    half = log_probs.clamp(min=FLOAT16_LOWEST).half()
-    return {"log_probs": half.cpu().numpy()}
+    moved = {name: tensor.to(device) for name, tensor in shared.items()}
+    match encoding:
+        case Dense():
+            return lambda log_probs, view, samples: _encode_dense(log_probs)
+        case Quantized():
+            return lambda log_probs, view, samples: _encode_quantized(log_probs)
+        case TopK():
+            ratios = [temperature / t for t in encoding.temperatures]
+            return lambda log_probs, view, samples: _encode_topk(encoding.k, ratios, log_probs)
+        case Basis():
+            project = projection(moved)
+            return lambda log_probs, view, samples: _encode_basis(
+                encoding, moved, project, log_probs
+            )
+        case Sampled():
+            return lambda log_probs, view, samples: _encode_sampled(
+                log_probs, uniform(seed, view, samples, stream=SAMPLED_STREAM, draws=1), encoding.n
+            )
+    raise TypeError(f"no encoder for {encoding}")
 
 
-def decode(encoding: Encoding, stored: Mapping[str, Tensor], ratio: float) -> Tensor:
-    """Log-probabilities (B, C) float32 at T' from rows stored at T; `ratio` is T / T'."""
-    return torch.log_softmax(stored["log_probs"].float() * ratio, dim=-1)
+def decode(
+    encoding: Encoding,
+    stored: Mapping[str, Tensor],
+    *,
+    temperature: float,
+    wanted: float,
+    classes: int,
+) -> Targets:
+    """Targets at temperature `wanted` of rows stored at `temperature`, on the tensors' device.
+
+    Args:
+        stored: arrays by name, those of rows with B in front; ids as int64.
+
+    Returns:
+        (B, C) float32 for dense encodings, SparseTargets for topk and sampled.
+    """
+    ratio = temperature / wanted
+    match encoding:
+        case Dense():
+            return torch.log_softmax(stored["log_probs"].float() * ratio, dim=-1)
+        case Quantized():
+            depth = (stored["codes"].float() / 255).square_() * stored["ranges"].float()
+            return torch.log_softmax(depth * -ratio, dim=-1)
+        case TopK():
+            return _decode_topk(encoding, stored, ratio, wanted, classes)
+        case Basis():
+            return torch.log_softmax(_basis_rows(encoding, stored) * ratio, dim=-1)
+        case Sampled():
+            check_sampled(temperature, wanted)
+            return _decode_sampled(encoding, stored["ids"], classes)
+    raise TypeError(f"no decoder for {encoding}")
 
 
 def soft_targets(
-    cache: Cache, rows: npt.NDArray[np.int64], temperature: float, device: torch.device
-) -> Callable[[int, npt.NDArray[np.int64]], Tensor]:
-    """A function (view, indices (B,)) -> log-probabilities (B, C) at `temperature` on `device`.
+    cache: Cache, rows: Indices, temperature: float, device: torch.device
+) -> Callable[[int, Indices], Targets]:
+    """A function (view, indices (B,)) -> targets at `temperature` on `device`.
 
     Args:
         rows: (N,) the row of the cache for each sample of the data, as join_samples() gives it.
+
+    Raises:
+        SettingsError: the encoding cannot be re-tempered so.
+        FormatError: (the function) a stored class id is out of range.
     """
     header = cache.header
+    if isinstance(header.encoding, Sampled):
+        check_sampled(header.temperature, temperature)
     joined = torch.from_numpy(rows)
     arrays = {a.name: as_tensor(cache.arrays[a.name]) for a in header.arrays if a.axis == "rows"}
-    shared = {
-        a.name: as_tensor(cache.arrays[a.name]).to(device)
-        for a in header.arrays
-        if a.axis == "shared" and not a.dtype.startswith("|S")
-    }
-    ratio = header.temperature / temperature
+    shared = {name: tensor.to(device) for name, tensor in shared_tensors(cache).items()}
 
-    def fetch(view: int, indices: npt.NDArray[np.int64]) -> Tensor:
+    def fetch(view: int, indices: Indices) -> Targets:
         at = joined[torch.from_numpy(indices)]
         picked = {name: torch.index_select(array[view], 0, at) for name, array in arrays.items()}
+        if "ids" in picked:
+            picked["ids"] = class_ids(picked["ids"], header.classes)
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in picked.items()}
-        return decode(header.encoding, shared | moved, ratio)
+        return decode(
+            header.encoding,
+            shared | moved,
+            temperature=header.temperature,
+            wanted=temperature,
+            classes=header.classes,
+        )
 
     return fetch
 
 
+def shared_tensors(cache: Cache) -> dict[str, Tensor]:
+    """What the rows of an encoding share, as float32."""
+    return {
+        array.name: torch.from_numpy(cache.arrays[array.name].astype(np.float32))
+        for array in cache.header.arrays
+        if array.axis == "shared" and not array.dtype.startswith("|S")
+    }
+
+
 def as_tensor(array: npt.NDArray[Any]) -> Tensor:
-    """A tensor over the same memory; the map is read-only, and nothing here writes to it."""
+    """A tensor over the same memory; the map is read-only, and nothing here writes to it.
+
+    Unsigned numbers of 16 and 32 bits, of which torch can do little, come as signed ones.
+    """
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.view(f"<i{array.dtype.itemsize}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
+
+
+def to_dense(targets: Targets) -> Tensor:
+    """Log-probabilities (B, C) of targets that may be sparse."""
+    if isinstance(targets, Tensor):
+        return targets
+    rest = targets.rest[:, None].expand(-1, targets.classes).clone()
+    if not torch.isneginf(targets.log_probs).any():
+        return rest.scatter(1, targets.ids, targets.log_probs)
+    # repeated ids: all but one of them hold -inf
+    return rest.scatter_reduce(1, targets.ids, targets.log_probs, "amax")
+
+
+def _encode_dense(log_probs: Tensor) -> Stored:
+    return {"log_probs": _half(log_probs).cpu().numpy()}
+
+
+def _encode_quantized(log_probs: Tensor) -> Stored:
+    depth = log_probs.amax(-1, keepdim=True) - log_probs  # (B, C), 0 at the largest
+    depth = depth.clamp(max=QUANTIZED_RANGE)
+    ranges = _half_above(depth.amax(-1, keepdim=True))
+    share = depth / ranges.float().clamp(min=torch.finfo(torch.float16).tiny)
+    codes = (share.sqrt() * 255).round().clamp(max=255).to(torch.uint8)
+    return {"codes": codes.cpu().numpy(), "ranges": ranges.cpu().numpy()}
+
+
+def _encode_topk(k: int, ratios: list[float], log_probs: Tensor) -> Stored:
+    head, ids = log_probs.topk(k, dim=-1)  # (B, k), largest first
+    rest = log_probs.scatter(-1, ids, -math.inf)
+    tails = [
+        torch.logsumexp(rest * ratio, -1) - torch.logsumexp(head * ratio, -1) for ratio in ratios
+    ]
+    return {
+        "ids": _short_ids(ids, log_probs.shape[-1]),
+        "log_probs": _half(head).cpu().numpy(),
+        "tails": _half(torch.stack(tails, -1)).cpu().numpy(),
+    }
+
+
+def _decode_topk(
+    encoding: TopK, stored: Mapping[str, Tensor], ratio: float, wanted: float, classes: int
+) -> SparseTargets:
+    low, high, share = tail_weights(encoding.temperatures, wanted)
+    tails = stored["tails"].float()
+    limit = torch.full_like(tails[:, 0], math.log((classes - encoding.k) / encoding.k))
+    odds = [limit if at is None else tails[:, at] for at in (low, high)]
+    tail = odds[0] * (1 - share) + odds[1] * share  # (B,) log tail - log head
+    head = torch.log_softmax(stored["log_probs"].float() * ratio, dim=-1)
+    return SparseTargets(
+        ids=stored["ids"],
+        log_probs=head + torch.nn.functional.logsigmoid(-tail)[:, None],
+        rest=torch.nn.functional.logsigmoid(tail) - math.log(classes - encoding.k),
+        classes=classes,
+    )
+
+
+def projection(shared: Mapping[str, Tensor]) -> Tensor:
+    """(C, r), takes centred rows to coefficients: least squares on the directions as stored."""
+    directions = shared["directions"].double()  # (r, C), rounded to float16: not quite orthonormal
+    inverse: Tensor = torch.linalg.pinv(directions)
+    return inverse.float()
+
+
+def _encode_basis(
+    encoding: Basis, shared: Mapping[str, Tensor], project: Tensor, log_probs: Tensor
+) -> Stored:
+    rows = torch.maximum(log_probs, log_probs.amax(-1, keepdim=True) - BASIS_RANGE)
+    rows = rows - rows.mean(-1, keepdim=True)
+    mean, directions = shared["mean"].float(), shared["directions"].float()
+    scale = shared["direction_steps"]  # (r,)
+    coefficients = (rows - mean) @ project / scale  # (B, r), in steps of each direction
+    most = torch.tensor([127.0] * encoding.wide + [7.0] * encoding.narrow, device=rows.device)
+    step, levels = _best_step(coefficients, most, scale)
+    projected = mean + (levels * step.float() * scale) @ directions
+    error = rows - projected
+    ids = (error.square() * log_probs.exp()).topk(encoding.top, dim=-1).indices
+    rests = error.gather(-1, ids)
+    rest_step = _half_above(rests.abs().amax(-1, keepdim=True) / 127)
+    codes = (rests / rest_step.float()).round().clamp(-127, 127)
+    wide, narrow = levels[:, : encoding.wide], (levels[:, encoding.wide :] + 8).to(torch.uint8)
+    packed = narrow[:, 0::2] + narrow[:, 1::2] * _BYTES_OF_NARROW
+    return {
+        "codes": torch.cat([wide.to(torch.int8).view(torch.uint8), packed], -1).cpu().numpy(),
+        "steps": torch.cat([step, rest_step], -1).cpu().numpy(),
+        "ids": _short_ids(ids, log_probs.shape[-1]),
+        "rests": codes.to(torch.int8).cpu().numpy(),
+    }
+
+
+def _best_step(coefficients: Tensor, most: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The row's step (B, 1) float16 and the levels (B, r) that err least.
+
+    A step that clips the largest coefficient a little is finer for all the others.
+    """
+    full = (coefficients.abs() / most).amax(-1, keepdim=True)
+    best_error = torch.full_like(full, math.inf)
+    best_step, best_levels = _half_above(full), torch.zeros_like(coefficients)
+    for clip in CLIPS:
+        step = _half_above(full * clip)
+        levels = (coefficients / step.float()).round()
+        levels = torch.maximum(torch.minimum(levels, most), -most)
+        error = ((coefficients - levels * step.float()) * scale).square().sum(-1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_step = torch.where(better, step, best_step)
+        best_levels = torch.where(better, levels, best_levels)
+    return best_step, best_levels
+
+
+def _basis_rows(encoding: Basis, stored: Mapping[str, Tensor]) -> Tensor:
+    """The rows up to a constant each, (B, C) float32."""
+    codes, steps = stored["codes"], stored["steps"].float()
+    wide = codes[:, : encoding.wide].view(torch.int8).float()
+    packed = codes[:, encoding.wide :]
+    narrow = torch.stack([packed & 15, packed >> 4], -1).flatten(1).float() - 8
+    levels = torch.cat([wide, narrow], -1)  # (B, r)
+    coefficients = levels * steps[:, :1] * stored["direction_steps"]
+    rows = torch.addmm(stored["mean"].float(), coefficients, stored["directions"].float())
+    return rows.scatter_add_(1, stored["ids"], stored["rests"].float() * steps[:, 1:])
+
+
+def _encode_sampled(log_probs: Tensor, draws: npt.NDArray[np.float64], n: int) -> Stored:
+    classes = log_probs.shape[-1]
+    total = log_probs.double().exp().cumsum(-1)  # (B, C)
+    offsets = torch.from_numpy(draws).to(log_probs.device)  # (B, 1)
+    places = (offsets + torch.arange(n, device=log_probs.device)) / n * total[:, -1:]
+    ids = torch.searchsorted(total, places, right=True).clamp(max=classes - 1)  # (B, n)
+    return {"ids": _short_ids(ids, classes)}
+
+
+def _decode_sampled(encoding: Sampled, ids: Tensor, classes: int) -> SparseTargets:
+    """Systematic draws come in ascending order: equal ids are neighbours; the first counts all."""
+    ids = ids.sort(-1).values
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    counts = (ids[:, :, None] == ids[:, None]).sum(-1)  # (B, n)
+    log_probs = torch.where(first, (counts / encoding.n).log(), -math.inf)
+    rest = torch.full_like(log_probs[:, 0], -math.inf)
+    return SparseTargets(ids=ids, log_probs=log_probs, rest=rest, classes=classes)
+
+
+def class_ids(ids: Tensor, classes: int) -> Tensor:
+    """Ids as stored, whose sign bit is a plain bit, as int64; checked, for they index memory."""
+    if ids.dtype != torch.int64:
+        ids = ids.long() & (0xFFFF if ids.dtype == torch.int16 else 0xFFFFFFFF)
+    if ids.numel() and int(ids.max()) >= classes:
+        raise FormatError(
+            f"the cache stores class id {int(ids.max())}; expected 0 to {classes - 1}: the file is "
+            "damaged or forged, get it again"
+        )
+    return ids
+
+
+def _short_ids(ids: Tensor, classes: int) -> npt.NDArray[Any]:
+    # to a signed type of the same width and back: all bits are kept
+    short = torch.int16 if id_dtype(classes) == "<u2" else torch.int32
+    return ids.to(short).cpu().numpy().view(id_dtype(classes))
+
+
+def _half(values: Tensor) -> Tensor:
+    """float16, finite: the largest stands for anything beyond it."""
+    return values.clamp(FLOAT16_LOWEST, -FLOAT16_LOWEST).half()
+
+
+def _half_above(values: Tensor) -> Tensor:
+    """float16, rounded up, and above 0: a step that still reaches the largest value."""
+    half = values.clamp(min=1e-6, max=-FLOAT16_LOWEST).half()
+    up = (half.view(torch.int16) + 1).view(torch.float16)  # the next one: half is above 0
+    return torch.where(half.float() < values, up, half).clamp(max=-FLOAT16_LOWEST)

@@ -3,19 +3,67 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
 from softcache.models import build, load_weights, parameter_count, public_name
+from softcache.targets import soften
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUILT_IN = ("mlp:", "cnn:", "resnet:")
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """One teacher, or several whose softened probabilities are averaged.
+
+    The weighted arithmetic mean of Hinton, Vinyals and Dean (arXiv 1503.02531), section 5.
+    """
+
+    teachers: tuple[Teacher, ...]
+    weights: tuple[float, ...]  # they sum to 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.teachers[0].device
+
+    @property
+    def classes(self) -> int:
+        return self.teachers[0].classes
+
+    @property
+    def provenance(self) -> tuple[dict[str, Any], ...]:
+        return tuple(
+            teacher.provenance | {"weight": weight}
+            for teacher, weight in zip(self.teachers, self.weights, strict=True)
+        )
+
+    def log_probs(
+        self, inputs: Tensor, temperature: float, samples: npt.NDArray[np.int64] | None = None
+    ) -> Tensor:
+        """Log-probabilities (B, C) float32 at `temperature` of float inputs (B, *shape).
+
+        Args:
+            samples: (B,) the numbers of the samples, for messages.
+
+        Raises:
+            ModelError: a teacher raises, or its output is not finite logits (B, C).
+        """
+        said = [soften(t.logits(inputs, samples), temperature) for t in self.teachers]
+        if len(said) == 1:
+            return said[0]
+        weighted = [s + math.log(w) for s, w in zip(said, self.weights, strict=True)]
+        return torch.log_softmax(torch.logsumexp(torch.stack(weighted), 0), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -29,36 +77,39 @@ class Teacher:
     precision: str
     provenance: dict[str, Any]
 
-    def logits(self, inputs: Tensor, first_sample: int = 0) -> Tensor:
+    def logits(self, inputs: Tensor, samples: npt.NDArray[np.int64] | None = None) -> Tensor:
         """Logits (B, C) float32 of float inputs (B, *shape), on the teacher's device.
 
         Args:
-            first_sample: the number of the batch's first sample, for messages.
+            samples: (B,) the numbers of the samples, for messages.
 
         Raises:
             ModelError: the teacher raises, or its output is not finite logits (B, C).
         """
-        samples = f"samples {first_sample} to {first_sample + len(inputs) - 1}"
+        numbers = np.arange(len(inputs)) if samples is None else samples
+        which = f"samples {numbers[0]} to {numbers[-1]}"
         try:
             with torch.inference_mode(), self._autocast():
                 logits = self.model(inputs.to(self.device))
         except Exception as error:  # a user's model may fail in any way
             raise ModelError(
-                f"teacher {self.spec} raised {type(error).__name__} on {samples}, inputs "
+                f"teacher {self.spec} raised {type(error).__name__} on {which}, inputs "
                 f"{tuple(inputs.shape)} of {inputs.dtype}: {' '.join(str(error).split())}"
             ) from error
-        return self._checked(logits, len(inputs), samples, first_sample)
+        return self._checked(logits, len(inputs), which, numbers)
 
-    def _checked(self, logits: object, batch: int, samples: str, first_sample: int) -> Tensor:
+    def _checked(
+        self, logits: object, batch: int, which: str, numbers: npt.NDArray[np.int64]
+    ) -> Tensor:
         expected = f"expected a tensor of logits of shape ({batch}, {self.classes})"
         if not isinstance(logits, Tensor):
             raise ModelError(
-                f"teacher {self.spec} returns {type(logits).__name__} for {samples}; {expected}: "
+                f"teacher {self.spec} returns {type(logits).__name__} for {which}; {expected}: "
                 "wrap it in a callable that returns the logits alone"
             )
         if logits.shape != (batch, self.classes):
             raise ModelError(
-                f"teacher {self.spec} returns shape {tuple(logits.shape)} for {samples}; {expected}"
+                f"teacher {self.spec} returns shape {tuple(logits.shape)} for {which}; {expected}"
             )
         logits = logits.float()
         if not bool(logits.isfinite().all()):
@@ -66,10 +117,14 @@ class Teacher:
             column = int((~logits[row].isfinite()).nonzero()[0, 0])
             raise ModelError(
                 f"teacher {self.spec} returns {logits[row, column].item()} for sample "
-                f"{first_sample + row}, class {column}; expected finite logits (in fp16, bf16 or "
-                "fp32 may help)"
+                f"{numbers[row]}, class {column}; expected finite logits"
+                + (f" (--precision fp32 instead of {self.precision} may help)" * self._is_low)
             )
         return logits
+
+    @property
+    def _is_low(self) -> bool:
+        return PRECISIONS[self.precision] is not None
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = PRECISIONS[self.precision]
@@ -118,6 +173,25 @@ def load_teacher(
         teacher = Teacher(spec, model, found, device, precision, provenance)
     teacher.logits(sample)
     return teacher
+
+
+def make_ensemble(teachers: Sequence[Teacher], weights: Sequence[float]) -> Ensemble:
+    """Several teachers as one; no weights mean equal ones.
+
+    Raises:
+        SettingsError: weights that do not fit.
+        ModelError: the teachers have different numbers of classes.
+    """
+    if weights and (len(weights) != len(teachers) or min(weights) <= 0):
+        raise SettingsError(
+            f"{len(weights)} teacher weights {list(weights)} for {len(teachers)} teachers; expected "
+            "one above 0 for each, or none"
+        )
+    counts = {teacher.spec: teacher.classes for teacher in teachers}
+    if len(set(counts.values())) > 1:
+        raise ModelError(f"teachers have different numbers of classes: {counts}")
+    shares = list(weights) or [1.0] * len(teachers)
+    return Ensemble(tuple(teachers), tuple(share / sum(shares) for share in shares))
 
 
 def state_sha256(model: nn.Module) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from softcache import __version__
 from softcache.cache import Cache, open_cache
@@ -31,6 +30,7 @@ from softcache.errors import Interrupted, SettingsError
 from softcache.evaluate import Evaluation, data_digest
 from softcache.join import join_samples
 from softcache.learner import Learner, make_accelerator, make_learner, prepare_folder
+from softcache.loss import Targets
 from softcache.models import build, load_weights, public_name
 from softcache.progress import progress
 from softcache.report import Row, models_table
@@ -39,7 +39,7 @@ from softcache.verify import check_damage
 from softcache.views import augment, parse_augment
 
 # (view, indices (B,) in the data) -> the teacher's log-probabilities (B, C) at the temperature
-Targets = Callable[[int, "npt.NDArray[np.int64]"], Tensor]
+TargetsOf = Callable[[int, "npt.NDArray[np.int64]"], Targets]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def fit(
     source: Source,
     eval_source: Source | None,
     cache: Cache | None,
-    targets: Targets | None,
+    targets: TargetsOf | None,
 ) -> list[Learner]:
     """The training loop: every learner takes a step on every batch.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from softcache.cache import Cache, open_cache
+from softcache.cache.reader import Damage, partial_path
 from softcache.cache.reader import verify as find_damage
+from softcache.cache.writer import forget
 from softcache.errors import FormatError
 from softcache.progress import progress
 
@@ -16,7 +19,7 @@ def verify(path: Path, expect: str | None = None) -> str:
     Raises:
         FormatError: bytes do not match their digests, or the content id is not the expected one.
     """
-    cache = open_cache(path)
+    cache = open_cache(path, unfinished=True)
     check_damage(cache)
     content_id = cache.content_id()
     if expect is not None and content_id != expect.strip().lower():
@@ -29,12 +32,56 @@ def verify(path: Path, expect: str | None = None) -> str:
 
 def check_damage(cache: Cache) -> None:
     """Raise FormatError that names the damaged parts, if there are any."""
+    damage = _damage(cache)
+    if damage:
+        advice = (
+            "softcache repair marks these blocks as missing, and the same softcache dump fills them"
+            if all(part.samples for part in damage)
+            else "get it again"
+        )
+        raise FormatError(f"{cache.path} is damaged: {_listed(damage)}; {advice}")
+
+
+def repair(path: Path) -> str:
+    """Mark damaged blocks as missing, and name the file FILE.partial, so that a dump goes on.
+
+    Raises:
+        FormatError: the damage is not in blocks of rows, so that no dump can mend it.
+    """
+    cache = open_cache(path, unfinished=True)
+    damage = _damage(cache)
+    lost = [part for part in damage if part.samples is None]
+    if lost:
+        raise FormatError(
+            f"{path} cannot be repaired: {_listed(lost)} belongs to no block of rows; get it again, "
+            "or dump it anew with --overwrite"
+        )
+    if not damage:
+        return f"{path}: nothing to repair"
+    partial = path if path.name.endswith(".partial") else partial_path(path)
+    if partial != path:
+        if partial.exists():
+            raise FormatError(f"{partial} is in the way: a dump has begun it; finish or remove it")
+        path.replace(partial)
+    blocks = [
+        (part.view, part.samples.start // cache.header.block_rows)
+        for part in damage
+        if part.samples
+    ]
+    forget(partial, blocks)
+    return (
+        f"{partial}: {len(blocks)} of {cache.header.blocks * (cache.header.views + 1)} blocks marked as "
+        f"missing ({_listed(damage)}); the softcache dump that made it fills them again"
+    )
+
+
+def _damage(cache: Cache) -> list[Damage]:
     header = cache.header
     total = header.views * header.samples * header.bytes_per_row
     with progress("verify", total, "bytes") as advance:
-        damage = find_damage(cache, advance)
-    if damage:
-        more = f", and {len(damage) - 5} more" if len(damage) > 5 else ""
-        raise FormatError(
-            f"{cache.path} is damaged: {'; '.join(map(str, damage[:5]))}{more}; get it again"
-        )
+        return find_damage(cache, advance)
+
+
+def _listed(damage: Sequence[Damage], most: int = 5) -> str:
+    more = f", and {len(damage) - most} more" if len(damage) > most else ""
+    return "; ".join(map(str, damage[:most])) + more

@@ -1,7 +1,27 @@
 """The file: what a cache is on disk. numpy, h5py and xxhash; no torch, nothing above it."""
 
-from softcache.cache.encodings import Dense, Encoding, parse_encoding
+from softcache.cache.encodings import (
+    Basis,
+    Dense,
+    Encoding,
+    Quantized,
+    Sampled,
+    TopK,
+    parse_encoding,
+)
 from softcache.cache.header import Array, Header
 from softcache.cache.reader import Cache, open_cache
 
-__all__ = ["Array", "Cache", "Dense", "Encoding", "Header", "open_cache", "parse_encoding"]
+__all__ = [
+    "Array",
+    "Basis",
+    "Cache",
+    "Dense",
+    "Encoding",
+    "Header",
+    "Quantized",
+    "Sampled",
+    "TopK",
+    "open_cache",
+    "parse_encoding",
+]

@@ -17,8 +17,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 import xxhash
 
-from softcache.cache.encodings import DTYPES, ArraySpec, Axis, Encoding, encoding_from_json
-from softcache.errors import FormatError
+from softcache.cache.encodings import (
+    DTYPES,
+    ArraySpec,
+    Axis,
+    Encoding,
+    encoding_from_json,
+    encoding_to_json,
+)
+from softcache.errors import FormatError, SettingsError
 
 MAGIC = b"\x89SFTC\r\n\x1a"
 PREAMBLE = struct.Struct("<8sQQQ")  # magic, offset, length, digest of the JSON
@@ -73,6 +80,7 @@ class Header:
     augment: str | None
     precision: str
     data: str
+    choice: JSON | None  # how the encoding was chosen: asked, max_kl, temperatures, candidates
     teachers: tuple[JSON, ...]  # name, weights (name, sha256), parameters
     evaluation: JSON | None  # data, digest, samples, errors
     software: dict[str, str]
@@ -106,7 +114,7 @@ class Header:
 
     def to_json(self) -> JSON:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields["encoding"] = self.encoding.to_json()
+        fields["encoding"] = encoding_to_json(self.encoding)
         fields["arrays"] = [dataclasses.asdict(array) for array in self.arrays]
         return {"format": "softcache", **fields}
 
@@ -226,6 +234,7 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
         augment=None if fields["augment"] is None else _text(fields, "augment"),
         precision=_text(fields, "precision"),
         data=_text(fields, "data"),
+        choice=_choice(fields["choice"]),
         teachers=tuple(teachers),
         evaluation=_evaluation(fields["evaluation"]),
         software=software,
@@ -282,9 +291,8 @@ def _check_layout(header: Header, file_bytes: int) -> None:
         raise FormatError("two arrays have one name")
     names = found.get("class_names")
     name_bytes = np.dtype(names.dtype).itemsize if names else 1
-    wanted = {
-        spec.name: (spec, shape)
-        for spec, shape in expected_arrays(
+    try:
+        listed = expected_arrays(
             header.encoding,
             views=header.views,
             samples=header.samples,
@@ -292,7 +300,9 @@ def _check_layout(header: Header, file_bytes: int) -> None:
             classes=header.classes,
             name_bytes=name_bytes,
         )
-    }
+    except SettingsError as error:
+        raise FormatError(str(error)) from error
+    wanted = {spec.name: (spec, shape) for spec, shape in listed}
     wanted |= digest_arrays(header.views, header.blocks)
     if set(found) != set(wanted):
         raise FormatError(
@@ -370,11 +380,18 @@ def _evaluation(value: object) -> JSON | None:
     return value
 
 
+def _choice(value: object) -> JSON | None:
+    if value is not None and (not isinstance(value, dict) or "asked" not in value):
+        raise FormatError(f"choice is {_shown(value)}; expected what was asked and the candidates")
+    return value
+
+
 SUMMARY = ("entropy", "agreement", "rows")
 
 
 def _summary(value: object) -> JSON | None:
-    """entropy in nats; agreement in [0, 1] or None without labels; rows it was measured on."""
+    """entropy in nats; agreement in [0, 1] or None without labels; rows it was measured on;
+    fidelity: what the dump measured of KL(teacher ‖ stored)."""
     if value is None:
         return None
     if not isinstance(value, dict) or not set(SUMMARY) <= set(value):

@@ -71,7 +71,7 @@ class Cache:
             if array.axis in ("rows", "shared")
         }
         own = self.header.temperature
-        return self.header.encoding.decode(stored, own, temperature or own)
+        return self.header.encoding.decode(stored, own, temperature or own, self.header.classes)
 
     def content_id(self) -> str:
         """SHA-256 over the header and all digests: one line that names every byte."""
@@ -128,9 +128,15 @@ def open_cache(path: Path | str, *, unfinished: bool = False) -> Cache:
     cache = Cache(path, header, text, arrays)
     if not unfinished and not cache.complete:
         total = header.blocks * (header.views + 1)
+        there = total - cache.missing_blocks()
+        if header.summary is not None and there < total:
+            raise FormatError(
+                f"{path} is damaged: {total - there} of its {total} digests are gone; softcache "
+                "verify names the rows"
+            )
         raise FormatError(
-            f"{path} is unfinished: {total - cache.missing_blocks()} of {total} blocks are there; "
-            "run the same softcache dump again to go on"
+            f"{path} is unfinished: {there} of {total} blocks are there; run the same softcache dump "
+            "again to go on"
         )
     return cache
 
@@ -219,7 +225,10 @@ def verify(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> lis
                 damage.append(Damage("missing: the block", view, samples))
                 continue
             found = cache.sample_digest(block) if view is None else cache.block_digest(view, block)
-            if found != wanted:
+            ids = cache.arrays.get("ids") if view is not None else None
+            if ids is not None and ids[view, samples.start : samples.stop].max() >= header.classes:
+                damage.append(Damage("class ids beyond the last class", view, samples))
+            elif found != wanted:
                 what = "labels and keys" if view is None else "soft targets"
                 damage.append(Damage(what, view, samples))
             if view is not None:

@@ -10,7 +10,7 @@ import dataclasses
 import errno
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -262,15 +262,10 @@ class Writer:
                     good = self.cache.block_digest(view, block) == stored
                 if not good:
                     committed[block] = False
-                    _pwrite(self._file, bytes(8), self._digest_offset(view, block))
+                    _pwrite(self._file, bytes(8), digest_offset(self.header, view, block))
 
     def _arrays(self, axis: Axis) -> list[Array]:
         return [array for array in self.header.arrays if array.axis == axis]
-
-    def _digest_offset(self, view: int | None, block: int) -> int:
-        if view is None:
-            return self.header.array("sample_digests").offset + 8 * block
-        return self.header.array("digests").offset + 8 * (view * self.header.blocks + block)
 
     def _fill(self, view: int | None, start: int, values: Values) -> None:
         """Copy values into the buffers of their blocks; write those that become whole."""
@@ -315,7 +310,7 @@ class Writer:
             _pwrite(self._file, values, array.offset + row * array.row_bytes)
             self._written_bytes += len(values)
         digest = digest_of(buffers[array.name] for array in arrays)
-        self._written.append((self._digest_offset(view, block), digest))
+        self._written.append((digest_offset(self.header, view, block), digest))
         self._committed[view][block] = True
         del self._filling[view, block]
 
@@ -329,6 +324,26 @@ class Writer:
                     f"sample {start + at}: its {name} are {values[at]} now and were {stored[at]} in "
                     "view 0; the data changed under the dump: give it data that stay the same"
                 )
+
+
+def forget(partial: Path, blocks: Iterable[tuple[int | None, int]]) -> None:
+    """Mark blocks (view, block) of an unfinished file as missing; view None: labels and keys."""
+    header = open_cache(partial, unfinished=True).header
+    with _explained(partial, "write"):
+        file = os.open(partial, os.O_RDWR)
+        try:
+            for view, block in blocks:
+                _pwrite(file, bytes(8), digest_offset(header, view, block))
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def digest_offset(header: Header, view: int | None, block: int) -> int:
+    """Where the digest of a block lies in the file; view None: of labels and keys."""
+    if view is None:
+        return header.array("sample_digests").offset + 8 * block
+    return header.array("digests").offset + 8 * (view * header.blocks + block)
 
 
 def _bytes(values: npt.NDArray[Any], array: Array) -> memoryview:
