@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softcache import __version__, choose, fidelity
+from softcache import choose, fidelity
 from softcache.cache import Cache, Dense, Header, Sampled, open_cache
 from softcache.cache.reader import partial_path
 from softcache.cache.writer import Writer, create
@@ -28,6 +28,7 @@ from softcache.data import (
 from softcache.errors import Interrupted, SettingsError
 from softcache.evaluate import data_digest, evaluate
 from softcache.progress import progress
+from softcache.replay import fingerprinted_rows, fingerprints, software
 from softcache.targets import make_encoder, shared_tensors
 from softcache.teacher import PRECISIONS, Ensemble, load_teacher, make_ensemble
 from softcache.views import augment, parse_augment
@@ -257,7 +258,17 @@ def begin(config: DumpConfig, draft: Header, source: Source, teacher: Ensemble) 
     header = replace(draft, evaluation=evaluation, encoding=encoding, choice=choice)
     names = source.class_names or tuple(str(label) for label in range(teacher.classes))
     arrays = {name: tensor.numpy() for name, tensor in shared.items()}
-    create(config.out, header, arrays | {"class_names": np.array([n.encode() for n in names])})
+    arrays["class_names"] = np.array([name.encode() for name in names])
+    arrays["fingerprinted"] = chosen = fingerprinted_rows(draft.samples)
+    arrays["fingerprints"], _ = fingerprints(
+        source,
+        draft.augment,
+        seed=draft.seed,
+        views=range(draft.views),
+        indices=chosen,
+        samples=chosen,
+    )
+    create(config.out, header, arrays)
 
 
 def evaluate_teacher(spec: str | None, teacher: Ensemble, workers: int) -> dict[str, Any] | None:
@@ -285,6 +296,8 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
     return Header(
         views=config.views,
         samples=len(source),
+        first_view=0,
+        first_sample=0,
         positions=(),
         classes=teacher.classes,
         temperature=float(config.temperature),
@@ -297,11 +310,7 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         | ({"max_kl": config.max_kl} if config.encoding == "auto" else {}),
         teachers=teacher.provenance,
         evaluation=None,
-        software={
-            "softcache": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        software=software(),
         block_rows=1,
         user_block=0,
         file_bytes=0,

@@ -125,8 +125,7 @@ def measure(
 def _stored_divergence(
     cache: Cache, pairs: Pairs, said: Tensor, wanted: float
 ) -> npt.NDArray[np.float64]:
-    everything = np.arange(cache.header.samples)
-    fetch = soft_targets(cache, everything, wanted, said.device)
+    fetch = soft_targets(cache, wanted, said.device)
     found, done = [], 0
     for view in np.unique(pairs[:, 0]):
         samples = pairs[pairs[:, 0] == view, 1]

@@ -110,12 +110,9 @@ def decode(
 
 
 def soft_targets(
-    cache: Cache, rows: Indices, temperature: float, device: torch.device
+    cache: Cache, temperature: float, device: torch.device
 ) -> Callable[[int, Indices], Targets]:
-    """A function (view, indices (B,)) -> targets at `temperature` on `device`.
-
-    Args:
-        rows: (N,) the row of the cache for each sample of the data, as join_samples() gives it.
+    """A function (view, rows of the cache (B,)) -> targets at `temperature` on `device`.
 
     Raises:
         SettingsError: the encoding cannot be re-tempered so.
@@ -124,12 +121,11 @@ def soft_targets(
     header = cache.header
     if isinstance(header.encoding, Sampled):
         check_sampled(header.temperature, temperature)
-    joined = torch.from_numpy(rows)
     arrays = {a.name: as_tensor(cache.arrays[a.name]) for a in header.arrays if a.axis == "rows"}
     shared = {name: tensor.to(device) for name, tensor in shared_tensors(cache).items()}
 
-    def fetch(view: int, indices: Indices) -> Targets:
-        at = joined[torch.from_numpy(indices)]
+    def fetch(view: int, rows: Indices) -> Targets:
+        at = torch.from_numpy(rows)
         picked = {name: torch.index_select(array[view], 0, at) for name, array in arrays.items()}
         if "ids" in picked:
             picked["ids"] = class_ids(picked["ids"], header.classes)

@@ -33,12 +33,13 @@ from softcache.learner import Learner, make_accelerator, make_learner, prepare_f
 from softcache.loss import Targets
 from softcache.models import build, load_weights, public_name
 from softcache.progress import progress
+from softcache.replay import check_replay
 from softcache.report import Row, models_table
 from softcache.targets import soft_targets
 from softcache.verify import check_damage
 from softcache.views import augment, parse_augment
 
-# (view, indices (B,) in the data) -> the teacher's log-probabilities (B, C) at the temperature
+# (view, rows of the cache (B,)) -> the teacher's log-probabilities (B, C) at the temperature
 TargetsOf = Callable[[int, "npt.NDArray[np.int64]"], Targets]
 
 
@@ -113,15 +114,16 @@ def train(config: TrainConfig) -> list[Learner]:
     cache = open_cache(config.cache) if config.cache else None
     if cache is not None and config.verify:
         check_damage(cache)
-    targets = None
+    rows, targets = np.arange(len(source)), None
     if cache is not None:
-        rows = join_samples(source, cache, config.workers)
         temperature = config.temperature or cache.header.temperature
-        targets = soft_targets(cache, rows, temperature, accelerator.device)
+        targets = soft_targets(cache, temperature, accelerator.device)
+        rows = join_samples(source, cache, config.workers)
+        check_replay(cache, source, rows)
     for folder in (config.out, *([config.out / "baseline"] if config.baseline else [])):
         prepare_folder(folder, overwrite=config.overwrite)
     try:
-        learners = fit(config, accelerator, source, eval_source, cache, targets)
+        learners = fit(config, accelerator, source, eval_source, cache, rows, targets)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; {config.out} has the metrics so far, but no student") from None
     if accelerator.is_main_process:
@@ -137,15 +139,21 @@ def fit(
     source: Source,
     eval_source: Source | None,
     cache: Cache | None,
+    rows: npt.NDArray[np.int64],
     targets: TargetsOf | None,
 ) -> list[Learner]:
     """The training loop: every learner takes a step on every batch.
 
     Epoch e sees view e mod V of the cache; on labels alone, every epoch is a view of its own.
+
+    Args:
+        rows: (N,) the row of the cache for each sample of `source`.
+        targets: what the learners are taught, by view and rows of the cache.
     """
     header = cache.header if cache else None
     ops = parse_augment(header.augment if header else config.augment)
     seed = header.seed if header else config.seed
+    first_view, first_sample = (header.first_view, header.first_sample) if header else (0, 0)
     temperature = config.temperature or (header.temperature if header else 1.0)
     classes = class_count(config, source, cache)
     batches = ShuffledBatches(len(source), config.batch_size, config.seed)
@@ -159,8 +167,15 @@ def fit(
             for batch in batch_loader:
                 indices = batch.indices.cpu().numpy()
                 check_labels(batch.labels.cpu().numpy(), indices, classes, source)
-                inputs = augment(to_float(batch.inputs), ops, seed=seed, view=view, samples=indices)
-                soft = targets(view, indices) if targets else None
+                samples = rows[indices]
+                inputs = augment(
+                    to_float(batch.inputs),
+                    ops,
+                    seed=seed,
+                    view=first_view + view,
+                    samples=first_sample + samples,
+                )
+                soft = targets(view, samples) if targets else None
                 for learner in learners:
                     learner.step(inputs, batch.labels, soft, temperature)
                 advance(1)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from softcache.cache.header import FINGERPRINT
 from softcache.errors import SettingsError
 
 Draws = npt.NDArray[np.float64]  # (B, n) uniform in [0, 1)
@@ -100,6 +101,15 @@ def augment(
     for place, op in enumerate(ops):
         images = op(images, uniform(seed, view, samples, stream=place, draws=op.draws))
     return images
+
+
+def fingerprint(inputs: Tensor) -> npt.NDArray[np.float32]:
+    """Projections on fixed random signs of inputs (F, *shape), (F, FINGERPRINT); see FORMAT.md."""
+    rows = inputs.cpu().double().flatten(1).numpy()  # (F, n)
+    places = np.arange(rows.shape[1])
+    signs = [uniform(0, j, places, stream=0, draws=1)[:, 0] < 0.5 for j in range(FINGERPRINT)]
+    projected = rows @ np.where(np.stack(signs, -1), 1.0, -1.0) / np.sqrt(rows.shape[1])
+    return np.asarray(projected, np.float32)
 
 
 def uniform(

@@ -35,6 +35,7 @@ MAX_HEADER = 1 << 20  # bytes of JSON
 MAX_FILE = 1 << 60  # bytes
 MAX_COUNT = 1 << 48  # samples, and rows of all views together
 MAX_CLASSES = 1 << 31
+FINGERPRINT = 8  # numbers in the fingerprint of one augmented sample
 MAX_NAME = 1024  # bytes of a class name
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -72,6 +73,8 @@ class Header:
 
     views: int
     samples: int
+    first_view: int  # the numbers of views and samples in the augmentation's draws begin here
+    first_sample: int
     positions: tuple[int, ...]
     classes: int
     temperature: float
@@ -226,6 +229,8 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
     return Header(
         views=views,
         samples=samples,
+        first_view=_int(fields, "first_view", 0, MAX_COUNT),
+        first_sample=_int(fields, "first_sample", 0, MAX_COUNT),
         positions=_tuple(fields, "positions", 1, MAX_COUNT),
         classes=_int(fields, "classes", 2, MAX_CLASSES),
         temperature=float(temperature),
@@ -258,6 +263,7 @@ def expected_arrays(
     positions: tuple[int, ...],
     classes: int,
     name_bytes: int,
+    fingerprinted: int,
 ) -> list[tuple[ArraySpec, tuple[int, ...]]]:
     """Every array of a cache with its whole shape: those of the encoding, then the common ones."""
     specs = [
@@ -265,6 +271,8 @@ def expected_arrays(
         ArraySpec("labels", "<i8", "samples", positions),
         ArraySpec("keys", "<u8", "samples", ()),
         ArraySpec("class_names", f"|S{name_bytes}", "shared", (classes,)),
+        ArraySpec("fingerprinted", "<i8", "shared", (fingerprinted,)),
+        ArraySpec("fingerprints", "<f4", "shared", (views, fingerprinted, FINGERPRINT)),
     ]
     leading: Mapping[Axis, tuple[int, ...]] = {
         "rows": (views, samples, *positions),
@@ -291,6 +299,7 @@ def _check_layout(header: Header, file_bytes: int) -> None:
         raise FormatError("two arrays have one name")
     names = found.get("class_names")
     name_bytes = np.dtype(names.dtype).itemsize if names else 1
+    fingerprinted = found.get("fingerprinted")
     try:
         listed = expected_arrays(
             header.encoding,
@@ -299,6 +308,7 @@ def _check_layout(header: Header, file_bytes: int) -> None:
             positions=header.positions,
             classes=header.classes,
             name_bytes=name_bytes,
+            fingerprinted=fingerprinted.shape[0] if fingerprinted else 1,
         )
     except SettingsError as error:
         raise FormatError(str(error)) from error

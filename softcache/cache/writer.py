@@ -60,7 +60,8 @@ def create(path: Path, draft: Header, shared: Values) -> None:
 
     Args:
         draft: the header but for its layout, which is filled in here.
-        shared: whole arrays that all rows share, among them class_names |S (C,).
+        shared: whole arrays that all rows share, among them class_names |S (C,),
+            fingerprinted int64 (F,) and fingerprints float32 (views, F, FINGERPRINT).
 
     Raises:
         SoftcacheError: the file cannot be made, for want of space or of permission.
@@ -69,7 +70,7 @@ def create(path: Path, draft: Header, shared: Values) -> None:
     unborn = partial.with_name(f"{partial.name}.new")
     with _explained(partial, "create"):
         try:
-            header = _allocate(unborn, draft, shared["class_names"].dtype.itemsize)
+            header = _allocate(unborn, draft, shared)
             file = os.open(unborn, os.O_RDWR)
             try:
                 if hasattr(os, "posix_fallocate"):  # not on macOS
@@ -95,7 +96,7 @@ def create(path: Path, draft: Header, shared: Values) -> None:
             raise
 
 
-def _allocate(path: Path, draft: Header, name_bytes: int) -> Header:
+def _allocate(path: Path, draft: Header, shared: Values) -> Header:
     """Make the empty HDF5 file, and say where its arrays lie."""
     import h5py
     from h5py import h5d, h5f, h5p, h5s, h5t
@@ -106,7 +107,8 @@ def _allocate(path: Path, draft: Header, name_bytes: int) -> Header:
         samples=draft.samples,
         positions=draft.positions,
         classes=draft.classes,
-        name_bytes=name_bytes,
+        name_bytes=shared["class_names"].dtype.itemsize,
+        fingerprinted=len(shared["fingerprinted"]),
     )
     row_bytes = sum(
         np.dtype(spec.dtype).itemsize * int(np.prod(shape[2:], dtype=np.int64))
