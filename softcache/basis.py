@@ -36,7 +36,7 @@ def principal_directions(log_probs: Tensor, most: int) -> Directions:
     """
     rows = torch.maximum(log_probs, log_probs.amax(-1, keepdim=True) - BASIS_RANGE)
     rows = rows - rows.mean(-1, keepdim=True)
-    mean = rows.mean(0).half().float()
+    mean = rows.mean(0)
     rows = rows - mean
     if min(rows.shape) <= EXACT_SIDE:
         _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
@@ -72,7 +72,7 @@ def shared_arrays(encoding: Basis, fitted: Directions) -> dict[str, Tensor]:
     most = torch.tensor([127.0] * encoding.wide + [7.0] * encoding.narrow)
     deviations = fitted.deviations[: encoding.rank].cpu().clamp(min=1e-12)
     return {
-        "mean": fitted.mean.cpu().half(),
+        "mean": fitted.mean.cpu().float(),
         "directions": fitted.directions[: encoding.rank].cpu().half(),
         "direction_steps": (deviations / most).float(),
     }

@@ -66,13 +66,13 @@ def resolve(
     Raises:
         SettingsError: the specification is unknown, or no candidate of `auto` meets `max_kl`.
     """
-    if log_probs is None:
+    if log_probs is None or not needs_rows(spec):
         return parse_encoding(spec, temperature), {}, []
     if spec != "auto":
         found = fit_basis(spec, log_probs, temperature, seed)
         return found.encoding, found.shared, [found]
     found_all = candidates(log_probs, temperature=temperature, seed=seed)
-    good = [c for c in found_all if max(c.kl.values()) <= max_kl]
+    good = [c for c in found_all if all(kl <= max_kl for kl in c.kl.values())]
     if not good:
         raise SettingsError(
             f"no encoding keeps KL within {max_kl:g} at T = "
@@ -139,6 +139,13 @@ def _best_split(
     return min(tried, key=lambda c: (max(c.kl.values()), c.bytes_per_row))
 
 
+def measure(
+    spec: str, encoding: Encoding, log_probs: Tensor, temperature: float, seed: int
+) -> Candidate:
+    """An encoding without shared arrays, measured on the held-out ones of rows (n, C)."""
+    return _measured(spec, encoding, {}, _split(log_probs)[1], temperature, seed)
+
+
 def spec_of(encoding: Encoding) -> str:
     """The encoding as the command line names it."""
     match encoding:
@@ -153,6 +160,8 @@ def spec_of(encoding: Encoding) -> str:
 
 def _split(log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """Rows to fit, and rows to measure; they come by sample, so both take from everywhere."""
+    if len(log_probs) < 2:
+        return log_probs, log_probs
     at = torch.arange(len(log_probs), device=log_probs.device)
     return log_probs[at % 4 != 0], log_probs[at % 4 == 0][:HELD_OUT]
 
@@ -189,12 +198,12 @@ def _measured(
 def table(found: Sequence[Candidate], chosen: Encoding) -> str:
     """Candidates by size, with KL at each temperature; the chosen one is marked."""
 
-    temperatures = sorted(found[0].kl)
+    temperatures = sorted({t for candidate in found for t in candidate.kl})
 
     def lines() -> Iterator[list[str]]:
         for candidate in found:
             mark = "*" if candidate.encoding == chosen else ""
-            kl = [f"{candidate.kl[t]:.1e}" for t in temperatures]
+            kl = [f"{candidate.kl[t]:.1e}" if t in candidate.kl else "-" for t in temperatures]
             yield [mark + candidate.spec, f"{candidate.bytes_per_row:,}", *kl]
 
     names = [f"KL at T={t:g}" for t in temperatures]

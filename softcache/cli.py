@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from softcache import __version__
-from softcache.errors import SoftcacheError
+from softcache.errors import Interrupted, SoftcacheError
 
 # torch takes seconds to import: each command imports what it needs when it runs
 
@@ -23,10 +24,15 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Error: stopped; nothing was begun", err=True)
+            raise click.exceptions.Exit(Interrupted.exit_code) from None
         except (SoftcacheError, OSError) as error:
             if ctx.params["traceback"]:
                 raise
-            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            # a loader process puts its traceback before the message
+            text = str(error).rpartition(f"{type(error).__module__}.{type(error).__name__}: ")[2]
+            click.echo(f"Error: {' '.join(text.split())}", err=True)
             raise click.exceptions.Exit(getattr(error, "exit_code", 1)) from error
 
 
@@ -60,7 +66,7 @@ def main(traceback: bool) -> None:
 @click.option("--out", required=True, type=PATH, metavar="FILE", help="The cache to write.")
 @click.option("--eval-data", metavar="SPEC", help="Record the teacher's errors on these.")
 @click.option("--views", type=int, default=1, help="Augmented versions of every sample.")
-@click.option("--augment", metavar="SPEC", help="shift:PIXELS, flip, or both with a comma.")
+@click.option("--augment", metavar="SPEC", help="How views differ; see below.")
 @click.option("--seed", type=int, default=0, help="Of the augmentation.")
 @click.option("--encoding", metavar="SPEC", default="dense", help="How a row is stored; see below.")
 @click.option("--max-kl", type=float, default=1e-3, help="Of --encoding auto, at T, 1, 2, 4 and 8.")
@@ -89,6 +95,14 @@ def dump(**options: Any) -> None:
       npz:FILE          arrays x and y, or x_SPLIT and y_SPLIT
       folder:DIR        images, one sub-folder per class
       FILE.py:CALLABLE  returns a map-style torch Dataset
+    An augmentation is one or more, with commas, of
+      FILE.py:CALLABLE  your own, first: one raw sample in, one out; randomness is seeded
+      shift:PIXELS      moved by up to so many pixels each way
+      flip              mirrored left to right, or not
+      crop:AREA         random resized crop of at least this share of the image
+      jitter:STRENGTH   brightness, contrast, saturation times 1 - to 1 + STRENGTH
+      cutout:PIXELS     a square of this side is blank
+      mixup             last: mixed with another sample, by a uniform share
     An encoding is one of
       dense             float16 log-probabilities, 2 bytes a class
       quantized         8 bits a class
@@ -119,7 +133,10 @@ def dump(**options: Any) -> None:
 @click.option("--alpha", type=float, help="Weight of the soft targets.  [default: 0.9]")
 @click.option("--temperature", type=float, help="Of the soft targets.  [default: the cache's]")
 @click.option("--seed", type=int, default=0, help="Of the student and the order of samples.")
-@click.option("--augment", metavar="SPEC", help="Without CACHE only: a cache brings its own.")
+@click.option("--augment", metavar="SPEC", help="Without CACHE, or the file of CACHE's own.")
+@click.option(
+    "--extra-augment", metavar="SPEC", help="On top of the cache's own: targets become inexact."
+)
 @click.option("--baseline", is_flag=True, help="Also train the twin on hard labels only.")
 @click.option("--init", type=PATH, metavar="WEIGHTS", help="Begin with these weights.")
 @click.option("--classes", type=int, help="Without CACHE, where the data do not say.")
@@ -157,6 +174,7 @@ def info(cache: Path, as_json: bool) -> None:
 @click.option("--weights", type=PATH, multiple=True, metavar="FILE", help="Of each teacher.")
 @click.option("--data", metavar="SPEC", help="The samples to ask the teacher about.")
 @click.option("--rows", type=click.IntRange(min=1), default=256, help="How many rows to ask.")
+@click.option("--augment", metavar="SPEC", help="The file of the cache's own callable, if any.")
 @click.option("--device", default="auto", help="For the teacher.")
 def verify(cache: Path, expect: str | None, **options: Any) -> None:
     """Check every byte of a cache against its digests, and name what is damaged.
@@ -190,6 +208,8 @@ def demo(data_dir: Path, out: Path, seed: int) -> None:
     from softcache.demo import demo_commands
 
     for arguments in demo_commands(data_dir, out, seed):
-        click.secho(f"\n$ softcache {' '.join(arguments)}", bold=True)
+        click.secho(f"\n$ softcache {shlex.join(arguments)}", bold=True)
         sys.stdout.flush()
-        main.main(arguments, prog_name="softcache", standalone_mode=False)
+        failed = main.main(arguments, prog_name="softcache", standalone_mode=False)
+        if failed:
+            raise click.exceptions.Exit(failed)

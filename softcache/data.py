@@ -16,8 +16,8 @@ import gzip
 import inspect
 import math
 import struct
-import zipfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -30,20 +30,36 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from softcache.errors import DataError, SettingsError
-from softcache.imports import import_callable
+from softcache.imports import call, import_callable
+from softcache.views import Augmentation
 
 DEFAULT_SPLIT = "train"
 UNLABELLED = -1
 FORMS = "idx:DIR, npz:FILE, folder:DIR or FILE.py:CALLABLE, each with @SPLIT at the end if wanted"
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a loader is asked for: samples of the source, in one view."""
+
+    indices: Sequence[int]  # (B,) places in the source
+    view: int = 0
+    samples: npt.NDArray[np.int64] | None = None  # (B,) their numbers in the draws; else indices
+    partners: Sequence[int] = ()  # (B,) places of those that mixup mixes in, or nothing
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
 class Batch(NamedTuple):
-    """Samples as the source holds them, before they become floats and before augmentation."""
+    """Samples as the source holds them, before they become floats."""
 
     indices: Tensor  # (B,) int64, places in the source
     inputs: Tensor  # (B, *shape), uint8 for images, else as the source gives them
     labels: Tensor  # (B,) int64, UNLABELLED where there is none
     keys: Tensor  # (B,) int64, the bits of sample_keys(); empty where they were not asked for
+    partners: Tensor  # (B, *shape), inputs of the partners; empty without
+    partner_labels: Tensor  # (B,) int64, their labels; empty without
 
 
 class Source(Protocol):
@@ -135,18 +151,25 @@ def check_labels(
 
 def loader(
     source: Source,
-    batches: Sampler[list[int]] | Sequence[Sequence[int]],
+    batches: Sampler[Any] | Sequence[Request] | Sequence[Sequence[int]],
     *,
+    augmentation: Augmentation | None = None,
     workers: int = 0,
     keys: bool = False,
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """A DataLoader that fetches a whole batch at a time; `batches` gives each batch's indices."""
+    """A DataLoader that fetches a whole batch at a time.
+
+    Args:
+        batches: what each batch is to hold: a Request, or only indices.
+        augmentation: whose own transform, if the user gave one, is applied where samples are loaded.
+        keys: whether batches carry the samples' keys.
+    """
     as_is: Any = _as_is  # what __getitems__ gives is one batch already
-    indices: Any = batches
+    wanted: Any = batches
     return DataLoader(
-        _Batches(source, keys),
-        batch_sampler=indices,
+        _Batches(source, keys, augmentation),
+        batch_sampler=wanted,
         num_workers=workers,
         collate_fn=as_is,
         pin_memory=pin_memory,
@@ -154,20 +177,60 @@ def loader(
     )
 
 
+def make_request(
+    augmentation: Augmentation,
+    indices: Sequence[int],
+    view: int,
+    samples: npt.NDArray[np.int64],
+    where: npt.NDArray[np.int64] | None = None,
+) -> Request:
+    """Ask for samples in a view, and for the partners that the augmentation mixes in.
+
+    Args:
+        samples: (B,) the numbers of the samples at `indices`.
+        where: (N,) where each sample is in the source; None where it is in its own place.
+    """
+    partners = augmentation.partners(view, samples)
+    if partners is None:
+        return Request(indices, view, samples)
+    places = partners if where is None else where[partners]
+    return Request(indices, view, samples, places.tolist())
+
+
+def augmented(
+    batch: Batch,
+    augmentation: Augmentation,
+    view: int,
+    samples: npt.NDArray[np.int64],
+    device: torch.device,
+) -> Tensor:
+    """The inputs of a batch as teacher and student see them in a view, (B, *shape), on `device`."""
+    partners = to_float(batch.partners.to(device)) if len(batch.partners) else None
+    return augmentation(to_float(batch.inputs.to(device)), partners, view, samples)
+
+
 def sequential_batches(samples: int, batch_size: int) -> list[range]:
     """Every sample once, in order; the last batch may be smaller."""
     return [range(a, min(a + batch_size, samples)) for a in range(0, samples, batch_size)]
 
 
-class ShuffledBatches(Sampler[list[int]]):
+class ShuffledBatches(Sampler[Request]):
     """Every sample once per epoch, in an order drawn from (seed, epoch) alone.
 
     A last batch of one sample is left out: batch normalization has no variance of one sample.
     """
 
-    def __init__(self, samples: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        seed: int,
+        request: Callable[[npt.NDArray[np.int64], int], Request] | None = None,
+    ) -> None:
+        """`request` makes of indices (B,) and the epoch what the loader is asked for."""
         self.samples, self.batch_size, self.seed, self.epoch = samples, batch_size, seed, 0
         self.drop_last = samples % batch_size == 1 and samples > 1 and batch_size > 1
+        self.request = request or (lambda indices, epoch: Request(indices.tolist()))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -175,29 +238,41 @@ class ShuffledBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return math.ceil(self.samples / self.batch_size) - int(self.drop_last)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Request]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
         for step in range(len(self)):
-            yield order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
+            indices = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield self.request(indices, self.epoch)
 
 
 class _Batches(Dataset[Batch]):
     """The source as torch's fetcher wants it: one call of __getitems__ a batch."""
 
-    def __init__(self, source: Source, keys: bool) -> None:
+    def __init__(self, source: Source, keys: bool, augmentation: Augmentation | None) -> None:
         self.source, self.keys = source, keys
+        self.augmentation = augmentation or Augmentation(None, 0)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        inputs, labels = self.source.fetch(indices)
+    def __getitems__(self, wanted: Request | Sequence[int]) -> Batch:
+        request = wanted if isinstance(wanted, Request) else Request(wanted)
+        indices = np.asarray(request.indices, np.int64)
+        samples = indices if request.samples is None else request.samples
+        transformed = self.augmentation.transformed
+        inputs, labels = self.source.fetch(request.indices)
         keys = sample_keys(inputs) if self.keys else np.empty(0, np.uint64)
+        partners, partner_labels = torch.empty(0), np.empty(0, np.int64)
+        if len(request.partners):
+            partners, partner_labels = self.source.fetch(request.partners)
+            partners = transformed(partners, request.view, samples, partner=True)
         return Batch(
-            torch.as_tensor(indices, dtype=torch.int64),
-            inputs,
+            torch.from_numpy(indices),
+            transformed(inputs, request.view, samples),
             torch.from_numpy(labels),
             torch.from_numpy(keys.view(np.int64)),
+            partners,
+            torch.from_numpy(partner_labels),
         )
 
 
@@ -262,31 +337,54 @@ class DatasetSource:
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
         items = [self._item(i) for i in indices]
-        try:
-            inputs = torch.stack([item[0] for item in items])
-        except RuntimeError as error:
-            shapes = sorted({tuple(item[0].shape) for item in items})
+        layouts = {(str(item[0].dtype), tuple(item[0].shape)) for item in items}
+        if len(layouts) > 1:
             raise DataError(
-                f"{self.name}: inputs of one batch have different shapes or types, {shapes}; "
+                f"{self.name}: inputs of one batch have different shapes or types, {sorted(layouts)}; "
                 "the Dataset must give all samples one shape and one dtype"
-            ) from error
+            )
+        inputs = torch.stack([item[0] for item in items])
         return inputs, np.array([item[1] for item in items], np.int64)
 
     def _item(self, index: int) -> tuple[Tensor, int]:
-        item = self.dataset[index]
+        try:
+            item = self.dataset[index]
+        except Exception as error:  # a user's code may fail in any way
+            raise DataError(
+                f"{self.name}: item {index} raised {type(error).__name__}: {_one_line(error)}"
+            ) from error
         sample, label = item if isinstance(item, tuple) and len(item) == 2 else (item, UNLABELLED)
         try:
-            if not isinstance(sample, Tensor):
-                array = np.asarray(sample)
-                if array.ndim == 3 and hasattr(sample, "getbands"):  # Pillow: height, width, bands
-                    array = array.transpose(2, 0, 1)
-                sample = torch.from_numpy(np.array(array))
-            return sample, UNLABELLED if label is None else int(label)
-        except (TypeError, ValueError) as error:
+            return _as_input(sample), _as_label(label)
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{self.name}: item {index} is {type(item).__name__}, which is neither an input nor "
                 f"a pair (input, label) of a tensor, array or image and a whole number: {error}"
             ) from error
+
+
+def _as_input(sample: object) -> Tensor:
+    if not isinstance(sample, Tensor):
+        array = np.asarray(sample)
+        if array.ndim == 3 and hasattr(sample, "getbands"):  # Pillow: height, width, bands
+            array = array.transpose(2, 0, 1)
+        return torch.from_numpy(np.array(array))
+    if sample.dtype == torch.bfloat16:
+        raise TypeError("numpy knows no bfloat16; give float32")
+    return sample.detach()
+
+
+def _as_label(label: object) -> int:
+    if label is None:
+        return UNLABELLED
+    number = int(label)  # type: ignore[call-overload]  # anything that can be a whole number
+    if number != label or abs(number) >= 1 << 62:
+        raise ValueError(f"label {label} is no class number")
+    return int(number)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _open_dataset(where: str, split: str) -> DatasetSource:
@@ -297,13 +395,15 @@ def _open_dataset(where: str, split: str) -> DatasetSource:
             f"data {where}@{split}: the callable takes no argument 'split', so it has no split "
             f"{split!r}; give it one, or leave @{split} out"
         )
-    dataset = make(split=split) if takes_split else make()
+    arguments = {"split": split} if takes_split else {}
+    dataset = call(make, what=f"data {where}", **arguments)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise DataError(
             f"data {where} returned {type(dataset).__name__}; expected a map-style Dataset, with "
             "__getitem__ and __len__"
         )
-    names = getattr(dataset, "classes", None) or ()
+    names = getattr(dataset, "classes", ())
+    names = names if isinstance(names, list | tuple) else ()
     path, _, attribute = where.rpartition(":")
     name = f"{Path(path).name}:{attribute}@{split}"
     return DatasetSource(name, dataset, len(dataset), tuple(str(n) for n in names))
@@ -335,18 +435,20 @@ def _read_idx(path: Path) -> npt.NDArray[Any]:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         zero, kind, rank = struct.unpack_from(">HBB", raw)
-        shape = struct.unpack_from(f">{rank}I", raw, 4)
         if zero or kind not in _IDX_TYPES:
             raise DataError(f"{path} begins with {raw[:4].hex()}; it is no IDX file")
+        shape = struct.unpack_from(f">{rank}I", raw, 4)
         values = np.frombuffer(raw, _IDX_TYPES[kind], offset=4 + 4 * rank)
         return values.reshape(shape).astype(values.dtype.newbyteorder("="))
-    except (struct.error, ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is damaged ({error}); fetch it again") from error
+    except (struct.error, ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({_one_line(error)}); fetch it again") from error
 
 
 def _open_npz(path: Path, split: str) -> ArraySource:
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise DataError(f"npz:{path} is no npz file; expected one that holds x and y")
             suffix = f"_{split}" if f"x_{split}" in arrays else ""
             if f"x{suffix}" not in arrays or (not suffix and split != DEFAULT_SPLIT):
                 raise DataError(
@@ -357,8 +459,10 @@ def _open_npz(path: Path, split: str) -> ArraySource:
             labels = arrays.get(f"y{suffix}")
     except FileNotFoundError as error:
         raise DataError(f"npz:{path}: no such file") from error
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-        raise DataError(f"npz:{path} cannot be read as arrays ({error})") from error
+    except DataError:
+        raise
+    except Exception as error:  # numpy's parsers raise many kinds on damaged files
+        raise DataError(f"npz:{path} cannot be read as arrays ({_one_line(error)})") from error
     return _array_source(f"npz:{path.name}@{split}", inputs, labels)
 
 
@@ -380,6 +484,9 @@ def _array_source(
         )
     if inputs.dtype.kind == "u" and inputs.dtype.itemsize > 2:
         inputs = inputs.astype(np.int64)  # torch computes with no wider unsigned types
+    if inputs.dtype.kind == "f" and inputs.dtype.itemsize > 8:
+        inputs = inputs.astype(np.float64)
+    inputs = inputs.astype(inputs.dtype.newbyteorder("="), copy=False)
     return ArraySource(name, inputs, labels.astype(np.int64))
 
 
@@ -424,15 +531,17 @@ def _open_folder(folder: Path, split: str) -> FolderSource:
     )
 
 
-def _read_image(path: Path) -> npt.NDArray[np.uint8]:
-    """A grey image as (1, H, W), any other as RGB (3, H, W)."""
+def _read_image(path: Path) -> npt.NDArray[Any]:
+    """A grey image of 8 or 16 bits as (1, H, W), any other as RGB (3, H, W) of 8 bits."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise SettingsError("folder: needs Pillow; pip install 'softcache[vision]'") from error
     try:
         with Image.open(path) as image:
-            pixels = np.array(image if image.mode == "L" else image.convert("RGB"), np.uint8)
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error})") from error
+            deep = image.mode.startswith("I;16")  # convert() would cut 16 bits off at 255
+            grey = deep or image.mode == "L"
+            pixels = np.array(image if grey else image.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError, UnidentifiedImageError) as error:
+        raise DataError(f"{path} cannot be read as an image ({_one_line(error)})") from error
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

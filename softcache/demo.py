@@ -25,15 +25,13 @@ def demo_commands(data: Path, out: Path, seed: int) -> list[list[str]]:
             "--data-dir"
         )
     cache = str(out / "mnist.h5")
-    train_data, test_data = f"idx:{data / 'mnist'}", f"idx:{data / 'mnist'}@test"
-    data_options = f"--data {train_data} --eval-data {test_data}"
+    train_data = f"idx:{data / 'mnist'}"
+    data_options = ["--data", train_data, "--eval-data", f"{train_data}@test"]
+    dump = ["dump", *f"--teacher {TEACHER} --temperature {TEMPERATURE}".split()]
+    train = ["train", cache, *f"--student {STUDENT} --epochs {EPOCHS} --seed {seed}".split()]
+    run = str(out / f"student-{seed}")
     return [
-        command.split()
-        for command in (
-            f"dump --teacher {TEACHER} --weights {weights} {data_options} "
-            f"--temperature {TEMPERATURE} --out {cache}",
-            f"info {cache}",
-            f"train {cache} --student {STUDENT} {data_options} --epochs {EPOCHS} "
-            f"--seed {seed} --baseline --out {out / f'student-{seed}'} --overwrite",
-        )
+        [*dump, "--weights", str(weights), *data_options, "--out", cache],
+        ["info", cache],
+        [*train, *data_options, "--baseline", "--out", run, "--overwrite"],
     ]

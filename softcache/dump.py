@@ -15,23 +15,26 @@ from torch import Tensor
 
 from softcache import choose, fidelity
 from softcache.cache import Cache, Dense, Header, Sampled, open_cache
+from softcache.cache.header import MAX_TEMPERATURE
 from softcache.cache.reader import partial_path
 from softcache.cache.writer import Writer, create
 from softcache.data import (
     Source,
+    augmented,
     check_labels,
     loader,
+    make_request,
     open_source,
     sequential_batches,
     to_float,
 )
-from softcache.errors import Interrupted, SettingsError
+from softcache.errors import Interrupted, SettingsError, SoftcacheError
 from softcache.evaluate import data_digest, evaluate
 from softcache.progress import progress
 from softcache.replay import fingerprinted_rows, fingerprints, software
 from softcache.targets import make_encoder, shared_tensors
 from softcache.teacher import PRECISIONS, Ensemble, load_teacher, make_ensemble
-from softcache.views import augment, parse_augment
+from softcache.views import Augmentation, parse_augment, public_spec
 
 SUMMARY_VALUES = 1 << 27  # how many probabilities the summary looks at, at the most
 RESUME_SAMPLES = 256  # how many samples a resumed dump compares with those it began with
@@ -66,8 +69,14 @@ class DumpConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise SettingsError(f"temperature is {self.temperature}; expected a number above 0")
+        if not 0 < self.temperature <= MAX_TEMPERATURE:
+            raise SettingsError(
+                f"temperature is {self.temperature}; expected a number above 0, up to 1e6"
+            )
+        if self.classes is not None and self.classes < 2:
+            raise SettingsError(f"classes is {self.classes}; expected 2 or more")
+        if self.seed >= 1 << 63:
+            raise SettingsError(f"seed is {self.seed}; expected less than 2^63")
         if not 0 < self.max_kl < math.inf:
             raise SettingsError(f"max-kl is {self.max_kl}; expected a number above 0")
         for name, low in (("views", 1), ("seed", 0), ("batch_size", 1), ("workers", 0)):
@@ -107,20 +116,26 @@ def dump(config: DumpConfig) -> Cache:
     source = open_source(config.data)
     teacher = load_teachers(config, source)
     draft = draft_header(config, source, teacher)
+    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
+    check_out(config.out)
     if config.out.exists() and not config.overwrite:
         finished = open_cache(config.out)
-        check_same(finished, draft, source)
+        check_same(finished, draft, source, config)
         print(f"{config.out} is complete already; left alone (--overwrite makes it anew)")
         return finished
     try:
-        begin(config, draft, source, teacher)
+        begin(config, draft, source, teacher, augmentation)
         with Writer(config.out) as writer:
-            fill(writer, config, source, teacher)
-            writer.finish(summarize(writer.cache, source, teacher, config.workers))
+            fill(writer, config, source, teacher, augmentation)
+            summary = summarize(writer.cache)
+            summary["fidelity"] = fidelity.measure(
+                writer.cache, source, teacher, augmentation, workers=config.workers
+            )
+            writer.finish(summary)
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped; {partial_path(config.out)} keeps what was done: the same command goes on"
-        ) from None
+        partial = partial_path(config.out)
+        kept = f"{partial} keeps what was done: the same command goes on"
+        raise Interrupted(f"stopped; {kept if partial.exists() else 'nothing was begun'}") from None
     cache = open_cache(config.out)
     if cache.header.summary and "fidelity" in cache.header.summary:
         sampled = isinstance(cache.header.encoding, Sampled)
@@ -128,14 +143,19 @@ def dump(config: DumpConfig) -> Cache:
     return cache
 
 
-def fill(writer: Writer, config: DumpConfig, source: Source, teacher: Ensemble) -> None:
+def fill(
+    writer: Writer,
+    config: DumpConfig,
+    source: Source,
+    teacher: Ensemble,
+    augmentation: Augmentation,
+) -> None:
     """The dump loop: every batch in which a sample is missing, view by view.
 
     The grid of batches is the same after a resume, so that each row is computed in the same
     company, and the file comes out the same to the byte.
     """
     header = writer.header
-    ops = parse_augment(header.augment)
     encode = make_encoder(
         header.encoding,
         shared_tensors(writer.cache),
@@ -149,11 +169,15 @@ def fill(writer: Writer, config: DumpConfig, source: Source, teacher: Ensemble) 
     with progress("dump", total, "rows", done=total - sum(map(np.sum, missing))) as advance:
         for view in range(header.views):
             batches = [batch for batch in grid if missing[view][batch.start : batch.stop].any()]
-            for batch in loader(source, batches, workers=config.workers, keys=True):
+            requests = [
+                make_request(augmentation, b, view, np.arange(b.start, b.stop)) for b in batches
+            ]
+            for batch in loader(
+                source, requests, augmentation=augmentation, workers=config.workers, keys=True
+            ):
                 labels, samples = batch.labels.numpy(), batch.indices.numpy()
                 check_labels(labels, samples, header.classes, source)
-                inputs = to_float(batch.inputs.to(teacher.device))
-                inputs = augment(inputs, ops, seed=header.seed, view=view, samples=samples)
+                inputs = augmented(batch, augmentation, view, samples, teacher.device)
                 log_probs = teacher.log_probs(inputs, header.temperature, samples)
                 rows = encode(log_probs, view, samples)
                 keys = batch.keys.numpy().view(np.uint64)
@@ -187,20 +211,24 @@ def dry_run(config: DumpConfig) -> str:
     source = open_source(config.data)
     teacher = load_teachers(config, source)
     draft = draft_header(config, source, teacher)
-    fidelity_rows = try_rows(draft, source, teacher, config.workers)  # warms up, too
+    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
+    try_rows(draft, source, teacher, augmentation, config.workers, most=256)  # warms up
     before = time.perf_counter()
-    again = try_rows(draft, source, teacher, config.workers)
+    again = try_rows(draft, source, teacher, augmentation, config.workers)
     rate = len(again) / (time.perf_counter() - before)
     found = choose.candidates(again, temperature=draft.temperature, seed=draft.seed)
     encoding, shared, listed = choose.resolve(
         config.encoding,
-        fidelity_rows,
+        again,
         temperature=draft.temperature,
         seed=draft.seed,
         max_kl=config.max_kl,
     )
     if encoding not in [candidate.encoding for candidate in found]:
-        found = sorted([*listed, *found], key=lambda candidate: candidate.bytes_per_row)
+        asked = listed or [
+            choose.measure(config.encoding, encoding, again, draft.temperature, draft.seed)
+        ]
+        found = sorted([*asked, *found], key=lambda candidate: candidate.bytes_per_row)
     rows = draft.samples * draft.views
     common = sum(tensor.numel() * tensor.element_size() for tensor in shared.values())
     row_bytes = sum(
@@ -217,34 +245,48 @@ def dry_run(config: DumpConfig) -> str:
     )
 
 
-def try_rows(draft: Header, source: Source, teacher: Ensemble, workers: int) -> Tensor:
+def try_rows(
+    draft: Header,
+    source: Source,
+    teacher: Ensemble,
+    augmentation: Augmentation,
+    workers: int,
+    most: int = choose.ROWS,
+) -> Tensor:
     """Rows of the teacher (n, C), drawn from the whole data with the cache's seed."""
-    count = max(2, min(choose.ROWS, fidelity.VALUES // draft.classes))
+    count = max(2, min(most, fidelity.VALUES // draft.classes))
     return fidelity.teacher_rows(
         teacher,
         source,
         fidelity.draw_rows(draft.views, draft.samples, count, draft.seed),
         temperature=draft.temperature,
-        augmentation=draft.augment,
-        seed=draft.seed,
+        augmentation=augmentation,
         workers=workers,
     )
 
 
-def begin(config: DumpConfig, draft: Header, source: Source, teacher: Ensemble) -> None:
+def begin(
+    config: DumpConfig,
+    draft: Header,
+    source: Source,
+    teacher: Ensemble,
+    augmentation: Augmentation,
+) -> None:
     """Allocate the unfinished file, or check that the one that is there was begun like this."""
     partial = partial_path(config.out)
-    if config.overwrite:
-        partial.unlink(missing_ok=True)
     if partial.exists():
-        check_same(open_cache(partial, unfinished=True), draft, source)
-        print(f"going on with {partial}")
-        return
-    config.out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            check_same(open_cache(partial, unfinished=True), draft, source, config)
+            print(f"going on with {partial}")
+            return
+        except SoftcacheError:
+            if not config.overwrite:
+                raise
+            partial.unlink()
     evaluation = evaluate_teacher(config.eval_data, teacher, config.workers)
     rows = None
     if choose.needs_rows(config.encoding):
-        rows = try_rows(draft, source, teacher, config.workers)
+        rows = try_rows(draft, source, teacher, augmentation, config.workers)
     encoding, shared, candidates = choose.resolve(
         config.encoding,
         rows,
@@ -262,10 +304,8 @@ def begin(config: DumpConfig, draft: Header, source: Source, teacher: Ensemble) 
     arrays["fingerprinted"] = chosen = fingerprinted_rows(draft.samples)
     arrays["fingerprints"], _ = fingerprints(
         source,
-        draft.augment,
-        seed=draft.seed,
+        augmentation,
         views=range(draft.views),
-        indices=chosen,
         samples=chosen,
     )
     create(config.out, header, arrays)
@@ -276,7 +316,13 @@ def evaluate_teacher(spec: str | None, teacher: Ensemble, workers: int) -> dict[
     if spec is None:
         return None
     source = open_source(spec)
-    found = evaluate(lambda inputs: teacher.log_probs(inputs, 1.0), source, teacher.device, workers)
+    found = evaluate(
+        lambda inputs: teacher.log_probs(inputs, 1.0),
+        source,
+        teacher.classes,
+        teacher.device,
+        workers,
+    )
     print(
         f"teacher: {found.errors:,} errors of {found.samples:,} on {source.name} "
         f"({found.accuracy:.2%})"
@@ -291,7 +337,6 @@ def evaluate_teacher(spec: str | None, teacher: Ensemble, workers: int) -> dict[
 
 def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Header:
     """The header but for encoding and layout, which creating the file decides."""
-    parse_augment(config.augment)
     choose.check_spec(config.encoding, config.temperature, teacher.classes)
     return Header(
         views=config.views,
@@ -303,7 +348,7 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         temperature=float(config.temperature),
         encoding=Dense(),
         seed=config.seed,
-        augment=config.augment,
+        augment=public_spec(config.augment),
         precision=config.precision,
         data=source.name,
         choice={"asked": config.encoding}
@@ -320,9 +365,31 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
     )
 
 
-def check_same(cache: Cache, draft: Header, source: Source) -> None:
+def check_out(out: Path) -> None:
+    """Raise SettingsError now, not after hours, if a cache cannot get the name `out`."""
+    if out.is_dir():
+        raise SettingsError(
+            f"--out {out} is a folder; name a file in it, such as {out / 'cache.h5'}"
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"--out {out}: cannot make its folder ({error.strerror}); give another --out"
+        ) from error
+
+
+def check_same(cache: Cache, draft: Header, source: Source, config: DumpConfig) -> None:
     """Raise SettingsError unless `cache` was begun with the settings and the data of this dump."""
     advice = "use the same, give another --out, or --overwrite to start again"
+    if config.eval_data:
+        begun = (cache.header.evaluation or {}).get("data")
+        wanted = open_source(config.eval_data).name
+        if begun != wanted:
+            raise SettingsError(
+                f"{cache.path} was begun with evaluation data {begun or 'none'}, now they are {wanted}; "
+                f"{advice}"
+            )
     for name in SETTINGS:
         begun, wanted = getattr(cache.header, name), getattr(draft, name)
         if name == "choice":
@@ -353,12 +420,11 @@ def _asked(choice: dict[str, Any] | None) -> str:
     return f"{asked.get('asked')}{limit}"
 
 
-def summarize(cache: Cache, source: Source, teacher: Ensemble, workers: int) -> dict[str, Any]:
+def summarize(cache: Cache) -> dict[str, Any]:
     """What the header says of the soft targets, over rows spread evenly through views and samples.
 
     entropy: the mean in nats, at the cache's temperature. agreement: the share of labelled rows
     whose top class is the label, None without labels. rows: how many rows were looked at.
-    fidelity: KL of rows drawn at random against the teacher, asked again.
     """
     header = cache.header
     total = header.views * header.samples
@@ -382,7 +448,6 @@ def summarize(cache: Cache, source: Source, teacher: Ensemble, workers: int) -> 
         "entropy": entropy / count,
         "agreement": agreed / labelled if labelled else None,
         "rows": count,
-        "fidelity": fidelity.measure(cache, source, teacher, workers=workers),
     }
 
 

@@ -10,8 +10,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from softcache.data import Source, loader, sample_keys, sequential_batches, to_float
-from softcache.errors import DataError
+from softcache.data import Source, check_labels, loader, sample_keys, sequential_batches, to_float
+from softcache.errors import DataError, ModelError
 
 BATCH = 1000
 
@@ -29,12 +29,17 @@ class Evaluation:
 
 
 def evaluate(
-    model: Callable[[Tensor], Tensor], source: Source, device: torch.device, workers: int = 0
+    model: Callable[[Tensor], Tensor],
+    source: Source,
+    classes: int,
+    device: torch.device,
+    workers: int = 0,
 ) -> Evaluation:
     """Errors of `model`, which is in eval mode, on all of `source`.
 
     Raises:
-        DataError: a sample has no label.
+        DataError: a sample has no label, or one out of range.
+        ModelError: the model raises.
     """
     errors = 0
     with torch.inference_mode():
@@ -42,7 +47,18 @@ def evaluate(
             if bool((batch.labels < 0).any()):
                 at = int(batch.indices[batch.labels < 0][0])
                 raise DataError(f"{source.name}: sample {at} has no label; errors need labels")
-            logits = model(to_float(batch.inputs.to(device)))  # (B, C)
+            check_labels(batch.labels.numpy(), batch.indices.numpy(), classes, source)
+            inputs = to_float(batch.inputs.to(device))
+            try:
+                logits = model(inputs)  # (B, C)
+            except ModelError:
+                raise
+            except Exception as error:  # a user's model may fail in any way
+                raise ModelError(
+                    f"the model raised {type(error).__name__} on inputs {tuple(inputs.shape)} of "
+                    f"{source.name}: {' '.join(str(error).split())}; evaluation data need the shape "
+                    "of the training data"
+                ) from error
             errors += int((logits.argmax(-1).cpu() != batch.labels).sum())
     return Evaluation(errors, len(source))
 

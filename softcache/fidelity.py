@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,20 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Cache, Sampled
-from softcache.data import Source, loader, to_float
+from softcache.data import Source, augmented, loader, make_request
 from softcache.loss import SparseTargets, Targets
 from softcache.progress import progress
-from softcache.targets import soft_targets, to_dense
+from softcache.targets import (
+    as_tensor,
+    class_ids,
+    decode,
+    make_encoder,
+    shared_tensors,
+    soft_targets,
+    to_dense,
+)
 from softcache.teacher import Ensemble
-from softcache.views import augment, parse_augment
+from softcache.views import Augmentation
 
 ROWS = 1024
 BATCH = 256
@@ -42,23 +51,19 @@ def teacher_rows(
     pairs: Pairs,
     *,
     temperature: float,
-    augmentation: str | None,
-    seed: int,
+    augmentation: Augmentation,
     workers: int = 0,
 ) -> Tensor:
     """What the teacher says of the rows in `pairs`: log-probabilities (n, C) on its device."""
-    ops, found = parse_augment(augmentation), []
-    batches = [
-        (int(view), pairs[pairs[:, 0] == view, 1][at : at + BATCH].tolist())
-        for view in np.unique(pairs[:, 0])
-        for at in range(0, int((pairs[:, 0] == view).sum()), BATCH)
+    found = []
+    requests = [
+        make_request(augmentation, part.tolist(), view, part) for view, part in _parts(pairs)
     ]
-    order = [indices for _, indices in batches]
+    batches = loader(source, requests, augmentation=augmentation, workers=workers)
     with progress("try rows", len(pairs), "rows") as advance:
-        for (view, _), batch in zip(batches, loader(source, order, workers=workers), strict=True):
+        for request, batch in zip(requests, batches, strict=True):
             samples = batch.indices.numpy()
-            inputs = to_float(batch.inputs.to(teachers.device))
-            inputs = augment(inputs, ops, seed=seed, view=view, samples=samples)
+            inputs = augmented(batch, augmentation, request.view, samples, teachers.device)
             found.append(teachers.log_probs(inputs, temperature, samples))
             advance(len(samples))
     return torch.cat(found)
@@ -87,12 +92,19 @@ def temperatures_of(cache_temperature: float, sampled: bool) -> list[float]:
 
 
 def measure(
-    cache: Cache, source: Source, teachers: Ensemble, *, rows: int = ROWS, workers: int = 0
+    cache: Cache,
+    source: Source,
+    teachers: Ensemble,
+    augmentation: Augmentation,
+    *,
+    rows: int = ROWS,
+    workers: int = 0,
 ) -> dict[str, Any]:
     """KL of stored rows against the teacher, asked again: mean, 99th percentile, worst.
 
     Returns:
-        rows, mean, p99, worst: at the cache's temperature, in nats; at: the mean by temperature.
+        rows, mean, p99, worst: at the cache's temperature, in nats; at: the mean by temperature;
+        moved: the share of probability that lies elsewhere when the rows are encoded again.
     """
     header = cache.header
     rows = max(1, min(rows, VALUES // header.classes))
@@ -102,8 +114,7 @@ def measure(
         source,
         pairs,
         temperature=header.temperature,
-        augmentation=header.augment,
-        seed=header.seed,
+        augmentation=augmentation,
         workers=workers,
     )
     means = {}
@@ -119,6 +130,7 @@ def measure(
         "p99": float(np.quantile(own, 0.99)),
         "worst": float(own.max()),
         "at": means,
+        "moved": _moved(cache, pairs, said),
     }
 
 
@@ -127,14 +139,52 @@ def _stored_divergence(
 ) -> npt.NDArray[np.float64]:
     fetch = soft_targets(cache, wanted, said.device)
     found, done = [], 0
-    for view in np.unique(pairs[:, 0]):
-        samples = pairs[pairs[:, 0] == view, 1]
-        for at in range(0, len(samples), BATCH):
-            part = samples[at : at + BATCH]
-            true = retemper(said[done : done + len(part)], cache.header.temperature, wanted)
-            found.append(divergence(true, fetch(int(view), part)).double().cpu().numpy())
-            done += len(part)
+    for view, part in _parts(pairs):
+        true = retemper(said[done : done + len(part)], cache.header.temperature, wanted)
+        found.append(divergence(true, fetch(view, part)).double().cpu().numpy())
+        done += len(part)
     return np.concatenate(found)
+
+
+def _moved(cache: Cache, pairs: Pairs, said: Tensor) -> float:
+    """Mean total variation between stored rows and the same rows encoded again."""
+    header = cache.header
+    shared = shared_tensors(cache)
+    encode = make_encoder(
+        header.encoding,
+        shared,
+        temperature=header.temperature,
+        seed=header.seed,
+        device=said.device,
+    )
+    fetch = soft_targets(cache, header.temperature, said.device)
+    total, done = 0.0, 0
+    for view, part in _parts(pairs):
+        stored = {
+            name: as_tensor(values).to(said.device)
+            for name, values in encode(said[done : done + len(part)], view, part).items()
+        }
+        if "ids" in stored:
+            stored["ids"] = class_ids(stored["ids"], header.classes)
+        again = decode(
+            header.encoding,
+            stored | {name: tensor.to(said.device) for name, tensor in shared.items()},
+            temperature=header.temperature,
+            wanted=header.temperature,
+            classes=header.classes,
+        )
+        difference = to_dense(again).exp() - to_dense(fetch(view, part)).exp()
+        total += float(difference.abs().sum()) / 2
+        done += len(part)
+    return total / len(pairs)
+
+
+def _parts(pairs: Pairs) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Views, each with at most BATCH of its samples at a time."""
+    for view in map(int, np.unique(pairs[:, 0])):
+        samples = pairs[pairs[:, 0] == view, 1]
+        for part in np.split(samples, range(BATCH, len(samples), BATCH)):
+            yield view, part
 
 
 def describe(fidelity: dict[str, Any], sampled: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,7 @@ def import_callable(spec: str, *, what: str) -> Callable[..., Any]:
         module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     except SettingsError:
         raise
-    except Exception as error:  # a user's file may fail in any way
+    except (Exception, SystemExit) as error:  # a user's file may fail in any way
         raise SettingsError(
             f"{what} {spec}: {place} fails on import with {type(error).__name__}: {error}"
         ) from error
@@ -40,7 +41,8 @@ def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise SettingsError(f"no such file: {path}; expected FILE.py:CALLABLE")
     # registered under a name of its own, so that loader workers and pickle find its classes
-    name = f"softcache_user_{path.stem}"
+    # of its whole path, since two files may be called models.py
+    name = f"softcache_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise SettingsError(f"{path} cannot be imported as Python")
@@ -59,3 +61,18 @@ def _import_module(name: str) -> ModuleType:
                 f"no module named {error.name!r}; install it, or run where Python finds it"
             ) from error
         raise
+
+
+def call(make: Callable[..., Any], *, what: str, **arguments: object) -> Any:  # noqa: ANN401
+    """Call a user's callable.
+
+    Raises:
+        SettingsError: it raises, or wants other arguments.
+    """
+    try:
+        return make(**arguments)
+    except (Exception, SystemExit) as error:  # a user's code may fail in any way
+        raise SettingsError(
+            f"{what}: the callable raised {type(error).__name__}: {' '.join(str(error).split())}; it "
+            f"is called with {', '.join(arguments) or 'no arguments'}"
+        ) from error

@@ -34,10 +34,12 @@ def describe(cache: Cache) -> str:
         "encoding": f"{header.encoding.name}, {header.bytes_per_row:,} bytes a row",
         "size": f"{header.file_bytes:,} bytes, {known['bytes_per_sample']:,.1f} per sample",
     }
-    for teacher in header.teachers:
+    for number, teacher in enumerate(header.teachers, 1):
+        name = "teacher" if len(header.teachers) == 1 else f"teacher {number}"
+        share = f", weight {teacher['weight']:.3g}" if len(header.teachers) > 1 else ""
         weights = f", weights {teacher['weights']}" if teacher.get("weights") else ""
-        lines["teacher"] = (
-            f"{teacher['name']}, {teacher['parameters']:,} parameters{weights}, in {header.precision}"
+        lines[name] = (
+            f"{teacher['name']}, {teacher['parameters']:,} parameters{weights}{share}, in {header.precision}"
         )
     if header.evaluation:
         errors, samples = header.evaluation["errors"], header.evaluation["samples"]

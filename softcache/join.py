@@ -33,7 +33,7 @@ def join_samples(source: Source, cache: Cache, workers: int = 0) -> npt.NDArray[
     rows = np.arange(samples)
     differs = np.flatnonzero(keys != cache.keys)
     if len(differs):
-        rows = _by_key(keys, cache, source, int(differs[0]))
+        rows = _by_key(keys, labels, cache, source)
         print(
             f"note: {source.name} is in another order than the cache (first at sample {differs[0]}); "
             "joined by content",
@@ -60,23 +60,33 @@ def read_keys(
 
 
 def _by_key(
-    keys: npt.NDArray[np.uint64], cache: Cache, source: Source, first: int
+    keys: npt.NDArray[np.uint64], labels: npt.NDArray[np.int64], cache: Cache, source: Source
 ) -> npt.NDArray[np.int64]:
-    """Rows by key; the same content twice goes to its rows in turn."""
+    """Rows by key; the same content twice goes to its rows by label, then in turn."""
     cached = np.array(cache.keys)
-    order, wanted = np.argsort(cached, kind="stable"), np.argsort(keys, kind="stable")
+    order, wanted = np.lexsort((cache.labels, cached)), np.lexsort((labels, keys))
     differs = np.flatnonzero(cached[order] != keys[wanted])
     if len(differs):
-        missing = np.flatnonzero(~np.isin(keys, cached))
-        at = int(missing[0]) if len(missing) else first
+        surplus = _surplus(keys, cached)
         raise DataError(
-            f"sample {at} of {source.name} is not in {cache.path}, which was made from "
-            f"{cache.header.data} ({max(len(missing), 1):,} samples differ); give the data the cache "
-            "was made from, or dump a cache of these"
+            f"sample {surplus[0]} of {source.name} is not in {cache.path}, which was made from "
+            f"{cache.header.data} ({len(surplus):,} samples differ); give the data the cache was made "
+            "from, or dump a cache of these"
         )
     rows = np.empty(len(keys), np.int64)
     rows[wanted] = order
     return rows
+
+
+def _surplus(keys: npt.NDArray[np.uint64], cached: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Samples that have no row left: of a content that stands more often than in the cache, the last."""
+    known, counts = np.unique(cached, return_counts=True)
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    turn = np.arange(len(keys)) - np.searchsorted(ordered, ordered)  # how many came before it
+    place = np.searchsorted(known, ordered).clip(max=len(known) - 1)
+    available = np.where(known[place] == ordered, counts[place], 0)
+    return np.sort(order[turn >= available])
 
 
 def _check_labels(

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from softcache.data import Source
 from softcache.errors import ModelError, SettingsError
 from softcache.evaluate import Evaluation, evaluate
-from softcache.loss import Loss, Targets, distillation_loss
+from softcache.loss import Labels, Loss, Targets, distillation_loss
 from softcache.models import parameter_count
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises from 0
@@ -35,6 +35,7 @@ class Learner:
     name: str
     folder: Path
     alpha: float
+    classes: int
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
@@ -49,13 +50,13 @@ class Learner:
         return parameter_count(self.model)
 
     def step(
-        self, inputs: Tensor, labels: Tensor, targets: Targets | None, temperature: float
+        self, inputs: Tensor, labels: Labels, targets: Targets | None, temperature: float
     ) -> None:
         """One step on one batch.
 
         Args:
             inputs: (B, *shape) float.
-            labels: (B,) int64, negative where unlabelled.
+            labels: (B,) int64, negative where unlabelled; or of mixed samples.
             targets: the teacher's log-probabilities at `temperature`, if alpha wants them.
 
         Raises:
@@ -63,12 +64,12 @@ class Learner:
         """
         with self._own_randomness():
             logits = self._forward(inputs)
-        soft = targets if self.alpha > 0 else None
-        if soft is not None and logits.shape != soft.shape:
+        if logits.shape[1] != self.classes:
             raise ModelError(
-                f"student gives {tuple(logits.shape)}, the cache {tuple(soft.shape)} for one batch; "
-                "the student needs one output for each class of the cache"
+                f"student gives {logits.shape[1]} outputs for {self.classes} classes; it needs one for "
+                "each class of the cache, or of the data"
             )
+        soft = targets if self.alpha > 0 else None
         loss = distillation_loss(logits, soft, labels, temperature=temperature, alpha=self.alpha)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss.total)
@@ -130,7 +131,7 @@ class Learner:
 
     def _evaluate(self, source: Source, workers: int) -> Evaluation:
         self.model.eval()
-        return evaluate(self.model, source, self.accelerator.device, workers)
+        return evaluate(self.model, source, self.classes, self.accelerator.device, workers)
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
@@ -149,6 +150,7 @@ def make_learner(
     name: str,
     folder: Path,
     alpha: float,
+    classes: int,
     learning_rate: float,
     weight_decay: float,
     schedule: str,
@@ -170,6 +172,7 @@ def make_learner(
         name=name,
         folder=folder,
         alpha=alpha,
+        classes=classes,
         model=prepared,
         optimizer=optimizer,
         schedule=rate,
@@ -212,6 +215,8 @@ def prepare_folder(folder: Path, *, overwrite: bool) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for old in (finished, folder / "config.json"):
+            old.unlink(missing_ok=True)  # metrics of one run beside the student of another mislead
         (folder / "metrics.jsonl").write_text("")
     except OSError as error:
         raise SettingsError(

@@ -29,6 +29,15 @@ class SparseTargets:
         return torch.Size((len(self.ids), self.classes))
 
 
+class MixedLabels(NamedTuple):
+    """Labels of samples into which others are mixed."""
+
+    own: Tensor  # (B,) int64
+    partners: Tensor  # (B,) int64
+    shares: Tensor  # (B,) float32, of the partners
+
+
+Labels = Tensor | MixedLabels  # a tensor: (B,) int64, negative where unlabelled
 Targets = Tensor | SparseTargets  # a tensor: (B, C) float32 log-probabilities
 
 
@@ -43,7 +52,7 @@ class Loss(NamedTuple):
 def distillation_loss(
     logits: Tensor,
     targets: Targets | None,
-    labels: Tensor,
+    labels: Labels,
     *,
     temperature: float,
     alpha: float,
@@ -87,9 +96,22 @@ def _sparse_kl(log_q: Tensor, targets: SparseTargets) -> Tensor:
     return head.sum(1) + rest
 
 
-def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the labelled samples; 0 where there is none."""
-    total = functional.cross_entropy(
-        logits.float(), labels.clamp(min=-1), ignore_index=-1, reduction="sum"
+def hard_loss(logits: Tensor, labels: Labels) -> Tensor:
+    """Mean cross-entropy over the labelled samples; 0 where there is none.
+
+    Of mixed samples, the cross-entropies with both labels by their shares: Zhang et al., "mixup"
+    (arXiv 1710.09412), section 2; they need both labels.
+    """
+    if isinstance(labels, MixedLabels):
+        both = (labels.own >= 0) & (labels.partners >= 0)
+        own = _cross_entropy(logits, labels.own) * (1 - labels.shares)
+        losses = own + _cross_entropy(logits, labels.partners) * labels.shares
+        return (losses * both).sum() / both.sum().clamp(min=1)
+    return _cross_entropy(logits, labels).sum() / (labels >= 0).sum().clamp(min=1)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each sample, (B,); 0 where the label is negative."""
+    return functional.cross_entropy(
+        logits.float(), labels.clamp(min=-1), ignore_index=-1, reduction="none"
     )
-    return total / (labels >= 0).sum().clamp(min=1)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
-from softcache.imports import import_callable
+from softcache.imports import call, import_callable
 
 FORMS = "mlp:SIZES, cnn:WIDTHS, resnet:DEPTH,WIDTH, FILE.py:CALLABLE, package.module:CALLABLE or FILE.pt2"
 
@@ -39,11 +39,11 @@ def build(spec: str, *, input_shape: Sequence[int], classes: int) -> nn.Module:
     """
     name, _, rest = spec.partition(":")
     if name == "mlp":
-        return mlp(input_shape, _sizes(rest, spec), classes)
+        return mlp(input_shape, _sizes(rest, spec, "mlp:800,800"), classes)
     if name == "cnn":
         return cnn(_image_channels(spec, input_shape), _stages(rest, spec), classes)
     if name == "resnet":
-        sizes = _sizes(rest, spec)
+        sizes = _sizes(rest, spec, "resnet:20,16")
         if len(sizes) != 2 or sizes[0] < 8 or (sizes[0] - 2) % 6:
             raise SettingsError(
                 f"model {spec!r}: expected resnet:DEPTH,WIDTH with a depth of 6n + 2 (8, 14, 20, …)"
@@ -53,7 +53,7 @@ def build(spec: str, *, input_shape: Sequence[int], classes: int) -> nn.Module:
         return _load_exported(Path(spec))
     if not rest:
         raise SettingsError(f"model {spec!r} is no model specification; expected {FORMS}")
-    model = import_callable(spec, what="model")()
+    model = call(import_callable(spec, what="model"), what=f"model {spec}")
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"model {spec} returned {type(model).__name__}; expected a torch nn.Module"
@@ -111,20 +111,27 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"weights {path}: no such file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _plain_names(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise ModelError(f"weights {path} cannot be read: {_first_line(error)}") from error
+        raise ModelError(
+            f"weights {path} cannot be read: {type(error).__name__} {_first_line(error)}"
+        ) from error
     except Exception as error:  # torch raises pickle's own errors for what weights_only refuses
         raise ModelError(
-            f"weights {path} hold more than tensors, which is never loaded ({_first_line(error)}); "
-            "save model.state_dict() alone, best as safetensors"
+            f"weights {path} hold more than tensors, which is never loaded; save model.state_dict() "
+            "alone, best as safetensors"
         ) from error
     for nested in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(nested), dict):
             state = state[nested]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ModelError(f"weights {path} hold no state dict; expected tensors by name")
+    return _plain_names(state)
+
+
+def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix that DistributedDataParallel puts before every name."""
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
@@ -237,10 +244,10 @@ class _Exported(nn.Module):
         return self
 
 
-def _sizes(text: str, spec: str) -> list[int]:
+def _sizes(text: str, spec: str, example: str) -> list[int]:
     sizes = text.split(",")
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise SettingsError(f"model {spec!r}: expected sizes from 1 up, as in mlp:800,800")
+        raise SettingsError(f"model {spec!r}: expected sizes from 1 up, as in {example}")
     return [int(size) for size in sizes]
 
 

@@ -9,11 +9,11 @@ import numpy.typing as npt
 import torch
 
 from softcache import __version__
-from softcache.cache import Cache
+from softcache.cache import Cache, Header
 from softcache.cache.header import FINGERPRINT
-from softcache.data import Source, to_float
-from softcache.errors import DataError
-from softcache.views import augment, fingerprint, parse_augment
+from softcache.data import Source, augmented, loader, make_request
+from softcache.errors import DataError, FormatError, SettingsError
+from softcache.views import Augmentation, fingerprint, parse_augment, public_spec
 
 FINGERPRINTED = 8  # samples of each view
 TOLERANCE = 2e-3  # of the input's root mean square: far above float noise, far below another crop
@@ -31,28 +31,27 @@ def software() -> dict[str, str]:
 
 def fingerprints(
     source: Source,
-    augmentation: str | None,
+    augmentation: Augmentation,
     *,
-    seed: int,
     views: range,
-    indices: npt.NDArray[np.int64],
     samples: npt.NDArray[np.int64],
+    where: npt.NDArray[np.int64] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Fingerprints (views, F, FINGERPRINT) of samples in every view, and their inputs' size.
 
     Args:
-        indices: (F,) where the samples are in `source`.
         samples: (F,) their numbers in the draws of the augmentation.
+        where: (N,) where each sample is in the source; None where it is in its own place.
 
     Returns:
         The fingerprints, and the root mean square of each input (views, F).
     """
-    ops = parse_augment(augmentation)
-    raw = to_float(source.fetch(indices.tolist())[0])
-    found = np.empty((len(views), len(indices), FINGERPRINT), np.float32)
-    sizes = np.empty((len(views), len(indices)), np.float32)
-    for at, view in enumerate(views):
-        inputs = augment(raw, ops, seed=seed, view=view, samples=samples)
+    places = (samples if where is None else where[samples]).tolist()
+    requests = [make_request(augmentation, places, view, samples, where) for view in views]
+    found = np.empty((len(views), len(samples), FINGERPRINT), np.float32)
+    sizes = np.empty((len(views), len(samples)), np.float32)
+    for at, batch in enumerate(loader(source, requests, augmentation=augmentation)):
+        inputs = augmented(batch, augmentation, views[at], samples, torch.device("cpu"))
         found[at] = fingerprint(inputs)
         sizes[at] = inputs.double().flatten(1).square().mean(1).sqrt().numpy()
     return found, sizes
@@ -63,7 +62,32 @@ def fingerprinted_rows(samples: int) -> npt.NDArray[np.int64]:
     return np.unique(np.linspace(0, samples - 1, FINGERPRINTED).astype(np.int64))
 
 
-def check_replay(cache: Cache, source: Source, rows: npt.NDArray[np.int64]) -> None:
+def replayed(header: Header, own: str | None, total: int) -> Augmentation:
+    """The augmentation that made the cache's views.
+
+    Built-in ones are known from the header. A callable of the user's own is never imported for a
+    name in a file: `own` must give it, and be what the header names.
+
+    Raises:
+        SettingsError: it is not given, or is another one.
+    """
+    if public_spec(own) not in (None, header.augment):
+        raise SettingsError(
+            f"--augment {own} is not the cache's own ({header.augment or 'none'}): it would change the "
+            "pixels that the cached targets belong to; leave it out, or add it on top by "
+            "--extra-augment if you mean to"
+        )
+    if own is None and ".py:" in (header.augment or ""):
+        raise SettingsError(
+            f"the cache was augmented by {header.augment}; give that file with --augment, code named "
+            "in a cache is never run by itself"
+        )
+    return parse_augment(own or header.augment, seed=header.seed, total=total)
+
+
+def check_replay(
+    cache: Cache, source: Source, augmentation: Augmentation, rows: npt.NDArray[np.int64]
+) -> None:
     """Raise DataError if an input of today is not the one that the teacher saw.
 
     Args:
@@ -71,14 +95,18 @@ def check_replay(cache: Cache, source: Source, rows: npt.NDArray[np.int64]) -> N
     """
     header = cache.header
     chosen = np.array(cache.arrays["fingerprinted"])
-    where = np.argsort(rows)[chosen]
+    if chosen.min() < 0 or chosen.max() >= header.samples:
+        raise FormatError(
+            f"{cache.path} has a fingerprint of sample {chosen.max()}; expected 0 to "
+            f"{header.samples - 1}: the file is damaged or forged, get it again"
+        )
+    where = np.argsort(rows)
     now, sizes = fingerprints(
         source,
-        header.augment,
-        seed=header.seed,
+        augmentation,
         views=range(header.first_view, header.first_view + header.views),
-        indices=where,
         samples=chosen + header.first_sample,
+        where=where,
     )
     off = np.abs(now - cache.arrays["fingerprints"]).max(-1)  # (views, F)
     drifted = np.argwhere(~(off <= TOLERANCE * np.maximum(sizes, 1e-3)))
@@ -90,7 +118,7 @@ def check_replay(cache: Cache, source: Source, rows: npt.NDArray[np.int64]) -> N
             if header.software.get(name) != version
         ]
         raise DataError(
-            f"sample {where[place]} of {source.name} in view {view} is not what the teacher of "
+            f"sample {where[chosen[place]]} of {source.name} in view {view} is not what the teacher of "
             f"{cache.path} saw (its fingerprint is off by {off[view, place]:.2g}): the augmentation or "
             f"the data's own transform has changed; {'; '.join(versions) or 'no library version differs'}"
         )

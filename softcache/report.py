@@ -27,7 +27,7 @@ def models_table(rows: Sequence[Row]) -> str:
         (
             row.name,
             f"{row.parameters:,}",
-            f"{row.parameters / first:.1%}",
+            f"{row.parameters / first:.1%}" if first else "-",
             f"{row.evaluation.errors:,} of {row.evaluation.samples:,}" if row.evaluation else "-",
             f"{row.evaluation.accuracy:.2%}" if row.evaluation else "-",
         )

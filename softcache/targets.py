@@ -95,14 +95,14 @@ def decode(
     ratio = temperature / wanted
     match encoding:
         case Dense():
-            return torch.log_softmax(stored["log_probs"].float() * ratio, dim=-1)
+            return _retempered(stored["log_probs"].float(), ratio)
         case Quantized():
-            depth = (stored["codes"].float() / 255).square_() * stored["ranges"].float()
-            return torch.log_softmax(depth * -ratio, dim=-1)
+            depth = stored["codes"].float().div_(-255).square_() * -stored["ranges"].float()
+            return _retempered(depth, ratio)
         case TopK():
             return _decode_topk(encoding, stored, ratio, wanted, classes)
         case Basis():
-            return torch.log_softmax(_basis_rows(encoding, stored) * ratio, dim=-1)
+            return _retempered(_basis_rows(encoding, stored), ratio)
         case Sampled():
             check_sampled(temperature, wanted)
             return _decode_sampled(encoding, stored["ids"], classes)
@@ -181,7 +181,7 @@ def _encode_quantized(log_probs: Tensor) -> Stored:
     depth = log_probs.amax(-1, keepdim=True) - log_probs  # (B, C), 0 at the largest
     depth = depth.clamp(max=QUANTIZED_RANGE)
     ranges = _half_above(depth.amax(-1, keepdim=True))
-    share = depth / ranges.float().clamp(min=torch.finfo(torch.float16).tiny)
+    share = depth / ranges.float()
     codes = (share.sqrt() * 255).round().clamp(max=255).to(torch.uint8)
     return {"codes": codes.cpu().numpy(), "ranges": ranges.cpu().numpy()}
 
@@ -286,6 +286,8 @@ def _encode_sampled(log_probs: Tensor, draws: npt.NDArray[np.float64], n: int) -
     total = log_probs.double().exp().cumsum(-1)  # (B, C)
     offsets = torch.from_numpy(draws).to(log_probs.device)  # (B, 1)
     places = (offsets + torch.arange(n, device=log_probs.device)) / n * total[:, -1:]
+    # the last draw must not round up to the total, behind which classes have probability 0
+    places = torch.minimum(places, total[:, -1:] * (1 - 2**-50))
     ids = torch.searchsorted(total, places, right=True).clamp(max=classes - 1)  # (B, n)
     return {"ids": _short_ids(ids, classes)}
 
@@ -295,7 +297,7 @@ def _decode_sampled(encoding: Sampled, ids: Tensor, classes: int) -> SparseTarge
     ids = ids.sort(-1).values
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    counts = (ids[:, :, None] == ids[:, None]).sum(-1)  # (B, n)
+    counts = torch.searchsorted(ids, ids, right=True) - torch.searchsorted(ids, ids)  # (B, n)
     log_probs = torch.where(first, (counts / encoding.n).log(), -math.inf)
     rest = torch.full_like(log_probs[:, 0], -math.inf)
     return SparseTargets(ids=ids, log_probs=log_probs, rest=rest, classes=classes)
@@ -317,6 +319,11 @@ def _short_ids(ids: Tensor, classes: int) -> npt.NDArray[Any]:
     # to a signed type of the same width and back: all bits are kept
     short = torch.int16 if id_dtype(classes) == "<u2" else torch.int32
     return ids.to(short).cpu().numpy().view(id_dtype(classes))
+
+
+def _retempered(rows: Tensor, ratio: float) -> Tensor:
+    """log softmax(rows · ratio); `rows` is scratch, and no further copy of its size is made."""
+    return torch.log_softmax(rows if ratio == 1 else rows.mul_(ratio), dim=-1)
 
 
 def _half(values: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
-from softcache.models import build, load_weights, parameter_count, public_name
+from softcache.models import (
+    build,
+    load_weights,
+    parameter_count,
+    public_name,
+    read_weights,
+)
 from softcache.targets import soften
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +47,7 @@ class Ensemble:
 
     @property
     def classes(self) -> int:
-        return self.teachers[0].classes
+        return self.teachers[0].classes or 0
 
     @property
     def provenance(self) -> tuple[dict[str, Any], ...]:
@@ -72,7 +80,7 @@ class Teacher:
 
     spec: str
     model: nn.Module
-    classes: int
+    classes: int | None  # None: whatever it gives
     device: torch.device
     precision: str
     provenance: dict[str, Any]
@@ -101,17 +109,18 @@ class Teacher:
     def _checked(
         self, logits: object, batch: int, which: str, numbers: npt.NDArray[np.int64]
     ) -> Tensor:
-        expected = f"expected a tensor of logits of shape ({batch}, {self.classes})"
+        expected = f"expected a tensor of logits of shape ({batch}, {self.classes or 'classes'})"
         if not isinstance(logits, Tensor):
             raise ModelError(
                 f"teacher {self.spec} returns {type(logits).__name__} for {which}; {expected}: "
                 "wrap it in a callable that returns the logits alone"
             )
-        if logits.shape != (batch, self.classes):
+        width = self.classes or (logits.shape[1] if logits.ndim == 2 else 0)
+        if logits.shape != (batch, width):
             raise ModelError(
                 f"teacher {self.spec} returns shape {tuple(logits.shape)} for {which}; {expected}"
             )
-        logits = logits.float()
+        logits = logits.detach().float()
         if not bool(logits.isfinite().all()):
             row = int((~logits.isfinite()).any(-1).nonzero()[0, 0])
             column = int((~logits[row].isfinite()).nonzero()[0, 0])
@@ -165,14 +174,11 @@ def load_teacher(
         "parameters": parameter_count(model),
         "sha256": state_sha256(model),
     }
-    teacher = Teacher(spec, model, width or 0, device, precision, provenance)
-    if not width:
-        with torch.inference_mode():
-            output = model(sample.to(device))
-        found = output.shape[-1] if isinstance(output, Tensor) and output.ndim == 2 else 0
-        teacher = Teacher(spec, model, found, device, precision, provenance)
-    teacher.logits(sample)
-    return teacher
+    teacher = Teacher(spec, model, width, device, precision, provenance)
+    found = teacher.logits(sample).shape[1]
+    if found < 2:
+        raise ModelError(f"teacher {spec} gives {found} class; expected 2 or more")
+    return dataclasses.replace(teacher, classes=found)
 
 
 def make_ensemble(teachers: Sequence[Teacher], weights: Sequence[float]) -> Ensemble:
@@ -182,14 +188,19 @@ def make_ensemble(teachers: Sequence[Teacher], weights: Sequence[float]) -> Ense
         SettingsError: weights that do not fit.
         ModelError: the teachers have different numbers of classes.
     """
-    if weights and (len(weights) != len(teachers) or min(weights) <= 0):
+    if weights and (
+        len(weights) != len(teachers) or not all(0 < weight < math.inf for weight in weights)
+    ):
         raise SettingsError(
             f"{len(weights)} teacher weights {list(weights)} for {len(teachers)} teachers; expected "
             "one above 0 for each, or none"
         )
-    counts = {teacher.spec: teacher.classes for teacher in teachers}
-    if len(set(counts.values())) > 1:
-        raise ModelError(f"teachers have different numbers of classes: {counts}")
+    counts = [teacher.classes for teacher in teachers]
+    if len(set(counts)) > 1:
+        named = ", ".join(f"{teacher.spec} {teacher.classes}" for teacher in teachers)
+        raise ModelError(
+            f"teachers have different numbers of classes: {named}; average only teachers of one task"
+        )
     shares = list(weights) or [1.0] * len(teachers)
     return Ensemble(tuple(teachers), tuple(share / sum(shares) for share in shares))
 
@@ -205,7 +216,8 @@ def state_sha256(model: nn.Module) -> str:
 
 def _width_of(weights: Path) -> int:
     """Rows of the last matrix, which is the number of classes of a built-in architecture."""
-    from softcache.models import read_weights
-
-    widths = [len(tensor) for tensor in read_weights(weights).values() if tensor.ndim == 2]
-    return widths[-1] if widths else 2
+    matrices = {name: len(t) for name, t in read_weights(weights).items() if t.ndim == 2}
+    if not matrices:
+        raise ModelError(f"weights {weights} hold no matrix, so not those of a classifier")
+    # files may order names as text, 13.weight before 9.weight
+    return matrices[max(matrices, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])]

@@ -19,28 +19,34 @@ from accelerate import Accelerator
 from softcache import __version__
 from softcache.cache import Cache, open_cache
 from softcache.data import (
+    Batch,
+    Request,
     ShuffledBatches,
     Source,
+    augmented,
     check_labels,
     loader,
+    make_request,
     open_source,
-    to_float,
 )
 from softcache.errors import Interrupted, SettingsError
 from softcache.evaluate import Evaluation, data_digest
 from softcache.join import join_samples
 from softcache.learner import Learner, make_accelerator, make_learner, prepare_folder
-from softcache.loss import Targets
+from softcache.loss import Labels, MixedLabels, Targets
 from softcache.models import build, load_weights, public_name
 from softcache.progress import progress
-from softcache.replay import check_replay
+from softcache.replay import check_replay, replayed
 from softcache.report import Row, models_table
 from softcache.targets import soft_targets
 from softcache.verify import check_damage
-from softcache.views import augment, parse_augment
+from softcache.views import Augmentation, parse_augment
 
 # (view, rows of the cache (B,)) -> the teacher's log-probabilities (B, C) at the temperature
 TargetsOf = Callable[[int, "npt.NDArray[np.int64]"], Targets]
+
+
+MAX_LEARNING_RATE = 1e6
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ class TrainConfig:
     alpha: float | None = None  # None: 0.9 with a cache, 0 without
     temperature: float | None = None  # None: the cache's
     seed: int = 0
-    augment: str | None = None  # without a cache; a cache brings its own
+    augment: str | None = None  # with a cache, only its own
+    extra_augment: str | None = None  # on top of the cache's, which makes its targets inexact
     baseline: bool = False
     init: Path | None = None
     classes: int | None = None  # None: as the cache or the data say
@@ -79,6 +86,14 @@ class TrainConfig:
         ):
             if value < low:
                 raise SettingsError(f"{name} is {value}; expected {low} or more")
+        if self.classes is not None and self.classes < 2:
+            raise SettingsError(f"classes is {self.classes}; expected 2 or more")
+        if not 0 <= self.weight_decay < math.inf:
+            raise SettingsError(f"weight decay is {self.weight_decay}; expected 0 or more")
+        if self.learning_rate > MAX_LEARNING_RATE:
+            raise SettingsError(
+                f"lr is {self.learning_rate}; expected at most {MAX_LEARNING_RATE:g}"
+            )
         for name, number in (("temperature", self.temperature), ("lr", self.learning_rate)):
             if number is not None and not 0 < number < math.inf:
                 raise SettingsError(f"{name} is {number}; expected a number above 0")
@@ -88,11 +103,6 @@ class TrainConfig:
             raise SettingsError(
                 "--alpha, --temperature and --baseline need a CACHE of soft targets; name one, or "
                 "leave these options out to train on labels alone"
-            )
-        if self.cache is not None and self.augment:
-            raise SettingsError(
-                "--augment with a cache would change the pixels that the cached targets belong to; "
-                "leave it out here, and give it to softcache dump"
             )
 
     @property
@@ -115,20 +125,22 @@ def train(config: TrainConfig) -> list[Learner]:
     if cache is not None and config.verify:
         check_damage(cache)
     rows, targets = np.arange(len(source)), None
+    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     if cache is not None:
         temperature = config.temperature or cache.header.temperature
         targets = soft_targets(cache, temperature, accelerator.device)
         rows = join_samples(source, cache, config.workers)
-        check_replay(cache, source, rows)
+        augmentation = replayed(cache.header, config.augment, len(source))
+        check_replay(cache, source, augmentation, rows)
     for folder in (config.out, *([config.out / "baseline"] if config.baseline else [])):
         prepare_folder(folder, overwrite=config.overwrite)
     try:
-        learners = fit(config, accelerator, source, eval_source, cache, rows, targets)
+        learners = fit(config, accelerator, source, eval_source, cache, augmentation, rows, targets)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; {config.out} has the metrics so far, but no student") from None
     if accelerator.is_main_process:
         for learner in learners:
-            learner.save(run_facts(config, source, cache))
+            learner.save(run_facts(config, source, eval_source, cache))
         print(final_table(learners, cache, eval_source))
     return learners
 
@@ -139,6 +151,7 @@ def fit(
     source: Source,
     eval_source: Source | None,
     cache: Cache | None,
+    augmentation: Augmentation,
     rows: npt.NDArray[np.int64],
     targets: TargetsOf | None,
 ) -> list[Learner]:
@@ -151,37 +164,54 @@ def fit(
         targets: what the learners are taught, by view and rows of the cache.
     """
     header = cache.header if cache else None
-    ops = parse_augment(header.augment if header else config.augment)
-    seed = header.seed if header else config.seed
     first_view, first_sample = (header.first_view, header.first_sample) if header else (0, 0)
+    where = np.argsort(rows, kind="stable")
+    extra = parse_augment(config.extra_augment, seed=config.seed, total=len(source))
+
+    def view_of(epoch: int) -> int:
+        return first_view + epoch % header.views if header else epoch
+
+    def request(indices: npt.NDArray[np.int64], epoch: int) -> Request:
+        samples = first_sample + rows[indices]
+        return make_request(augmentation, indices.tolist(), view_of(epoch), samples, where)
+
     temperature = config.temperature or (header.temperature if header else 1.0)
     classes = class_count(config, source, cache)
-    batches = ShuffledBatches(len(source), config.batch_size, config.seed)
+    batches = ShuffledBatches(len(source), config.batch_size, config.seed, request)
     steps = config.epochs * len(batches)
     learners = make_learners(config, accelerator, source, classes, steps)
-    batch_loader = accelerator.prepare(loader(source, batches, workers=config.workers))
+    batch_loader = accelerator.prepare(
+        loader(source, batches, augmentation=augmentation, workers=config.workers)
+    )
+    device = accelerator.device
     with progress("train", steps, "steps") as advance:
         for epoch in range(config.epochs):
             batches.set_epoch(epoch)
-            view = epoch % header.views if header else epoch
+            view = view_of(epoch)
             for batch in batch_loader:
                 indices = batch.indices.cpu().numpy()
                 check_labels(batch.labels.cpu().numpy(), indices, classes, source)
                 samples = rows[indices]
-                inputs = augment(
-                    to_float(batch.inputs),
-                    ops,
-                    seed=seed,
-                    view=first_view + view,
-                    samples=first_sample + samples,
-                )
-                soft = targets(view, samples) if targets else None
+                inputs = augmented(batch, augmentation, view, first_sample + samples, device)
+                inputs = extra(inputs, None, epoch, indices)
+                soft = targets(view - first_view, samples) if targets else None
+                labels = labels_of(batch, augmentation, view, first_sample + samples)
                 for learner in learners:
-                    learner.step(inputs, batch.labels, soft, temperature)
+                    learner.step(inputs, labels, soft, temperature)
                 advance(1)
             for learner in learners:
                 learner.finish_epoch(epoch, eval_source, config.workers)
     return learners
+
+
+def labels_of(
+    batch: Batch, augmentation: Augmentation, view: int, samples: npt.NDArray[np.int64]
+) -> Labels:
+    """The labels of a batch; under mixup, with those of the partners and their shares."""
+    if not augmentation.mixup:
+        return batch.labels
+    shares = torch.from_numpy(augmentation.shares(view, samples)).to(batch.labels.device)
+    return MixedLabels(batch.labels, batch.partner_labels, shares.float())
 
 
 def make_learners(
@@ -205,6 +235,7 @@ def make_learners(
                 name=name,
                 folder=folder,
                 alpha=alpha,
+                classes=classes,
                 learning_rate=config.learning_rate,
                 weight_decay=config.weight_decay,
                 schedule=config.schedule,
@@ -237,9 +268,12 @@ def class_count(config: TrainConfig, source: Source, cache: Cache | None) -> int
     return int(labels.max()) + 1
 
 
-def run_facts(config: TrainConfig, source: Source, cache: Cache | None) -> dict[str, object]:
+def run_facts(
+    config: TrainConfig, source: Source, eval_source: Source | None, cache: Cache | None
+) -> dict[str, object]:
     """What config.json says of a run: the settings, and whose soft targets it learned from."""
     settings = dataclasses.asdict(config) | {"student": public_name(config.student)}
+    settings |= {"data": source.name, "eval_data": eval_source.name if eval_source else None}
     for path in ("out", "cache", "init"):
         settings[path] = settings[path] and settings[path].name
     return {

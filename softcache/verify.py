@@ -20,6 +20,8 @@ def verify(path: Path, expect: str | None = None) -> str:
         FormatError: bytes do not match their digests, or the content id is not the expected one.
     """
     cache = open_cache(path, unfinished=True)
+    if cache.header.summary is None:
+        cache = open_cache(path)  # says how far it is
     check_damage(cache)
     content_id = cache.content_id()
     if expect is not None and content_id != expect.strip().lower():
@@ -50,6 +52,8 @@ def repair(path: Path) -> str:
     """
     cache = open_cache(path, unfinished=True)
     damage = _damage(cache)
+    if cache.header.summary is None:
+        damage = [part for part in damage if not part.missing]
     lost = [part for part in damage if part.samples is None]
     if lost:
         raise FormatError(

@@ -6,8 +6,11 @@ state, so that a view is the same on any machine, in any order and for any batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +20,21 @@ from torch import Tensor
 
 from softcache.cache.header import FINGERPRINT
 from softcache.errors import SettingsError
+from softcache.imports import import_callable
 
+FORMS = (
+    "shift:PIXELS, flip, crop:AREA (the smallest, 0 to 1), jitter:STRENGTH (0 to 1) or cutout:PIXELS, "
+    "separated by commas; before them FILE.py:CALLABLE, after them mixup"
+)
+# streams of random numbers of one sample, apart from those of its own operations, 0, 1, …
+PARTNER_OPS_STREAM, PARTNER_STREAM, SHARE_STREAM, TRANSFORM_STREAM = (
+    1 << 16,
+    1 << 17,
+    1 << 18,
+    1 << 19,
+)
+PARTNER_TRANSFORM_STREAM = 1 << 20
+Samples = npt.NDArray[np.int64]  # (B,) numbers of samples in the draws
 Draws = npt.NDArray[np.float64]  # (B, n) uniform in [0, 1)
 
 
@@ -60,47 +77,197 @@ class Flip:
         return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
-def parse_augment(spec: str | None) -> tuple[Op, ...]:
-    """The operations of a specification such as `shift:2,flip`; none for None or "".
+@dataclass(frozen=True)
+class Crop:
+    """A random part of the image at the image's own size: random resized crop.
+
+    Area uniform from `area` to 1 of the image, ratio of sides log-uniform from 3/4 to 4/3, place
+    uniform, bilinear: Szegedy et al., "Going deeper with convolutions" (arXiv 1409.4842), section 6.
+    """
+
+    area: float
+    draws = 4
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        area = self.area + (1 - self.area) * draws[:, 0]
+        ratio = np.exp((2 * draws[:, 1] - 1) * np.log(4 / 3))
+        sides = np.minimum(
+            np.sqrt(area[:, None] * np.stack([ratio, 1 / ratio], -1)), 1
+        )  # (B, 2) x, y
+        centres = (1 - sides) * (2 * draws[:, 2:] - 1)  # in -1..1 from edge to edge
+        matrix = np.zeros((len(draws), 2, 3), np.float32)
+        matrix[:, [0, 1], [0, 1]], matrix[:, :, 2] = sides, centres
+        grid = torch.nn.functional.affine_grid(
+            torch.from_numpy(matrix).to(images.device), list(images.shape), align_corners=False
+        )
+        return torch.nn.functional.grid_sample(
+            images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+        )
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Brightness, contrast and saturation times 1 - strength to 1 + strength, in this order."""
+
+    strength: float
+    draws = 3
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        factors = torch.from_numpy(1 + self.strength * (2 * draws - 1)).to(images)
+        bright, contrast, saturation = factors[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1)
+        images = (images * bright).clamp(0, 1)
+        images = (images - (mean := images.mean((1, 2, 3), keepdim=True))) * contrast + mean
+        images = images.clamp(0, 1)
+        grey = images.mean(1, keepdim=True)
+        return ((images - grey) * saturation + grey).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """A square of `size` pixels becomes 0: DeVries and Taylor (arXiv 1708.04552).
+
+    Its centre is anywhere in the image, so that a part of it may lie outside.
+    """
+
+    size: int
+    draws = 2
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        height, width = images.shape[-2:]
+        centres = torch.from_numpy((draws * [height, width]).astype(np.int64)).to(images.device)
+        low = centres - self.size // 2  # (B, 2)
+        rows, columns = (
+            (torch.arange(length, device=images.device) - low[:, axis, None])
+            for axis, length in enumerate((height, width))
+        )
+        inside = ((rows >= 0) & (rows < self.size))[:, :, None]
+        inside = inside & ((columns >= 0) & (columns < self.size))[:, None]
+        return images.masked_fill(inside[:, None], 0)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What makes a view of a sample: a user's own transform, operations on tensors, and mixup.
+
+    Everything it draws follows from (seed, view, sample) alone.
+    """
+
+    spec: str | None
+    seed: int
+    total: int = 0  # samples in the data, among which mixup chooses
+    transform: Callable[[Tensor], Tensor] | None = None
+    ops: tuple[Op, ...] = ()
+    mixup: bool = False
+
+    def partners(self, view: int, samples: Samples) -> Samples | None:
+        """The sample that each of `samples` (B,) is mixed with; None without mixup."""
+        if not self.mixup:
+            return None
+        return (self._draw(view, samples, PARTNER_STREAM) * self.total).astype(np.int64)
+
+    def shares(self, view: int, samples: Samples) -> npt.NDArray[np.float64]:
+        """The share of its partner in each sample (B,), uniform in [0, 1); 0 without mixup.
+
+        Zhang et al., "mixup" (arXiv 1710.09412), with the uniform weights of Beyer et al. (arXiv
+        2106.05237), section 3.
+        """
+        return self._draw(view, samples, SHARE_STREAM) if self.mixup else np.zeros(len(samples))
+
+    def transformed(
+        self, raw: Tensor, view: int, samples: Samples, *, partner: bool = False
+    ) -> Tensor:
+        """Raw inputs (B, *shape) after the user's transform, each with random states of its own."""
+        if self.transform is None:
+            return raw
+        stream = PARTNER_TRANSFORM_STREAM if partner else TRANSFORM_STREAM
+        draws = uniform(self.seed, view, samples, stream=stream, draws=1)[:, 0]
+        return torch.stack(
+            [
+                _seeded(self.transform, one, int(draw * 2**32))
+                for one, draw in zip(raw, draws, strict=True)
+            ]
+        )
+
+    def __call__(
+        self, inputs: Tensor, partners: Tensor | None, view: int, samples: Samples
+    ) -> Tensor:
+        """Augmented inputs (B, *shape) of float inputs, and of those of their partners."""
+        mine = self._operate(inputs, view, samples, first_stream=0)
+        if partners is None or not self.mixup:
+            return mine
+        theirs = self._operate(partners, view, samples, first_stream=PARTNER_OPS_STREAM)
+        share = torch.from_numpy(self.shares(view, samples)).to(mine)
+        return torch.lerp(mine, theirs, share.view(-1, *[1] * (mine.ndim - 1)))
+
+    def _operate(self, images: Tensor, view: int, samples: Samples, first_stream: int) -> Tensor:
+        if self.ops and images.ndim != 4:
+            raise SettingsError(
+                f"inputs of shape {tuple(images.shape[1:])} are not images (channels, height, width), "
+                f"which is what --augment {self.spec} takes; leave it out, or give a callable"
+            )
+        for place, op in enumerate(self.ops, first_stream):
+            images = op(images, uniform(self.seed, view, samples, stream=place, draws=op.draws))
+        return images
+
+    def _draw(self, view: int, samples: Samples, stream: int) -> npt.NDArray[np.float64]:
+        return uniform(self.seed, view, samples, stream=stream, draws=1)[:, 0]
+
+
+def public_spec(spec: str | None) -> str | None:
+    """The specification without folders: what may be written into a shared file."""
+    if not spec or ".py:" not in spec:
+        return spec or None
+    place, comma, rest = spec.partition(",")
+    path, _, attribute = place.rpartition(":")
+    return f"{Path(path).name}:{attribute}{comma}{rest}"
+
+
+def parse_augment(spec: str | None, *, seed: int, total: int) -> Augmentation:
+    """The augmentation that a specification such as `shift:2,flip,mixup` names.
 
     Raises:
-        SettingsError: an unknown name, or a size that is no whole number from 1 up.
+        SettingsError: an unknown name, a size out of range, or parts in an order that cannot be.
     """
-    return tuple(_parse_op(part, spec or "") for part in (spec or "").split(",") if part)
+    parts = [part for part in (spec or "").split(",") if part]
+    mixup = "mixup" in parts
+    if mixup and parts.pop() != "mixup":
+        raise SettingsError(f"augmentation {spec!r}: mixup comes last, once")
+    transform = (
+        import_callable(parts.pop(0), what="augmentation") if parts and ".py:" in parts[0] else None
+    )
+    ops = tuple(_parse_op(part, spec or "") for part in parts)
+    return Augmentation(spec, seed, total, transform, ops, mixup)
+
+
+def _seeded(transform: Callable[[Tensor], Tensor], sample: Tensor, seed: int) -> Tensor:
+    """Call a user's transform with python, numpy and torch seeded, and put them back."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  # what a user's transform draws from
+        torch.manual_seed(seed)
+        return torch.as_tensor(transform(sample))
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
 
 
 def _parse_op(part: str, spec: str) -> Op:
     name, _, size = part.partition(":")
-    if name == "shift" and size.isdecimal() and int(size) > 0:
-        return Shift(int(size))
-    if name == "flip" and not size:
-        return Flip()
-    raise SettingsError(
-        f"augmentation {part!r} in {spec!r} is unknown; expected shift:PIXELS or flip, "
-        "separated by commas"
-    )
-
-
-def augment(
-    images: Tensor, ops: Sequence[Op], *, seed: int, view: int, samples: npt.NDArray[np.int64]
-) -> Tensor:
-    """Apply `ops` in turn, each with draws of its own.
-
-    Args:
-        images: (B, C, H, W) float.
-        samples: (B,) the numbers of the samples in the data set.
-
-    Raises:
-        SettingsError: the inputs are not images.
-    """
-    if ops and images.ndim != 4:
-        raise SettingsError(
-            f"inputs of shape {tuple(images.shape[1:])} are not images (channels, height, width), "
-            "which is what --augment takes; leave it out"
-        )
-    for place, op in enumerate(ops):
-        images = op(images, uniform(seed, view, samples, stream=place, draws=op.draws))
-    return images
+    pixels = int(size) if size.isdecimal() else 0
+    share = float(size) if re.fullmatch(r"0?\.\d+|1(\.0*)?", size) else 0.0
+    made: dict[str, Op | None] = {
+        "shift": Shift(pixels) if pixels else None,
+        "flip": Flip() if not size else None,
+        "crop": Crop(share) if share else None,
+        "jitter": Jitter(share) if share else None,
+        "cutout": Cutout(pixels) if pixels else None,
+    }
+    op = made.get(name)
+    if op is None:
+        raise SettingsError(f"augmentation {part!r} in {spec!r} is unknown; expected {FORMS}")
+    return op
 
 
 def fingerprint(inputs: Tensor) -> npt.NDArray[np.float32]:

@@ -24,7 +24,7 @@ Axis = Literal["rows", "samples", "shared", "commits"]
 DTYPES = frozenset({"<f2", "<f4", "|u1", "|i1", "<u2", "<u4", "<i8", "<u8"})
 FLOAT16_LOWEST = -65504.0  # log p below it is stored as it: exp of both is 0, and no inf - inf
 QUANTIZED_RANGE = 256.0  # how far below the row's largest `quantized` reaches
-BASIS_RANGE = 1000.0  # the same for `basis`: a class further down has no probability at any T' to 8
+BASIS_RANGE = 100.0  # the same for `basis`, where one class far down blurs the whole row
 TAIL_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 
 Floats = npt.NDArray[np.float32]
@@ -168,7 +168,7 @@ class Basis:
             ArraySpec("steps", "<f2", "rows", (2,)),
             ArraySpec("ids", id_dtype(classes), "rows", (self.top,)),
             ArraySpec("rests", "|i1", "rows", (self.top,)),
-            ArraySpec("mean", "<f2", "shared", (classes,)),
+            ArraySpec("mean", "<f4", "shared", (classes,)),
             ArraySpec("directions", "<f2", "shared", (self.rank, classes)),
             ArraySpec("direction_steps", "<f4", "shared", (self.rank,)),
         ]
@@ -305,7 +305,9 @@ def encoding_from_json(fields: object) -> Encoding:
         )
     for name, value in given.items():
         if name == "temperatures":
-            if not isinstance(value, list) or any(type(t) not in (int, float) for t in value):
+            if not isinstance(value, list) or any(
+                type(t) not in (int, float) or not 0 < t < 1e7 for t in value
+            ):
                 raise FormatError(f"encoding is {shown}; {name} are no list of numbers")
             given[name] = tuple(float(t) for t in value)
         elif type(value) is not int or not 0 <= value < 1 << 31:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ KNOWN_FEATURES: frozenset[str] = frozenset()
 MAX_HEADER = 1 << 20  # bytes of JSON
 MAX_FILE = 1 << 60  # bytes
 MAX_COUNT = 1 << 48  # samples, and rows of all views together
-MAX_CLASSES = 1 << 31
+MAX_CLASSES = 1 << 24
+MAX_BLOCKS = 1 << 24  # of all views together
+MAX_TEMPERATURE = 1e6
 FINGERPRINT = 8  # numbers in the fingerprint of one augmented sample
 MAX_NAME = 1024  # bytes of a class name
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -137,7 +140,9 @@ def parse_preamble(raw: bytes, file_bytes: int) -> tuple[int, int, int]:
     Raises:
         FormatError: the file is no cache, or its preamble points outside the file.
     """
-    if len(raw) < PREAMBLE.size or not raw.startswith(MAGIC):
+    if raw.startswith(MAGIC) and len(raw) < PREAMBLE.size:
+        raise FormatError(f"the file was cut to {len(raw)} bytes; copy it again")
+    if not raw.startswith(MAGIC):
         raise FormatError(_what_it_is(raw))
     _, offset, length, digest = PREAMBLE.unpack(raw[: PREAMBLE.size])
     if length > MAX_HEADER:
@@ -152,11 +157,11 @@ def parse_preamble(raw: bytes, file_bytes: int) -> tuple[int, int, int]:
 
 def _what_it_is(raw: bytes) -> str:
     if not raw:
-        return "the file is empty, not a cache"
+        return "the file is empty, not a cache; make one with softcache dump"
     if raw.startswith(HDF5_SIGNATURE):
         return "an HDF5 file, but not a softcache cache; make one with softcache dump"
     kinds = {
-        b"PK": "a zip archive (npz, pt, pt2?)",
+        b"PK": "a zip archive (npz, pt or pt2)",
         b"\x93NUMPY": "an npy file",
         b"\x1f\x8b": "gzip",
     }
@@ -214,17 +219,27 @@ def _version(fields: JSON) -> tuple[int, int]:
 def _build(fields: JSON, version: tuple[int, int]) -> Header:
     samples = _int(fields, "samples", 1, MAX_COUNT)
     views = _int(fields, "views", 1, MAX_COUNT // samples)
+    block_rows = _int(fields, "block_rows", 1, samples)
+    blocks = views * -(-samples // block_rows)
+    if blocks > MAX_BLOCKS:
+        raise FormatError(
+            f"block_rows is {block_rows}, which makes {blocks:,} blocks; expected at most {MAX_BLOCKS:,}"
+        )
     temperature = fields["temperature"]
-    if type(temperature) not in (int, float) or not 0 < temperature < 1e6:
-        raise FormatError(f"temperature is {_shown(temperature)}; expected a number above 0")
+    if type(temperature) not in (int, float) or not 0 < temperature <= MAX_TEMPERATURE:
+        raise FormatError(
+            f"temperature is {_shown(temperature)}; expected a number above 0, up to 1e6"
+        )
     arrays = fields["arrays"]
     if not isinstance(arrays, list) or len(arrays) > 64:
         raise FormatError(f"arrays is {_shown(arrays)}; expected a list of at most 64")
     teachers = fields["teachers"]
     if not isinstance(teachers, list) or not all(_is_teacher(teacher) for teacher in teachers):
-        raise FormatError(f"teachers is {_shown(teachers)}; expected objects with name, parameters")
+        raise FormatError(
+            f"teachers is {_shown(teachers)}; expected objects with name, parameters, weight"
+        )
     software = fields["software"]
-    if not isinstance(software, dict) or not all(isinstance(v, str) for v in software.values()):
+    if not isinstance(software, dict) or not all(map(_is_text, [*software, *software.values()])):
         raise FormatError(f"software is {_shown(software)}; expected versions by name")
     return Header(
         views=views,
@@ -243,7 +258,7 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
         teachers=tuple(teachers),
         evaluation=_evaluation(fields["evaluation"]),
         software=software,
-        block_rows=_int(fields, "block_rows", 1, samples),
+        block_rows=block_rows,
         user_block=_int(fields, "user_block", 512, MAX_FILE),
         file_bytes=_int(fields, "file_bytes", 1, MAX_FILE),
         hdf5_digest=_text(fields, "hdf5_digest"),
@@ -308,15 +323,17 @@ def _check_layout(header: Header, file_bytes: int) -> None:
             positions=header.positions,
             classes=header.classes,
             name_bytes=name_bytes,
-            fingerprinted=fingerprinted.shape[0] if fingerprinted else 1,
+            fingerprinted=fingerprinted.shape[0] if fingerprinted and fingerprinted.shape else 1,
         )
     except SettingsError as error:
         raise FormatError(str(error)) from error
     wanted = {spec.name: (spec, shape) for spec, shape in listed}
     wanted |= digest_arrays(header.views, header.blocks)
     if set(found) != set(wanted):
+        lacking, odd = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
         raise FormatError(
-            f"arrays are {_shown(sorted(found))}; a {header.encoding.name} cache has {sorted(wanted)}"
+            f"a {header.encoding.name} cache has arrays {sorted(wanted)}; lacking here: "
+            f"{', '.join(lacking) or 'none'}, unknown: {_shown(', '.join(odd) or 'none')}"
         )
     for name, (spec, shape) in wanted.items():
         array = found[name]
@@ -353,7 +370,8 @@ def _array(fields: object) -> Array:
     name, dtype, axis = _text(fields, "name"), _text(fields, "dtype"), fields["axis"]
     if not name.isidentifier():
         raise FormatError(f"array name {_shown(name)} is no plain word")
-    text_bytes = int(dtype[2:]) if dtype.startswith("|S") and dtype[2:].isdecimal() else 0
+    text = re.fullmatch(r"\|S([1-9][0-9]{0,3})", dtype, re.ASCII)
+    text_bytes = int(text[1]) if text else 0
     if dtype not in DTYPES and not 1 <= text_bytes <= MAX_NAME:
         raise FormatError(
             f"array {name} has type {_shown(dtype)}; expected one of {', '.join(sorted(DTYPES))}, or "
@@ -372,9 +390,12 @@ def _array(fields: object) -> Array:
 def _is_teacher(value: object) -> bool:
     return (
         isinstance(value, dict)
+        and all(_is_text(text) for text in value.values() if isinstance(text, str))
         and isinstance(value.get("name"), str)
         and type(value.get("parameters")) is int
         and value["parameters"] >= 0
+        and type(value.get("weight")) in (int, float)
+        and 0 < value["weight"] <= 1
     )
 
 
@@ -407,9 +428,17 @@ def _summary(value: object) -> JSON | None:
     if not isinstance(value, dict) or not set(SUMMARY) <= set(value):
         raise FormatError(f"summary is {_shown(value)}; expected {', '.join(SUMMARY)}")
     agreement = value["agreement"]
-    if not isinstance(value["entropy"], float) or not isinstance(agreement, float | None):
-        raise FormatError(f"summary is {_shown(value)}; expected numbers")
+    if not isinstance(value["entropy"], float) or not value["entropy"] >= 0:
+        raise FormatError(f"summary has entropy {_shown(value['entropy'])}; expected 0 or more")
+    if agreement is not None and (not isinstance(agreement, float) or not 0 <= agreement <= 1):
+        raise FormatError(f"summary has agreement {_shown(agreement)}; expected 0 to 1, or null")
     _int(value, "rows", 1, MAX_COUNT)
+    fidelity = value.get("fidelity", {})
+    numbers = (
+        [v for k, v in fidelity.items() if k != "at"] if isinstance(fidelity, dict) else [None]
+    )
+    if any(type(number) not in (int, float) for number in numbers):
+        raise FormatError(f"summary has fidelity {_shown(fidelity)}; expected numbers by name")
     return value
 
 
@@ -427,9 +456,13 @@ def _tuple(fields: JSON, name: str, low: int, high: int) -> tuple[int, ...]:
     return tuple(_int({name: part}, name, low, high) for part in value)
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 4096 and value.isprintable()
+
+
 def _text(fields: JSON, name: str) -> str:
     value = fields[name]
-    if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
+    if not isinstance(value, str) or not _is_text(value):
         raise FormatError(f"{name} is {_shown(value)}; expected printable text")
     return value
 
@@ -456,12 +489,18 @@ def _load_json(text: bytes) -> JSON:
             raise FormatError(f"the header's JSON holds {_shown(digits)}; expected finite numbers")
         return value
 
+    def bounded(digits: str) -> int:
+        if len(digits) > 19:  # beyond any number that a rule of the format allows
+            raise FormatError(f"the header's JSON holds {_shown(digits)}; expected smaller numbers")
+        return int(digits)
+
     try:
         fields = json.loads(
             text.decode("ascii"),
             object_pairs_hook=no_duplicates,
             parse_constant=no_constant,
             parse_float=finite,
+            parse_int=bounded,
         )
     except RecursionError:
         raise FormatError("the header's JSON is nested too deep") from None

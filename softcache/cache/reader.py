@@ -17,7 +17,9 @@ import xxhash
 
 from softcache.cache.encodings import Floats
 from softcache.cache.header import PREAMBLE, Array, Header, parse_header, parse_preamble
-from softcache.errors import FormatError
+from softcache.errors import FormatError, SettingsError
+
+SHOWN_CLASSES = 1 << 12  # class names that are read for people
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,11 @@ class Cache:
 
     @property
     def class_names(self) -> list[str]:
-        return [name.decode("utf-8", "replace") for name in self.arrays["class_names"]]
+        """The first of them, as printable text."""
+        names = [
+            name.decode("utf-8", "replace") for name in self.arrays["class_names"][:SHOWN_CLASSES]
+        ]
+        return [name if name.isprintable() else ascii(name) for name in names]
 
     def missing_blocks(self) -> int:
         """Blocks not committed yet, of rows and of samples together."""
@@ -70,8 +76,16 @@ class Cache:
             for array in self.header.arrays
             if array.axis in ("rows", "shared")
         }
-        own = self.header.temperature
-        return self.header.encoding.decode(stored, own, temperature or own, self.header.classes)
+        own, classes = self.header.temperature, self.header.classes
+        wanted = own if temperature is None else temperature
+        if not 0 < wanted < np.inf:
+            raise SettingsError(f"temperature is {wanted}; expected a number above 0")
+        if "ids" in stored and stored["ids"].size and int(stored["ids"].max()) >= classes:
+            raise FormatError(
+                f"{self.path} stores class id {int(stored['ids'].max())}; expected 0 to {classes - 1}: "
+                "the file is damaged or forged, get it again"
+            )
+        return self.header.encoding.decode(stored, own, wanted, classes)
 
     def content_id(self) -> str:
         """SHA-256 over the header and all digests: one line that names every byte."""
@@ -134,6 +148,11 @@ def open_cache(path: Path | str, *, unfinished: bool = False) -> Cache:
                 f"{path} is damaged: {total - there} of its {total} digests are gone; softcache "
                 "verify names the rows"
             )
+        if there == total:
+            raise FormatError(
+                f"{path} is unfinished: all blocks are there, but not its summary; run the same softcache "
+                "dump again"
+            )
         raise FormatError(
             f"{path} is unfinished: {there} of {total} blocks are there; run the same softcache dump "
             "again to go on"
@@ -147,7 +166,9 @@ def _map(path: Path) -> tuple[Header, bytes, mmap.mmap]:
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
-            raise FormatError("this is no regular file")
+            raise FormatError(
+                f"this is a {_kind(status.st_mode)}, not a file; name a cache that softcache dump made"
+            )
         size = status.st_size
         offset, length, digest = parse_preamble(os.pread(file, PREAMBLE.size, 0), size)
         text = os.pread(file, length, offset)
@@ -161,6 +182,11 @@ def _view(array: Array, buffer: mmap.mmap) -> npt.NDArray[Any]:
     dtype = np.dtype(array.dtype)
     count = array.nbytes // dtype.itemsize
     return np.frombuffer(buffer, dtype, count, array.offset).reshape(array.shape)
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISDIR: "folder", stat.S_ISFIFO: "pipe", stat.S_ISCHR: "device"}
+    return next((name for is_kind, name in kinds.items() if is_kind(mode)), "special file")
 
 
 def _cannot_open(path: Path, error: OSError) -> str:
@@ -194,6 +220,7 @@ class Damage:
     what: str
     view: int | None = None
     samples: range | None = None
+    missing: bool = False  # not there, rather than wrong
 
     def __str__(self) -> str:
         if self.samples is None:
@@ -222,7 +249,7 @@ def verify(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> lis
             wanted = int(committed[block] if view is None else committed[view, block])
             samples = header.block_range(block)
             if not wanted:
-                damage.append(Damage("missing: the block", view, samples))
+                damage.append(Damage("missing: the block", view, samples, missing=True))
                 continue
             found = cache.sample_digest(block) if view is None else cache.block_digest(view, block)
             ids = cache.arrays.get("ids") if view is not None else None

@@ -47,6 +47,7 @@ ALIGNMENT = 4096
 USER_BLOCK = 1 << 16  # room for two headers: the one begun with, and the final one
 HEADER_ROOM = 1 << 14  # what the summary may add to the header
 
+Stored = dict[str, npt.NDArray[Any]]
 Values = Mapping[str, npt.NDArray[Any]]
 
 
@@ -165,8 +166,11 @@ class Writer:
         self.path = path
         self.cache: Cache = open_cache(partial_path(path), unfinished=True)
         self.header: Header = self.cache.header
-        self._file = os.open(partial_path(path), os.O_RDWR)
-        self._filling: dict[tuple[int | None, int], tuple[dict[str, npt.NDArray[Any]], int]] = {}
+        with _explained(path, "open"):
+            self._file = os.open(partial_path(path), os.O_RDWR)
+        self._filling: dict[
+            tuple[int | None, int], tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.bool_]]
+        ] = {}
         self._written: list[tuple[int, int]] = []  # (where its digest goes, digest)
         self._written_bytes = 0
         self._last_commit = time.monotonic()
@@ -174,7 +178,12 @@ class Writer:
             None: self.cache.arrays["sample_digests"] != 0,
             **{view: digests != 0 for view, digests in enumerate(self.cache.arrays["digests"])},
         }
-        self._recheck()
+        try:
+            with _explained(path, "write"):
+                self._recheck()
+        except BaseException:
+            os.close(self._file)
+            raise
 
     def __enter__(self) -> Writer:
         return self
@@ -222,18 +231,24 @@ class Writer:
 
     def commit(self) -> None:
         """Make every whole block count: its data to the disk, then its digest."""
+        written, self._written, self._written_bytes = self._written, [], 0
+        # what fails here stays missing: after a failed sync the system forgets the lost pages, and a
+        # second sync would succeed without them
         with _explained(self.path, "write"):
-            if self._written:
+            if written:
                 os.fdatasync(self._file)
-                for offset, digest in self._written:
+                for offset, digest in written:
                     _pwrite(self._file, digest.to_bytes(8, "little"), offset)
-            self._written.clear()
-            self._written_bytes = 0
             self._last_commit = time.monotonic()
 
     def finish(self, summary: dict[str, Any]) -> Path:
         """Write the summary into the header, and give the file its name."""
         self.commit()
+        missing = self.cache.missing_blocks()
+        if missing:
+            raise SoftcacheError(
+                f"cannot finish {self.path}: {missing} blocks are missing; run the same command again"
+            )
         header = dataclasses.replace(self.header, summary=summary)
         text, old = header.to_bytes(), self.header.user_block // 2
         if PREAMBLE.size + len(text) > old:
@@ -280,17 +295,17 @@ class Writer:
             samples = self.header.block_range(block)
             low, high = max(start, samples.start), min(start + count, samples.stop)
             if (view, block) not in self._filling:
-                self._filling[view, block] = self._buffers(arrays, len(samples)), 0
-            buffers, filled = self._filling[view, block]
+                there = np.zeros(len(samples), np.bool_)
+                self._filling[view, block] = self._buffers(arrays, len(samples)), there
+            buffers, there = self._filling[view, block]
             for array in arrays:
                 part = values[array.name][low - start : high - start]
                 buffers[array.name][low - samples.start : high - samples.start] = part
-            filled += high - low
-            self._filling[view, block] = buffers, filled
-            if filled == len(samples):
+            there[low - samples.start : high - samples.start] = True
+            if there.all():
                 self._write_block(view, block, arrays, buffers)
 
-    def _buffers(self, arrays: list[Array], rows: int) -> dict[str, npt.NDArray[Any]]:
+    def _buffers(self, arrays: list[Array], rows: int) -> Stored:
         return {
             array.name: np.empty(
                 (rows, *array.shape[1 if array.axis == "samples" else 2 :]), array.dtype
@@ -303,7 +318,7 @@ class Writer:
         view: int | None,
         block: int,
         arrays: list[Array],
-        buffers: dict[str, npt.NDArray[Any]],
+        buffers: Stored,
     ) -> None:
         first = self.header.block_range(block).start
         row = first if view is None else view * self.header.samples + first
@@ -370,6 +385,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(file)
 
 
+def _reason(error: OSError) -> str:
+    # of h5py's own, the text has several lines and addresses
+    return os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+
+
 @contextmanager
 def _explained(path: Path, deed: str) -> Iterator[None]:
     """Say of an error of the disk which file it hit, and what to do."""
@@ -382,6 +402,6 @@ def _explained(path: Path, deed: str) -> Iterator[None]:
             else "see to the disk and its permissions"
         )
         raise SoftcacheError(
-            f"cannot {deed} {path}: {error.strerror or error}; {advice}, then run the same command: "
+            f"cannot {deed} {path}: {_reason(error)}; {advice}, then run the same command: "
             "it goes on where it stopped"
         ) from error
