@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softcache import choose, fidelity
 from softcache.cache import Cache, Dense, Header, Sampled, open_cache
-from softcache.cache.header import MAX_TEMPERATURE
+from softcache.cache.encodings import MAX_TEMPERATURE
 from softcache.cache.reader import partial_path
 from softcache.cache.writer import Writer, create
 from softcache.data import (
@@ -398,8 +398,11 @@ def check_same(cache: Cache, draft: Header, source: Source, config: DumpConfig) 
             raise SettingsError(
                 f"{cache.path} was begun with {_difference(name, begun, wanted)}; {advice}"
             )
-    committed = np.repeat(cache.arrays["sample_digests"] != 0, cache.header.block_rows)
-    present = np.flatnonzero(committed[: cache.header.samples])
+    intact = [
+        cache.sample_digest(block) == digest
+        for block, digest in enumerate(cache.arrays["sample_digests"])
+    ]
+    present = np.flatnonzero(np.repeat(intact, cache.header.block_rows)[: cache.header.samples])
     spread = np.unique(np.linspace(0, len(present) - 1, RESUME_SAMPLES).astype(np.int64))
     at = present[spread] if len(present) else present
     for batch in loader(source, [at.tolist()] if len(at) else [], keys=True):

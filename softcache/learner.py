@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -105,7 +105,9 @@ class Learner:
         """Write student.safetensors and config.json."""
         model = self.accelerator.unwrap_model(self.model)
         state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-        replace_file(self.folder / "student.safetensors", lambda path: save_file(state, path))
+        replace_file(
+            self.folder / "student.safetensors", lambda path: path.write_bytes(serialize(state))
+        )
         facts = facts | {"name": self.name, "alpha": self.alpha, "parameters": self.parameters}
         if self.evaluation:
             facts |= {"errors": self.evaluation.errors, "samples": self.evaluation.samples}

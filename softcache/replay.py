@@ -97,7 +97,7 @@ def check_replay(
     chosen = np.array(cache.arrays["fingerprinted"])
     if chosen.min() < 0 or chosen.max() >= header.samples:
         raise FormatError(
-            f"{cache.path} has a fingerprint of sample {chosen.max()}; expected 0 to "
+            f"{cache.path} has fingerprints of samples {chosen.min()} to {chosen.max()}; expected 0 to "
             f"{header.samples - 1}: the file is damaged or forged, get it again"
         )
     where = np.argsort(rows)

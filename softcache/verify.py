@@ -67,10 +67,12 @@ def repair(path: Path) -> str:
         if partial.exists():
             raise FormatError(f"{partial} is in the way: a dump has begun it; finish or remove it")
         path.replace(partial)
+    per_block = cache.header.block_rows
     blocks = [
-        (part.view, part.samples.start // cache.header.block_rows)
+        (part.view, block)
         for part in damage
         if part.samples
+        for block in range(part.samples.start // per_block, -(-part.samples.stop // per_block))
     ]
     forget(partial, blocks)
     return (

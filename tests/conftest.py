@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from softcache.cache import Cache
 from softcache.dump import DumpConfig, dump
@@ -38,6 +39,12 @@ def make_arrays(samples: int = SAMPLES, seed: int = 0) -> tuple[np.ndarray, np.n
     images = random.integers(0, 120, (samples, 1, SIDE, SIDE), dtype=np.uint8)
     images[np.arange(samples), 0, labels] += 120
     return images, labels
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """On busy cores, steps as small as these are ten times slower with two threads."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ DTYPES = frozenset({"<f2", "<f4", "|u1", "|i1", "<u2", "<u4", "<i8", "<u8"})
 FLOAT16_LOWEST = -65504.0  # log p below it is stored as it: exp of both is 0, and no inf - inf
 QUANTIZED_RANGE = 256.0  # how far below the row's largest `quantized` reaches
 BASIS_RANGE = 100.0  # the same for `basis`, where one class far down blurs the whole row
+MAX_TEMPERATURE = 1e6
 TAIL_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 
 Floats = npt.NDArray[np.float32]
@@ -110,8 +111,8 @@ class TopK:
         ascending = list(self.temperatures) == sorted(set(self.temperatures))
         if self.k < 1 or not 1 <= len(self.temperatures) <= 16 or not ascending:
             raise SettingsError(f"{self} needs k from 1, and 1 to 16 ascending temperatures")
-        if not 0 < self.temperatures[0] <= self.temperatures[-1] < 1e6:
-            raise SettingsError(f"{self} needs temperatures above 0")
+        if not 0 < self.temperatures[0] <= self.temperatures[-1] <= MAX_TEMPERATURE:
+            raise SettingsError(f"{self} needs temperatures above 0, up to 1e6")
 
     def arrays(self, classes: int) -> list[ArraySpec]:
         if self.k >= classes:
@@ -209,12 +210,11 @@ class Sampled:
     def decode(self, stored: Arrays, temperature: float, wanted: float, classes: int) -> Floats:
         check_sampled(temperature, wanted)
         ids = stored["ids"].astype(np.int64)
-        counts = np.zeros((*ids.shape[:-1], classes), np.float32)
-        for draw in range(self.n):
-            at = ids[..., draw : draw + 1]
-            np.put_along_axis(counts, at, np.take_along_axis(counts, at, -1) + 1, -1)
+        rows = ids.reshape(-1, self.n)
+        counts = np.stack([np.bincount(row, minlength=classes) for row in rows])
         with np.errstate(divide="ignore"):
-            return np.log(counts / np.float32(self.n))
+            log_probs = np.log(counts / self.n).astype(np.float32)
+        return log_probs.reshape(*ids.shape[:-1], classes)
 
 
 ENCODINGS: dict[str, Callable[..., Encoding]] = {
@@ -308,7 +308,7 @@ def encoding_from_json(fields: object) -> Encoding:
             if not isinstance(value, list) or any(
                 type(t) not in (int, float) or not 0 < t < 1e7 for t in value
             ):
-                raise FormatError(f"encoding is {shown}; {name} are no list of numbers")
+                raise FormatError(f"encoding is {shown}; {name} are no list of numbers above 0")
             given[name] = tuple(float(t) for t in value)
         elif type(value) is not int or not 0 <= value < 1 << 31:
             raise FormatError(f"encoding is {shown}; {name} is no whole number from 0 up")

@@ -20,6 +20,7 @@ import xxhash
 
 from softcache.cache.encodings import (
     DTYPES,
+    MAX_TEMPERATURE,
     ArraySpec,
     Axis,
     Encoding,
@@ -33,11 +34,11 @@ PREAMBLE = struct.Struct("<8sQQQ")  # magic, offset, length, digest of the JSON
 VERSION = (1, 0)
 KNOWN_FEATURES: frozenset[str] = frozenset()
 MAX_HEADER = 1 << 20  # bytes of JSON
+MAX_USER_BLOCK = 8 << 20  # bytes
 MAX_FILE = 1 << 60  # bytes
 MAX_COUNT = 1 << 48  # samples, and rows of all views together
 MAX_CLASSES = 1 << 24
 MAX_BLOCKS = 1 << 24  # of all views together
-MAX_TEMPERATURE = 1e6
 FINGERPRINT = 8  # numbers in the fingerprint of one augmented sample
 MAX_NAME = 1024  # bytes of a class name
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -236,11 +237,15 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
     teachers = fields["teachers"]
     if not isinstance(teachers, list) or not all(_is_teacher(teacher) for teacher in teachers):
         raise FormatError(
-            f"teachers is {_shown(teachers)}; expected objects with name, parameters, weight"
+            f"teachers is {_shown(teachers)}; expected objects with name, parameters and weight, "
+            "in printable text of at most 4096 characters"
         )
     software = fields["software"]
     if not isinstance(software, dict) or not all(map(_is_text, [*software, *software.values()])):
-        raise FormatError(f"software is {_shown(software)}; expected versions by name")
+        raise FormatError(
+            f"software is {_shown(software)}; expected versions by name, in printable "
+            "text of at most 4096 characters"
+        )
     return Header(
         views=views,
         samples=samples,
@@ -259,7 +264,7 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
         evaluation=_evaluation(fields["evaluation"]),
         software=software,
         block_rows=block_rows,
-        user_block=_int(fields, "user_block", 512, MAX_FILE),
+        user_block=_int(fields, "user_block", 512, MAX_USER_BLOCK),
         file_bytes=_int(fields, "file_bytes", 1, MAX_FILE),
         hdf5_digest=_text(fields, "hdf5_digest"),
         shared_digest=_text(fields, "shared_digest"),
@@ -333,7 +338,7 @@ def _check_layout(header: Header, file_bytes: int) -> None:
         lacking, odd = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
         raise FormatError(
             f"a {header.encoding.name} cache has arrays {sorted(wanted)}; lacking here: "
-            f"{', '.join(lacking) or 'none'}, unknown: {_shown(', '.join(odd) or 'none')}"
+            f"{', '.join(lacking) or 'none'}, unknown: {_shown(', '.join(odd)) if odd else 'none'}"
         )
     for name, (spec, shape) in wanted.items():
         array = found[name]
@@ -490,7 +495,7 @@ def _load_json(text: bytes) -> JSON:
         return value
 
     def bounded(digits: str) -> int:
-        if len(digits) > 19:  # beyond any number that a rule of the format allows
+        if len(digits) > 308:  # beyond a double
             raise FormatError(f"the header's JSON holds {_shown(digits)}; expected smaller numbers")
         return int(digits)
 

@@ -7,7 +7,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from softcache.cache.encodings import Floats
 from softcache.cache.header import PREAMBLE, Array, Header, parse_header, parse_preamble
 from softcache.errors import FormatError, SettingsError
 
+PARTIAL = ".partial"
 SHOWN_CLASSES = 1 << 12  # class names that are read for people
 
 
@@ -145,7 +146,7 @@ def open_cache(path: Path | str, *, unfinished: bool = False) -> Cache:
         there = total - cache.missing_blocks()
         if header.summary is not None and there < total:
             raise FormatError(
-                f"{path} is damaged: {total - there} of its {total} digests are gone; softcache "
+                f"{path} is damaged: {total - there:,} of its {total:,} digests are gone; softcache "
                 "verify names the rows"
             )
         if there == total:
@@ -154,7 +155,7 @@ def open_cache(path: Path | str, *, unfinished: bool = False) -> Cache:
                 "dump again"
             )
         raise FormatError(
-            f"{path} is unfinished: {there} of {total} blocks are there; run the same softcache dump "
+            f"{path} is unfinished: {there:,} of {total:,} blocks are there; run the same softcache dump "
             "again to go on"
         )
     return cache
@@ -198,7 +199,7 @@ def _cannot_open(path: Path, error: OSError) -> str:
 
 def partial_path(path: Path) -> Path:
     """The name that a cache has until it is complete."""
-    return path.with_name(f"{path.name}.partial")
+    return path.with_name(f"{path.name}{PARTIAL}")
 
 
 def gaps(header: Header) -> list[tuple[int, int]]:
@@ -222,6 +223,18 @@ class Damage:
     samples: range | None = None
     missing: bool = False  # not there, rather than wrong
 
+    def merged(self, other: Damage) -> Damage | None:
+        """Both as one, if `other` is of the same kind and begins where this one ends."""
+        if (
+            self.samples is None
+            or other.samples is None
+            or self.samples.stop != other.samples.start
+        ):
+            return None
+        if (self.what, self.view) != (other.what, other.view):
+            return None
+        return replace(self, samples=range(self.samples.start, other.samples.stop))
+
     def __str__(self) -> str:
         if self.samples is None:
             return self.what
@@ -235,32 +248,41 @@ def verify(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> lis
     with cache.path.open("rb") as file:
         raw = file.read(header.user_block)
         offset, length, _ = parse_preamble(raw, header.file_bytes)
-        if cache.header.summary is not None and (
-            offset != PREAMBLE.size or raw[offset + length :].strip(b"\0")
-        ):
+        # a dump may have been killed before it cleared the header it began with; it will yet
+        named = not cache.path.name.endswith(PARTIAL)
+        if named and (offset != PREAMBLE.size or raw[offset + length :].strip(b"\0")):
             damage.append(Damage("the user block behind the header"))
         if hdf5_digest(file.fileno(), header) != header.hdf5_digest:
             damage.append(Damage("the HDF5 structure"))
     if shared_digest(cache.arrays, header) != header.shared_digest:
         damage.append(Damage("the arrays shared by all rows"))
     for view in (None, *range(header.views)):
-        committed = cache.arrays["sample_digests" if view is None else "digests"]
         for block in range(header.blocks):
-            wanted = int(committed[block] if view is None else committed[view, block])
-            samples = header.block_range(block)
-            if not wanted:
-                damage.append(Damage("missing: the block", view, samples, missing=True))
-                continue
-            found = cache.sample_digest(block) if view is None else cache.block_digest(view, block)
-            ids = cache.arrays.get("ids") if view is not None else None
-            if ids is not None and ids[view, samples.start : samples.stop].max() >= header.classes:
-                damage.append(Damage("class ids beyond the last class", view, samples))
-            elif found != wanted:
-                what = "labels and keys" if view is None else "soft targets"
-                damage.append(Damage(what, view, samples))
+            found = _block_damage(cache, view, block)
+            if found:
+                # millions of blocks may be missing
+                merged = damage[-1].merged(found) if damage and found.missing else None
+                damage[-1:] = [merged] if merged else [*damage[-1:], found]
             if view is not None:
-                advance(len(samples) * header.bytes_per_row)
+                advance(len(header.block_range(block)) * header.bytes_per_row)
     return damage
+
+
+def _block_damage(cache: Cache, view: int | None, block: int) -> Damage | None:
+    """What is wrong with a block of rows of a view, or with one of labels and keys (None)."""
+    what = "labels and keys" if view is None else "soft targets"
+    committed = cache.arrays["sample_digests"] if view is None else cache.arrays["digests"][view]
+    samples, wanted = cache.header.block_range(block), int(committed[block])
+    if not wanted:
+        return Damage("missing: the block", view, samples, missing=True)
+    if view is None:
+        return None if cache.sample_digest(block) == wanted else Damage(what, view, samples)
+    if cache.block_digest(view, block) != wanted:
+        return Damage(what, view, samples)
+    ids = cache.arrays.get("ids")
+    if ids is not None and ids[view, samples.start : samples.stop].max() >= cache.header.classes:
+        return Damage("class ids beyond the last class", view, samples)
+    return None
 
 
 def hdf5_digest(file: int, header: Header) -> str:

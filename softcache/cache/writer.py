@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,7 +72,11 @@ def create(path: Path, draft: Header, shared: Values) -> None:
     unborn = partial.with_name(f"{partial.name}.new")
     with _explained(partial, "create"):
         try:
-            header = _allocate(unborn, draft, shared)
+            try:
+                header = _allocate(unborn, draft, shared)
+            except RuntimeError as error:  # so h5py says at close that the disk took no more
+                number = re.search(r"errno = (\d+)", str(error))
+                raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
             file = os.open(unborn, os.O_RDWR)
             try:
                 if hasattr(os, "posix_fallocate"):  # not on macOS

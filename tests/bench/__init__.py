@@ -1,0 +1,146 @@
+"""Benchmarks: ratios measured side by side in one process, not speeds of one machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softcache.cache import Cache, Dense, Header, open_cache
+from softcache.cache.header import FINGERPRINT
+from softcache.cache.writer import Writer, create
+from softcache.data import ArraySource, open_source
+
+WRITE_ROWS = 4096  # of write_cache(), at a time
+
+
+def alternate(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """What each run measures, in the order A B A B …, after one round that does not count."""
+    measured: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            value = run()
+            if repeat:
+                measured[name].append(value)
+    return measured
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """One ratio for each pair that was measured back to back."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+def spread(values: Sequence[float]) -> list[str]:
+    """Median, min and max, as cells of a table."""
+    return [f"{f(values):.3f}" for f in (statistics.median, min, max)]
+
+
+def machine() -> str:
+    """What a reader of the figures must know of where they come from."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return (
+        f"{os.cpu_count()} CPU cores, load {load:.1f} at the end, torch {torch.__version__} with "
+        f"{torch.get_num_threads()} thread(s)"
+    )
+
+
+@contextmanager
+def work_folder(given: Path | None) -> Iterator[Path]:
+    """The folder given, which is kept; else a temporary one, which is not."""
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="softcache-bench-") as name:
+        yield Path(name)
+
+
+def first_samples(spec: str, samples: int | None, folder: Path) -> str:
+    """A data specification of the first `samples` of `spec`; of all of them if None."""
+    if samples is None:
+        return spec
+    source = open_arrays(spec)
+    path = folder / f"first-{samples}.npz"
+    np.savez(path, x=source.inputs[:samples], y=source.labels[:samples])
+    return f"npz:{path}"
+
+
+def open_arrays(spec: str) -> ArraySource:
+    """The data set that `spec` names, which must be arrays in memory."""
+    source = open_source(spec)
+    if not isinstance(source, ArraySource):
+        raise SystemExit(f"data {spec} are no arrays in memory; expected idx:DIR or npz:FILE")
+    return source
+
+
+def first(source: ArraySource, samples: int) -> ArraySource:
+    return dataclasses.replace(
+        source, inputs=source.inputs[:samples], labels=source.labels[:samples]
+    )
+
+
+def synthetic_images(samples: int, classes: int, seed: int = 0) -> ArraySource:
+    """Noise of the shape of CIFAR's images, (samples, 3, 32, 32) uint8, with random labels."""
+    random = np.random.default_rng(seed)
+    inputs = random.integers(0, 256, (samples, 3, 32, 32), dtype=np.uint8)
+    return ArraySource("synthetic", inputs, random.integers(0, classes, samples))
+
+
+def random_log_probs(samples: int, classes: int, temperature: float, seed: int) -> Tensor:
+    """Soft targets of no teacher, (samples, classes) float32, with a top class as peaked ones have."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(samples, classes, generator=generator)
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def write_cache(
+    path: Path, rows: Callable[[range], Tensor], samples: int, classes: int, temperature: float
+) -> Cache:
+    """A dense cache of one view; `rows` gives the log-probabilities (B, C) of a range of samples."""
+    header = Header(
+        views=1,
+        samples=samples,
+        first_view=0,
+        first_sample=0,
+        positions=(),
+        classes=classes,
+        temperature=temperature,
+        encoding=Dense(),
+        seed=0,
+        augment=None,
+        precision="fp32",
+        data="synthetic",
+        choice=None,
+        teachers=({"name": "synthetic", "parameters": 0},),
+        evaluation=None,
+        software={},
+        block_rows=1,
+        user_block=0,
+        file_bytes=0,
+        hdf5_digest="",
+        shared_digest="",
+        arrays=(),
+    )
+    shared = {
+        "class_names": np.array([str(number).encode() for number in range(classes)]),
+        "fingerprinted": np.zeros(1, np.int64),
+        "fingerprints": np.zeros((1, 1, FINGERPRINT), np.float32),
+    }
+    create(path, header, shared)
+    with Writer(path) as writer:
+        for start in range(0, samples, WRITE_ROWS):
+            part = range(start, min(start + WRITE_ROWS, samples))
+            keys = np.arange(part.start, part.stop, dtype=np.uint64)
+            labels = np.full(len(part), -1, np.int64)
+            half = rows(part).half().numpy()
+            writer.write(0, start, {"log_probs": half}, {"labels": labels, "keys": keys})
+        writer.finish({"entropy": 0.0, "agreement": None, "rows": 1})  # nobody asks
+    return open_cache(path)

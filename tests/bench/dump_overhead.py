@@ -1,0 +1,161 @@
+"""What writing the cache adds to running the teacher: dump against a loop that keeps nothing.
+
+Both loops use the same loader, augmentation, batches and checked teacher. The one that keeps nothing
+hashes no samples, takes no softmax and touches no disk. "fill" is the loop of the dump with the last
+commit; "before + after" are the seconds that the rest of a dump takes: allocation, summary, another
+look at the teacher for the fidelity, and the renaming.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tabulate import tabulate
+
+from softcache.cache.writer import Writer
+from softcache.data import ArraySource, loader, sequential_batches, to_float
+from softcache.dump import DumpConfig, begin, draft_header, fill, load_teachers, summarize
+from softcache.models import build
+from softcache.teacher import Ensemble
+from softcache.views import augment, parse_augment
+from tests.bench import (
+    alternate,
+    first,
+    machine,
+    open_arrays,
+    ratios,
+    spread,
+    synthetic_images,
+    work_folder,
+)
+
+GOAL = 1.05
+PROBE = 2000  # samples that tell how many fit in --seconds
+SYNTHETIC = (50_000, 1000)  # samples, classes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--teachers", nargs="+", default=["cnn:16,32,64", "resnet:20,16"])
+    parser.add_argument("--mnist", default="idx:data/mnist", help="data specification")
+    parser.add_argument("--seconds", type=float, default=10, help="about, of one loop")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--augment", help="as in softcache dump")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where caches go [default: a temporary folder]")
+    options = parser.parse_args()
+    cases = [(open_arrays(options.mnist), 10), (synthetic_images(*SYNTHETIC), SYNTHETIC[1])]
+    lines = []
+    with work_folder(options.folder) as folder:
+        for source, classes in cases:
+            for spec in options.teachers:
+                config = DumpConfig(
+                    teacher=spec,
+                    weights=folder / "teacher.safetensors",
+                    data=source.name,
+                    temperature=4.0,
+                    out=folder / "overhead.h5",
+                    classes=classes,
+                    batch_size=options.batch_size,
+                    augment=options.augment,
+                    device=options.device,
+                    workers=options.workers,
+                    overwrite=True,
+                )
+                make_weights(spec, source, classes, folder / "teacher.safetensors")
+                teacher = load_teachers(config, source)
+                some = fitting(config, source, teacher, options.seconds)
+                lines.append(measure(config, some, teacher, options.repeats))
+                print(f"{source.name}, {spec}: done", flush=True)
+    headers = (
+        "data", "classes", "teacher", "rows", "nothing, s", "fill / nothing", "min", "max",
+        f"<= {GOAL}", "before + after, s",
+    )  # fmt: skip
+    print(f"\nRatio of wall times, median of {options.repeats} pairs, side by side; {machine()}")
+    print(tabulate(lines, headers=headers, disable_numparse=True))
+
+
+def make_weights(spec: str, source: ArraySource, classes: int, path: Path) -> None:
+    """Weights of an untrained teacher, which is as fast as a trained one."""
+    torch.manual_seed(0)
+    model = build(spec, input_shape=source.inputs.shape[1:], classes=classes)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+
+
+def fitting(
+    config: DumpConfig, source: ArraySource, teacher: Ensemble, seconds: float
+) -> ArraySource:
+    """As many samples as the loop that keeps nothing does in about `seconds`."""
+    probe = first(source, PROBE)
+    keep_nothing(config, probe, teacher)
+    rate = len(probe) / keep_nothing(config, probe, teacher)
+    batches = max(1, round(rate * seconds / config.batch_size))
+    return first(source, batches * config.batch_size)
+
+
+def measure(config: DumpConfig, source: ArraySource, teacher: Ensemble, repeats: int) -> list[str]:
+    """One line of the table."""
+    rest = []
+
+    def kept() -> float:
+        fill_seconds, other_seconds = keep(config, source, teacher)
+        rest.append(other_seconds)
+        return fill_seconds
+
+    seconds = alternate(
+        {"nothing": lambda: keep_nothing(config, source, teacher), "kept": kept}, repeats
+    )
+    found = ratios(seconds["kept"], seconds["nothing"])
+    assert isinstance(config.teacher, str)  # main() names one
+    return [
+        source.name,
+        f"{teacher.classes:,}",
+        config.teacher,
+        f"{len(source):,}",
+        f"{statistics.median(seconds['nothing']):.2f}",
+        *spread(found),
+        "yes" if statistics.median(found) <= GOAL else "no",
+        f"{statistics.median(rest):.2f}",
+    ]
+
+
+def keep(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> tuple[float, float]:
+    """Seconds of the dump's loop with its last commit, and of the rest of the dump."""
+    start = time.perf_counter()
+    begin(config, draft_header(config, source, teacher), source, teacher)
+    with Writer(config.out) as writer:
+        loop = time.perf_counter()
+        fill(writer, config, source, teacher)
+        writer.commit()
+        filled = time.perf_counter()
+        writer.finish(summarize(writer.cache, source, teacher, config.workers))
+    end = time.perf_counter()
+    config.out.unlink()
+    return filled - loop, end - filled + loop - start
+
+
+def keep_nothing(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> float:
+    """Seconds of the same loop without what it is for."""
+    start = time.perf_counter()
+    ops = parse_augment(config.augment)
+    batches = sequential_batches(len(source), config.batch_size)
+    for batch in loader(source, batches, workers=config.workers):
+        samples = batch.indices.numpy()
+        inputs = to_float(batch.inputs.to(teacher.device))
+        inputs = augment(inputs, ops, seed=config.seed, view=0, samples=samples)
+        for one in teacher.teachers:
+            one.logits(inputs, samples)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""A student of the cache against a student of the live teacher: same seed, same batches.
+
+No augmentation. For each seed two runs of softcache.train.fit, which differ only in where the soft
+targets come from. Shown are the losses of the first steps, which should agree, and the final test
+errors, whose difference should be no larger than what another seed makes. Training amplifies any
+difference: for scale, a third run has the live teacher with noise of 1e-6 in its log-probabilities,
+for the first steps only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from softcache.cache import Cache
+from softcache.data import Source, open_source, to_float
+from softcache.demo import EPOCHS, STUDENT, TEACHER, TEMPERATURE
+from softcache.dump import DumpConfig, dump, load_teachers
+from softcache.join import join_samples
+from softcache.learner import Learner, make_accelerator, prepare_folder
+from softcache.loss import Targets
+from softcache.targets import soft_targets
+from softcache.teacher import Ensemble
+from softcache.train import TargetsOf, TrainConfig, fit
+from tests.bench import first_samples, machine, work_folder
+
+GOAL = 1e-3  # relative difference of the losses
+NOISE = 1e-6
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run came to: the loss of every step, and the errors if it went to its end."""
+
+    losses: npt.NDArray[np.float64]
+    errors: int | None
+    seconds: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--teacher", default=TEACHER)
+    parser.add_argument("--weights", type=Path, default=Path("data/teacher.safetensors"))
+    parser.add_argument("--student", default=STUDENT)
+    parser.add_argument("--data", default="idx:data/mnist")
+    parser.add_argument("--eval-data", default="idx:data/mnist@test")
+    parser.add_argument("--samples", type=int, help="train on the first of the data [default: all]")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE)
+    parser.add_argument("--alpha", type=float, default=0.9)
+    parser.add_argument("--steps", type=int, default=100, help="whose losses are compared")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument(
+        "--losses-only",
+        action="store_true",
+        help="stop all runs after --steps, under the same schedule",
+    )
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--folder", type=Path, help="where the cache goes [default: a temporary folder]"
+    )
+    options = parser.parse_args()
+    with work_folder(options.folder) as folder:
+        data = first_samples(options.data, options.samples, folder)
+        dump_config = DumpConfig(
+            teacher=options.teacher,
+            weights=options.weights,
+            data=data,
+            temperature=options.temperature,
+            out=folder / "live.h5",
+            device=options.device,
+        )
+        cache = dump(dump_config)
+        config = TrainConfig(
+            student=options.student,
+            data=data,
+            out=folder / "run",
+            cache=cache.path,
+            alpha=options.alpha,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            device=options.device,
+        )
+        source, eval_source = open_source(data), open_source(options.eval_data)
+        teacher = load_teachers(dump_config, source)
+        ways = make_ways(source, cache, teacher)
+        runs = {}
+        for seed in options.seeds:
+            for way, targets in ways.items():
+                short = options.losses_only or way == "live, noise"
+                run = train_once(
+                    replace(config, seed=seed),
+                    source,
+                    eval_source,
+                    cache,
+                    targets,
+                    stop_after=options.steps if short else None,
+                )
+                runs[seed, way] = run
+                print(
+                    f"seed {seed}, {way}: {len(run.losses)} steps, {run.seconds:.0f} s", flush=True
+                )
+    report(runs, options.seeds, options.steps)
+
+
+def make_ways(source: Source, cache: Cache, teacher: Ensemble) -> dict[str, TargetsOf]:
+    """The sources of soft targets, which are all that differs between two runs."""
+    temperature = cache.header.temperature
+    if not np.array_equal(join_samples(source, cache), np.arange(len(source))):
+        raise SystemExit("the cache has the samples in another order; dump it from the same data")
+
+    def live(view: int, rows: npt.NDArray[np.int64]) -> Tensor:
+        inputs = to_float(source.fetch(rows.tolist())[0].to(teacher.device))
+        return teacher.log_probs(inputs, temperature)
+
+    def noisy(view: int, rows: npt.NDArray[np.int64]) -> Tensor:
+        log_probs = live(view, rows)
+        return torch.log_softmax(log_probs + NOISE * torch.randn_like(log_probs), dim=-1)
+
+    return {
+        "cache": soft_targets(cache, temperature, teacher.device),
+        "live": live,
+        "live, noise": noisy,
+    }
+
+
+def train_once(
+    config: TrainConfig,
+    source: Source,
+    eval_source: Source,
+    cache: Cache,
+    targets: TargetsOf,
+    stop_after: int | None,
+) -> Run:
+    """A run of fit, or of its first `stop_after` steps."""
+    prepare_folder(config.out, overwrite=True)
+    accelerator = make_accelerator(config.device, config.mixed_precision)
+    errors = None
+    start = time.perf_counter()
+    with recorded_losses(stop_after) as losses, suppress(Enough):
+        learners = fit(
+            config, accelerator, source, eval_source, cache, np.arange(len(source)), targets
+        )
+        evaluation = learners[0].evaluation
+        assert evaluation is not None  # fit evaluates, since it has eval_source
+        errors = evaluation.errors
+    return Run(torch.stack(losses).double().numpy(), errors, time.perf_counter() - start)
+
+
+class Enough(Exception):
+    """As many steps are done as were asked for."""
+
+
+@contextmanager
+def recorded_losses(stop_after: int | None) -> Iterator[list[Tensor]]:
+    """The total loss of every step, which a learner otherwise averages and forgets."""
+    losses: list[Tensor] = []
+    take_step = Learner.step
+
+    def step(
+        learner: Learner,
+        inputs: Tensor,
+        labels: Tensor,
+        targets: Targets | None,
+        temperature: float,
+    ) -> None:
+        take_step(learner, inputs, labels, targets, temperature)
+        losses.append(learner.losses[-1][0].cpu())
+        if len(losses) == stop_after:
+            raise Enough
+
+    with patch.object(Learner, "step", step):
+        yield losses
+
+
+def report(runs: dict[tuple[int, str], Run], seeds: list[int], steps: int) -> None:
+    """The tables; exits with 1 if the losses are further apart than the goal."""
+    lines, missed = [], False
+    for seed in seeds:
+        for way in ("cache", "live, noise"):
+            found, live = (runs[seed, name].losses[:steps] for name in (way, "live"))
+            apart = np.abs(found - live) / np.abs(live)
+            bad = bool(apart.max() > GOAL)
+            missed |= bad and way == "cache"
+            verdict = ("no" if bad else "yes") if way == "cache" else "-"
+            lines.append(
+                (seed, way, len(apart), f"{apart[:10].max():.1e}", f"{apart.max():.1e}", verdict)
+            )
+    print(
+        f"\nRelative difference of the training losses from those of the live teacher; {machine()}"
+    )
+    headers = ("seed", "soft targets", "steps", "largest of 10", "largest", f"<= {GOAL:g}")
+    print(tabulate(lines, headers=headers, disable_numparse=True))
+    if all(run.errors is not None for (_, way), run in runs.items() if way != "live, noise"):
+        report_errors(runs, seeds)
+    if missed:
+        raise SystemExit(f"the losses differ by more than {GOAL:g}")
+
+
+def report_errors(runs: dict[tuple[int, str], Run], seeds: list[int]) -> None:
+    errors = {place: run.errors for place, run in runs.items() if run.errors is not None}
+    lines = [
+        (seed, way, found, len(runs[seed, way].losses), f"{runs[seed, way].seconds:.0f}")
+        for (seed, way), found in errors.items()
+    ]
+    print("\nTest errors at the end")
+    print(tabulate(lines, headers=("seed", "soft targets", "errors", "steps", "seconds")))
+    by_way = [abs(errors[seed, "cache"] - errors[seed, "live"]) for seed in seeds]
+    by_seed = [
+        abs(errors[a, way] - errors[b, way])
+        for way in ("cache", "live")
+        for a, b in combinations(seeds, 2)
+    ]
+    print(f"\nErrors differ by {by_way} between cache and live teacher (one a seed),")
+    print(f"by {by_seed} between two seeds (each pair; from the cache first, then live)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Training from a cache against training from a tensor in memory: softcache.train.fit, twice.
+
+The tensor holds float32 log-probabilities that need no decoding. Both take the same batches and
+come to the same loss, which is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from softcache.cache import Cache
+from softcache.data import ArraySource
+from softcache.learner import make_accelerator, prepare_folder
+from softcache.targets import soft_targets
+from softcache.train import TargetsOf, TrainConfig, fit
+from tests.bench import (
+    alternate,
+    first,
+    machine,
+    open_arrays,
+    random_log_probs,
+    ratios,
+    spread,
+    synthetic_images,
+    work_folder,
+    write_cache,
+)
+
+GOAL = 0.95
+TEMPERATURE = 4.0
+SAME_LOSS = 1e-3  # relative; the cache's float16 may move it by that much
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--students", nargs="+", default=["cnn:16,32,64", "mlp:256"])
+    parser.add_argument("--mnist", default="idx:data/mnist", help="data specification")
+    parser.add_argument("--samples", type=int, default=20_000, help="of each data set")
+    parser.add_argument("--classes", type=int, default=1000, help="of the synthetic data")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--folder", type=Path, help="where caches go [default: a temporary folder]")
+    options = parser.parse_args()
+    cases = [
+        (first(open_arrays(options.mnist), options.samples), 10),
+        (synthetic_images(options.samples, options.classes), options.classes),
+    ]
+    lines = []
+    with work_folder(options.folder) as folder:
+        for number, (source, classes) in enumerate(cases):
+            soft = random_log_probs(len(source), classes, TEMPERATURE, seed=1)
+            path = folder / f"targets-{number}.h5"
+            path.unlink(missing_ok=True)
+            cache = write_cache(
+                path,
+                partial(rows_of, soft),
+                samples=len(source),
+                classes=classes,
+                temperature=TEMPERATURE,
+            )
+            for student in options.students:
+                config = TrainConfig(
+                    student=student,
+                    data=source.name,
+                    out=folder / "run",
+                    cache=cache.path,
+                    epochs=1,
+                    batch_size=options.batch_size,
+                    device=options.device,
+                )
+                lines.append(measure(config, source, cache, soft, options.repeats))
+                print(f"{source.name}, {student}: done", flush=True)
+    headers = (
+        "data", "classes", "student", "steps", "steps/s memory", "steps/s cache", "cache / memory",
+        "min", "max", f">= {GOAL}",
+    )  # fmt: skip
+    print(f"\nRatio of steps/s, median of {options.repeats} pairs, side by side; {machine()}")
+    print(tabulate(lines, headers=headers, disable_numparse=True))
+
+
+def measure(
+    config: TrainConfig, source: ArraySource, cache: Cache, soft: Tensor, repeats: int
+) -> list[str]:
+    """One line of the table."""
+    accelerator = make_accelerator(config.device, config.mixed_precision)
+    rows = np.arange(len(source))
+    steps = math.ceil(len(source) / config.batch_size)
+    losses: dict[str, float] = {}
+
+    def run(name: str, targets: TargetsOf) -> Callable[[], float]:
+        def steps_per_second() -> float:
+            prepare_folder(config.out, overwrite=True)
+            start = time.perf_counter()
+            fit(config, accelerator, source, None, cache, rows, targets)
+            seconds = time.perf_counter() - start
+            losses[name] = json.loads((config.out / "metrics.jsonl").read_text())["total"]
+            return steps / seconds
+
+        return steps_per_second
+
+    device = accelerator.device
+    rates = alternate(
+        {
+            "memory": run("memory", in_memory(soft, device)),
+            "cache": run("cache", soft_targets(cache, TEMPERATURE, device)),
+        },
+        repeats,
+    )
+    if not math.isclose(losses["memory"], losses["cache"], rel_tol=SAME_LOSS):
+        raise SystemExit(f"the two runs came to different losses, {losses}; they must be the same")
+    found = ratios(rates["cache"], rates["memory"])
+    return [
+        source.name,
+        f"{soft.shape[1]:,}",
+        config.student,
+        f"{steps:,}",
+        *(f"{statistics.median(rates[name]):.1f}" for name in ("memory", "cache")),
+        *spread(found),
+        "yes" if statistics.median(found) >= GOAL else "no",
+    ]
+
+
+def rows_of(soft: Tensor, part: range) -> Tensor:
+    return soft[part.start : part.stop]
+
+
+def in_memory(soft: Tensor, device: torch.device) -> TargetsOf:
+    """Targets from a tensor (N, C) that is ready for the loss."""
+
+    def fetch(view: int, rows: npt.NDArray[np.int64]) -> Tensor:
+        return torch.index_select(soft, 0, torch.from_numpy(rows)).to(device, non_blocking=True)
+
+    return fetch
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,547 @@
+"""The command line: every bad input is one line on stderr, and nothing slow is imported for nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from softcache import __version__
+from softcache.cache import Cache
+from softcache.cache.reader import partial_path
+from softcache.cli import main
+from softcache.dump import DumpConfig
+from softcache.errors import ModelError
+from softcache.train import TrainConfig
+from tests.conftest import Run, make_arrays
+
+Arguments = Sequence[str | Path]
+
+COMMANDS = ("dump", "train", "info", "verify", "demo")
+
+MODELS = '''
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.linear = answer, nn.Linear(64, 5)
+
+    def forward(self, x):
+        return self.answer(self.linear(x.flatten(1)))
+
+def teacher():
+    return Model(lambda z: z)
+
+def nan():
+    return Model(lambda z: z * torch.nan)
+
+def pair():
+    return Model(lambda z: (z, z))
+
+def narrow():
+    return Model(lambda z: z[:, :3])
+
+def raises():
+    """In mid-dump: not on the single sample of the trial."""
+    def answer(z):
+        if len(z) > 1:
+            raise ValueError("no\\nmore")
+        return z
+    return Model(answer)
+'''
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Files for a command line; `folder` holds all but the data and the finished cache."""
+
+    folder: Path
+    data: str
+    cache: Cache
+
+    def dump(self, teacher: str = "teacher", *more: str | Path) -> Arguments:
+        """A dump of the tiny data; options in `more` override those before."""
+        spec = teacher if ":" in teacher else f"{self.folder}/models.py:{teacher}"
+        options = ["--teacher", spec, "--data", self.data, "--out", str(self.folder / "new.h5")]
+        return ["dump", *options, *more]
+
+    def train(self, *more: str | Path, cache: str | Path = "") -> Arguments:
+        """A run from the finished cache; options in `more` override those before."""
+        options = ["--student", "mlp:4", "--data", self.data, "--out", str(self.folder / "run")]
+        return ["train", cache or self.cache.path, *options, "--epochs", "1", *more]
+
+    def file(self, name: str, content: bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(content)
+        return path
+
+    def arrays(self, change: str) -> str:
+        """The tiny data with a change, under their own name."""
+        images, labels = make_arrays()
+        if change == "cut":
+            images, labels = images[:-1], labels[:-1]
+        elif change == "other":
+            images, labels = make_arrays(seed=5)
+        elif change == "label":
+            labels[200] = 9
+        np.savez(self.folder / "tiny.npz", x_train=images, y_train=labels)
+        return f"npz:{self.folder / 'tiny.npz'}"
+
+    def hdf5(self) -> Path:
+        path = self.folder / "foreign.h5"
+        with h5py.File(path, "w") as file:
+            file["log_probs"] = np.zeros((3, 5), np.float16)
+        return path
+
+    def weights(self) -> Path:
+        path = self.folder / "weights.pt"
+        torch.save({"linear.weight": torch.zeros(5, 63), "bias": torch.zeros(5)}, path)
+        return path
+
+
+@pytest.fixture
+def place(tmp_path: Path, cache: Cache, data_file: Path) -> Place:
+    folder = tmp_path / "place"
+    folder.mkdir()
+    (folder / "models.py").write_text(MODELS)
+    return Place(folder, f"npz:{data_file}", cache)
+
+
+def softcache(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+Make = Callable[[Place], Arguments]
+
+# what is wrong: the command line, the exit code, the message
+BAD_INPUTS: dict[str, tuple[Make, int, str]] = {
+    "no such cache to train from": (
+        lambda p: p.train(cache="nowhere.h5"),
+        1,
+        r"nowhere\.h5: No such file or directory; expected a cache as softcache dump makes it",
+    ),
+    "no such cache to look at": (
+        lambda p: ["info", "nowhere.h5"],
+        1,
+        r"nowhere\.h5: No such file or directory; expected a cache as softcache dump makes it",
+    ),
+    "no such cache to verify": (
+        lambda p: ["verify", "nowhere.h5"],
+        1,
+        r"nowhere\.h5: No such file or directory; expected a cache as softcache dump makes it",
+    ),
+    "no such data": (
+        lambda p: p.dump("teacher", "--data", "npz:nowhere.npz"),
+        1,
+        r"npz:nowhere\.npz: no such file",
+    ),
+    "no such model file": (
+        lambda p: p.dump("nowhere.py:teacher"),
+        2,
+        r"no such file: nowhere\.py; expected FILE\.py:CALLABLE",
+    ),
+    "no such weights": (
+        lambda p: p.dump("teacher", "--weights", "nowhere.safetensors"),
+        1,
+        r"weights nowhere\.safetensors: no such file",
+    ),
+    "a folder for a cache": (
+        lambda p: p.train(cache=p.folder),
+        1,
+        r".*/place: this is a folder, not a file; name a cache that softcache dump made",
+    ),
+    "an empty file for a cache": (
+        lambda p: p.train(cache=p.file("empty", b"")),
+        1,
+        r".*/empty: the file is empty, not a cache.*",
+    ),
+    "text for a cache": (
+        lambda p: ["info", p.file("notes.txt", b"soft targets, soon")],
+        1,
+        r".*/notes\.txt: a file that begins with 736f667420746172, not a cache; make one with .*",
+    ),
+    "data for a cache": (
+        lambda p: p.train(cache=p.data.removeprefix("npz:")),
+        1,
+        r".*/tiny\.npz: a zip archive \(npz, pt or pt2\), not a cache; make one with softcache dump",
+    ),
+    "a foreign HDF5 file": (
+        lambda p: ["info", p.hdf5()],
+        1,
+        r".*/foreign\.h5: an HDF5 file, but not a softcache cache; make one with softcache dump",
+    ),
+    "a cut cache": (
+        lambda p: p.train(cache=p.file("cut.h5", p.cache.path.read_bytes()[:-1])),
+        1,
+        r".*/cut\.h5: the file has [\d,]+ bytes, its header says [\d,]+; .* copy it again",
+    ),
+    "a cache with more behind it": (
+        lambda p: ["verify", p.file("long.h5", p.cache.path.read_bytes() + b"!")],
+        1,
+        r".*/long\.h5: the file has [\d,]+ bytes, its header says [\d,]+; .* copy it again",
+    ),
+    "a damaged cache": (
+        lambda p: p.train(cache=p.file("bad.h5", p.cache.path.read_bytes()[:-1] + b"\7")),
+        1,
+        r".*/bad\.h5 is damaged: .*",
+    ),
+    "another cache than expected": (
+        lambda p: ["verify", p.cache.path, "--expect", "abc"],
+        1,
+        r".*/tiny\.h5 is intact, but it is another cache: .* is [0-9a-f]{64}, expected abc",
+    ),
+    "a cache of other data": (
+        lambda p: p.train("--data", p.arrays("other")),
+        1,
+        r"sample 0 of npz:tiny\.npz@train is not in .*/tiny\.h5, .* or dump a cache of these",
+    ),
+    "a cache of more data": (
+        lambda p: p.train("--data", p.arrays("cut")),
+        1,
+        r"npz:tiny\.npz@train has 299 samples, .*/tiny\.h5 was made from 300 of .*; give the data .*",
+    ),
+    "a student of too few classes": (
+        lambda p: p.train("--student", f"{p.folder}/models.py:narrow"),
+        1,
+        r"student gives 3 outputs for 5 classes; it needs one for each class of the cache, .*",
+    ),
+    "other classes than the cache's": (
+        lambda p: p.train("--classes", "7"),
+        2,
+        r"--classes is 7, but .*/tiny\.h5 has 5 classes; leave it out",
+    ),
+    "other classes than the teacher's": (
+        lambda p: p.dump("teacher", "--classes", "7"),
+        1,
+        r"teacher .*:teacher returns shape \(1, 5\) for samples 0 to 0; expected .* \(1, 7\)",
+    ),
+    "a teacher that returns NaN": (
+        lambda p: p.dump("nan"),
+        1,
+        r"teacher .*:nan returns nan for sample 0, class 0; expected finite logits.*",
+    ),
+    "a teacher that returns a tuple": (
+        lambda p: p.dump("pair", "--classes", "5"),
+        1,
+        r"teacher .*:pair returns tuple for samples 0 to 0; expected .* \(1, 5\): wrap it .*",
+    ),
+    "a teacher of too few classes": (
+        lambda p: p.dump("narrow"),
+        1,
+        r"npz:tiny\.npz@train: sample \d+ has label [34]; expected 0 to 2, or -1 for none",
+    ),
+    "a teacher that raises in mid-dump": (
+        lambda p: p.dump("raises"),
+        1,
+        r"teacher .*:raises raised ValueError on samples 0 to 255, inputs .* of .*: no more",
+    ),
+    "weights that do not fit": (
+        lambda p: p.dump("teacher", "--weights", p.weights()),
+        1,
+        r"weights .*/weights\.pt do not fit the model: linear\.bias is missing; bias is not in the "
+        r"model; linear\.weight is \(5, 63\) in the file, \(5, 64\) in the model; check .*",
+    ),
+    "weights that are no weights": (
+        lambda p: p.dump("teacher", "--weights", p.file("w.safetensors", b"nothing")),
+        1,
+        r"weights .*/w\.safetensors cannot be read: .*",
+    ),
+    "an untrained teacher": (
+        lambda p: p.dump("mlp:16"),
+        2,
+        r"teacher mlp:16 would be untrained; name its --weights",
+    ),
+    "an unknown teacher": (
+        lambda p: ["dump", "--teacher", "abc", *p.dump()[3:]],
+        2,
+        r"model 'abc' is no model specification; expected mlp:SIZES, .*",
+    ),
+    "an unknown student": (
+        lambda p: p.train("--student", "abc"),
+        2,
+        r"model 'abc' is no model specification; expected mlp:SIZES, .*",
+    ),
+    "an unknown kind of data": (
+        lambda p: p.dump("teacher", "--data", "csv:file"),
+        2,
+        r"data 'csv:file' is of unknown kind 'csv'; expected idx:DIR, .*",
+    ),
+    "no kind of data": (
+        lambda p: p.train("--data", "data"),
+        2,
+        r"data 'data' is no data specification; expected idx:DIR, .*",
+    ),
+    "an unknown encoding": (
+        lambda p: p.dump("teacher", "--encoding", "zip"),
+        2,
+        r"encoding 'zip' is unknown; expected dense.*",
+    ),
+    "an unknown augmentation": (
+        lambda p: p.dump("teacher", "--augment", "swirl"),
+        2,
+        r"augmentation 'swirl' in 'swirl' is unknown; expected shift:PIXELS.*",
+    ),
+    "a temperature of 0 for the cache": (
+        lambda p: p.dump("teacher", "--temperature", "0"),
+        2,
+        r"temperature is 0\.0; expected a number above 0, up to 1e6",
+    ),
+    "a negative temperature for the student": (
+        lambda p: p.train("--temperature", "-4"),
+        2,
+        r"temperature is -4\.0; expected a number above 0",
+    ),
+    "alpha above 1": (
+        lambda p: p.train("--alpha", "1.5"),
+        2,
+        r"alpha is 1\.5; expected a number from 0 to 1",
+    ),
+    "alpha below 0": (
+        lambda p: p.train("--alpha", "-0.5"),
+        2,
+        r"alpha is -0\.5; expected a number from 0 to 1",
+    ),
+    "a label out of range": (
+        lambda p: p.dump("teacher", "--data", p.arrays("label")),
+        1,
+        r"npz:tiny\.npz@train: sample 200 has label 9; expected 0 to 4, or -1 for none",
+    ),
+    "a cache that was made with other settings": (
+        lambda p: p.dump("teacher", "--temperature", "2", "--out", p.cache.path),
+        2,
+        r".*/tiny\.h5 was begun with another teacher .*; use the same, give another --out, or .*",
+    ),
+    "a folder of a run that cannot be made": (
+        lambda p: p.train("--out", p.folder / "models.py" / "run"),
+        2,
+        r"cannot write in .*/models\.py/run \(Not a directory\); give another --out",
+    ),
+    "a device that is not there": (
+        lambda p: p.dump("teacher", "--device", "abacus"),
+        2,
+        r"device abacus: torch cannot use it here .*; use --device auto or cpu",
+    ),
+    "another augmentation than the cache's": (
+        lambda p: p.train("--augment", "flip"),
+        2,
+        r"--augment flip is not the cache's own \(none\): .*; leave it out, or add it on top by "
+        "--extra-augment if you mean to",
+    ),
+    "a cache's folder that cannot be made": (
+        lambda p: p.dump("teacher", "--out", p.folder / "models.py" / "new.h5"),
+        2,
+        r"--out .*/models\.py/new\.h5: cannot make its folder \(.*\); give another --out",
+    ),
+}
+
+
+def check_refusal(make: Make, exit_code: int, message: str, place: Place) -> None:
+    arguments = make(place)
+    before = place.cache.path.read_bytes()
+    result = softcache(*arguments)
+    assert re.fullmatch(rf"Error: {message}\n", result.stderr), result.stderr
+    assert result.exit_code == exit_code
+    assert isinstance(result.exception, SystemExit)  # no traceback
+    assert result.stdout == ""
+    assert place.cache.path.read_bytes() == before
+    assert not (place.folder / "new.h5").exists()
+    assert not (place.folder / "run" / "student.safetensors").exists()
+
+
+@pytest.mark.parametrize("what", BAD_INPUTS)
+def test_a_bad_input_is_one_line_and_nothing_is_lost(what: str, place: Place) -> None:
+    check_refusal(*BAD_INPUTS[what], place)
+
+
+def test_the_same_command_lines_without_a_fault_go_through(place: Place) -> None:
+    for arguments in (place.dump(), place.train(), ["info", place.cache.path]):
+        result = softcache(*arguments)
+        assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_extra_augmentation_is_allowed_by_its_own_option(place: Place) -> None:
+    result = softcache(*place.train("--extra-augment", "flip,shift:1"))
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_an_unfinished_cache_is_shown_and_not_used(place: Place) -> None:
+    softcache(*place.dump("raises"))
+    unfinished = partial_path(place.folder / "new.h5")
+    assert "unfinished, 0.0% of the blocks" in softcache("info", unfinished).stdout
+    assert json.loads(softcache("info", unfinished, "--json").stdout)["complete"] is False
+    result = softcache(*place.train(cache=unfinished))
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: {unfinished} is unfinished: 0 of 2 blocks are there; run the same softcache dump "
+        "again to go on\n"
+    )
+
+
+def test_an_unfinished_cache_is_not_called_damaged(place: Place) -> None:
+    softcache(*place.dump("raises"))
+    result = softcache("verify", partial_path(place.folder / "new.h5"))
+    assert re.search(r"unfinished.*softcache dump", result.stderr)
+    assert not re.search("damaged|repair", result.stderr)
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "train"])
+def test_a_cache_that_has_not_completed_is_told_by_its_final_name(
+    command: str, place: Place
+) -> None:
+    softcache(*place.dump("raises"))
+    final = place.folder / "new.h5"
+    result = softcache(*(place.train(cache=final) if command == "train" else [command, final]))
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: {final}: its dump has not completed (new.h5.partial is there); run the same dump "
+        "again\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dump"], "Missing option '--teacher'"),
+        (["train", "cache.h5"], "Missing option '--student'"),
+        (["info"], "Missing argument 'CACHE'"),
+        (["dump", "--temperature", "warm"], "'warm' is not a valid float"),
+        (["train", "--schedule", "steps"], "'steps' is not one of 'cosine', 'constant'"),
+        (["train", "--epoch", "3"], "No such option '?--epoch'?"),
+        (["distil"], "No such command 'distil'"),
+    ],
+)
+def test_a_usage_error_is_clicks_own(arguments: list[str], message: str) -> None:
+    result = softcache(*arguments)
+    assert result.exit_code == 2
+    assert re.search(rf"^Error: .*{message}", result.stderr, re.MULTILINE), result.stderr
+    assert result.stderr.startswith("Usage: ")
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_a_traceback_is_shown_if_it_is_asked_for(place: Place) -> None:
+    assert isinstance(softcache("--traceback", *place.dump("nan")).exception, ModelError)
+
+
+@pytest.mark.parametrize("command", ["dump", "train"])
+def test_ctrl_c_before_the_first_row_or_step_is_one_line_too(
+    command: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"softcache.{command}.open_source", stop)
+    result = softcache(*(place.dump() if command == "dump" else place.train()))
+    assert result.exit_code == 130
+    assert re.fullmatch(r"Error: stopped.*\n", result.stderr)
+
+
+# what the commands say
+
+
+def test_every_command_has_help() -> None:
+    overview = softcache("--help").stdout
+    for command in COMMANDS:
+        result = softcache(command, "--help")
+        assert result.exit_code == 0
+        assert result.stdout.startswith(f"Usage: main {command} ")
+        assert f"\n  {command} " in overview
+    assert set(COMMANDS) <= set(main.commands)
+
+
+def test_the_version_is_the_packages() -> None:
+    result = softcache("--version")
+    assert result.exit_code == 0
+    assert result.stdout.strip().endswith(f"version {__version__}")
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "required"),
+    [("dump", DumpConfig, ["--teacher=t"]), ("train", TrainConfig, ["--student=s"])],
+)
+def test_an_option_has_the_default_of_its_setting(
+    command: str, config: type[DumpConfig] | type[TrainConfig], required: list[str]
+) -> None:
+    required += ["--data=d", "--out=o"]
+    options = main.commands[command].make_context(command, required).params
+    options.pop("dry_run", None)  # what to do, and no setting of it
+    parsed = config(**options)
+    for field in dataclasses.fields(config):
+        if field.default is not dataclasses.MISSING:
+            assert (getattr(parsed, field.name) or None) == (field.default or None), field.name
+
+
+def test_info_tells_people_what_the_header_says(place: Place) -> None:
+    shown = softcache("info", place.cache.path).stdout
+    for line in (
+        f"content      {place.cache.content_id()}",
+        "samples      300 of npz:tiny.npz@train, 1 view(s), augmented by nothing, seed 0",
+        "classes      5: 0, 1, 2, 3, 4",
+        "temperature  4",
+    ):
+        assert f"{line}\n" in shown
+
+
+def test_info_tells_programs_the_same(place: Place) -> None:
+    facts = json.loads(softcache("info", place.cache.path, "--json").stdout)
+    assert facts["complete"] is True
+    assert facts["coverage"] == 1.0
+    assert facts["content_id"] == place.cache.content_id()
+    assert facts["bytes_per_sample"] == place.cache.path.stat().st_size / 300
+    assert facts["evaluation"]["samples"] == 100
+    assert facts["summary"]["rows"] == 300
+
+
+def test_verify_tells_the_content_id(place: Place) -> None:
+    content_id = place.cache.content_id()
+    result = softcache("verify", place.cache.path, "--expect", content_id)
+    assert result.exit_code == 0
+    assert result.stdout == f"{place.cache.path}: intact, content id {content_id}\n"
+
+
+# processes
+
+
+def test_a_process_tells_an_error_like_the_rest(run: Run) -> None:
+    result = run("info", "nowhere.h5")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == (
+        "Error: nowhere.h5: No such file or directory; expected a cache as softcache dump makes it\n"
+    )
+
+
+def imported(program: str, *arguments: str | Path) -> set[str]:
+    """Modules that a process has loaded at the end of `program`."""
+    program += "\nimport sys\nprint('\\nloaded', *sys.modules)"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+INFO = "import sys; from softcache.cli import main; main(sys.argv[1:], standalone_mode=False)"
+
+
+def test_torch_is_imported_only_where_it_is_used(cache: Cache) -> None:
+    slow = {"torch", "accelerate", "h5py", "safetensors"}
+    assert not slow & imported("import softcache")
+    assert not slow & imported("import softcache.cli")
+    for more in ([], ["--json"]):
+        modules = imported(INFO, "info", cache.path, *more)
+        assert "softcache.info" in modules
+        assert not slow & modules
+
+
+def test_an_import_of_torch_would_be_noticed() -> None:
+    assert "torch" in imported("import softcache.loss")

@@ -1,0 +1,977 @@
+"""Data specifications, sample keys, the order of batches, and the loader."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from softcache.data import (
+    UNLABELLED,
+    ArraySource,
+    Batch,
+    Request,
+    ShuffledBatches,
+    augmented,
+    check_labels,
+    loader,
+    make_request,
+    open_source,
+    sample_keys,
+    sequential_batches,
+    to_float,
+)
+from softcache.errors import DataError, SettingsError
+from softcache.views import parse_augment
+from tests.conftest import make_arrays
+
+Pixels = npt.NDArray[np.uint8]
+
+DATASETS = """
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+
+PIXELS = np.arange(4 * 2 * 3, dtype=np.uint8).reshape(4, 2, 3)
+
+
+class Items(Dataset):
+    def __init__(self, items, classes=None):
+        self.items = items
+        if classes is not None:
+            self.classes = classes
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def tensors():
+    return Items([(torch.from_numpy(p), i) for i, p in enumerate(PIXELS)])
+
+def arrays():
+    return Items([(p, np.int64(i)) for i, p in enumerate(PIXELS)])
+
+def lists():
+    return Items([(p.tolist(), torch.tensor(i)) for i, p in enumerate(PIXELS)])
+
+def grey_images():
+    return Items([(Image.fromarray(p), i) for i, p in enumerate(PIXELS)])
+
+def colour_images():
+    return Items([(Image.fromarray(p).convert("RGB"), i) for i, p in enumerate(PIXELS)])
+
+def unlabelled():
+    return Items([torch.from_numpy(p) for p in PIXELS])
+
+def label_none():
+    return Items([(p, None) for p in PIXELS])
+
+def named():
+    return Items([(PIXELS[0], 0)], classes=["cat", "dog"])
+
+def counted():
+    return Items([(PIXELS[0], 0)], classes=2)
+
+def splits(split):
+    return Items([(PIXELS[0], {"train": 0, "test": 1, "odd@name": 2}[split])])
+
+def empty():
+    return Items([])
+
+def number():
+    return 3
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(PIXELS)
+
+def stream():
+    return Stream()
+
+def shapes():
+    return Items([(torch.zeros(2, 3), 0), (torch.zeros(3, 2), 1)])
+
+def dtypes():
+    return Items([(torch.zeros(2, 3), 0), (torch.zeros(2, 3, dtype=torch.uint8), 1)])
+
+def bfloat16():
+    return Items([(torch.zeros(2, 3, dtype=torch.bfloat16), 0)])
+
+def garbage(item):
+    return lambda: Items([(PIXELS[0], 0), item])
+
+text = garbage("cat")
+nothing = garbage(None)
+mapping = garbage({"pixels": 1})
+triple = garbage((PIXELS[0], 0, 0))
+ragged = garbage(([[1, 2], [3]], 0))
+text_label = garbage((PIXELS[0], "cat"))
+one_hot_label = garbage((PIXELS[0], torch.tensor([0.0, 1.0])))
+nan_label = garbage((PIXELS[0], float("nan")))
+infinite_label = garbage((PIXELS[0], float("inf")))
+vast_label = garbage((PIXELS[0], 1 << 70))
+half_label = garbage((PIXELS[0], 1.5))
+
+
+class Failing(Items):
+    def __getitem__(self, index):
+        raise OSError("the share is gone") if index else KeyError("pixels")
+
+def failing():
+    return Failing([0, 1])
+
+def fails_at_once():
+    raise RuntimeError("no such corpus")
+"""
+
+
+def write_idx(path: Path, values: npt.NDArray[Any], kind: int = 0x08) -> Path:
+    raw = struct.pack(f">HBB{values.ndim}I", 0, kind, values.ndim, *values.shape)
+    raw += values.astype(values.dtype.newbyteorder(">")).tobytes()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+@pytest.fixture
+def idx_folder(tmp_path: Path) -> Path:
+    """Train plain, test gzipped; each pixel of a sample tells which one it is."""
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    for stem, suffix, first in (("train", "", 0), ("t10k", ".gz", 100)):
+        images = np.full((6, 4, 5), first, np.uint8) + np.arange(6, dtype=np.uint8)[:, None, None]
+        write_idx(folder / f"{stem}-images-idx3-ubyte{suffix}", images)
+        write_idx(folder / f"{stem}-labels-idx1-ubyte{suffix}", np.arange(6, dtype=np.uint8))
+    return folder
+
+
+@pytest.fixture
+def datasets(tmp_path: Path) -> Path:
+    path = tmp_path / "datasets.py"
+    path.write_text(DATASETS)
+    return path
+
+
+def write_image(path: Path, pixels: npt.NDArray[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def fetch(spec: str, indices: Sequence[int] = (0,)) -> tuple[Tensor, npt.NDArray[np.int64]]:
+    return open_source(spec).fetch(indices)
+
+
+# specifications
+
+
+@pytest.mark.parametrize("spec", ["mnist", "idx:", "", "@test"])
+def test_what_has_no_form_is_refused_with_the_forms(spec: str) -> None:
+    with pytest.raises(SettingsError, match=r"is no data specification; expected idx:DIR, npz:"):
+        open_source(spec)
+
+
+@pytest.mark.parametrize("spec", ["csv:table.csv", "https://example.org/x", "torch.nn:Linear"])
+def test_an_unknown_kind_is_refused_with_the_forms(spec: str) -> None:
+    with pytest.raises(SettingsError, match=r"of unknown kind '.+'; expected idx:DIR, npz:FILE"):
+        open_source(spec)
+
+
+# idx
+
+
+@pytest.mark.parametrize(
+    ("split", "named", "first"), [("", "train", 0), ("@train", "train", 0), ("@test", "test", 100)]
+)
+def test_idx_files_plain_and_gzipped_give_grey_images_and_labels(
+    idx_folder: Path, split: str, named: str, first: int
+) -> None:
+    source = open_source(f"idx:{idx_folder}{split}")
+    inputs, labels = source.fetch([2, 0])
+    assert len(source) == 6
+    assert source.name == f"idx:digits@{named}"  # no folders: it goes into a shared file
+    assert inputs.dtype == torch.uint8
+    assert inputs.shape == (2, 1, 4, 5)
+    assert inputs[:, 0, 0, 0].tolist() == [first + 2, first]
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [2, 0]
+
+
+def test_idx_values_of_several_bytes_are_big_endian(idx_folder: Path) -> None:
+    values = np.arange(12, dtype=np.float32).reshape(6, 2) / 3
+    write_idx(idx_folder / "train-images-idx3-ubyte", values, kind=0x0D)
+    assert torch.equal(fetch(f"idx:{idx_folder}", range(6))[0], torch.from_numpy(values))
+
+
+def test_idx_knows_two_splits(idx_folder: Path) -> None:
+    with pytest.raises(SettingsError, match="@valid: no such split; expected @train or @test"):
+        open_source(f"idx:{idx_folder}@valid")
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])
+def test_a_missing_idx_file_is_named_with_its_folder(idx_folder: Path, name: str) -> None:
+    (idx_folder / name).unlink()
+    with pytest.raises(DataError, match=rf"no file {name} or {name}\.gz in .*digits"):
+        open_source(f"idx:{idx_folder}")
+
+
+def test_a_missing_idx_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no file train-images-idx3-ubyte .* in .*nowhere"):
+        open_source(f"idx:{tmp_path / 'nowhere'}")
+
+
+IMAGES = struct.pack(">HBB3I", 0, 0x08, 3, 6, 4, 5) + bytes(120)
+DAMAGED_IDX = {
+    "empty": b"",
+    "three bytes": IMAGES[:3],
+    "cut in its sizes": IMAGES[:9],
+    "cut in its values": IMAGES[:-1],
+    "a byte too many": IMAGES + b"\0",
+    "sizes beyond any memory": IMAGES[:4] + b"\xff" * 12 + IMAGES[16:],
+}
+
+
+@pytest.mark.parametrize("raw", DAMAGED_IDX.values(), ids=DAMAGED_IDX)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_damaged_idx_file_is_named(idx_folder: Path, raw: bytes, suffix: str) -> None:
+    plain = idx_folder / "train-images-idx3-ubyte"
+    plain.unlink()
+    path = plain.with_name(plain.name + suffix)
+    path.write_bytes(gzip.compress(raw) if suffix else raw)
+    with pytest.raises(DataError, match=rf"{path.name} is damaged .*; fetch it again"):
+        open_source(f"idx:{idx_folder}")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\0\0\x07\x03" + IMAGES[4:],
+        b"\1\0\x08\x03" + IMAGES[4:],
+        b"\x89PNG" + bytes(40),
+    ],
+    ids=["unknown type", "no zero bytes", "an image"],
+)
+def test_a_file_that_is_no_idx_file_is_named_with_its_first_bytes(
+    idx_folder: Path, raw: bytes
+) -> None:
+    (idx_folder / "train-images-idx3-ubyte").write_bytes(raw)
+    with pytest.raises(DataError, match=rf"idx3-ubyte begins with {raw[:4].hex()}; it is no IDX"):
+        open_source(f"idx:{idx_folder}")
+
+
+def damage_gzip(raw: bytes, how: str) -> bytes:
+    damaged = bytearray(raw)
+    if how == "cut":
+        return raw[:-12]
+    if how == "not gzip":
+        return b"hello" * 10
+    at = {"checksum": len(raw) - 8, "values": 10}[how]  # 10: the first byte behind gzip's header
+    damaged[at] ^= 0xFF
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["cut", "not gzip", "checksum", "values"],
+)
+def test_damaged_gzip_is_named(idx_folder: Path, how: str) -> None:
+    path = idx_folder / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(damage_gzip(path.read_bytes(), how))
+    with pytest.raises(DataError, match=rf"{path.name} is damaged .*; fetch it again"):
+        open_source(f"idx:{idx_folder}@test")
+
+
+def test_idx_files_of_different_lengths_are_refused(idx_folder: Path) -> None:
+    write_idx(idx_folder / "train-labels-idx1-ubyte", np.arange(5, dtype=np.uint8))
+    with pytest.raises(DataError, match=r"labels are .* of shape \(5,\); expected .* shape \(6,\)"):
+        open_source(f"idx:{idx_folder}")
+
+
+def test_data_without_samples_are_refused(idx_folder: Path) -> None:
+    write_idx(idx_folder / "train-images-idx3-ubyte", np.empty((0, 4, 5), np.uint8))
+    write_idx(idx_folder / "train-labels-idx1-ubyte", np.empty(0, np.uint8))
+    with pytest.raises(DataError, match="holds no samples; expected at least one"):
+        open_source(f"idx:{idx_folder}")
+
+
+# npz
+
+
+def test_npz_gives_its_splits(data_file: Path) -> None:
+    for split, seed, samples in (("train", 0, 300), ("test", 1, 100)):
+        x, y = make_arrays(samples, seed)
+        source = open_source(f"npz:{data_file}@{split}")
+        inputs, labels = source.fetch(range(samples))
+        assert source.name == f"npz:tiny.npz@{split}"
+        assert np.array_equal(inputs.numpy(), x)
+        assert np.array_equal(labels, y)
+    assert open_source(f"npz:{data_file}").name == "npz:tiny.npz@train"
+
+
+def test_npz_with_plain_names_is_the_train_split(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 2)), y=np.array([[0], [1], [2]]))
+    for spec in ("npz:a.npz", "npz:a.npz@train"):
+        source = open_source(spec.replace("a.npz", str(tmp_path / "a.npz")))
+        assert source.fetch([2])[1].tolist() == [2]  # labels (N, 1) are those of shape (N,)
+    with pytest.raises(DataError, match=r"\['x', 'y'\]; expected x_test and y_test$"):
+        open_source(f"npz:{tmp_path / 'a.npz'}@test")
+
+
+def test_npz_without_labels_is_unlabelled(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 2)))
+    assert fetch(f"npz:{tmp_path / 'a.npz'}", [0, 2])[1].tolist() == [UNLABELLED, UNLABELLED]
+
+
+def test_npz_names_what_it_holds_when_the_names_are_others(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((3, 2)))
+    with pytest.raises(DataError, match=r"holds \['images'\]; expected x_train .*, or x and y"):
+        open_source(f"npz:{tmp_path / 'a.npz'}")
+
+
+def test_a_folder_name_with_an_at_sign_needs_the_split_said(tmp_path: Path) -> None:
+    (tmp_path / "me@host").mkdir()
+    np.savez(tmp_path / "me@host" / "a.npz", x=np.zeros((3, 2)))
+    assert len(open_source(f"npz:{tmp_path}/me@host/a.npz@train")) == 3
+
+
+def test_unsigned_integers_too_wide_for_torch_become_int64(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.full((1, 2), 4_000_000_000, np.uint32))
+    inputs = fetch(f"npz:{tmp_path / 'a.npz'}")[0]
+    assert inputs.dtype == torch.int64
+    assert inputs[0, 0] == 4_000_000_000
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">u2", ">i8", np.longdouble])
+def test_numbers_of_any_width_and_byte_order_are_read(tmp_path: Path, dtype: str) -> None:
+    values = np.arange(6).reshape(3, 2)
+    np.savez(tmp_path / "a.npz", x=values.astype(dtype))
+    assert fetch(f"npz:{tmp_path / 'a.npz'}", range(3))[0].tolist() == values.tolist()
+
+
+@pytest.mark.parametrize(
+    "x", [np.zeros((3, 2), bool), np.zeros(3), np.zeros((3, 2), complex), np.array([["a", "b"]])]
+)
+def test_inputs_that_are_no_numbers_by_sample_are_refused(
+    tmp_path: Path, x: npt.NDArray[Any]
+) -> None:
+    np.savez(tmp_path / "a.npz", x=x)
+    with pytest.raises(DataError, match=rf"a.npz@train: inputs are {x.dtype} .* expected numbers"):
+        open_source(f"npz:{tmp_path / 'a.npz'}")
+
+
+@pytest.mark.parametrize("y", [np.zeros(2, int), np.zeros(3), np.zeros((3, 2), int), np.array(1)])
+def test_labels_that_are_not_a_whole_number_for_each_input_are_refused(
+    tmp_path: Path, y: npt.NDArray[Any]
+) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 2)), y=y)
+    with pytest.raises(DataError, match=rf"labels are {y.dtype} .*expected whole .*shape \(3,\)"):
+        open_source(f"npz:{tmp_path / 'a.npz'}")
+
+
+def test_no_such_npz_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"npz:.*nowhere\.npz: no such file"):
+        open_source(f"npz:{tmp_path / 'nowhere.npz'}")
+
+
+@pytest.mark.parametrize("raw", [b"", b"hello", b"PK\x03\x04" + bytes(40)])
+def test_a_file_that_is_no_npz_is_named(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "a.npz").write_bytes(raw)
+    with pytest.raises(DataError, match=r"npz:.*a\.npz cannot be read as arrays"):
+        open_source(f"npz:{tmp_path / 'a.npz'}")
+
+
+def test_objects_in_an_npz_are_not_unpickled(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.array([[{}, None]], dtype=object))
+    with pytest.raises(DataError, match=r"cannot be read as arrays \(Object arrays cannot be"):
+        open_source(f"npz:{tmp_path / 'a.npz'}")
+
+
+def test_an_npy_file_is_no_npz(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((3, 2)))
+    with pytest.raises(DataError, match=r"npz:.*a\.npy "):
+        open_source(f"npz:{tmp_path / 'a.npy'}")
+
+
+def test_no_damage_to_an_npz_escapes_as_another_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, x=np.zeros((1000, 10)), y=np.zeros(1000, int))
+    raw = path.read_bytes()
+    refused = 0
+    for at in range(0, len(raw), 10):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 0xFF]) + raw[at + 1 :])
+        try:
+            open_source(f"npz:{path}")
+        except DataError:
+            refused += 1
+    assert refused > 20  # most bytes matter; a few are zip's own dates and flags
+
+
+# folder
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Splits train and test of grey images; a file that is no image lies among them."""
+    root = tmp_path / "pets"
+    for split, first in (("train", 0), ("test", 100)):
+        for label, name in enumerate(("cat", "dog")):
+            for number in range(3):
+                pixels = np.full((4, 5), first + 10 * label + number, np.uint8)
+                write_image(root / split / name / f"{number}.png", pixels)
+        (root / split / "cat" / "notes.txt").write_text("no image")
+    return root
+
+
+@pytest.mark.parametrize(("split", "first"), [("", 0), ("@train", 0), ("@test", 100)])
+def test_a_folder_gives_its_images_class_by_class(
+    image_folder: Path, split: str, first: int
+) -> None:
+    source = open_source(f"folder:{image_folder}{split}")
+    inputs, labels = source.fetch(range(6))
+    assert source.name == f"folder:pets{split or '@train'}"
+    assert source.class_names == ("cat", "dog")
+    assert inputs.shape == (6, 1, 4, 5)
+    assert (inputs[:, 0, 0, 0] - first).tolist() == [0, 1, 2, 10, 11, 12]
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert source.fetch([4])[1].tolist() == [1]
+
+
+def test_a_folder_without_splits_is_its_own_train_split(image_folder: Path) -> None:
+    alone = open_source(f"folder:{image_folder / 'test'}")
+    assert torch.equal(alone.fetch(range(6))[0], fetch(f"folder:{image_folder}@test", range(6))[0])
+    named = open_source(f"folder:{image_folder / 'train'}")
+    assert named.name == "folder:pets@train"
+
+
+def test_colour_images_have_their_channels_first(tmp_path: Path) -> None:
+    pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    write_image(tmp_path / "a" / "0.png", pixels)
+    assert torch.equal(fetch(f"folder:{tmp_path}")[0][0], torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def test_sixteen_bit_grey_keeps_its_values_or_is_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "a" / "0.png", np.array([[0, 255, 256, 65535]], np.uint16))
+    try:
+        inputs = fetch(f"folder:{tmp_path}")[0]
+    except DataError:
+        return
+    assert len(set(inputs[0, 0, 0].tolist())) == 4
+
+
+def test_images_of_different_sizes_are_named(image_folder: Path) -> None:
+    write_image(image_folder / "train" / "dog" / "3.png", np.zeros((6, 5), np.uint8))
+    source = open_source(f"folder:{image_folder}")
+    with pytest.raises(
+        DataError, match=r"dog/3\.png in .* \(1, 6, 5\), cat/1\.png has \(1, 4, 5\).*resize"
+    ):
+        source.fetch([1, 2, 6])
+
+
+@pytest.mark.parametrize("split", ["", "@valid"])
+def test_a_missing_folder_is_named(tmp_path: Path, split: str) -> None:
+    with pytest.raises(DataError, match=r"folder:.*nowhere.*: no such folder; expected images"):
+        open_source(f"folder:{tmp_path / 'nowhere'}{split}")
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(DataError, match="holds no images; expected one sub-folder per class"):
+        open_source(f"folder:{tmp_path}")
+
+
+DAMAGED_IMAGES = {
+    "text.png": b"hello",
+    "empty.jpg": b"",
+    "cut.bmp": b"BM" + bytes(30),
+    "number.ppm": b"P6 4 x5 255\n" + bytes(60),
+    "bomb.ppm": b"P6 100000 100000 255\n" + bytes(60),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_IMAGES)
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / name).write_bytes(DAMAGED_IMAGES[name])
+    with pytest.raises(DataError, match=rf"cat/{name} cannot be read as an image"):
+        fetch(f"folder:{tmp_path}")
+
+
+def test_a_cut_image_is_named(image_folder: Path) -> None:
+    path = image_folder / "train" / "cat" / "0.png"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"cat/0\.png cannot be read as an image"):
+        fetch(f"folder:{image_folder}")
+
+
+def test_without_pillow_the_extra_is_named(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)  # what an import finds where it is not installed
+    with pytest.raises(SettingsError, match=r"needs Pillow; pip install 'softcache\[vision\]'"):
+        fetch(f"folder:{image_folder}")
+
+
+# the user's own Dataset
+
+PIXELS = np.arange(4 * 2 * 3, dtype=np.uint8).reshape(4, 2, 3)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "arrays", "lists", "grey_images"])
+def test_a_dataset_may_give_tensors_arrays_lists_or_images(datasets: Path, kind: str) -> None:
+    source = open_source(f"{datasets}:{kind}")
+    inputs, labels = source.fetch([3, 1])
+    assert source.name == f"datasets.py:{kind}@train"
+    assert len(source) == 4
+    assert inputs.tolist() == PIXELS[[3, 1]].tolist()
+    assert labels.tolist() == [3, 1]
+    assert labels.dtype == np.int64
+
+
+def test_colour_images_of_a_dataset_have_their_channels_first(datasets: Path) -> None:
+    inputs = fetch(f"{datasets}:colour_images", range(4))[0]
+    assert inputs.shape == (4, 3, 2, 3)
+    assert all(np.array_equal(inputs[:, channel], PIXELS) for channel in range(3))
+
+
+@pytest.mark.parametrize("kind", ["unlabelled", "label_none"])
+def test_a_dataset_may_leave_labels_out(datasets: Path, kind: str) -> None:
+    inputs, labels = fetch(f"{datasets}:{kind}", range(4))
+    assert inputs.tolist() == PIXELS.tolist()
+    assert labels.tolist() == [UNLABELLED] * 4
+
+
+def test_class_names_come_from_the_dataset(datasets: Path) -> None:
+    assert open_source(f"{datasets}:named").class_names == ("cat", "dog")
+    assert open_source(f"{datasets}:tensors").class_names == ()
+
+
+def test_a_number_of_classes_is_not_their_names(datasets: Path) -> None:
+    assert open_source(f"{datasets}:counted").class_names == ()
+
+
+@pytest.mark.parametrize(("split", "label"), [("", 0), ("@train", 0), ("@test", 1)])
+def test_a_callable_that_takes_a_split_is_given_it(datasets: Path, split: str, label: int) -> None:
+    assert fetch(f"{datasets}:splits{split}")[1].tolist() == [label]
+
+
+def test_a_callable_that_takes_no_split_has_none_but_train(datasets: Path) -> None:
+    assert len(open_source(f"{datasets}:tensors@train")) == 4
+    with pytest.raises(SettingsError, match=r"no argument 'split', so it has no split 'test'"):
+        open_source(f"{datasets}:tensors@test")
+
+
+@pytest.mark.parametrize(("kind", "given"), [("number", "int"), ("stream", "Stream")])
+def test_what_is_no_map_style_dataset_is_refused(datasets: Path, kind: str, given: str) -> None:
+    with pytest.raises(DataError, match=rf"returned {given}; expected a map-style Dataset"):
+        open_source(f"{datasets}:{kind}")
+
+
+def test_an_empty_dataset_is_refused(datasets: Path) -> None:
+    with pytest.raises(DataError, match=r"datasets\.py:empty holds no samples"):
+        open_source(f"{datasets}:empty")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "text",
+        "nothing",
+        "mapping",
+        "triple",
+        "ragged",
+        "text_label",
+        "one_hot_label",
+        "nan_label",
+        "infinite_label",
+        "vast_label",
+        "half_label",
+    ],
+)
+def test_an_item_that_is_no_sample_is_named(datasets: Path, kind: str) -> None:
+    with pytest.raises(DataError, match=r"datasets\.py:.*: item 1 is \w+, which is neither"):
+        fetch(f"{datasets}:{kind}", [0, 1])
+
+
+def test_items_of_different_shapes_are_refused(datasets: Path) -> None:
+    expected = (
+        r"datasets\.py:shapes@train: inputs of one batch have different shapes or types, "
+        r"\[\('torch\.float32', \(2, 3\)\), \('torch\.float32', \(3, 2\)\)\]; the Dataset must"
+    )
+    with pytest.raises(DataError, match=expected):
+        fetch(f"{datasets}:shapes", [0, 1])
+
+
+def test_items_of_different_types_are_refused(datasets: Path) -> None:
+    with pytest.raises(DataError, match=r"types, \[\('torch\.float32', .*\('torch\.uint8', "):
+        fetch(f"{datasets}:dtypes", [0, 1])
+
+
+def test_a_type_that_has_no_key_is_refused_or_keyed(datasets: Path) -> None:
+    source = open_source(f"{datasets}:bfloat16")
+    try:
+        next(iter(loader(source, [[0]], keys=True)))
+    except DataError as error:
+        assert "bfloat16" in str(error)  # noqa: PT017  # either outcome is right
+
+
+@pytest.mark.parametrize(("index", "cause"), [(0, "KeyError"), (1, "the share is gone")])
+def test_a_dataset_that_raises_is_named_with_the_sample(
+    datasets: Path, index: int, cause: str
+) -> None:
+    with pytest.raises(DataError, match=rf"datasets\.py:failing.* {index} .*{cause}"):
+        fetch(f"{datasets}:failing", [index])
+
+
+def test_a_callable_that_raises_is_named(datasets: Path) -> None:
+    expected = (
+        r"data .*datasets\.py:fails_at_once: the callable raised RuntimeError: no such corpus; it"
+    )
+    with pytest.raises(SettingsError, match=expected):
+        open_source(f"{datasets}:fails_at_once")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no such file: .*nowhere\.py; expected FILE\.py:CALL"):
+        open_source(f"{tmp_path / 'nowhere.py'}:data")
+
+
+# values and labels
+
+
+def test_unsigned_images_become_floats_up_to_one() -> None:
+    assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx(
+        [0, 0.2, 1]
+    )
+    assert to_float(torch.tensor([0, 13107, 65535], dtype=torch.uint16)).tolist() == pytest.approx(
+        [0, 0.2, 1]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_floats_become_float32_and_keep_their_values(dtype: torch.dtype) -> None:
+    found = to_float(torch.tensor([-2.5, 300.0], dtype=dtype))
+    assert found.dtype == torch.float32
+    assert found.tolist() == [-2.5, 300.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_stay_as_they_are(dtype: torch.dtype) -> None:
+    ids = torch.tensor([0, 40_000], dtype=dtype)
+    assert to_float(ids) is ids
+
+
+def test_labels_of_the_classes_and_unlabelled_pass() -> None:
+    source = ArraySource("tiny", np.zeros((3, 2)), np.zeros(3, np.int64))
+    check_labels(np.array([0, UNLABELLED, 4]), np.arange(3), 5, source)
+
+
+@pytest.mark.parametrize("label", [5, -2, 1 << 40])
+def test_a_label_out_of_range_is_named_with_its_sample(label: int) -> None:
+    source = ArraySource("tiny", np.zeros((3, 2)), np.zeros(3, np.int64))
+    with pytest.raises(DataError, match=rf"tiny: sample 72 has label {label}; expected 0 to 4, or"):
+        check_labels(np.array([0, label, 9]), np.array([71, 72, 73]), 5, source)
+
+
+# keys
+
+
+def key(values: npt.NDArray[Any]) -> int:
+    return int(sample_keys(torch.from_numpy(values)[None])[0])
+
+
+def test_keys_are_as_the_format_says() -> None:
+    pixels = np.arange(28 * 28, dtype=np.uint8).reshape(1, 28, 28)
+    seed = xxhash.xxh3_64_intdigest(b"|u1(1, 28, 28)")
+    assert key(pixels) == xxhash.xxh3_64_intdigest(pixels.tobytes(), seed)
+    floats = np.linspace(0, 1, 6, dtype=np.float32)
+    seed = xxhash.xxh3_64_intdigest(b"<f4(6,)")
+    assert key(floats) == xxhash.xxh3_64_intdigest(floats.tobytes(), seed)
+
+
+# no deadline: nothing here is timed
+quick = settings(deadline=None, max_examples=50)
+batches_of_images = hnp.arrays(np.uint8, st.tuples(st.integers(1, 8), st.just(2), st.just(3)))
+
+
+@quick
+@given(images=batches_of_images, seed=st.integers(0, 99))
+def test_a_key_is_the_samples_own_whatever_its_company_and_place(images: Pixels, seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(len(images))
+    alone = [key(image) for image in images]
+    assert sample_keys(torch.from_numpy(images[order])).tolist() == [alone[i] for i in order]
+
+
+@quick
+@given(images=batches_of_images)
+def test_keys_are_equal_where_the_content_is_and_nowhere_else(images: Pixels) -> None:
+    keys = sample_keys(torch.from_numpy(images))
+    for one, image in zip(keys, images, strict=True):
+        same = (images == image).all(axis=(1, 2))
+        assert np.array_equal(keys == one, same)
+
+
+@quick
+@given(images=batches_of_images, bit=st.integers(0, 2 * 3 * 8 - 1))
+def test_one_bit_changes_the_key(images: Pixels, bit: int) -> None:
+    changed = images[0].copy()
+    changed.reshape(-1)[bit // 8] ^= 1 << bit % 8
+    assert key(changed) != key(images[0])
+
+
+def test_type_and_shape_are_part_of_the_key() -> None:
+    zeros: list[npt.NDArray[Any]] = [
+        np.zeros((4, 6), np.uint8),
+        np.zeros((6, 4), np.uint8),
+        np.zeros(24, np.uint8),
+        np.zeros((1, 4, 6), np.uint8),
+        np.zeros((4, 6), np.int8),
+        np.zeros((4, 3), np.uint16),
+        np.zeros((4, 3), np.float16),
+        np.zeros((2, 3), np.float32),
+        np.zeros((2, 3), np.int32),
+    ]
+    assert len({values.nbytes for values in zeros}) == 1  # the bytes alone would not tell
+    assert len({key(values) for values in zeros}) == len(zeros)
+
+
+def test_the_layout_in_memory_is_no_part_of_the_key() -> None:
+    images = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).reshape(2, 3, 4, 5)
+    last = images.contiguous(memory_format=torch.channels_last)
+    assert last.stride() != images.stride()
+    assert np.array_equal(sample_keys(last), sample_keys(images))
+    assert np.array_equal(sample_keys(images.flip(0).flip(0)), sample_keys(images))
+
+
+# the order of batches
+
+
+def flat(batches: Iterable[Request]) -> list[int]:
+    return [index for batch in batches for index in batch.indices]
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size"), [(10, 5), (10, 4), (12, 5), (3, 8), (1, 4), (1, 1), (4, 1)]
+)
+def test_an_epoch_has_every_sample_once(samples: int, batch_size: int) -> None:
+    batches = list(ShuffledBatches(samples, batch_size, seed=3))
+    assert sorted(flat(batches)) == list(range(samples))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert len(batches) == len(ShuffledBatches(samples, batch_size, seed=3))
+
+
+@pytest.mark.parametrize(("samples", "batch_size"), [(11, 5), (5, 4), (3, 2)])
+def test_a_remainder_of_one_sample_is_left_out(samples: int, batch_size: int) -> None:
+    # batch normalization cannot train on it
+    batches = list(ShuffledBatches(samples, batch_size, seed=3))
+    assert [len(batch) for batch in batches] == [batch_size] * (samples // batch_size)
+    assert len(set(flat(batches))) == samples - 1
+    assert len(batches) == len(ShuffledBatches(samples, batch_size, seed=3))
+
+
+def test_the_sample_left_out_is_another_each_epoch() -> None:
+    batches = ShuffledBatches(11, 5, seed=0)
+    left_out = set()
+    for epoch in range(20):
+        batches.set_epoch(epoch)
+        left_out |= set(range(11)) - set(flat(batches))
+    assert len(left_out) > 3
+
+
+def test_the_order_is_that_of_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int, batch_size: int = 7) -> tuple[int, ...]:
+        batches = ShuffledBatches(100, batch_size, seed)
+        batches.set_epoch(epoch)
+        return tuple(flat(batches))
+
+    orders = {(seed, epoch): order(seed, epoch) for seed in range(3) for epoch in range(3)}
+    assert all(order(*at) == found for at, found in orders.items())
+    assert len(set(orders.values())) == len(orders)
+    assert order(1, 2) == order(1, 2, batch_size=30)
+
+
+def test_batches_are_what_the_request_makes_of_indices_and_epoch() -> None:
+    def request(indices: npt.NDArray[np.int64], epoch: int) -> Request:
+        return Request(indices.tolist(), view=10 + epoch, samples=100 + indices)
+
+    batches = ShuffledBatches(10, 4, 3, request)
+    batches.set_epoch(2)
+    found = list(batches)
+    plain = ShuffledBatches(10, 4, 3)
+    plain.set_epoch(2)
+    assert flat(found) == flat(plain)
+    for one in found:
+        assert one.view == 12
+        assert one.samples is not None
+        assert one.samples.tolist() == [100 + index for index in one.indices]
+
+
+def test_sequential_batches_hold_every_sample_in_order() -> None:
+    assert sequential_batches(7, 3) == [range(3), range(3, 6), range(6, 7)]
+    assert sequential_batches(6, 3) == [range(3), range(3, 6)]
+    assert sequential_batches(2, 3) == [range(2)]
+
+
+# the loader
+
+
+@dataclass(frozen=True)
+class CountedSource(ArraySource):
+    """Remembers what it was asked for."""
+
+    calls: list[list[int]] = field(default_factory=list)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        self.calls.append(list(indices))
+        return super().fetch(indices)
+
+
+@pytest.fixture
+def counted() -> CountedSource:
+    x, y = make_arrays(20)
+    return CountedSource("tiny", x, y)
+
+
+class OneByOne(Dataset[tuple[Tensor, int]]):
+    """The source as a Dataset without __getitems__, which torch asks for one sample at a time."""
+
+    def __init__(self, source: ArraySource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        inputs, labels = self.source.fetch([index])
+        return inputs[0], int(labels[0])
+
+
+def test_the_source_is_asked_once_for_a_batch(counted: CountedSource) -> None:
+    batches = [[3, 1, 2], [19, 0], [7]]
+    list(loader(counted, batches))
+    assert counted.calls == batches
+
+
+def test_asking_for_single_samples_would_be_noticed(counted: CountedSource) -> None:
+    list(DataLoader(OneByOne(counted), batch_sampler=[[3, 1, 2], [19, 0], [7]]))
+    assert counted.calls == [[3], [1], [2], [19], [0], [7]]
+
+
+def test_a_batch_holds_what_the_source_holds(counted: CountedSource) -> None:
+    batch = next(iter(loader(counted, [[5, 2]], keys=True)))
+    assert batch.indices.tolist() == [5, 2]
+    assert np.array_equal(batch.inputs.numpy(), counted.inputs[[5, 2]])
+    assert batch.labels.tolist() == counted.labels[[5, 2]].tolist()
+    assert np.array_equal(batch.keys.numpy().view(np.uint64), sample_keys(batch.inputs))
+
+
+def test_a_batch_without_partners_has_none(counted: CountedSource) -> None:
+    batch = next(iter(loader(counted, [Request([5, 2])])))
+    assert len(batch.partners) == len(batch.partner_labels) == 0
+
+
+def test_a_request_asks_for_the_partners_of_its_samples() -> None:
+    mixup, samples = parse_augment("mixup", seed=3, total=20), np.array([4, 9, 2])
+    drawn = mixup.partners(6, samples)
+    assert drawn is not None
+    request = make_request(mixup, [4, 9, 2], 6, samples)
+    assert request.view == 6
+    assert list(request.partners) == drawn.tolist()
+    # where the data are in another order, partners are looked up by their number, not their place
+    where = np.arange(20)[::-1]
+    moved = make_request(mixup, where[samples].tolist(), 6, samples, where)
+    assert list(moved.partners) == where[drawn].tolist()
+    assert list(moved.partners) != drawn.tolist()
+
+
+def test_a_request_without_mixup_asks_for_no_partners() -> None:
+    request = make_request(parse_augment("flip", seed=3, total=20), [4], 6, np.array([4]))
+    assert len(request) == 1
+    assert list(request.partners) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_holds_the_partners_and_their_labels(counted: CountedSource, workers: int) -> None:
+    batch = next(iter(loader(counted, [Request([5, 2], partners=[2, 7])], workers=workers)))
+    assert batch.labels.tolist() == counted.labels[[5, 2]].tolist()
+    assert np.array_equal(batch.partners.numpy(), counted.inputs[[2, 7]])
+    assert batch.partner_labels.tolist() == counted.labels[[2, 7]].tolist()
+
+
+def test_inputs_and_partners_become_floats_before_they_are_mixed(counted: CountedSource) -> None:
+    mixup, samples = parse_augment("mixup", seed=3, total=20), np.arange(20)
+    request = make_request(mixup, range(20), 1, samples)
+    batch = next(iter(loader(counted, [request])))
+    found = augmented(batch, mixup, 1, samples, torch.device("cpu"))
+    share = mixup.shares(1, samples)[:, None, None, None]
+    partners = counted.inputs[list(request.partners)] / 255
+    expected = counted.inputs / 255 * (1 - share) + partners * share
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [None, "shift:2,flip", "crop:0.5,jitter:0.3,mixup"])
+def test_reordered_data_give_every_sample_the_same_view(spec: str | None) -> None:
+    # a cache's sample n, wherever it is in the data of today, is augmented as number n
+    x, y = make_arrays(20)
+    augmentation = parse_augment(spec, seed=3, total=20)
+
+    def views(order: npt.NDArray[np.int64]) -> Tensor:
+        """In the order of the numbers; sample `order[i]` is at place i."""
+        source, where = ArraySource("tiny", x[order], y[order]), np.argsort(order)
+        numbers = np.arange(20)
+        request = make_request(augmentation, where.tolist(), 1, numbers, where)
+        batch = next(iter(loader(source, [request], augmentation=augmentation)))
+        return augmented(batch, augmentation, 1, numbers, torch.device("cpu"))
+
+    in_order = views(np.arange(20))
+    assert torch.equal(views(np.random.default_rng(0).permutation(20)), in_order)
+
+
+def test_keys_are_made_only_where_they_are_asked_for(counted: CountedSource) -> None:
+    assert len(next(iter(loader(counted, [[5, 2]]))).keys) == 0
+
+
+def test_worker_processes_give_the_same_batches_in_the_same_order() -> None:
+    x, y = make_arrays(50)
+    source = ArraySource("tiny", x, y)
+
+    def epochs(workers: int) -> list[Batch]:
+        batches = ShuffledBatches(50, 8, seed=1)
+        made = loader(source, batches, workers=workers, keys=True)
+        found: list[Batch] = []
+        for epoch in range(2):
+            batches.set_epoch(epoch)  # seen by workers that live on from the epoch before
+            found += made
+        return found
+
+    alone, together = epochs(0), epochs(2)
+    assert len(alone) == len(together) == 14
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(alone[0].indices, alone[7].indices)
+
+
+@pytest.mark.xfail(strict=True, reason="torch puts the worker's whole traceback into the message")
+def test_an_error_in_a_worker_process_is_the_same_one_line(image_folder: Path) -> None:
+    (image_folder / "train" / "cat" / "0.png").write_bytes(b"hello")
+    source = open_source(f"folder:{image_folder}")
+    with pytest.raises(DataError, match=r"^\S*cat/0\.png cannot be read as an image \([^\n]*\)$"):
+        list(loader(source, [[0]], workers=1))

@@ -1,0 +1,346 @@
+"""How far stored rows are from the teacher: the measure itself, and what it notices."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from softcache import fidelity
+from softcache.cache import Cache, Sampled, open_cache
+from softcache.data import open_source, to_float
+from softcache.dump import DumpConfig, dump, load_teachers
+from softcache.fidelity import (
+    describe,
+    divergence,
+    draw_rows,
+    measure,
+    retemper,
+    teacher_rows,
+    temperatures_of,
+)
+from softcache.loss import SparseTargets
+from softcache.views import parse_augment
+from tests.conftest import SAMPLES
+
+Rows = npt.NDArray[np.float64]
+
+ENCODINGS = ["dense", "quantized", "topk:2", "basis:4,2", "sampled:50"]
+
+
+def log_softmax(logits: Rows) -> Rows:
+    shifted = logits - logits.max(-1, keepdims=True)
+    normalized: Rows = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return normalized
+
+
+def oracle(log_p: Rows, log_q: Rows) -> Rows:
+    """KL(p ‖ q) in nats, (B,), in float64; a class without probability adds nothing."""
+    p = np.exp(log_p)
+    with np.errstate(invalid="ignore"):
+        found: Rows = np.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return found
+
+
+def ask(cache: Cache, config: DumpConfig, **options: Any) -> dict[str, Any]:
+    source = open_source(config.data)
+    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
+    return measure(cache, source, load_teachers(config, source), augmentation, **options)
+
+
+# which rows
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    views=st.integers(1, 5),
+    samples=st.integers(1, 300),
+    count=st.integers(1, 500),
+    seed=st.integers(0, (1 << 63) - 1),
+)
+def test_rows_are_drawn_once_each_in_order(views: int, samples: int, count: int, seed: int) -> None:
+    pairs = draw_rows(views, samples, count, seed)
+    assert pairs.shape == (min(count, views * samples), 2)
+    assert ((pairs >= 0) & (pairs < [views, samples])).all()
+    rows = pairs @ [samples, 1]
+    assert (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(pairs, draw_rows(views, samples, count, seed))
+
+
+def test_rows_are_drawn_from_everywhere() -> None:
+    pairs = np.concatenate([draw_rows(4, 50, 40, seed) for seed in range(1000)])
+    counts = np.bincount(pairs @ [50, 1], minlength=200)
+    # binomial, n = 1000 and p = 1/5, standard deviation 12.6: 7 of them is once in 10^9 for 200 rows
+    assert np.abs(counts - 200).max() < 7 * 12.7
+
+
+def test_another_seed_draws_other_rows() -> None:
+    assert (draw_rows(1, 1000, 100, 0) != draw_rows(1, 1000, 100, 1)).any()
+
+
+@pytest.mark.parametrize(("views", "samples"), [(1, 1 << 24), (3, 10**9), (1 << 8, 1 << 40)])
+def test_rows_of_a_very_large_cache_are_drawn_without_listing_them(
+    views: int, samples: int
+) -> None:
+    pairs = draw_rows(views, samples, 500, 0)
+    assert len(pairs) > 490  # a row drawn twice is one row
+    assert ((pairs >= 0) & (pairs < [views, samples])).all()
+    assert (np.diff(pairs @ [samples, 1]) > 0).all()
+    assert pairs[:, 1].max() > 0.9 * samples
+    assert set(pairs[:, 0].tolist()) >= ({0} if views == 1 else {0, views - 1})
+
+
+# the measure
+
+
+def some_rows(seed: int, rows: int = 20, classes: int = 7) -> Rows:
+    return log_softmax(np.random.default_rng(seed).standard_normal((rows, classes)) * 3)
+
+
+def tensor(rows: Rows) -> Tensor:
+    return torch.from_numpy(rows).float()
+
+
+def test_divergence_is_that_of_the_teacher_from_what_is_stored() -> None:
+    p, q = some_rows(0), some_rows(1)
+    found = divergence(tensor(p), tensor(q))
+    np.testing.assert_allclose(found, oracle(p, q), rtol=1e-4)
+    assert not np.allclose(found, oracle(q, p), rtol=0.01)  # and not the other way round
+
+
+def test_divergence_of_a_row_from_itself_is_zero() -> None:
+    p = tensor(some_rows(0))
+    assert divergence(p, p).abs().max() == 0
+
+
+def test_a_class_that_the_teacher_excludes_adds_nothing() -> None:
+    p = log_softmax(np.array([[0.0, 1.0, -np.inf], [-np.inf, 0.0, -np.inf]]))
+    for lowest in (-65504.0, -np.inf):
+        q = np.where(np.isneginf(p), lowest, p)
+        np.testing.assert_allclose(divergence(tensor(p), tensor(q)), 0, atol=1e-6)
+    q = log_softmax(np.zeros((2, 3)))
+    np.testing.assert_allclose(divergence(tensor(p), tensor(q)), oracle(p, q), rtol=1e-5)
+
+
+def sparse(log_probs: Rows, k: int, rest: Rows) -> SparseTargets:
+    """The first k classes, and what each of the others has, (B,)."""
+    ids = torch.arange(k).expand(len(log_probs), k)
+    return SparseTargets(ids, tensor(log_probs[:, :k]), tensor(rest), log_probs.shape[1])
+
+
+def test_divergence_from_sparse_targets_counts_the_tail() -> None:
+    p, q = some_rows(0), some_rows(1)
+    rest = np.log(np.exp(q[:, 3:]).mean(-1))
+    even = np.concatenate([q[:, :3], np.repeat(rest[:, None], 4, 1)], 1)
+    np.testing.assert_allclose(
+        divergence(tensor(p), sparse(q, 3, rest)), oracle(p, even), rtol=1e-4
+    )
+
+
+def test_divergence_from_draws_is_taken_the_other_way_round() -> None:
+    # a class that was not drawn has probability 0: KL(teacher ‖ stored) would be infinite
+    p, q = some_rows(0), some_rows(1)
+    drawn = log_softmax(np.where(np.arange(7) < 3, q, -np.inf))
+    targets = sparse(drawn, 3, np.full(20, -np.inf))
+    found = divergence(tensor(p), targets)
+    assert found.isfinite().all()
+    np.testing.assert_allclose(found, oracle(drawn, p), rtol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", [0.5, 1.0, 4.0, 8.0])
+def test_retempering_gives_what_the_teacher_would_have_said(wanted: float) -> None:
+    logits = np.random.default_rng(0).standard_normal((20, 7)) * 5
+    found = retemper(tensor(log_softmax(logits / 4)), 4.0, wanted)
+    np.testing.assert_allclose(found, log_softmax(logits / wanted), atol=1e-4)
+
+
+def test_the_caches_own_temperature_comes_first_and_each_once() -> None:
+    assert temperatures_of(4.0, sampled=False) == [4.0, 1.0, 2.0, 8.0]
+    assert temperatures_of(3.0, sampled=False) == [3.0, 1.0, 2.0, 4.0, 8.0]
+    assert temperatures_of(3.0, sampled=True) == [3.0]
+
+
+# the teacher asked again
+
+
+def test_the_teacher_is_asked_about_the_same_augmented_samples(dump_config: DumpConfig) -> None:
+    config = replace(dump_config, views=3, augment="shift:2,flip", seed=5)
+    cache = dump(config)
+    source = open_source(config.data)
+    teacher = load_teachers(config, source)
+    pairs = draw_rows(3, SAMPLES, 100, 1)
+
+    def said(seed: int) -> Tensor:
+        augmentation = parse_augment("shift:2,flip", seed=seed, total=SAMPLES)
+        return teacher_rows(teacher, source, pairs, temperature=4.0, augmentation=augmentation)
+
+    found = said(5)
+    stored = np.stack([cache.rows(int(view), np.array([sample]))[0] for view, sample in pairs])
+    np.testing.assert_allclose(found, stored, atol=5e-3)
+    assert np.abs(said(6).numpy() - stored).max() > 0.1  # views drawn with another seed
+    view, sample = map(int, pairs[50])
+    images = to_float(source.fetch([sample])[0])
+    augmentation = parse_augment("shift:2,flip", seed=5, total=SAMPLES)
+    images = augmentation(images, None, view, np.array([sample]))
+    np.testing.assert_allclose(teacher.log_probs(images, 4.0), found[50:51], atol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_what_is_measured_is_the_mean_and_the_worst_of_the_rows(
+    encoding: str, dump_config: DumpConfig
+) -> None:
+    config = replace(dump_config, eval_data=None, encoding=encoding)
+    cache = dump(config)
+    source = open_source(config.data)
+    everyone = np.arange(SAMPLES)
+    images = to_float(source.fetch(everyone.tolist())[0])
+    teacher = load_teachers(config, source)
+    sampled = isinstance(cache.header.encoding, Sampled)
+    found = ask(cache, config, rows=10**6)
+    assert found["rows"] == SAMPLES
+    assert list(found["at"]) == (["4"] if sampled else ["4", "1", "2", "8"])
+    for name, mean in found["at"].items():
+        said = teacher.log_probs(images, float(name)).double().numpy()
+        stored = cache.rows(0, everyone, float(name)).astype(np.float64)
+        kl = oracle(stored, said) if sampled else oracle(said, stored)
+        assert mean == pytest.approx(kl.mean(), rel=0.02, abs=2e-7)
+        if name == "4":
+            assert found["mean"] == mean
+            assert found["worst"] == pytest.approx(kl.max(), rel=0.02, abs=2e-6)
+            assert found["p99"] == pytest.approx(np.quantile(kl, 0.99), rel=0.02, abs=2e-6)
+
+
+def test_the_dump_records_what_is_measured(
+    dump_config: DumpConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(dump_config, encoding="topk:2", views=2, augment="flip")
+    cache = dump(config)
+    assert cache.header.summary is not None
+    recorded = cache.header.summary["fidelity"]
+    assert recorded == ask(cache, config)
+    assert describe(recorded, False) in capsys.readouterr().out.splitlines()
+
+
+def test_so_many_rows_are_held_at_once_and_no_more(
+    cache: Cache, dump_config: DumpConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ask(cache, dump_config, rows=17)["rows"] == 17
+    monkeypatch.setattr(fidelity, "VALUES", 50)
+    assert ask(cache, dump_config, rows=17)["rows"] == 10  # of 5 classes each
+    monkeypatch.setattr(fidelity, "VALUES", 1)
+    assert ask(cache, dump_config, rows=17)["rows"] == 1
+
+
+# what it notices
+
+
+def swap(cache: Cache, one: tuple[int, int], other: tuple[int, int]) -> Cache:
+    """The same file with the rows of two (view, sample) exchanged in every array."""
+    raw = bytearray(cache.path.read_bytes())
+    for array in cache.header.arrays:
+        if array.axis == "rows":
+            size = array.row_bytes
+            places = [
+                slice(start, start + size)
+                for view, sample in (one, other)
+                for start in [array.offset + (view * cache.header.samples + sample) * size]
+            ]
+            raw[places[0]], raw[places[1]] = raw[places[1]], raw[places[0]]
+    cache.path.write_bytes(raw)
+    return open_cache(cache.path)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_two_rows_swapped_in_the_file_are_noticed(encoding: str, dump_config: DumpConfig) -> None:
+    config = replace(dump_config, eval_data=None, encoding=encoding)
+    cache = dump(config)
+    # the two whose top classes are most probable, and differ
+    log_probs = cache.rows(0, np.arange(SAMPLES))
+    surest = log_probs.max(-1).argsort()[::-1]
+    one = int(surest[0])
+    other = next(int(at) for at in surest if log_probs[at].argmax() != log_probs[one].argmax())
+    before = ask(cache, config, rows=SAMPLES)
+    after = ask(swap(cache, (0, one), (0, other)), config, rows=SAMPLES)
+    assert after["worst"] > before["worst"] + 0.1
+    assert after["mean"] > before["mean"] + 0.2 / SAMPLES
+
+
+def test_views_swapped_in_the_file_are_noticed(dump_config: DumpConfig) -> None:
+    config = replace(dump_config, eval_data=None, views=2, augment="shift:2")
+    cache = dump(config)
+    assert ask(cache, config)["worst"] < 1e-5
+    for sample in range(20):
+        cache = swap(cache, (0, sample), (1, sample))
+    assert ask(cache, config)["worst"] > 0.01
+
+
+def test_another_teacher_is_noticed(
+    cache: Cache, dump_config: DumpConfig, teacher_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other.py").write_text(teacher_file.read_text().replace("seed(7)", "seed(8)"))
+    assert ask(cache, dump_config)["mean"] < 1e-5
+    other = replace(dump_config, teacher=f"{tmp_path / 'other.py'}:teacher")
+    assert ask(cache, other)["mean"] > 0.05
+
+
+def test_data_in_another_order_are_noticed(
+    cache: Cache, dump_config: DumpConfig, data_file: Path, tmp_path: Path
+) -> None:
+    images = np.load(data_file)["x_train"]
+    np.savez(tmp_path / "reversed.npz", x=images[::-1])
+    other = replace(dump_config, data=f"npz:{tmp_path / 'reversed.npz'}")
+    assert ask(cache, other)["mean"] > 0.05
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_rows_encoded_again_are_where_they_were(encoding: str, dump_config: DumpConfig) -> None:
+    config = replace(dump_config, eval_data=None, encoding=encoding, views=2, augment="flip,mixup")
+    cache = dump(config)
+    assert cache.header.summary is not None
+    assert cache.header.summary["fidelity"]["moved"] == ask(cache, config)["moved"]
+    assert ask(cache, config)["moved"] < 1e-3
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_what_moved_is_the_share_of_probability_that_lies_elsewhere(
+    encoding: str, dump_config: DumpConfig, teacher_file: Path, tmp_path: Path
+) -> None:
+    cache = dump(replace(dump_config, eval_data=None, encoding=encoding))
+    other = tmp_path / "other.py"
+    other.write_text(teacher_file.read_text().replace("seed(7)", "seed(8)"))
+    config = replace(
+        dump_config,
+        teacher=f"{other}:teacher",
+        out=tmp_path / "other.h5",
+        eval_data=None,
+        encoding=encoding,
+    )
+    found = ask(cache, config, rows=SAMPLES)["moved"]
+    everyone = np.arange(SAMPLES)
+    moved = np.abs(np.exp(cache.rows(0, everyone)) - np.exp(dump(config).rows(0, everyone)))
+    # a basis is fitted to its teacher, so that the other cache's is another one
+    assert found == pytest.approx(
+        moved.sum(-1).mean() / 2, rel=0.1 if "basis" in encoding else 1e-3
+    )
+    assert found > 0.3
+
+
+# one line for people
+
+
+def test_the_line_says_direction_amount_and_temperatures() -> None:
+    found = {"rows": 1024, "mean": 1.5e-4, "p99": 2e-3, "worst": 0.03, "at": {"4": 1.5e-4, "1": 0}}
+    assert describe(found, sampled=False) == (
+        "fidelity: KL(teacher ‖ stored) mean 1.5e-04, 99th percentile 2.0e-03, worst 3.0e-02 nats on "
+        "1,024 rows; mean at T=4 1.5e-04, T=1 0.0e+00"
+    )
+    assert re.match(r"fidelity: KL\(stored ‖ teacher\) mean", describe(found, sampled=True))

@@ -1,0 +1,65 @@
+"""The tables and lines that people look at."""
+
+from __future__ import annotations
+
+from softcache.cache import Cache
+from softcache.evaluate import Evaluation
+from softcache.report import Row, cache_line, models_table
+
+
+def cells(table: str) -> list[list[str]]:
+    """The cells of each line, but for the ruler; columns are two spaces apart."""
+    lines = [line for line in table.splitlines() if set(line) - set("- ")]
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
+
+
+def test_the_table_shows_what_each_model_costs_and_how_often_it_errs() -> None:
+    table = models_table(
+        [
+            Row("teacher", 1_234_567, Evaluation(38, 10_000)),
+            Row("distilled", 12_345, Evaluation(1_051, 10_000)),
+            Row("hard labels", 12_345, None),
+        ]
+    )
+    assert cells(table) == [
+        ["model", "parameters", "share of teacher's", "test errors", "accuracy"],
+        ["teacher", "1,234,567", "100.0%", "38 of 10,000", "99.62%"],
+        ["distilled", "12,345", "1.0%", "1,051 of 10,000", "89.49%"],
+        ["hard labels", "12,345", "1.0%", "-", "-"],
+    ]
+
+
+def test_shares_are_of_the_first_model_whatever_its_name() -> None:
+    table = models_table([Row("student", 200, None)])
+    assert cells(table)[0][2] == "share of student's"
+    assert cells(table)[1][:3] == ["student", "200", "100.0%"]
+
+
+def test_columns_are_aligned() -> None:
+    table = models_table([Row("teacher", 1_000_000, Evaluation(1, 10)), Row("s", 1, None)])
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_a_perfect_and_a_useless_model() -> None:
+    table = models_table([Row("a", 1, Evaluation(0, 10)), Row("b", 1, Evaluation(10, 10))])
+    assert [line[3:] for line in cells(table)[1:]] == [
+        ["0 of 10", "100.00%"],
+        ["10 of 10", "0.00%"],
+    ]
+
+
+def test_a_teacher_without_parameters_has_a_table_too() -> None:
+    # a rule, or an exported program that holds its weights as constants; the format allows 0
+    table = models_table([Row("teacher", 0, None), Row("distilled", 12, None)])
+    assert cells(table)[2] == ["distilled", "12", "-", "-", "-"]
+
+
+def test_the_line_of_a_dump_says_what_it_came_to(cache: Cache) -> None:
+    assert cache.header.summary is not None
+    entropy, agreement = cache.header.summary["entropy"], cache.header.summary["agreement"]
+    assert cache_line(cache) == (
+        f"{cache.path}: 300 samples x 1 view(s), 5 classes, dense, "
+        f"{cache.path.stat().st_size:,} bytes; entropy {entropy:.3f} nats, top class is the label in "
+        f"{agreement:.2%}; content id {cache.content_id()}"
+    )
+    assert "\n" not in cache_line(cache)

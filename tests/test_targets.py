@@ -1,0 +1,164 @@
+"""Soft targets as students get them, against float64 and against the numpy reader."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from softcache.cache import Cache
+from softcache.dump import DumpConfig, dump
+from softcache.targets import soft_targets, soften
+
+Array = npt.NDArray[np.float64]
+MakeCache = Callable[..., Cache]
+
+SAMPLES, CLASSES = 60, 12
+CPU = torch.device("cpu")
+# a teacher whose logits are its inputs, so that a test can choose them
+TEACHER = "torch.nn:Flatten"
+
+
+@pytest.fixture
+def make_cache(tmp_path: Path) -> MakeCache:
+    """Dump a teacher whose logits are the rows given, (N, C)."""
+
+    def make(logits: Array, temperature: float = 4.0, **options: object) -> Cache:
+        np.savez(tmp_path / "logits.npz", x=logits[:, None, None].astype(np.float32))
+        config = DumpConfig(
+            teacher=TEACHER,
+            data=f"npz:{tmp_path / 'logits.npz'}",
+            temperature=temperature,
+            out=tmp_path / "cache.h5",
+            batch_size=16,
+            device="cpu",
+            **options,  # type: ignore[arg-type]
+        )
+        return dump(config)
+
+    return make
+
+
+@pytest.fixture
+def logits() -> Array:
+    found: Array = np.random.default_rng(0).normal(0, 6, (SAMPLES, CLASSES)).astype(np.float32)
+    return found.astype(np.float64)
+
+
+def log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(-1, keepdims=True)
+    normalized: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return normalized
+
+
+def divergence(log_p: Array, log_q: npt.NDArray[np.floating]) -> float:
+    """KL(p ‖ q) of the row where it is greatest, in nats."""
+    return float((np.exp(log_p) * (log_p - log_q.astype(np.float64))).sum(-1).max())
+
+
+def targets_of(
+    cache: Cache, rows: npt.NDArray[np.int64], temperature: float, view: int = 0
+) -> torch.Tensor:
+    """Dense targets of rows of the cache, as a student gets them."""
+    targets = soft_targets(cache, temperature, CPU)(view, rows)
+    assert isinstance(targets, torch.Tensor)
+    return targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_soften_is_log_softmax_of_logits_by_temperature(logits: Array, dtype: torch.dtype) -> None:
+    given = torch.tensor(logits).to(dtype)
+    found = soften(given, 4.0)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, log_softmax(given.double().numpy() / 4), atol=1e-5)
+
+
+@pytest.mark.parametrize("stored_at", [1.0, 4.0])
+@pytest.mark.parametrize("wanted", [0.5, 1.0, 2.0, 4.0, 8.0])
+def test_targets_are_the_teachers_at_any_temperature(
+    make_cache: MakeCache, logits: Array, stored_at: float, wanted: float
+) -> None:
+    cache = make_cache(logits, stored_at)
+    everyone = np.arange(SAMPLES)
+    targets = targets_of(cache, everyone, wanted)
+    assert targets.dtype == torch.float32
+    assert divergence(log_softmax(logits / wanted), targets.numpy()) < 1e-5
+    # of which the comparison with another temperature says that it can fail
+    assert divergence(log_softmax(logits / (wanted * 1.1)), targets.numpy()) > 1e-5
+
+
+@pytest.mark.parametrize("wanted", [0.5, 1.0, 4.0, 8.0])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, 1e5])
+def test_torch_and_numpy_decode_the_same(
+    make_cache: MakeCache, logits: Array, scale: float, wanted: float
+) -> None:
+    cache = make_cache(logits * scale)
+    everyone = np.arange(SAMPLES)
+    targets = targets_of(cache, everyone, wanted)
+    np.testing.assert_allclose(targets, cache.rows(0, everyone, wanted), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_stored_is_the_nearest_float16(make_cache: MakeCache, logits: Array) -> None:
+    cache = make_cache(logits)
+    stored = cache.arrays["log_probs"][0]
+    exact = log_softmax(logits / 4)
+    assert stored.dtype == np.dtype("<f2")
+    # half a step of float16, and a little for the softmax in float32
+    assert (np.abs(stored - exact) <= 0.51 * np.spacing(np.abs(stored)).astype(float)).all()
+
+
+def test_a_teacher_that_is_certain_gives_finite_targets(make_cache: MakeCache) -> None:
+    certain = np.where(np.eye(CLASSES, dtype=bool), 0.0, -1e6)
+    cache = make_cache(certain, 1.0)
+    assert cache.arrays["log_probs"].min() == np.finfo(np.float16).min
+    everyone = np.arange(CLASSES)
+    for wanted in (1.0, 8.0):
+        targets = targets_of(cache, everyone, wanted)
+        assert targets.isfinite().all()
+        assert torch.equal(targets.exp(), torch.eye(CLASSES))
+
+
+def test_rows_sum_to_one_after_rounding(make_cache: MakeCache, logits: Array) -> None:
+    cache = make_cache(logits)
+    everyone = np.arange(SAMPLES)
+    targets = targets_of(cache, everyone, 4.0)
+    np.testing.assert_allclose(targets.double().exp().sum(-1), 1, atol=1e-6)
+    # as stored they do not: the decoder has to see to it
+    assert np.abs(np.exp(cache.arrays["log_probs"][0].astype(float)).sum(-1) - 1).max() > 1e-5
+
+
+def test_rows_come_in_the_order_asked_for(make_cache: MakeCache, logits: Array) -> None:
+    cache = make_cache(logits)
+    rows = np.array([7, 3, 59, 3, 0])  # in any order, and more than once
+    expected = log_softmax(logits[rows] / 2)
+    np.testing.assert_allclose(targets_of(cache, rows, 2.0), expected, atol=0.02)
+    assert np.abs(log_softmax(logits[:5] / 2) - expected).max() > 1  # the rows as they lie
+
+
+def test_each_view_has_targets_of_its_own(make_cache: MakeCache, logits: Array) -> None:
+    cache = make_cache(logits, views=3, augment="flip")
+    rows = np.random.default_rng(1).permutation(SAMPLES)[:20]
+    found = [targets_of(cache, rows, 8.0, view) for view in range(3)]
+    for view, targets in enumerate(found):
+        np.testing.assert_allclose(targets, cache.rows(view, rows, 8.0), atol=1e-5)
+    assert not torch.equal(found[0], found[1])
+
+
+def test_the_read_only_map_gives_no_warning(make_cache: MakeCache, logits: Array) -> None:
+    cache = make_cache(logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        targets_of(cache, np.arange(5), 4.0)
+
+
+def test_the_file_stays_as_it_is(make_cache: MakeCache, logits: Array) -> None:
+    cache = make_cache(logits)
+    before = cache.path.read_bytes()
+    targets = targets_of(cache, np.arange(SAMPLES), 4.0)
+    targets.zero_()  # what a student does with its batch is its own affair
+    assert cache.path.read_bytes() == before

@@ -1,0 +1,210 @@
+"""The check of a whole cache, and whether it is the one that was meant."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softcache.cache import Cache, open_cache
+from softcache.cache import writer as cache_writer
+from softcache.cache.reader import partial_path
+from softcache.dump import DumpConfig, dump
+from softcache.errors import FormatError
+from softcache.verify import check_damage, repair, verify
+
+
+@pytest.fixture
+def two_views(dump_config: DumpConfig) -> DumpConfig:
+    return replace(dump_config, views=2, augment="flip")
+
+
+@pytest.fixture
+def blocks(two_views: DumpConfig, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """A cache of 2 views in blocks of 20 samples."""
+    monkeypatch.setattr(cache_writer, "BLOCK_BYTES", 200)
+    return dump(two_views)
+
+
+def flip(path: Path, *offsets: int) -> None:
+    raw = bytearray(path.read_bytes())
+    for offset in offsets:
+        raw[offset] ^= 0x10
+    path.write_bytes(raw)
+
+
+def row_offset(cache: Cache, view: int, sample: int) -> int:
+    """Where the soft targets of a sample begin in the file."""
+    array = cache.header.array("log_probs")
+    return array.offset + (view * cache.header.samples + sample) * array.row_bytes
+
+
+def test_an_intact_cache_is_told_with_its_content_id(cache: Cache) -> None:
+    assert verify(cache.path) == f"{cache.path}: intact, content id {cache.content_id()}"
+
+
+def test_the_content_id_may_be_expected_in_any_spelling(cache: Cache) -> None:
+    content_id = cache.content_id()
+    for spelling in (content_id, content_id.upper(), f" {content_id}\n"):
+        assert verify(cache.path, spelling).endswith(content_id)
+
+
+def test_another_cache_than_expected_is_refused(cache: Cache) -> None:
+    with pytest.raises(
+        FormatError,
+        match=rf"tiny\.h5 is intact, but it is another cache: .* is {cache.content_id()}, expected 0f",
+    ):
+        verify(cache.path, "0f" * 32)
+
+
+def test_caches_that_differ_have_other_content_ids(cache: Cache, dump_config: DumpConfig) -> None:
+    same = dump(replace(dump_config, out=dump_config.out.with_name("same.h5")))
+    other = dump(replace(dump_config, out=dump_config.out.with_name("other.h5"), temperature=3.0))
+    assert same.content_id() == cache.content_id()
+    assert other.content_id() != cache.content_id()
+    assert re.fullmatch("[0-9a-f]{64}", cache.content_id())
+
+
+@pytest.mark.parametrize(
+    ("view", "sample", "place"),
+    [
+        (0, 0, "samples 0 to 19 in view 0"),
+        (0, 299, "samples 280 to 299 in view 0"),
+        (1, 0, "samples 0 to 19 in view 1"),
+        (1, 120, "samples 120 to 139 in view 1"),
+    ],
+)
+def test_damaged_rows_are_named(view: int, sample: int, place: str, blocks: Cache) -> None:
+    flip(blocks.path, row_offset(blocks, view, sample))
+    with pytest.raises(
+        FormatError, match=rf"h5 is damaged: soft targets of {place}; softcache repair marks"
+    ):
+        verify(blocks.path)
+
+
+@pytest.mark.parametrize("array", ["labels", "keys"])
+def test_damaged_labels_and_keys_are_named(array: str, blocks: Cache) -> None:
+    flip(blocks.path, blocks.header.array(array).offset + 8 * 45)
+    with pytest.raises(
+        FormatError,
+        match=r"h5 is damaged: labels and keys of samples 40 to 59; softcache repair marks",
+    ):
+        verify(blocks.path)
+
+
+def test_damage_outside_the_rows_is_named(cache: Cache) -> None:
+    places = {
+        "the user block behind the header": cache.header.user_block - 1,
+        "the HDF5 structure": cache.header.user_block + 20,
+        "the arrays shared by all rows": cache.header.array("class_names").offset,
+    }
+    for what, offset in places.items():
+        flip(cache.path, offset)
+        with pytest.raises(FormatError, match=rf"tiny\.h5 is damaged: {what}; get it again"):
+            verify(cache.path)
+        flip(cache.path, offset)
+    verify(cache.path)
+
+
+def test_much_damage_is_told_in_one_line_with_its_amount(blocks: Cache) -> None:
+    flip(blocks.path, *(row_offset(blocks, 0, sample) for sample in range(0, 140, 20)))
+    with pytest.raises(
+        FormatError, match=r"samples 80 to 99 in view 0, and 2 more; softcache repair"
+    ):
+        verify(blocks.path)
+
+
+def test_damage_is_told_before_the_content_id_is_compared(cache: Cache) -> None:
+    # the id is over the digests, which a damaged row leaves as they are
+    flip(cache.path, row_offset(cache, 0, 3))
+    with pytest.raises(FormatError, match="is damaged"):
+        verify(cache.path, cache.content_id())
+
+
+def test_an_unfinished_cache_is_refused(cache: Cache) -> None:
+    partial = partial_path(cache.path)
+    cache.path.rename(partial)
+    with pytest.raises(
+        FormatError, match=r"tiny\.h5: its dump has not completed \(tiny\.h5\.partial"
+    ):
+        verify(cache.path)
+
+
+def test_what_is_no_cache_is_told(tmp_path: Path) -> None:
+    with pytest.raises(
+        FormatError, match=r"nowhere\.h5: No such file or directory; expected a cache"
+    ):
+        verify(tmp_path / "nowhere.h5")
+    (tmp_path / "file.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    with pytest.raises(
+        FormatError, match=r"file\.h5: an HDF5 file, but not a softcache cache; make"
+    ):
+        verify(tmp_path / "file.h5")
+
+
+def test_a_check_counts_every_byte_of_the_rows(
+    blocks: Cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # in a log, the last line of progress says how far it came
+    monkeypatch.setattr("softcache.progress.LOG_SECONDS", 0.0)
+    check_damage(open_cache(blocks.path))
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("verify: 6,000 of 6,000 bytes (100%), ")
+    )
+
+
+def test_repaired_blocks_are_dumped_again_and_nothing_else(
+    blocks: Cache, two_views: DumpConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = blocks.path.read_bytes()
+    flip(blocks.path, row_offset(blocks, 1, 130), blocks.header.array("labels").offset)
+    partial = partial_path(blocks.path)
+    assert repair(blocks.path) == (
+        f"{partial}: 2 of 45 blocks marked as missing (labels and keys of samples 0 to 19; soft "
+        "targets of samples 120 to 139 in view 1); the softcache dump that made it fills them again"
+    )
+    assert not blocks.path.exists()
+    digests = open_cache(partial, unfinished=True).arrays
+    assert [*map(tuple, (digests["digests"] == 0).nonzero())] == [(1,), (6,)]
+    assert (digests["sample_digests"] == 0).nonzero()[0].tolist() == [0]
+    written = []
+    write_block = cache_writer.Writer._write_block
+
+    def counted(self: cache_writer.Writer, view: int | None, block: int, *rest: Any) -> None:
+        written.append((view, block))
+        write_block(self, view, block, *rest)
+
+    monkeypatch.setattr(cache_writer.Writer, "_write_block", counted)
+    dump(two_views)
+    assert written == [(None, 0), (1, 6)]
+    assert blocks.path.read_bytes() == whole
+
+
+def test_an_intact_cache_needs_no_repair(cache: Cache) -> None:
+    before = cache.path.read_bytes()
+    assert repair(cache.path) == f"{cache.path}: nothing to repair"
+    assert cache.path.read_bytes() == before
+
+
+def test_what_no_dump_can_fill_again_is_not_repaired(cache: Cache) -> None:
+    flip(cache.path, cache.header.array("class_names").offset)
+    with pytest.raises(
+        FormatError,
+        match=r"tiny\.h5 cannot be repaired: the arrays shared by all rows .*; get it again, or dump",
+    ):
+        repair(cache.path)
+    assert cache.path.exists()
+
+
+def test_a_dump_that_was_begun_is_not_replaced_by_a_repair(cache: Cache) -> None:
+    flip(cache.path, row_offset(cache, 0, 3))
+    partial_path(cache.path).write_text("begun")
+    with pytest.raises(
+        FormatError, match=r"tiny\.h5\.partial is in the way: a dump has begun it; "
+    ):
+        repair(cache.path)
+    assert cache.path.exists()
+    assert partial_path(cache.path).read_text() == "begun"
