@@ -7,9 +7,9 @@ from pathlib import Path
 from softcache.errors import SettingsError
 
 TEACHER = "cnn:32x2,64x2,128x2"
-STUDENT = "cnn:16,32,64"
+STUDENT = "cnn:8,16x2,32x2"
 TEMPERATURE = 4
-EPOCHS = 8
+EPOCHS = 5
 
 
 def demo_commands(data: Path, out: Path, seed: int) -> list[list[str]]:

@@ -31,7 +31,7 @@ from softcache.data import (
 from softcache.errors import Interrupted, SettingsError, SoftcacheError
 from softcache.evaluate import data_digest, evaluate
 from softcache.progress import progress
-from softcache.replay import fingerprinted_rows, fingerprints, software
+from softcache.replay import fingerprinted_rows, software, steady_fingerprints
 from softcache.targets import make_encoder, shared_tensors
 from softcache.teacher import PRECISIONS, Ensemble, load_teacher, make_ensemble
 from softcache.views import Augmentation, parse_augment, public_spec
@@ -302,12 +302,7 @@ def begin(
     arrays = {name: tensor.numpy() for name, tensor in shared.items()}
     arrays["class_names"] = np.array([name.encode() for name in names])
     arrays["fingerprinted"] = chosen = fingerprinted_rows(draft.samples)
-    arrays["fingerprints"], _ = fingerprints(
-        source,
-        augmentation,
-        views=range(draft.views),
-        samples=chosen,
-    )
+    arrays["fingerprints"] = steady_fingerprints(source, augmentation, draft.views, chosen)
     create(config.out, header, arrays)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -204,8 +205,8 @@ def make_accelerator(device: str, mixed_precision: str) -> Accelerator:
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
 
 
-def prepare_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make the folder of a run and be sure that it can be written.
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Be sure, before the work, that the folder of a run can be had; nothing is made yet.
 
     Raises:
         SettingsError: it cannot be written, or holds a finished run and `overwrite` is not set.
@@ -215,10 +216,22 @@ def prepare_folder(folder: Path, *, overwrite: bool) -> None:
         raise SettingsError(
             f"{folder} holds a finished run ({finished.name}); give another --out, or --overwrite"
         )
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "cannot be written" if there.is_dir() else "is a file"
+        raise SettingsError(f"cannot write in {folder}: {there} {why}; give another --out")
+
+
+def begin_run(folder: Path) -> None:
+    """Make the folder, and clear away what an earlier run left: old metrics would mislead.
+
+    Raises:
+        SettingsError: it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (finished, folder / "config.json"):
-            old.unlink(missing_ok=True)  # metrics of one run beside the student of another mislead
+        for name in ("student.safetensors", "config.json"):
+            (folder / name).unlink(missing_ok=True)
         (folder / "metrics.jsonl").write_text("")
     except OSError as error:
         raise SettingsError(

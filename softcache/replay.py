@@ -35,19 +35,21 @@ def fingerprints(
     *,
     views: range,
     samples: npt.NDArray[np.int64],
+    places: npt.NDArray[np.int64] | None = None,
     where: npt.NDArray[np.int64] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Fingerprints (views, F, FINGERPRINT) of samples in every view, and their inputs' size.
 
     Args:
         samples: (F,) their numbers in the draws of the augmentation.
-        where: (N,) where each sample is in the source; None where it is in its own place.
+        places: (F,) where they are in the source; in their own places by default.
+        where: (N,) the same for all samples, among which mixup chooses.
 
     Returns:
         The fingerprints, and the root mean square of each input (views, F).
     """
-    places = (samples if where is None else where[samples]).tolist()
-    requests = [make_request(augmentation, places, view, samples, where) for view in views]
+    indices = (samples if places is None else places).tolist()
+    requests = [make_request(augmentation, indices, view, samples, where) for view in views]
     found = np.empty((len(views), len(samples), FINGERPRINT), np.float32)
     sizes = np.empty((len(views), len(samples)), np.float32)
     for at, batch in enumerate(loader(source, requests, augmentation=augmentation)):
@@ -55,6 +57,31 @@ def fingerprints(
         found[at] = fingerprint(inputs)
         sizes[at] = inputs.double().flatten(1).square().mean(1).sqrt().numpy()
     return found, sizes
+
+
+def steady_fingerprints(
+    source: Source, augmentation: Augmentation, views: int, samples: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """Fingerprints (views, F, FINGERPRINT) that come out the same in another order.
+
+    Raises:
+        DataError: they do not, so the data or the augmentation cannot be replayed.
+    """
+    found, sizes = fingerprints(source, augmentation, views=range(views), samples=samples)
+    again, _ = fingerprints(
+        source, augmentation, views=range(views)[::-1], samples=samples[::-1].copy()
+    )
+    off = np.abs(found - again[::-1, ::-1]).max(-1)
+    unsteady = np.argwhere(~(off <= TOLERANCE * np.maximum(sizes, 1e-3)))
+    if len(unsteady):
+        view, place = map(int, unsteady[0])
+        raise DataError(
+            f"sample {samples[place]} of {source.name} in view {view} comes out different the second time: "
+            "the data or the augmentation have a state of its own; draw only from python's random, "
+            "numpy.random and torch, which are seeded for each sample, and give data without random "
+            "transforms"
+        )
+    return found
 
 
 def fingerprinted_rows(samples: int) -> npt.NDArray[np.int64]:
@@ -71,6 +98,7 @@ def replayed(header: Header, own: str | None, total: int) -> Augmentation:
     Raises:
         SettingsError: it is not given, or is another one.
     """
+    own = own or None
     if public_spec(own) not in (None, header.augment):
         raise SettingsError(
             f"--augment {own} is not the cache's own ({header.augment or 'none'}): it would change the "
@@ -106,6 +134,7 @@ def check_replay(
         augmentation,
         views=range(header.first_view, header.first_view + header.views),
         samples=chosen + header.first_sample,
+        places=where[chosen],
         where=where,
     )
     off = np.abs(now - cache.arrays["fingerprints"]).max(-1)  # (views, F)

@@ -32,7 +32,7 @@ from softcache.data import (
 from softcache.errors import Interrupted, SettingsError
 from softcache.evaluate import Evaluation, data_digest
 from softcache.join import join_samples
-from softcache.learner import Learner, make_accelerator, make_learner, prepare_folder
+from softcache.learner import Learner, begin_run, check_folder, make_accelerator, make_learner
 from softcache.loss import Labels, MixedLabels, Targets
 from softcache.models import build, load_weights, public_name
 from softcache.progress import progress
@@ -40,7 +40,7 @@ from softcache.replay import check_replay, replayed
 from softcache.report import Row, models_table
 from softcache.targets import soft_targets
 from softcache.verify import check_damage
-from softcache.views import Augmentation, parse_augment
+from softcache.views import EXTRA_STREAM, Augmentation, parse_augment
 
 # (view, rows of the cache (B,)) -> the teacher's log-probabilities (B, C) at the temperature
 TargetsOf = Callable[[int, "npt.NDArray[np.int64]"], Targets]
@@ -121,19 +121,20 @@ def train(config: TrainConfig) -> list[Learner]:
     accelerator = make_accelerator(config.device, config.mixed_precision)
     source = open_source(config.data)
     eval_source = open_source(config.eval_data) if config.eval_data else None
+    for folder in (config.out, *([config.out / "baseline"] if config.baseline else [])):
+        check_folder(folder, overwrite=config.overwrite)
     cache = open_cache(config.cache) if config.cache else None
     if cache is not None and config.verify:
         check_damage(cache)
-    rows, targets = np.arange(len(source)), None
-    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
-    if cache is not None:
+    if cache is None:
+        rows, targets = np.arange(len(source)), None
+        augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
+    else:
         temperature = config.temperature or cache.header.temperature
         targets = soft_targets(cache, temperature, accelerator.device)
         rows = join_samples(source, cache, config.workers)
         augmentation = replayed(cache.header, config.augment, len(source))
         check_replay(cache, source, augmentation, rows)
-    for folder in (config.out, *([config.out / "baseline"] if config.baseline else [])):
-        prepare_folder(folder, overwrite=config.overwrite)
     try:
         learners = fit(config, accelerator, source, eval_source, cache, augmentation, rows, targets)
     except KeyboardInterrupt:
@@ -167,6 +168,11 @@ def fit(
     first_view, first_sample = (header.first_view, header.first_sample) if header else (0, 0)
     where = np.argsort(rows, kind="stable")
     extra = parse_augment(config.extra_augment, seed=config.seed, total=len(source))
+    if extra.mixup or extra.transform:
+        raise SettingsError(
+            f"--extra-augment {config.extra_augment}: only the built-in operations can go on top; "
+            "mixup and a callable of your own belong into softcache dump --augment"
+        )
 
     def view_of(epoch: int) -> int:
         return first_view + epoch % header.views if header else epoch
@@ -180,6 +186,8 @@ def fit(
     batches = ShuffledBatches(len(source), config.batch_size, config.seed, request)
     steps = config.epochs * len(batches)
     learners = make_learners(config, accelerator, source, classes, steps)
+    for learner in learners:
+        begin_run(learner.folder)
     batch_loader = accelerator.prepare(
         loader(source, batches, augmentation=augmentation, workers=config.workers)
     )
@@ -193,7 +201,7 @@ def fit(
                 check_labels(batch.labels.cpu().numpy(), indices, classes, source)
                 samples = rows[indices]
                 inputs = augmented(batch, augmentation, view, first_sample + samples, device)
-                inputs = extra(inputs, None, epoch, indices)
+                inputs = extra(inputs, None, epoch, indices, first_stream=EXTRA_STREAM)
                 soft = targets(view - first_view, samples) if targets else None
                 labels = labels_of(batch, augmentation, view, first_sample + samples)
                 for learner in learners:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from softcache.cache.header import FINGERPRINT
-from softcache.errors import SettingsError
+from softcache.errors import DataError, SettingsError
 from softcache.imports import import_callable
 
 FORMS = (
@@ -33,7 +33,7 @@ PARTNER_OPS_STREAM, PARTNER_STREAM, SHARE_STREAM, TRANSFORM_STREAM = (
     1 << 18,
     1 << 19,
 )
-PARTNER_TRANSFORM_STREAM = 1 << 20
+PARTNER_TRANSFORM_STREAM, EXTRA_STREAM = 1 << 20, 1 << 21
 Samples = npt.NDArray[np.int64]  # (B,) numbers of samples in the draws
 Draws = npt.NDArray[np.float64]  # (B, n) uniform in [0, 1)
 
@@ -181,18 +181,42 @@ class Augmentation:
             return raw
         stream = PARTNER_TRANSFORM_STREAM if partner else TRANSFORM_STREAM
         draws = uniform(self.seed, view, samples, stream=stream, draws=1)[:, 0]
-        return torch.stack(
-            [
-                _seeded(self.transform, one, int(draw * 2**32))
-                for one, draw in zip(raw, draws, strict=True)
-            ]
-        )
+        found = []
+        for one, draw, sample in zip(raw, draws, samples, strict=True):
+            try:
+                found.append(_seeded(self.transform, one, int(draw * 2**32)))
+            except Exception as error:  # a user's code may fail in any way
+                raise DataError(
+                    f"augmentation {self.spec} raised {type(error).__name__} on sample {sample} in view "
+                    f"{view}, a tensor {tuple(one.shape)} of {one.dtype}: {' '.join(str(error).split())}"
+                ) from error
+        layouts = {(str(one.dtype), tuple(one.shape)) for one in found}
+        if len(layouts) > 1:
+            raise DataError(
+                f"augmentation {self.spec} gives different shapes or types in one batch of view {view}: "
+                f"{sorted(layouts)}; it must give all samples one shape and one dtype"
+            )
+        return torch.stack(found)
 
     def __call__(
-        self, inputs: Tensor, partners: Tensor | None, view: int, samples: Samples
+        self,
+        inputs: Tensor,
+        partners: Tensor | None,
+        view: int,
+        samples: Samples,
+        first_stream: int = 0,
     ) -> Tensor:
-        """Augmented inputs (B, *shape) of float inputs, and of those of their partners."""
-        mine = self._operate(inputs, view, samples, first_stream=0)
+        """Augmented inputs (B, *shape) of float inputs, and of those of their partners.
+
+        Raises:
+            SettingsError: the inputs are not what the augmentation takes.
+        """
+        if (self.ops or self.mixup) and not inputs.is_floating_point():
+            raise SettingsError(
+                f"inputs are {inputs.dtype}, whole numbers of unknown meaning; --augment {self.spec} takes "
+                "images of 8 or 16 unsigned bits, or floats"
+            )
+        mine = self._operate(inputs, view, samples, first_stream)
         if partners is None or not self.mixup:
             return mine
         theirs = self._operate(partners, view, samples, first_stream=PARTNER_OPS_STREAM)
@@ -228,9 +252,9 @@ def parse_augment(spec: str | None, *, seed: int, total: int) -> Augmentation:
     Raises:
         SettingsError: an unknown name, a size out of range, or parts in an order that cannot be.
     """
-    parts = [part for part in (spec or "").split(",") if part]
+    parts = spec.split(",") if spec else []
     mixup = "mixup" in parts
-    if mixup and parts.pop() != "mixup":
+    if mixup and (parts.pop() != "mixup" or "mixup" in parts):
         raise SettingsError(f"augmentation {spec!r}: mixup comes last, once")
     transform = (
         import_callable(parts.pop(0), what="augmentation") if parts and ".py:" in parts[0] else None
@@ -245,8 +269,12 @@ def _seeded(transform: Callable[[Tensor], Tensor], sample: Tensor, seed: int) ->
     try:
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  # what a user's transform draws from
-        torch.manual_seed(seed)
-        return torch.as_tensor(transform(sample))
+        # torch.manual_seed() would also look at every accelerator, at 250 times the cost
+        torch.default_generator.manual_seed(seed)
+        found = transform(sample)
+        if not isinstance(found, Tensor | np.ndarray):
+            raise TypeError(f"it returned {type(found).__name__}; expected a tensor or an array")
+        return torch.as_tensor(found)
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])  # noqa: NPY002
@@ -255,7 +283,7 @@ def _seeded(transform: Callable[[Tensor], Tensor], sample: Tensor, seed: int) ->
 
 def _parse_op(part: str, spec: str) -> Op:
     name, _, size = part.partition(":")
-    pixels = int(size) if size.isdecimal() else 0
+    pixels = int(size) if re.fullmatch(r"[0-9]{1,5}", size) else 0
     share = float(size) if re.fullmatch(r"0?\.\d+|1(\.0*)?", size) else 0.0
     made: dict[str, Op | None] = {
         "shift": Shift(pixels) if pixels else None,

@@ -306,7 +306,7 @@ def encoding_from_json(fields: object) -> Encoding:
     for name, value in given.items():
         if name == "temperatures":
             if not isinstance(value, list) or any(
-                type(t) not in (int, float) or not 0 < t < 1e7 for t in value
+                type(t) not in (int, float) or not 0 < t < 1e300 for t in value
             ):
                 raise FormatError(f"encoding is {shown}; {name} are no list of numbers above 0")
             given[name] = tuple(float(t) for t in value)

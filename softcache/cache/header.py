@@ -38,7 +38,7 @@ MAX_USER_BLOCK = 8 << 20  # bytes
 MAX_FILE = 1 << 60  # bytes
 MAX_COUNT = 1 << 48  # samples, and rows of all views together
 MAX_CLASSES = 1 << 24
-MAX_BLOCKS = 1 << 24  # of all views together
+MAX_BLOCKS = 1 << 22  # of all views together
 FINGERPRINT = 8  # numbers in the fingerprint of one augmented sample
 MAX_NAME = 1024  # bytes of a class name
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -398,7 +398,7 @@ def _is_teacher(value: object) -> bool:
         and all(_is_text(text) for text in value.values() if isinstance(text, str))
         and isinstance(value.get("name"), str)
         and type(value.get("parameters")) is int
-        and value["parameters"] >= 0
+        and 0 <= value["parameters"] <= MAX_COUNT
         and type(value.get("weight")) in (int, float)
         and 0 < value["weight"] <= 1
     )
@@ -495,7 +495,7 @@ def _load_json(text: bytes) -> JSON:
         return value
 
     def bounded(digits: str) -> int:
-        if len(digits) > 308:  # beyond a double
+        if len(digits.lstrip("-")) > 308:  # beyond a double
             raise FormatError(f"the header's JSON holds {_shown(digits)}; expected smaller numbers")
         return int(digits)
 

@@ -7,7 +7,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -223,18 +223,6 @@ class Damage:
     samples: range | None = None
     missing: bool = False  # not there, rather than wrong
 
-    def merged(self, other: Damage) -> Damage | None:
-        """Both as one, if `other` is of the same kind and begins where this one ends."""
-        if (
-            self.samples is None
-            or other.samples is None
-            or self.samples.stop != other.samples.start
-        ):
-            return None
-        if (self.what, self.view) != (other.what, other.view):
-            return None
-        return replace(self, samples=range(self.samples.start, other.samples.stop))
-
     def __str__(self) -> str:
         if self.samples is None:
             return self.what
@@ -257,32 +245,36 @@ def verify(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> lis
     if shared_digest(cache.arrays, header) != header.shared_digest:
         damage.append(Damage("the arrays shared by all rows"))
     for view in (None, *range(header.views)):
-        for block in range(header.blocks):
-            found = _block_damage(cache, view, block)
-            if found:
-                # millions of blocks may be missing
-                merged = damage[-1].merged(found) if damage and found.missing else None
-                damage[-1:] = [merged] if merged else [*damage[-1:], found]
+        digests = cache.arrays["sample_digests"] if view is None else cache.arrays["digests"][view]
+        for first, last in _runs(digests == 0):
+            samples = range(header.block_range(first).start, header.block_range(last).stop)
+            damage.append(Damage("missing: the block", view, samples, missing=True))
+        for block in map(int, np.flatnonzero(digests)):
+            what = _block_damage(cache, view, block)
+            if what:
+                damage.append(Damage(what, view, header.block_range(block)))
             if view is not None:
                 advance(len(header.block_range(block)) * header.bytes_per_row)
     return damage
 
 
-def _block_damage(cache: Cache, view: int | None, block: int) -> Damage | None:
+def _block_damage(cache: Cache, view: int | None, block: int) -> str | None:
     """What is wrong with a block of rows of a view, or with one of labels and keys (None)."""
-    what = "labels and keys" if view is None else "soft targets"
-    committed = cache.arrays["sample_digests"] if view is None else cache.arrays["digests"][view]
-    samples, wanted = cache.header.block_range(block), int(committed[block])
-    if not wanted:
-        return Damage("missing: the block", view, samples, missing=True)
     if view is None:
-        return None if cache.sample_digest(block) == wanted else Damage(what, view, samples)
-    if cache.block_digest(view, block) != wanted:
-        return Damage(what, view, samples)
-    ids = cache.arrays.get("ids")
+        good = cache.sample_digest(block) == cache.arrays["sample_digests"][block]
+        return None if good else "labels and keys"
+    if cache.block_digest(view, block) != cache.arrays["digests"][view, block]:
+        return "soft targets"
+    ids, samples = cache.arrays.get("ids"), cache.header.block_range(block)
     if ids is not None and ids[view, samples.start : samples.stop].max() >= cache.header.classes:
-        return Damage("class ids beyond the last class", view, samples)
+        return "class ids beyond the last class"
     return None
+
+
+def _runs(wanted: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """First and last place of each run of True: millions of blocks may be missing."""
+    edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))
+    return [(int(a), int(b) - 1) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def hdf5_digest(file: int, header: Header) -> str:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from softcache.cache.encodings import Axis
 from softcache.cache.header import (
+    MAX_BLOCKS,
     PREAMBLE,
     Array,
     Header,
@@ -52,9 +53,10 @@ Stored = dict[str, npt.NDArray[Any]]
 Values = Mapping[str, npt.NDArray[Any]]
 
 
-def block_rows(samples: int, row_bytes: int) -> int:
-    """Rows of a block of about 1 MiB."""
-    return max(1, min(samples, BLOCK_BYTES // row_bytes))
+def block_rows(views: int, samples: int, row_bytes: int) -> int:
+    """Rows of a block of about 1 MiB; of more, where there would be too many blocks."""
+    fewest = -(-views * samples // (MAX_BLOCKS // 2))
+    return max(1, min(samples, max(BLOCK_BYTES // row_bytes, fewest)))
 
 
 def create(path: Path, draft: Header, shared: Values) -> None:
@@ -121,7 +123,9 @@ def _allocate(path: Path, draft: Header, shared: Values) -> Header:
         for spec, shape in wanted
         if spec.axis == "rows"
     )
-    header = dataclasses.replace(draft, block_rows=block_rows(draft.samples, row_bytes))
+    header = dataclasses.replace(
+        draft, block_rows=block_rows(draft.views, draft.samples, row_bytes)
+    )
     wanted += digest_arrays(header.views, header.blocks).values()
     user_block = USER_BLOCK
     while user_block < 2 * (len(header.to_bytes()) + HEADER_ROOM):

@@ -10,9 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from softcache.cache import Dense, parse_encoding
-from softcache.cache.encodings import FLOAT16_LOWEST, ArraySpec
-from softcache.cache.header import MAX_TEMPERATURE
-from softcache.errors import SettingsError
+from softcache.cache.encodings import FLOAT16_LOWEST, MAX_TEMPERATURE, ArraySpec
 from softcache.targets import make_encoder
 
 Rows = npt.NDArray[np.float64]
@@ -169,14 +167,6 @@ def test_a_row_takes_two_bytes_a_class(classes: int) -> None:
     assert Dense().arrays(classes) == [ArraySpec("log_probs", "<f2", "rows", (classes,))]
 
 
-TOPK = pytest.param(
-    "topk:2",
-    marks=pytest.mark.xfail(
-        strict=True, raises=SettingsError, reason="topk takes less than the 1e6 that a header takes"
-    ),
-)
-
-
-@pytest.mark.parametrize("spec", ["dense", "quantized", TOPK, "sampled:3"])
+@pytest.mark.parametrize("spec", ["dense", "quantized", "topk:2", "sampled:3"])
 def test_every_encoding_takes_the_highest_temperature_of_a_header(spec: str) -> None:
     assert parse_encoding(spec, MAX_TEMPERATURE).name == spec.partition(":")[0]

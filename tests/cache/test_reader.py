@@ -36,6 +36,7 @@ from tests.cache.test_writer import (
 
 USER_BLOCK, STRUCTURE = "the user block behind the header", "the HDF5 structure"
 SHARED = "the arrays shared by all rows"
+SPANS = ("0 to 7", "8 to 15", "16 to 23", "24 to 29")  # samples of the blocks
 # of a part of the file: what it is; for blocks, their view and samples
 Part = tuple[str, int | None, range | None]
 
@@ -172,11 +173,52 @@ def test_what_is_missing_is_told_as_damage(tmp_path: Path) -> None:
     with Writer(path) as writer:
         fill(writer, batches=4)
     damage = verify(open_cache(partial_path(path), unfinished=True))
-    assert damage == [
-        Damage("missing: the block", 1, range(at, min(at + 8, 30)), missing=True)
-        for at in (8, 16, 24)
-    ]
-    assert str(damage[-1]) == "missing: the block of samples 24 to 29 in view 1"
+    assert damage == [Damage("missing: the block", 1, range(8, 30), missing=True)]
+    assert str(damage[0]) == "missing: the block of samples 8 to 29 in view 1"
+
+
+GONE = "missing: the block of samples"
+
+
+@pytest.mark.parametrize(
+    ("gone", "wrong", "told"),
+    [
+        ([(0, 1)], [], [f"{GONE} 8 to 15 in view 0"]),
+        ([(0, 0), (0, 1)], [], [f"{GONE} 0 to 15 in view 0"]),
+        ([(1, 2), (1, 3)], [], [f"{GONE} 16 to 29 in view 1"]),
+        ([(None, 1), (None, 2)], [], [f"{GONE} 8 to 23"]),
+        ([(0, 0), (0, 2)], [], [f"{GONE} 0 to 7 in view 0", f"{GONE} 16 to 23 in view 0"]),
+        # views are told apart, though one ends where the other begins
+        ([(0, 1), (1, 2)], [], [f"{GONE} 8 to 15 in view 0", f"{GONE} 16 to 23 in view 1"]),
+        ([(None, 0), (0, 1)], [], [f"{GONE} 0 to 7", f"{GONE} 8 to 15 in view 0"]),
+        # and so is what is wrong, rather than missing
+        (
+            [(0, 0), (0, 2)],
+            [(0, 1)],
+            [
+                f"{GONE} 0 to 7 in view 0",
+                "soft targets of samples 8 to 15 in view 0",
+                f"{GONE} 16 to 23 in view 0",
+            ],
+        ),
+        ([], [(1, 0), (1, 1)], [f"soft targets of samples {r} in view 1" for r in SPANS[:2]]),
+        ([], [(None, 2), (None, 3)], [f"labels and keys of samples {r}" for r in SPANS[2:]]),
+    ],
+)
+def test_missing_neighbours_are_told_as_one(
+    path: Path,
+    gone: list[tuple[int | None, int]],
+    wrong: list[tuple[int | None, int]],
+    told: list[str],
+) -> None:
+    raw, header = bytearray(tiny_cache()), open_cache(path).header
+    for view, block in gone:
+        at = digest_offset(header, view, block)
+        raw[at : at + 8] = bytes(8)
+    for view, block in wrong:
+        raw[digest_offset(header, view, block)] ^= 1
+    path.write_bytes(raw)
+    assert [str(damage) for damage in verify(open_cache(path, unfinished=True))] == told
 
 
 def test_a_finished_file_that_lost_a_digest_is_called_damaged(path: Path) -> None:
@@ -241,7 +283,18 @@ def found_parts(path: Path) -> set[Part]:
         cache = open_cache(path, unfinished=True)
     except FormatError:
         return {("header", None, None)}
-    return {(damage.what, damage.view, damage.samples) for damage in verify(cache)}
+    return {
+        (damage.what, damage.view, samples)
+        for damage in verify(cache)
+        for samples in blocks_of(damage, cache.header.block_rows)
+    }
+
+
+def blocks_of(damage: Damage, rows: int) -> list[range | None]:
+    """The blocks of what is missing, which is told in one of all neighbours."""
+    if damage.samples is None or not damage.missing:
+        return [damage.samples]
+    return [damage.samples[at : at + rows] for at in range(0, len(damage.samples), rows)]
 
 
 def corrupted(random: np.random.Generator, raw: bytes) -> tuple[str, bytes]:
