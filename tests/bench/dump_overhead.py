@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import save_file
 from tabulate import tabulate
 
+from softcache import fidelity
 from softcache.cache.writer import Writer
-from softcache.data import ArraySource, loader, sequential_batches, to_float
+from softcache.data import ArraySource, augmented, loader, sequential_batches
 from softcache.dump import DumpConfig, begin, draft_header, fill, load_teachers, summarize
 from softcache.models import build
 from softcache.teacher import Ensemble
-from softcache.views import augment, parse_augment
+from softcache.views import parse_augment
 from tests.bench import (
     alternate,
     first,
@@ -131,13 +132,16 @@ def measure(config: DumpConfig, source: ArraySource, teacher: Ensemble, repeats:
 def keep(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> tuple[float, float]:
     """Seconds of the dump's loop with its last commit, and of the rest of the dump."""
     start = time.perf_counter()
-    begin(config, draft_header(config, source, teacher), source, teacher)
+    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
+    begin(config, draft_header(config, source, teacher), source, teacher, augmentation)
     with Writer(config.out) as writer:
         loop = time.perf_counter()
-        fill(writer, config, source, teacher)
+        fill(writer, config, source, teacher, augmentation)
         writer.commit()
         filled = time.perf_counter()
-        writer.finish(summarize(writer.cache, source, teacher, config.workers))
+        summary = summarize(writer.cache)
+        summary["fidelity"] = fidelity.measure(writer.cache, source, teacher, augmentation)
+        writer.finish(summary)
     end = time.perf_counter()
     config.out.unlink()
     return filled - loop, end - filled + loop - start
@@ -146,12 +150,11 @@ def keep(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> tuple[fl
 def keep_nothing(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> float:
     """Seconds of the same loop without what it is for."""
     start = time.perf_counter()
-    ops = parse_augment(config.augment)
+    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     batches = sequential_batches(len(source), config.batch_size)
     for batch in loader(source, batches, workers=config.workers):
         samples = batch.indices.numpy()
-        inputs = to_float(batch.inputs.to(teacher.device))
-        inputs = augment(inputs, ops, seed=config.seed, view=0, samples=samples)
+        inputs = augmented(batch, augmentation, 0, samples, teacher.device)
         for one in teacher.teachers:
             one.logits(inputs, samples)
     return time.perf_counter() - start

@@ -29,8 +29,9 @@ from softcache.data import Source, open_source, to_float
 from softcache.demo import EPOCHS, STUDENT, TEACHER, TEMPERATURE
 from softcache.dump import DumpConfig, dump, load_teachers
 from softcache.join import join_samples
-from softcache.learner import Learner, make_accelerator, prepare_folder
+from softcache.learner import Learner, make_accelerator
 from softcache.loss import Targets
+from softcache.replay import replayed
 from softcache.targets import soft_targets
 from softcache.teacher import Ensemble
 from softcache.train import TargetsOf, TrainConfig, fit
@@ -148,13 +149,19 @@ def train_once(
     stop_after: int | None,
 ) -> Run:
     """A run of fit, or of its first `stop_after` steps."""
-    prepare_folder(config.out, overwrite=True)
     accelerator = make_accelerator(config.device, config.mixed_precision)
     errors = None
     start = time.perf_counter()
     with recorded_losses(stop_after) as losses, suppress(Enough):
         learners = fit(
-            config, accelerator, source, eval_source, cache, np.arange(len(source)), targets
+            config,
+            accelerator,
+            source,
+            eval_source,
+            cache,
+            replayed(cache.header, None, len(source)),
+            np.arange(len(source)),
+            targets,
         )
         evaluation = learners[0].evaluation
         assert evaluation is not None  # fit evaluates, since it has eval_source

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from softcache.cache import Cache
 from softcache.data import ArraySource
-from softcache.learner import make_accelerator, prepare_folder
+from softcache.learner import make_accelerator
+from softcache.replay import replayed
 from softcache.targets import soft_targets
 from softcache.train import TargetsOf, TrainConfig, fit
 from tests.bench import (
@@ -102,12 +103,12 @@ def measure(
     rows = np.arange(len(source))
     steps = math.ceil(len(source) / config.batch_size)
     losses: dict[str, float] = {}
+    augmentation = replayed(cache.header, None, len(source))
 
     def run(name: str, targets: TargetsOf) -> Callable[[], float]:
         def steps_per_second() -> float:
-            prepare_folder(config.out, overwrite=True)
             start = time.perf_counter()
-            fit(config, accelerator, source, None, cache, rows, targets)
+            fit(config, accelerator, source, None, cache, augmentation, rows, targets)
             seconds = time.perf_counter() - start
             losses[name] = json.loads((config.out / "metrics.jsonl").read_text())["total"]
             return steps / seconds
