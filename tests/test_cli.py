@@ -326,7 +326,7 @@ BAD_INPUTS: dict[str, tuple[Make, int, str]] = {
     "a folder of a run that cannot be made": (
         lambda p: p.train("--out", p.folder / "models.py" / "run"),
         2,
-        r"cannot write in .*/models\.py/run \(Not a directory\); give another --out",
+        r"cannot write in .*/models\.py/run: .*/models\.py is a file; give another --out",
     ),
     "a device that is not there": (
         lambda p: p.dump("teacher", "--device", "abacus"),

@@ -17,10 +17,11 @@ from softcache.errors import ModelError, SettingsError
 from softcache.learner import (
     WARMUP,
     Learner,
+    begin_run,
+    check_folder,
     learning_rate_factor,
     make_accelerator,
     make_learner,
-    prepare_folder,
     replace_file,
 )
 
@@ -296,34 +297,50 @@ def test_a_file_stays_as_it_was_if_its_writer_fails(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_made_with_those_on_its_way(tmp_path: Path) -> None:
-    prepare_folder(tmp_path / "a" / "b", overwrite=False)
-    assert (tmp_path / "a" / "b" / "metrics.jsonl").read_text() == ""
+    folder = tmp_path / "a" / "b"
+    check_folder(folder, overwrite=False)
+    assert not list(tmp_path.iterdir())  # a check makes nothing
+    begin_run(folder)
+    assert (folder / "metrics.jsonl").read_text() == ""
 
 
 def test_a_folder_of_a_stopped_run_is_taken(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
-    prepare_folder(tmp_path, overwrite=False)
+    check_folder(tmp_path, overwrite=False)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
+    begin_run(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_a_folder_of_a_finished_run_is_kept_unless_overwritten(tmp_path: Path) -> None:
-    for name in ("student.safetensors", "metrics.jsonl"):
+    names = ("student.safetensors", "config.json", "metrics.jsonl")
+    for name in (*names, "notes.txt"):
         (tmp_path / name).write_text("old")
     with pytest.raises(
         SettingsError,
         match=r"holds a finished run \(student\.safetensors\); give another --out, or",
     ):
-        prepare_folder(tmp_path, overwrite=False)
-    assert (tmp_path / "metrics.jsonl").read_text() == "old"
-    prepare_folder(tmp_path, overwrite=True)
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+        check_folder(tmp_path, overwrite=False)
+    check_folder(tmp_path, overwrite=True)
+    assert {(tmp_path / name).read_text() for name in names} == {"old"}
+    begin_run(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "metrics.jsonl": "",
+        "notes.txt": "old",
+    }
 
 
-@pytest.mark.parametrize("inside", ["", "run"])
+@pytest.mark.parametrize("inside", ["", "run", "run/deeper"])
 def test_a_folder_that_cannot_be_written_is_refused(inside: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
+    folder = tmp_path / "file" / inside
+    with pytest.raises(
+        SettingsError, match=r"cannot write in .*file.*: .*file is a file; give another --out"
+    ):
+        check_folder(folder, overwrite=False)
+    # and still when the file came after the check
     with pytest.raises(SettingsError, match=r"cannot write in .*file.* \(.*\); give another --out"):
-        prepare_folder(tmp_path / "file" / inside, overwrite=False)
+        begin_run(folder)
     assert (tmp_path / "file").read_text() == "mine"
 
 

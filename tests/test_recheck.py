@@ -157,9 +157,6 @@ def test_a_callable_of_ones_own_must_be_given_to_be_asked_again(
         ask(cache, augment=spec)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=IndexError, reason="numbers of samples are used as places in the data"
-)
 def test_the_samples_of_a_cache_may_be_numbered_from_any(cache: Cache, ask: Ask) -> None:
     # nothing is drawn without augmentation, so that the rows are still the teacher's
     assert "mean at T=4" in ask(forge(cache, first_sample=7))

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from softcache.cache.encodings import Axis
 from softcache.cache.header import (
@@ -28,6 +29,7 @@ from softcache.cache.header import (
     Header,
     digest_arrays,
     expected_arrays,
+    parse_header,
     parse_preamble,
     preamble,
 )
@@ -92,6 +94,8 @@ def create(path: Path, draft: Header, shared: Values) -> None:
                     shared_digest=shared_digest(shared, header),
                 )
                 text, at = header.to_bytes(), header.user_block // 2
+                # what no reader would open must not be begun
+                parse_header(text, xxhash.xxh3_64_intdigest(text), header.file_bytes)
                 _pwrite(file, text, at)
                 _pwrite(file, preamble(at, text), 0)
                 os.fsync(file)

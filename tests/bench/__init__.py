@@ -119,7 +119,7 @@ def write_cache(
         precision="fp32",
         data="synthetic",
         choice=None,
-        teachers=({"name": "synthetic", "parameters": 0},),
+        teachers=({"name": "synthetic", "parameters": 0, "weight": 1.0},),
         evaluation=None,
         software={},
         block_rows=1,

@@ -744,8 +744,8 @@ def test_an_array_in_the_user_block(tmp_path: Path, offset: int) -> None:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        (1 << 24, "is damaged: 33,554,432 of its 33,554,432 digests are gone"),  # but not too many
-        ((1 << 24) + 1, "block_rows is 1, which makes 16,777,217 blocks; .*at most 16,777,216"),
+        (1 << 22, "is damaged: 8,388,608 of its 8,388,608 digests are gone"),  # but not too many
+        ((1 << 22) + 1, "block_rows is 1, which makes 4,194,305 blocks; .*at most 4,194,304"),
     ],
 )
 def test_a_small_file_that_claims_very_many_blocks(

@@ -191,15 +191,21 @@ GONE = "missing: the block of samples"
         # views are told apart, though one ends where the other begins
         ([(0, 1), (1, 2)], [], [f"{GONE} 8 to 15 in view 0", f"{GONE} 16 to 23 in view 1"]),
         ([(None, 0), (0, 1)], [], [f"{GONE} 0 to 7", f"{GONE} 8 to 15 in view 0"]),
-        # and so is what is wrong, rather than missing
+        # and so is what is wrong, told after all that is missing in its view
         (
             [(0, 0), (0, 2)],
             [(0, 1)],
             [
                 f"{GONE} 0 to 7 in view 0",
-                "soft targets of samples 8 to 15 in view 0",
                 f"{GONE} 16 to 23 in view 0",
+                "soft targets of samples 8 to 15 in view 0",
             ],
+        ),
+        # one view after the other
+        (
+            [(1, 0)],
+            [(0, 1)],
+            ["soft targets of samples 8 to 15 in view 0", f"{GONE} 0 to 7 in view 1"],
         ),
         ([], [(1, 0), (1, 1)], [f"soft targets of samples {r} in view 1" for r in SPANS[:2]]),
         ([], [(None, 2), (None, 3)], [f"labels and keys of samples {r}" for r in SPANS[2:]]),

@@ -18,6 +18,7 @@ import pytest
 
 from softcache.cache import Dense, Header, open_cache
 from softcache.cache import writer as writer_module
+from softcache.cache.header import MAX_BLOCKS
 from softcache.cache.reader import partial_path, verify
 from softcache.cache.writer import Writer, block_rows, create, forget
 from softcache.errors import DataError, FormatError, SoftcacheError
@@ -208,13 +209,32 @@ def failure(code: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("samples", "row_bytes", "rows"),
-    [(60_000, 20, 52_428), (100, 20, 100), (60_000, 1 << 20, 1), (60_000, 1 << 30, 1)],
+    ("views", "samples", "row_bytes", "rows"),
+    [
+        (1, 60_000, 20, 52_428),
+        (9, 60_000, 20, 52_428),
+        (1, 100, 20, 100),
+        (1, 60_000, 1 << 20, 1),
+        (1, 60_000, 1 << 30, 1),
+    ],
 )
 def test_a_block_is_about_a_mebibyte_one_row_at_least(
-    samples: int, row_bytes: int, rows: int
+    views: int, samples: int, row_bytes: int, rows: int
 ) -> None:
-    assert block_rows(samples, row_bytes) == rows
+    assert block_rows(views, samples, row_bytes) == rows
+
+
+@pytest.mark.parametrize(
+    ("views", "samples"),
+    [(1, 1 << 22), (1, (1 << 22) + 1), (300, 60_000), (90, 1_281_167), (7, 1 << 40), (1 << 20, 3)],
+)
+def test_of_large_rows_there_are_more_in_a_block_than_make_too_many_blocks(
+    views: int, samples: int
+) -> None:
+    rows = block_rows(views, samples, 1 << 20)
+    assert views * -(-samples // rows) <= MAX_BLOCKS
+    assert rows > 1  # of 1 MiB each
+    assert views * samples >= rows * MAX_BLOCKS // 4  # and no more than need be
 
 
 def test_an_allocated_file_has_all_its_bytes_and_no_row(path: Path) -> None:
