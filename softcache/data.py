@@ -132,7 +132,7 @@ def sample_keys(inputs: Tensor) -> npt.NDArray[np.uint64]:
     rows = inputs.contiguous().numpy()
     layout = f"{rows.dtype.newbyteorder('<').str}{rows.shape[1:]}"
     seed = xxhash.xxh3_64_intdigest(layout.encode())
-    raw, size = memoryview(rows.reshape(-1).view(np.uint8)), rows[:1].nbytes
+    raw, size = rows.reshape(-1).view(np.uint8).data, rows[:1].nbytes
     digest = xxhash.xxh3_64_intdigest
     keys = (digest(raw[at : at + size], seed) for at in range(0, len(rows) * size, size or 1))
     return np.fromiter(keys, np.uint64, len(rows)) if size else np.full(len(rows), seed, np.uint64)
