@@ -182,10 +182,10 @@ def test_a_callable_that_raises_is_named(user_models: Path, name: str, cause: st
 @pytest.mark.parametrize(
     ("spec", "name"),
     [
-        ("/home/me/models.py:teacher", "models.py:teacher"),
+        ("/srv/me/models.py:teacher", "models.py:teacher"),
         ("models.py:teacher", "models.py:teacher"),
         ("package.module:teacher", "package.module:teacher"),
-        ("/home/me/teacher.pt2", "teacher.pt2"),
+        ("/srv/me/teacher.pt2", "teacher.pt2"),
         ("mlp:800,800", "mlp:800,800"),
     ],
 )

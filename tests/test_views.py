@@ -324,7 +324,7 @@ def test_mixup_comes_last_and_once(spec: str) -> None:
         ("", None),
         ("shift:2,flip", "shift:2,flip"),
         ("crop:0.25,mixup", "crop:0.25,mixup"),
-        ("/home/me/aug.py:make", "aug.py:make"),
+        ("/srv/me/aug.py:make", "aug.py:make"),
         ("../me/aug.py:make,flip,mixup", "aug.py:make,flip,mixup"),
         ("/a.py:b/aug.py:make", "aug.py:make"),
         ("aug.py:make", "aug.py:make"),
