@@ -14,52 +14,26 @@ from __future__ import annotations
 
 import gzip
 import inspect
-import math
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import xxhash
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from softcache.errors import DataError, SettingsError
 from softcache.imports import call, import_callable
-from softcache.views import Augmentation
 
 DEFAULT_SPLIT = "train"
 UNLABELLED = -1
 FORMS = "idx:DIR, npz:FILE, folder:DIR or FILE.py:CALLABLE, each with @SPLIT at the end if wanted"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a loader is asked for: samples of the source, in one view."""
-
-    indices: Sequence[int]  # (B,) places in the source
-    view: int = 0
-    samples: npt.NDArray[np.int64] | None = None  # (B,) their numbers in the draws; else indices
-    partners: Sequence[int] = ()  # (B,) places of those that mixup mixes in, or nothing
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
-class Batch(NamedTuple):
-    """Samples as the source holds them, before they become floats."""
-
-    indices: Tensor  # (B,) int64, places in the source
-    inputs: Tensor  # (B, *shape), uint8 for images, else as the source gives them
-    labels: Tensor  # (B,) int64, UNLABELLED where there is none
-    keys: Tensor  # (B,) int64, the bits of sample_keys(); empty where they were not asked for
-    partners: Tensor  # (B, *shape), inputs of the partners; empty without
-    partner_labels: Tensor  # (B,) int64, their labels; empty without
 
 
 class Source(Protocol):
@@ -149,137 +123,6 @@ def check_labels(
             f"{source.name}: sample {samples[at]} has label {labels[at]}; expected 0 to "
             f"{classes - 1}, or {UNLABELLED} for none"
         )
-
-
-def loader(
-    source: Source,
-    batches: Sampler[Any] | Sequence[Request] | Sequence[Sequence[int]],
-    *,
-    augmentation: Augmentation | None = None,
-    workers: int = 0,
-    keys: bool = False,
-    pin_memory: bool = False,
-) -> DataLoader[Batch]:
-    """A DataLoader that fetches a whole batch at a time.
-
-    Args:
-        batches: what each batch is to hold: a Request, or only indices.
-        augmentation: whose own transform, if the user gave one, is applied where samples are loaded.
-        keys: whether batches carry the samples' keys.
-    """
-    as_is: Any = _as_is  # what __getitems__ gives is one batch already
-    wanted: Any = batches
-    return DataLoader(
-        _Batches(source, keys, augmentation),
-        batch_sampler=wanted,
-        num_workers=workers,
-        collate_fn=as_is,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-    )
-
-
-def make_request(
-    augmentation: Augmentation,
-    indices: Sequence[int],
-    view: int,
-    samples: npt.NDArray[np.int64],
-    where: npt.NDArray[np.int64] | None = None,
-) -> Request:
-    """Ask for samples in a view, and for the partners that the augmentation mixes in.
-
-    Args:
-        samples: (B,) the numbers of the samples at `indices`.
-        where: (N,) where each sample is in the source; None where it is in its own place.
-    """
-    partners = augmentation.partners(view, samples)
-    if partners is None:
-        return Request(indices, view, samples)
-    places = partners if where is None else where[partners]
-    return Request(indices, view, samples, places.tolist())
-
-
-def augmented(
-    batch: Batch,
-    augmentation: Augmentation,
-    view: int,
-    samples: npt.NDArray[np.int64],
-    device: torch.device,
-) -> Tensor:
-    """The inputs of a batch as teacher and student see them in a view, (B, *shape), on `device`."""
-    partners = to_float(batch.partners.to(device)) if len(batch.partners) else None
-    return augmentation(to_float(batch.inputs.to(device)), partners, view, samples)
-
-
-def sequential_batches(samples: int, batch_size: int) -> list[range]:
-    """Every sample once, in order; the last batch may be smaller."""
-    return [range(a, min(a + batch_size, samples)) for a in range(0, samples, batch_size)]
-
-
-class ShuffledBatches(Sampler[Request]):
-    """Every sample once per epoch, in an order drawn from (seed, epoch) alone.
-
-    A last batch of one sample is left out: batch normalization has no variance of one sample.
-    """
-
-    def __init__(
-        self,
-        samples: int,
-        batch_size: int,
-        seed: int,
-        request: Callable[[npt.NDArray[np.int64], int], Request] | None = None,
-    ) -> None:
-        """`request` makes of indices (B,) and the epoch what the loader is asked for."""
-        self.samples, self.batch_size, self.seed, self.epoch = samples, batch_size, seed, 0
-        self.drop_last = samples % batch_size == 1 and samples > 1 and batch_size > 1
-        self.request = request or (lambda indices, epoch: Request(indices.tolist()))
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return math.ceil(self.samples / self.batch_size) - int(self.drop_last)
-
-    def __iter__(self) -> Iterator[Request]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
-        for step in range(len(self)):
-            indices = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self.request(indices, self.epoch)
-
-
-class _Batches(Dataset[Batch]):
-    """The source as torch's fetcher wants it: one call of __getitems__ a batch."""
-
-    def __init__(self, source: Source, keys: bool, augmentation: Augmentation | None) -> None:
-        self.source, self.keys = source, keys
-        self.augmentation = augmentation or Augmentation(None, 0)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitems__(self, wanted: Request | Sequence[int]) -> Batch:
-        request = wanted if isinstance(wanted, Request) else Request(wanted)
-        indices = np.asarray(request.indices, np.int64)
-        samples = indices if request.samples is None else request.samples
-        transformed = self.augmentation.transformed
-        inputs, labels = self.source.fetch(request.indices)
-        keys = sample_keys(inputs) if self.keys else np.empty(0, np.uint64)
-        partners, partner_labels = torch.empty(0), np.empty(0, np.int64)
-        if len(request.partners):
-            partners, partner_labels = self.source.fetch(request.partners)
-            partners = transformed(partners, request.view, samples, partner=True)
-        return Batch(
-            torch.from_numpy(indices),
-            transformed(inputs, request.view, samples),
-            torch.from_numpy(labels),
-            torch.from_numpy(keys.view(np.int64)),
-            partners,
-            torch.from_numpy(partner_labels),
-        )
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
 
 
 @dataclass(frozen=True)

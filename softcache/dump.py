@@ -18,18 +18,10 @@ from softcache.cache import Cache, Dense, Header, Sampled, open_cache
 from softcache.cache.encodings import MAX_TEMPERATURE
 from softcache.cache.reader import partial_path
 from softcache.cache.writer import Writer, create
-from softcache.data import (
-    Source,
-    augmented,
-    check_labels,
-    loader,
-    make_request,
-    open_source,
-    sequential_batches,
-    to_float,
-)
+from softcache.data import Source, check_labels, open_source, to_float
 from softcache.errors import Interrupted, SettingsError, SoftcacheError
 from softcache.evaluate import data_digest, evaluate
+from softcache.loader import augmented, loader, make_request, sequential_batches
 from softcache.progress import progress
 from softcache.replay import fingerprinted_rows, software, steady_fingerprints
 from softcache.targets import make_encoder, shared_tensors

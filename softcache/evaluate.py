@@ -10,8 +10,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from softcache.data import Source, check_labels, loader, sample_keys, sequential_batches, to_float
+from softcache.data import Source, check_labels, sample_keys, to_float
 from softcache.errors import DataError, ModelError
+from softcache.loader import loader, sequential_batches
 
 BATCH = 1000
 

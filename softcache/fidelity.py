@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Cache, Sampled
-from softcache.data import Source, augmented, loader, make_request
+from softcache.data import Source
+from softcache.loader import augmented, loader, make_request
 from softcache.loss import SparseTargets, Targets
 from softcache.progress import progress
 from softcache.targets import (

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from softcache.cache import Cache
-from softcache.data import Source, loader, sequential_batches
+from softcache.data import Source
 from softcache.errors import DataError
+from softcache.loader import loader, sequential_batches
 from softcache.progress import progress
 
 BATCH = 1000

@@ -11,8 +11,9 @@ import torch
 from softcache import __version__
 from softcache.cache import Cache, Header
 from softcache.cache.header import FINGERPRINT
-from softcache.data import Source, augmented, loader, make_request
+from softcache.data import Source
 from softcache.errors import DataError, FormatError, SettingsError
+from softcache.loader import augmented, loader, make_request
 from softcache.views import Augmentation, fingerprint, parse_augment, public_spec
 
 FINGERPRINTED = 8  # samples of each view

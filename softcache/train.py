@@ -18,21 +18,12 @@ from accelerate import Accelerator
 
 from softcache import __version__
 from softcache.cache import Cache, open_cache
-from softcache.data import (
-    Batch,
-    Request,
-    ShuffledBatches,
-    Source,
-    augmented,
-    check_labels,
-    loader,
-    make_request,
-    open_source,
-)
+from softcache.data import Source, check_labels, open_source
 from softcache.errors import Interrupted, SettingsError
 from softcache.evaluate import Evaluation, data_digest
 from softcache.join import join_samples
 from softcache.learner import Learner, begin_run, check_folder, make_accelerator, make_learner
+from softcache.loader import Batch, Request, ShuffledBatches, augmented, loader, make_request
 from softcache.loss import Labels, MixedLabels, Targets
 from softcache.models import build, load_weights, public_name
 from softcache.progress import progress

@@ -22,22 +22,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from softcache.data import (
-    UNLABELLED,
-    ArraySource,
+from softcache.data import UNLABELLED, ArraySource, check_labels, open_source, sample_keys, to_float
+from softcache.errors import DataError, SettingsError
+from softcache.loader import (
     Batch,
     Request,
     ShuffledBatches,
     augmented,
-    check_labels,
     loader,
     make_request,
-    open_source,
-    sample_keys,
     sequential_batches,
-    to_float,
 )
-from softcache.errors import DataError, SettingsError
 from softcache.views import parse_augment
 from tests.conftest import make_arrays
 

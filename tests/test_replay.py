@@ -17,10 +17,11 @@ from torch import Tensor
 from softcache import views
 from softcache.cache import Cache, Header
 from softcache.cache.header import FINGERPRINT
-from softcache.data import ArraySource, Source, augmented, loader, make_request, open_source
+from softcache.data import ArraySource, Source, open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.learner import Learner
+from softcache.loader import augmented, loader, make_request
 from softcache.replay import check_replay, fingerprinted_rows, fingerprints, replayed
 from softcache.train import TrainConfig, train
 from softcache.views import Augmentation, fingerprint, parse_augment, uniform

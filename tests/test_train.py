@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from softcache.cache import Cache
 from softcache.cache.reader import partial_path
-from softcache.data import ShuffledBatches, open_source, to_float
+from softcache.data import open_source, to_float
 from softcache.dump import DumpConfig, dump
 from softcache.errors import (
     DataError,
@@ -36,6 +36,7 @@ from softcache.errors import (
 )
 from softcache.evaluate import evaluate
 from softcache.imports import import_callable
+from softcache.loader import ShuffledBatches
 from softcache.loss import soft_loss
 from softcache.models import build
 from softcache.targets import soft_targets, soften

@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import numpy as np
 import xxhash
@@ -27,6 +27,7 @@ from softcache.cache.encodings import (
     encoding_from_json,
     encoding_to_json,
 )
+from softcache.cache.fields import JSON, integer, integers, is_text, load_json, shown, text_of
 from softcache.errors import FormatError, SettingsError
 
 MAGIC = b"\x89SFTC\r\n\x1a"
@@ -42,8 +43,6 @@ MAX_BLOCKS = 1 << 22  # of all views together
 FINGERPRINT = 8  # numbers in the fingerprint of one augmented sample
 MAX_NAME = 1024  # bytes of a class name
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-
-JSON = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def parse_header(text: bytes, digest: int, file_bytes: int) -> Header:
         raise FormatError(
             "the header does not match its digest; the file is damaged, fetch it again"
         )
-    fields = _load_json(text)
+    fields = load_json(text)
     if fields.pop("format", None) != "softcache":
         raise FormatError("the header does not say format softcache; this is no cache")
     version = _version(fields)
@@ -190,14 +189,14 @@ def parse_header(text: bytes, digest: int, file_bytes: int) -> Header:
     if missing:
         raise FormatError(f"the header lacks {', '.join(missing)}")
     if unknown and version[1] <= VERSION[1]:
-        raise FormatError(f"the header has unknown fields: {_shown(', '.join(unknown))}")
+        raise FormatError(f"the header has unknown fields: {shown(', '.join(unknown))}")
     header = _build({name: fields[name] for name in known}, version)
     _check_layout(header, file_bytes)
     return header
 
 
 def _version(fields: JSON) -> tuple[int, int]:
-    version = _tuple(fields, "version", 0, 1 << 16)
+    version = integers(fields, "version", 0, 1 << 16)
     if len(version) != 2:
         raise FormatError(f"version is {list(version)}; expected [major, minor]")
     if version[0] != VERSION[0]:
@@ -207,20 +206,20 @@ def _version(fields: JSON) -> tuple[int, int]:
         )
     features = fields.get("must_understand")
     if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
-        raise FormatError(f"must_understand is {_shown(features)}; expected a list of names")
+        raise FormatError(f"must_understand is {shown(features)}; expected a list of names")
     news = sorted(set(features) - KNOWN_FEATURES)
     if news:
         raise FormatError(
-            f"the cache needs features that this softcache does not know: {_shown(', '.join(news))}; "
+            f"the cache needs features that this softcache does not know: {shown(', '.join(news))}; "
             "update softcache"
         )
     return version[0], version[1]
 
 
 def _build(fields: JSON, version: tuple[int, int]) -> Header:
-    samples = _int(fields, "samples", 1, MAX_COUNT)
-    views = _int(fields, "views", 1, MAX_COUNT // samples)
-    block_rows = _int(fields, "block_rows", 1, samples)
+    samples = integer(fields, "samples", 1, MAX_COUNT)
+    views = integer(fields, "views", 1, MAX_COUNT // samples)
+    block_rows = integer(fields, "block_rows", 1, samples)
     blocks = views * -(-samples // block_rows)
     if blocks > MAX_BLOCKS:
         raise FormatError(
@@ -229,45 +228,45 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
     temperature = fields["temperature"]
     if type(temperature) not in (int, float) or not 0 < temperature <= MAX_TEMPERATURE:
         raise FormatError(
-            f"temperature is {_shown(temperature)}; expected a number above 0, up to 1e6"
+            f"temperature is {shown(temperature)}; expected a number above 0, up to 1e6"
         )
     arrays = fields["arrays"]
     if not isinstance(arrays, list) or len(arrays) > 64:
-        raise FormatError(f"arrays is {_shown(arrays)}; expected a list of at most 64")
+        raise FormatError(f"arrays is {shown(arrays)}; expected a list of at most 64")
     teachers = fields["teachers"]
     if not isinstance(teachers, list) or not all(_is_teacher(teacher) for teacher in teachers):
         raise FormatError(
-            f"teachers is {_shown(teachers)}; expected objects with name, parameters and weight, "
+            f"teachers is {shown(teachers)}; expected objects with name, parameters and weight, "
             "in printable text of at most 4096 characters"
         )
     software = fields["software"]
-    if not isinstance(software, dict) or not all(map(_is_text, [*software, *software.values()])):
+    if not isinstance(software, dict) or not all(map(is_text, [*software, *software.values()])):
         raise FormatError(
-            f"software is {_shown(software)}; expected versions by name, in printable "
+            f"software is {shown(software)}; expected versions by name, in printable "
             "text of at most 4096 characters"
         )
     return Header(
         views=views,
         samples=samples,
-        first_view=_int(fields, "first_view", 0, MAX_COUNT),
-        first_sample=_int(fields, "first_sample", 0, MAX_COUNT),
-        positions=_tuple(fields, "positions", 1, MAX_COUNT),
-        classes=_int(fields, "classes", 2, MAX_CLASSES),
+        first_view=integer(fields, "first_view", 0, MAX_COUNT),
+        first_sample=integer(fields, "first_sample", 0, MAX_COUNT),
+        positions=integers(fields, "positions", 1, MAX_COUNT),
+        classes=integer(fields, "classes", 2, MAX_CLASSES),
         temperature=float(temperature),
         encoding=encoding_from_json(fields["encoding"]),
-        seed=_int(fields, "seed", 0, (1 << 63) - 1),
-        augment=None if fields["augment"] is None else _text(fields, "augment"),
-        precision=_text(fields, "precision"),
-        data=_text(fields, "data"),
+        seed=integer(fields, "seed", 0, (1 << 63) - 1),
+        augment=None if fields["augment"] is None else text_of(fields, "augment"),
+        precision=text_of(fields, "precision"),
+        data=text_of(fields, "data"),
         choice=_choice(fields["choice"]),
         teachers=tuple(teachers),
         evaluation=_evaluation(fields["evaluation"]),
         software=software,
         block_rows=block_rows,
-        user_block=_int(fields, "user_block", 512, MAX_USER_BLOCK),
-        file_bytes=_int(fields, "file_bytes", 1, MAX_FILE),
-        hdf5_digest=_text(fields, "hdf5_digest"),
-        shared_digest=_text(fields, "shared_digest"),
+        user_block=integer(fields, "user_block", 512, MAX_USER_BLOCK),
+        file_bytes=integer(fields, "file_bytes", 1, MAX_FILE),
+        hdf5_digest=text_of(fields, "hdf5_digest"),
+        shared_digest=text_of(fields, "shared_digest"),
         arrays=tuple(_array(array) for array in arrays),
         summary=_summary(fields["summary"]),
         must_understand=tuple(fields["must_understand"]),
@@ -338,7 +337,7 @@ def _check_layout(header: Header, file_bytes: int) -> None:
         lacking, odd = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
         raise FormatError(
             f"a {header.encoding.name} cache has arrays {sorted(wanted)}; lacking here: "
-            f"{', '.join(lacking) or 'none'}, unknown: {_shown(', '.join(odd)) if odd else 'none'}"
+            f"{', '.join(lacking) or 'none'}, unknown: {shown(', '.join(odd)) if odd else 'none'}"
         )
     for name, (spec, shape) in wanted.items():
         array = found[name]
@@ -370,32 +369,32 @@ def digest_arrays(views: int, blocks: int) -> dict[str, tuple[ArraySpec, tuple[i
 def _array(fields: object) -> Array:
     if not isinstance(fields, dict) or set(fields) != {"name", "dtype", "shape", "axis", "offset"}:
         raise FormatError(
-            f"an array is described as {_shown(fields)}; expected name, dtype, shape, axis, offset"
+            f"an array is described as {shown(fields)}; expected name, dtype, shape, axis, offset"
         )
-    name, dtype, axis = _text(fields, "name"), _text(fields, "dtype"), fields["axis"]
+    name, dtype, axis = text_of(fields, "name"), text_of(fields, "dtype"), fields["axis"]
     if not name.isidentifier():
-        raise FormatError(f"array name {_shown(name)} is no plain word")
+        raise FormatError(f"array name {shown(name)} is no plain word")
     text = re.fullmatch(r"\|S([1-9][0-9]{0,3})", dtype, re.ASCII)
     text_bytes = int(text[1]) if text else 0
     if dtype not in DTYPES and not 1 <= text_bytes <= MAX_NAME:
         raise FormatError(
-            f"array {name} has type {_shown(dtype)}; expected one of {', '.join(sorted(DTYPES))}, or "
+            f"array {name} has type {shown(dtype)}; expected one of {', '.join(sorted(DTYPES))}, or "
             f"text |S1 to |S{MAX_NAME}"
         )
     if axis not in get_args(Axis):
         raise FormatError(
-            f"array {name} has axis {_shown(axis)}; expected {', '.join(get_args(Axis))}"
+            f"array {name} has axis {shown(axis)}; expected {', '.join(get_args(Axis))}"
         )
-    shape = _tuple(fields, "shape", 1, MAX_COUNT)
+    shape = integers(fields, "shape", 1, MAX_COUNT)
     if np.dtype(dtype).itemsize * math.prod(shape) > MAX_FILE:
         raise FormatError(f"array {name} of shape {list(shape)} is larger than any file")
-    return Array(name, dtype, shape, axis, _int(fields, "offset", 0, MAX_FILE))
+    return Array(name, dtype, shape, axis, integer(fields, "offset", 0, MAX_FILE))
 
 
 def _is_teacher(value: object) -> bool:
     return (
         isinstance(value, dict)
-        and all(_is_text(text) for text in value.values() if isinstance(text, str))
+        and all(is_text(text) for text in value.values() if isinstance(text, str))
         and isinstance(value.get("name"), str)
         and type(value.get("parameters")) is int
         and 0 <= value["parameters"] <= MAX_COUNT
@@ -409,16 +408,16 @@ def _evaluation(value: object) -> JSON | None:
         return None
     if not isinstance(value, dict) or set(value) != {"data", "digest", "errors", "samples"}:
         raise FormatError(
-            f"evaluation is {_shown(value)}; expected data, digest, errors and samples"
+            f"evaluation is {shown(value)}; expected data, digest, errors and samples"
         )
-    _text(value, "data"), _text(value, "digest")
-    _int(value, "errors", 0, _int(value, "samples", 1, MAX_COUNT))
+    text_of(value, "data"), text_of(value, "digest")
+    integer(value, "errors", 0, integer(value, "samples", 1, MAX_COUNT))
     return value
 
 
 def _choice(value: object) -> JSON | None:
     if value is not None and (not isinstance(value, dict) or "asked" not in value):
-        raise FormatError(f"choice is {_shown(value)}; expected what was asked and the candidates")
+        raise FormatError(f"choice is {shown(value)}; expected what was asked and the candidates")
     return value
 
 
@@ -431,86 +430,17 @@ def _summary(value: object) -> JSON | None:
     if value is None:
         return None
     if not isinstance(value, dict) or not set(SUMMARY) <= set(value):
-        raise FormatError(f"summary is {_shown(value)}; expected {', '.join(SUMMARY)}")
+        raise FormatError(f"summary is {shown(value)}; expected {', '.join(SUMMARY)}")
     agreement = value["agreement"]
     if not isinstance(value["entropy"], float) or not value["entropy"] >= 0:
-        raise FormatError(f"summary has entropy {_shown(value['entropy'])}; expected 0 or more")
+        raise FormatError(f"summary has entropy {shown(value['entropy'])}; expected 0 or more")
     if agreement is not None and (not isinstance(agreement, float) or not 0 <= agreement <= 1):
-        raise FormatError(f"summary has agreement {_shown(agreement)}; expected 0 to 1, or null")
-    _int(value, "rows", 1, MAX_COUNT)
+        raise FormatError(f"summary has agreement {shown(agreement)}; expected 0 to 1, or null")
+    integer(value, "rows", 1, MAX_COUNT)
     fidelity = value.get("fidelity", {})
     numbers = (
         [v for k, v in fidelity.items() if k != "at"] if isinstance(fidelity, dict) else [None]
     )
     if any(type(number) not in (int, float) for number in numbers):
-        raise FormatError(f"summary has fidelity {_shown(fidelity)}; expected numbers by name")
+        raise FormatError(f"summary has fidelity {shown(fidelity)}; expected numbers by name")
     return value
-
-
-def _int(fields: JSON, name: str, low: int, high: int) -> int:
-    value = fields[name]
-    if type(value) is not int or not low <= value <= high:
-        raise FormatError(f"{name} is {_shown(value)}; expected a whole number, {low} to {high}")
-    return value
-
-
-def _tuple(fields: JSON, name: str, low: int, high: int) -> tuple[int, ...]:
-    value = fields.get(name)
-    if not isinstance(value, list) or len(value) > 8:
-        raise FormatError(f"{name} is {_shown(value)}; expected a list of at most 8 whole numbers")
-    return tuple(_int({name: part}, name, low, high) for part in value)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= 4096 and value.isprintable()
-
-
-def _text(fields: JSON, name: str) -> str:
-    value = fields[name]
-    if not isinstance(value, str) or not _is_text(value):
-        raise FormatError(f"{name} is {_shown(value)}; expected printable text")
-    return value
-
-
-def _shown(value: object) -> str:
-    """A value from the file for a message: short, in one line, no control characters."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def _load_json(text: bytes) -> JSON:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> JSON:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise FormatError("the header's JSON has a key twice")
-        return found
-
-    def no_constant(name: str) -> Literal[0]:
-        raise FormatError(f"the header's JSON holds {name}; expected finite numbers")
-
-    def finite(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            raise FormatError(f"the header's JSON holds {_shown(digits)}; expected finite numbers")
-        return value
-
-    def bounded(digits: str) -> int:
-        if len(digits.lstrip("-")) > 308:  # beyond a double
-            raise FormatError(f"the header's JSON holds {_shown(digits)}; expected smaller numbers")
-        return int(digits)
-
-    try:
-        fields = json.loads(
-            text.decode("ascii"),
-            object_pairs_hook=no_duplicates,
-            parse_constant=no_constant,
-            parse_float=finite,
-            parse_int=bounded,
-        )
-    except RecursionError:
-        raise FormatError("the header's JSON is nested too deep") from None
-    except ValueError as error:  # not ASCII, not JSON, or an integer of thousands of digits
-        raise FormatError(f"the header is not JSON: {_shown(str(error))}") from error
-    if not isinstance(fields, dict):
-        raise FormatError("the header's JSON is no object")
-    return fields

@@ -19,8 +19,9 @@ from tabulate import tabulate
 
 from softcache import fidelity
 from softcache.cache.writer import Writer
-from softcache.data import ArraySource, augmented, loader, sequential_batches
+from softcache.data import ArraySource
 from softcache.dump import DumpConfig, begin, draft_header, fill, load_teachers, summarize
+from softcache.loader import augmented, loader, sequential_batches
 from softcache.models import build
 from softcache.teacher import Ensemble
 from softcache.views import parse_augment
