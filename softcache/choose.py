@@ -13,14 +13,34 @@ from tabulate import tabulate
 from torch import Tensor
 
 from softcache.basis import Directions, principal_directions, shared_arrays, splits
-from softcache.cache import Basis, Dense, Encoding, Quantized, Sampled, TopK, parse_encoding
+from softcache.cache import (
+    Basis,
+    Dense,
+    Encoding,
+    Header,
+    Quantized,
+    Sampled,
+    TopK,
+    parse_encoding,
+)
 from softcache.cache.encodings import TAIL_TEMPERATURES
+from softcache.data import Source
 from softcache.errors import SettingsError
-from softcache.fidelity import divergence, retemper, temperatures_of
+from softcache.fidelity import (
+    VALUES,
+    divergence,
+    draw_rows,
+    retemper,
+    teacher_rows,
+    temperatures_of,
+)
 from softcache.targets import as_tensor, class_ids, decode, make_encoder
+from softcache.teacher import Ensemble
+from softcache.views import Augmentation
 
 ROWS = 4096  # drawn from the whole data set: three quarters to fit, the rest to measure
 HELD_OUT = 1024
+FIT_VIEWS = 8  # the rows come from the first views, however many the file is to hold
 AUTO_TOPK = (8, 16, 32, 64, 128, 256)
 AUTO_COEFFICIENT_BYTES = (8, 16, 32, 48, 64, 96, 128)
 AUTO_TOP = (4, 8, 16)
@@ -53,6 +73,31 @@ def check_spec(spec: str, temperature: float, classes: int) -> None:
         return
     encoding = Basis(*_sizes(spec)[:1], 0, _sizes(spec)[1]) if needs_rows(spec) else None
     (encoding or parse_encoding(spec, temperature)).arrays(classes)
+
+
+def try_rows(
+    draft: Header,
+    source: Source,
+    teacher: Ensemble,
+    augmentation: Augmentation,
+    workers: int,
+    most: int = ROWS,
+) -> Tensor:
+    """Rows of the teacher (n, C), drawn from the whole data with the cache's seed.
+
+    They do not depend on the views and samples that the file is to hold, so that every shard, and
+    every view that is added later, comes to the same encoding.
+    """
+    count = max(2, min(most, VALUES // draft.classes))
+    views = FIT_VIEWS if draft.augment else 1
+    return teacher_rows(
+        teacher,
+        source,
+        draw_rows(views, draft.data_samples, count, draft.seed),
+        temperature=draft.temperature,
+        augmentation=augmentation,
+        workers=workers,
+    )
 
 
 def resolve(

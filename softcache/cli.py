@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -18,6 +19,35 @@ from softcache.errors import Interrupted, SoftcacheError
 PATH = click.Path(path_type=Path)
 
 
+class ViewRange(click.ParamType[tuple[int, int]]):
+    """`16` or `8:16`, as (first view, how many)."""
+
+    name = "views"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        found = re.fullmatch(r"(?:(\d{1,15}):)?(\d{1,15})", str(value))
+        first, end = (int(found[1] or 0), int(found[2])) if found else (0, 0)
+        if end <= first:
+            self.fail(f"{value!r}: expected a number of views from 1 up, or a range such as 8:16")
+        return first, end - first
+
+
+class Shard(click.ParamType[tuple[int, int]]):
+    """`0/4` to `3/4`, as (0, 4) to (3, 4)."""
+
+    name = "shard"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        found = re.fullmatch(r"(\d{1,15})/(\d{1,15})", str(value))
+        if not found or int(found[1]) >= int(found[2]):
+            self.fail(f"{value!r}: expected i/n with i from 0 to n - 1, such as 0/4")
+        return int(found[1]), int(found[2])
+
+
 class Commands(click.Group):
     """Prints softcache's own errors in one line, and exits with their code."""
 
@@ -30,9 +60,7 @@ class Commands(click.Group):
         except (SoftcacheError, OSError) as error:
             if ctx.params["traceback"]:
                 raise
-            # a loader process puts its traceback before the message
-            text = str(error).rpartition(f"{type(error).__module__}.{type(error).__name__}: ")[2]
-            click.echo(f"Error: {' '.join(text.split())}", err=True)
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
             raise click.exceptions.Exit(getattr(error, "exit_code", 1)) from error
 
 
@@ -65,10 +93,22 @@ def main(traceback: bool) -> None:
 @click.option("--temperature", type=float, default=4.0, help="T of softmax(logits / T).")
 @click.option("--out", required=True, type=PATH, metavar="FILE", help="The cache to write.")
 @click.option("--eval-data", metavar="SPEC", help="Record the teacher's errors on these.")
-@click.option("--views", type=int, default=1, help="Augmented versions of every sample.")
+@click.option(
+    "--views",
+    type=ViewRange(),
+    default="1",
+    metavar="N|A:B",
+    help="Augmented versions of every sample: 0 to N - 1, or A to B - 1.",
+)
+@click.option(
+    "--shard", type=Shard(), default="0/1", metavar="i/n", help="Only part i of n of the samples."
+)
 @click.option("--augment", metavar="SPEC", help="How views differ; see below.")
 @click.option("--seed", type=int, default=0, help="Of the augmentation.")
 @click.option("--encoding", metavar="SPEC", default="dense", help="How a row is stored; see below.")
+@click.option(
+    "--like", type=PATH, metavar="CACHE", help="Encode as this cache does, to be merged with it."
+)
 @click.option("--max-kl", type=float, default=1e-3, help="Of --encoding auto, at T, 1, 2, 4 and 8.")
 @click.option("--dry-run", is_flag=True, help="Say size, time and encodings; write nothing.")
 @click.option("--classes", type=int, help="How many are expected; else as the teacher gives.")
@@ -111,7 +151,9 @@ def dump(**options: Any) -> None:
       sampled:N         N draws, for large vocabularies; at its own temperature only
       auto              the smallest that keeps KL within --max-kl, measured
     """
-    from softcache.dump import DumpConfig, dry_run, dump
+    options["first_view"], options["views"] = options["views"]
+    from softcache.dump import DumpConfig, dump
+    from softcache.estimate import dry_run
     from softcache.report import cache_line
 
     dry = options.pop("dry_run")
@@ -120,9 +162,15 @@ def dump(**options: Any) -> None:
 
 
 @main.command()
-@click.argument("cache", type=PATH, required=False)
+@click.argument("cache", type=PATH, nargs=-1)
 @click.option("--student", required=True, metavar="SPEC", help="The model, as in dump.")
-@click.option("--data", required=True, metavar="SPEC", help="The samples, as in dump.")
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    metavar="SPEC",
+    help="The samples, as in dump; of several CACHE, one for each in the same order, or one for all.",
+)
 @click.option("--eval-data", metavar="SPEC", help="Count errors on these after every epoch.")
 @click.option("--out", required=True, type=PATH, metavar="DIR", help="Folder of the run.")
 @click.option("--epochs", type=int, default=20)
@@ -147,6 +195,9 @@ def dump(**options: Any) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace a finished run in DIR.")
 def train(**options: Any) -> None:
     """Train a student from CACHE; without CACHE, train a model on the labels alone.
+
+    Of several caches, every batch is drawn from all samples alike: labelled and unlabelled ones, or
+    the shards of a dump. FILE.partial, which a dump has not completed, gives its complete views.
 
     The loss is alpha T² KL(teacher ‖ student) + (1 - alpha) cross-entropy with the labels.
     """
@@ -188,6 +239,29 @@ def verify(cache: Path, expect: str | None, **options: Any) -> None:
         from softcache.recheck import ask_again
 
         print(ask_again(cache, **options))
+
+
+@main.command()
+@click.argument("caches", type=PATH, nargs=-1, required=True)
+@click.option("--out", required=True, type=PATH, metavar="FILE", help="The cache to write.")
+def merge(caches: tuple[Path, ...], out: Path) -> None:
+    """Put shards of samples, views, or both of one dump into one file.
+
+    Every block is checked as it is copied. Run again after a stop, it goes on.
+    """
+    from softcache.cache import open_cache
+    from softcache.cache.merge import merge
+    from softcache.progress import progress
+
+    parts = [open_cache(path) for path in caches]
+    total = sum(part.header.views * part.header.samples for part in parts)
+    with progress("merge", total, "rows") as advance:
+        found = merge(parts, out, advance)
+    header = found.header
+    click.echo(
+        f"{out}: {header.samples:,} samples x {header.views} view(s), {header.file_bytes:,} bytes; "
+        f"content id {found.content_id()}"
+    )
 
 
 @main.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,30 +10,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from softcache import choose, fidelity
 from softcache.cache import Cache, Dense, Header, Sampled, open_cache
 from softcache.cache.encodings import MAX_TEMPERATURE
+from softcache.cache.merge import copy_view
 from softcache.cache.reader import partial_path
-from softcache.cache.writer import Writer, create
+from softcache.cache.summary import rows_to_look_at, summarize
+from softcache.cache.writer import Stored, Writer, create
 from softcache.data import Source, check_labels, open_source, to_float
 from softcache.errors import Interrupted, SettingsError, SoftcacheError
 from softcache.evaluate import data_digest, evaluate
 from softcache.loader import augmented, loader, make_request, sequential_batches
 from softcache.progress import progress
-from softcache.replay import fingerprinted_rows, software, steady_fingerprints
+from softcache.replay import check_replay, fingerprinted_rows, software, steady_fingerprints
+from softcache.resume import check_same
 from softcache.targets import make_encoder, shared_tensors
 from softcache.teacher import PRECISIONS, Ensemble, load_teacher, make_ensemble
 from softcache.views import Augmentation, parse_augment, public_spec
-
-SUMMARY_VALUES = 1 << 27  # how many probabilities the summary looks at, at the most
-RESUME_SAMPLES = 256  # how many samples a resumed dump compares with those it began with
-# what decides the values of a cache: a dump goes on only with the same
-SETTINGS = (
-    "data", "samples", "classes", "teachers", "temperature", "precision", "choice", "views",
-    "augment", "seed",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,9 +42,12 @@ class DumpConfig:
     teacher_weight: Sequence[float] = ()
     eval_data: str | None = None
     views: int = 1
+    first_view: int = 0
+    shard: tuple[int, int] = (0, 1)  # which part of the samples, of how many
     augment: str | None = None
     seed: int = 0
     encoding: str = "dense"
+    like: Path | None = None  # a cache whose encoding, and what it was fitted to, is taken
     max_kl: float = choose.DEFAULT_MAX_KL
     classes: int | None = None
     batch_size: int = 256
@@ -71,14 +67,24 @@ class DumpConfig:
             raise SettingsError(f"seed is {self.seed}; expected less than 2^63")
         if not 0 < self.max_kl < math.inf:
             raise SettingsError(f"max-kl is {self.max_kl}; expected a number above 0")
-        for name, low in (("views", 1), ("seed", 0), ("batch_size", 1), ("workers", 0)):
+        for name, low in (
+            ("views", 1),
+            ("first_view", 0),
+            ("seed", 0),
+            ("batch_size", 1),
+            ("workers", 0),
+        ):
             if getattr(self, name) < low:
                 raise SettingsError(f"{name} is {getattr(self, name)}; expected {low} or more")
         if self.precision not in PRECISIONS:
             raise SettingsError(
                 f"precision {self.precision!r} is unknown; expected {', '.join(PRECISIONS)}"
             )
-        if self.views > 1 and not self.augment:
+        if not 0 <= self.shard[0] < self.shard[1]:
+            raise SettingsError(
+                f"shard is {self.shard[0]}/{self.shard[1]}; expected i/n with i from 0 to n - 1"
+            )
+        if self.views + self.first_view > 1 and not self.augment:
             raise SettingsError(
                 f"{self.views} views without --augment would all be the same; add it, or ask for one"
             )
@@ -99,27 +105,38 @@ class DumpConfig:
 def dump(config: DumpConfig) -> Cache:
     """Write the teacher's soft targets for every sample of the data into `config.out`.
 
-    Run again after any stop, it goes on where it stopped.
+    Run again after any stop, it goes on where it stopped. Asked for more views than a finished
+    cache has, it copies those into a new file and adds the others; the old file stays until then.
 
     Raises:
         SoftcacheError: the settings, the data or the teacher are not as they should be, or the
             disk fails; what was done is kept.
     """
     source = open_source(config.data)
-    teacher = load_teachers(config, source)
-    draft = draft_header(config, source, teacher)
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
+    teacher = load_teachers(config, source, augmentation)
+    draft = draft_header(config, source, teacher)
     check_out(config.out)
+    finished = None
     if config.out.exists() and not config.overwrite:
         finished = open_cache(config.out)
-        check_same(finished, draft, source, config)
-        print(f"{config.out} is complete already; left alone (--overwrite makes it anew)")
-        return finished
+        check_same(finished, draft, source, config.eval_data, but=["views"])
+        if finished.header.views >= draft.views:
+            check_same(finished, draft, source, config.eval_data)
+            print(f"{config.out} is complete already; left alone (--overwrite makes it anew)")
+            return finished
+        every = np.arange(len(source))
+        own = every[draft.first_sample : draft.first_sample + draft.samples]
+        check_replay(finished, source, augmentation, own, every)
+        print(f"adding views to {config.out}, which has {finished.header.views} of {draft.views}")
     try:
-        begin(config, draft, source, teacher, augmentation)
+        begin(config, draft, source, teacher, augmentation, finished)
         with Writer(config.out) as writer:
+            if finished is not None:
+                copy(finished, writer)
             fill(writer, config, source, teacher, augmentation)
-            summary = summarize(writer.cache)
+            with progress("summary", rows_to_look_at(writer.cache), "rows") as advance:
+                summary = summarize(writer.cache, advance)
             summary["fidelity"] = fidelity.measure(
                 writer.cache, source, teacher, augmentation, workers=config.workers
             )
@@ -133,6 +150,15 @@ def dump(config: DumpConfig) -> Cache:
         sampled = isinstance(cache.header.encoding, Sampled)
         print(fidelity.describe(cache.header.summary["fidelity"], sampled))
     return cache
+
+
+def copy(finished: Cache, writer: Writer) -> None:
+    """Copy the views of a finished cache into a file that is to hold more of them."""
+    header = finished.header
+    with progress("copy", header.samples * header.views, "rows") as advance:
+        for view in range(header.views):
+            copy_view(finished, writer, view, advance)
+        writer.commit()
 
 
 def fill(
@@ -161,26 +187,30 @@ def fill(
     with progress("dump", total, "rows", done=total - sum(map(np.sum, missing))) as advance:
         for view in range(header.views):
             batches = [batch for batch in grid if missing[view][batch.start : batch.stop].any()]
+            drawn = header.first_view + view
             requests = [
-                make_request(augmentation, b, view, np.arange(b.start, b.stop)) for b in batches
+                make_request(augmentation, samples.tolist(), drawn, samples)
+                for samples in (header.first_sample + np.arange(b.start, b.stop) for b in batches)
             ]
             for batch in loader(
                 source, requests, augmentation=augmentation, workers=config.workers, keys=True
             ):
                 labels, samples = batch.labels.numpy(), batch.indices.numpy()
                 check_labels(labels, samples, header.classes, source)
-                inputs = augmented(batch, augmentation, view, samples, teacher.device)
+                inputs = augmented(batch, augmentation, drawn, samples, teacher.device)
                 log_probs = teacher.log_probs(inputs, header.temperature, samples)
-                rows = encode(log_probs, view, samples)
+                stored = encode(log_probs, drawn, samples)
                 keys = batch.keys.numpy().view(np.uint64)
-                writer.write(view, int(samples[0]), rows, {"labels": labels, "keys": keys})
-                advance(int(missing[view][samples].sum()))
+                rows = samples - header.first_sample
+                writer.write(view, int(rows[0]), stored, {"labels": labels, "keys": keys})
+                advance(int(missing[view][rows].sum()))
 
 
-def load_teachers(config: DumpConfig, source: Source) -> Ensemble:
+def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation) -> Ensemble:
     """Every teacher of the dump, loaded and tried on the first sample."""
     device = pick_device(config.device)
-    first = to_float(source.fetch([0])[0])
+    raw = source.fetch([0])[0]
+    first = to_float(augmentation.transformed(raw, config.first_view, np.zeros(1, np.int64)))
     specs, files = config.teachers_and_weights
     weights: Sequence[Path | None] = files or [None] * len(specs)
     classes = config.classes or len(source.class_names) or None
@@ -198,87 +228,59 @@ def load_teachers(config: DumpConfig, source: Source) -> Ensemble:
     return make_ensemble(loaded, config.teacher_weight)
 
 
-def dry_run(config: DumpConfig) -> str:
-    """What a dump would take: bytes on disk, time by a few batches, candidates; writes nothing."""
-    source = open_source(config.data)
-    teacher = load_teachers(config, source)
-    draft = draft_header(config, source, teacher)
-    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
-    try_rows(draft, source, teacher, augmentation, config.workers, most=256)  # warms up
-    before = time.perf_counter()
-    again = try_rows(draft, source, teacher, augmentation, config.workers)
-    rate = len(again) / (time.perf_counter() - before)
-    found = choose.candidates(again, temperature=draft.temperature, seed=draft.seed)
-    encoding, shared, listed = choose.resolve(
-        config.encoding,
-        again,
-        temperature=draft.temperature,
-        seed=draft.seed,
-        max_kl=config.max_kl,
-    )
-    if encoding not in [candidate.encoding for candidate in found]:
-        asked = listed or [
-            choose.measure(config.encoding, encoding, again, draft.temperature, draft.seed)
-        ]
-        found = sorted([*asked, *found], key=lambda candidate: candidate.bytes_per_row)
-    rows = draft.samples * draft.views
-    common = sum(tensor.numel() * tensor.element_size() for tensor in shared.values())
-    row_bytes = sum(
-        np.dtype(array.dtype).itemsize * math.prod(array.shape)
-        for array in encoding.arrays(draft.classes)
-        if array.axis == "rows"
-    )
-    size = rows * row_bytes + draft.samples * 16 + common
-    return (
-        f"{choose.table(found, encoding)}\n\n"
-        f"{draft.samples:,} samples x {draft.views:,} view(s) as {choose.spec_of(encoding)}: "
-        f"about {size:,} bytes; about {rows / rate:,.0f} s at {rate:,.0f} rows/s here. "
-        "Nothing was written."
-    )
-
-
-def try_rows(
-    draft: Header,
-    source: Source,
-    teacher: Ensemble,
-    augmentation: Augmentation,
-    workers: int,
-    most: int = choose.ROWS,
-) -> Tensor:
-    """Rows of the teacher (n, C), drawn from the whole data with the cache's seed."""
-    count = max(2, min(most, fidelity.VALUES // draft.classes))
-    return fidelity.teacher_rows(
-        teacher,
-        source,
-        fidelity.draw_rows(draft.views, draft.samples, count, draft.seed),
-        temperature=draft.temperature,
-        augmentation=augmentation,
-        workers=workers,
-    )
-
-
 def begin(
     config: DumpConfig,
     draft: Header,
     source: Source,
     teacher: Ensemble,
     augmentation: Augmentation,
+    finished: Cache | None = None,
 ) -> None:
-    """Allocate the unfinished file, or check that the one that is there was begun like this."""
+    """Allocate the unfinished file, or check that the one that is there was begun like this.
+
+    Args:
+        finished: the same with fewer views, whose encoding and evaluation are taken over.
+    """
     partial = partial_path(config.out)
     if partial.exists():
         try:
-            check_same(open_cache(partial, unfinished=True), draft, source, config)
+            check_same(open_cache(partial, unfinished=True), draft, source, config.eval_data)
             print(f"going on with {partial}")
             return
         except SoftcacheError:
             if not config.overwrite:
                 raise
             partial.unlink()
-    evaluation = evaluate_teacher(config.eval_data, teacher, config.workers)
+    like = finished or (open_cache(config.like) if config.like else None)
+    if like is not None:
+        header, arrays = take_encoding(draft, like)
+    else:
+        header, arrays = choose_encoding(config, draft, source, teacher, augmentation)
+    known = finished.header.evaluation if finished else None
+    evaluation = known or evaluate_teacher(config.eval_data, teacher, config.workers)
+    names = source.class_names or tuple(str(label) for label in range(teacher.classes))
+    arrays["class_names"] = np.array([name.encode() for name in names])
+    arrays["fingerprinted"] = chosen = fingerprinted_rows(draft.samples)
+    arrays["fingerprints"] = steady_fingerprints(
+        source,
+        augmentation,
+        range(draft.first_view, draft.first_view + draft.views),
+        draft.first_sample + chosen,
+    )
+    create(config.out, replace(header, evaluation=evaluation), arrays)
+
+
+def choose_encoding(
+    config: DumpConfig,
+    draft: Header,
+    source: Source,
+    teacher: Ensemble,
+    augmentation: Augmentation,
+) -> tuple[Header, Stored]:
+    """The header with the encoding that was asked for, fitted or measured, and its arrays."""
     rows = None
     if choose.needs_rows(config.encoding):
-        rows = try_rows(draft, source, teacher, augmentation, config.workers)
+        rows = choose.try_rows(draft, source, teacher, augmentation, config.workers)
     encoding, shared, candidates = choose.resolve(
         config.encoding,
         rows,
@@ -289,13 +291,23 @@ def begin(
     if candidates:
         print(choose.table(candidates, encoding))
     choice = (draft.choice or {}) | {"candidates": [c.to_json() for c in candidates]}
-    header = replace(draft, evaluation=evaluation, encoding=encoding, choice=choice)
-    names = source.class_names or tuple(str(label) for label in range(teacher.classes))
     arrays = {name: tensor.numpy() for name, tensor in shared.items()}
-    arrays["class_names"] = np.array([name.encode() for name in names])
-    arrays["fingerprinted"] = chosen = fingerprinted_rows(draft.samples)
-    arrays["fingerprints"] = steady_fingerprints(source, augmentation, draft.views, chosen)
-    create(config.out, header, arrays)
+    return replace(draft, encoding=encoding, choice=choice), arrays
+
+
+def take_encoding(draft: Header, like: Cache) -> tuple[Header, Stored]:
+    """The header with the encoding of another cache, and the arrays that it was fitted to.
+
+    Raises:
+        SettingsError: that cache is of other classes or of another temperature.
+    """
+    for name in ("classes", "temperature"):
+        theirs, mine = getattr(like.header, name), getattr(draft, name)
+        if theirs != mine:
+            raise SettingsError(f"--like {like.path} has {name} {theirs}; this dump has {mine}")
+    shared = [array.name for array in like.header.arrays if array.axis == "shared"]
+    arrays = {name: np.array(like.arrays[name]) for name in shared}
+    return replace(draft, encoding=like.header.encoding, choice=like.header.choice), arrays
 
 
 def evaluate_teacher(spec: str | None, teacher: Ensemble, workers: int) -> dict[str, Any] | None:
@@ -325,11 +337,16 @@ def evaluate_teacher(spec: str | None, teacher: Ensemble, workers: int) -> dict[
 def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Header:
     """The header but for encoding and layout, which creating the file decides."""
     choose.check_spec(config.encoding, config.temperature, teacher.classes)
+    total, (shard, shards) = len(source), config.shard
+    if shards > total:
+        raise SettingsError(f"{shards} shards of {total:,} samples; expected at most one for each")
+    first, end = (part * total // shards for part in (shard, shard + 1))
     return Header(
         views=config.views,
-        samples=len(source),
-        first_view=0,
-        first_sample=0,
+        samples=end - first,
+        first_view=config.first_view,
+        first_sample=first,
+        data_samples=total,
         positions=(),
         classes=teacher.classes,
         temperature=float(config.temperature),
@@ -338,7 +355,9 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         augment=public_spec(config.augment),
         precision=config.precision,
         data=source.name,
-        choice={"asked": config.encoding}
+        choice=open_cache(config.like).header.choice
+        if config.like
+        else {"asked": config.encoding}
         | ({"max_kl": config.max_kl} if config.encoding == "auto" else {}),
         teachers=teacher.provenance,
         evaluation=None,
@@ -366,81 +385,6 @@ def check_out(out: Path) -> None:
         ) from error
 
 
-def check_same(cache: Cache, draft: Header, source: Source, config: DumpConfig) -> None:
-    """Raise SettingsError unless `cache` was begun with the settings and the data of this dump."""
-    advice = "use the same, give another --out, or --overwrite to start again"
-    if config.eval_data:
-        begun = (cache.header.evaluation or {}).get("data")
-        wanted = open_source(config.eval_data).name
-        if begun != wanted:
-            raise SettingsError(
-                f"{cache.path} was begun with evaluation data {begun or 'none'}, now they are {wanted}; "
-                f"{advice}"
-            )
-    for name in SETTINGS:
-        begun, wanted = getattr(cache.header, name), getattr(draft, name)
-        if name == "choice":
-            name, begun, wanted = "encoding", _asked(begun), _asked(wanted)
-        if begun != wanted:
-            raise SettingsError(
-                f"{cache.path} was begun with {_difference(name, begun, wanted)}; {advice}"
-            )
-    intact = [
-        cache.sample_digest(block) == digest
-        for block, digest in enumerate(cache.arrays["sample_digests"])
-    ]
-    present = np.flatnonzero(np.repeat(intact, cache.header.block_rows)[: cache.header.samples])
-    spread = np.unique(np.linspace(0, len(present) - 1, RESUME_SAMPLES).astype(np.int64))
-    at = present[spread] if len(present) else present
-    for batch in loader(source, [at.tolist()] if len(at) else [], keys=True):
-        same = batch.keys.numpy().view(np.uint64) == cache.keys[at]
-        same &= batch.labels.numpy() == cache.labels[at]
-        if not same.all():
-            first = int(at[int(np.flatnonzero(~same)[0])])
-            raise SettingsError(
-                f"{cache.path} was begun with other data: sample {first} of {source.name} differs; "
-                f"{advice}"
-            )
-
-
-def _asked(choice: dict[str, Any] | None) -> str:
-    """The encoding as it was asked for."""
-    asked = choice or {}
-    limit = f" --max-kl {asked['max_kl']:g}" if "max_kl" in asked else ""
-    return f"{asked.get('asked')}{limit}"
-
-
-def summarize(cache: Cache) -> dict[str, Any]:
-    """What the header says of the soft targets, over rows spread evenly through views and samples.
-
-    entropy: the mean in nats, at the cache's temperature. agreement: the share of labelled rows
-    whose top class is the label, None without labels. rows: how many rows were looked at.
-    """
-    header = cache.header
-    total = header.views * header.samples
-    count = max(1, min(total, SUMMARY_VALUES // header.classes))
-    rows = (np.arange(count) * (total / count)).astype(np.int64)
-    entropy = agreed = labelled = 0.0
-    chunk = max(1, (1 << 22) // header.classes)
-    with progress("summary", count, "rows") as advance:
-        for start in range(0, count, chunk):
-            view, sample = np.divmod(rows[start : start + chunk], header.samples)
-            for one in np.unique(view):
-                samples = sample[view == one]
-                log_probs = cache.rows(int(one), samples).astype(np.float64)  # (B, C)
-                labels = cache.labels[samples]
-                probs = np.exp(log_probs)
-                entropy -= float((probs * np.where(probs > 0, log_probs, 0)).sum())
-                agreed += int((log_probs.argmax(-1) == labels).sum())
-                labelled += int((labels >= 0).sum())
-            advance(len(view))
-    return {
-        "entropy": entropy / count,
-        "agreement": agreed / labelled if labelled else None,
-        "rows": count,
-    }
-
-
 def pick_device(name: str) -> torch.device:
     """The device asked for; `auto` takes a GPU if there is one.
 
@@ -458,17 +402,3 @@ def pick_device(name: str) -> torch.device:
             "use --device auto or cpu"
         ) from error
     return device
-
-
-def _difference(name: str, begun: object, wanted: object) -> str:
-    if name == "teachers" and len(begun) != len(wanted):  # type: ignore[arg-type]
-        return f"{len(begun)} teachers, now {len(wanted)}"  # type: ignore[arg-type]
-    if name == "teachers":
-        changed = [
-            f"{key} {old[key]!r}, now {new[key]!r}"
-            for old, new in zip(begun, wanted, strict=True)  # type: ignore[call-overload]
-            for key in new
-            if old.get(key) != new[key]
-        ]
-        return f"another teacher ({'; '.join(changed)})"
-    return f"{name} {begun!r}, now it is {wanted!r}"

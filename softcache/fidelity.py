@@ -113,7 +113,7 @@ def measure(
     said = teacher_rows(
         teachers,
         source,
-        pairs,
+        pairs + np.array([header.first_view, header.first_sample]),
         temperature=header.temperature,
         augmentation=augmentation,
         workers=workers,
@@ -163,7 +163,11 @@ def _moved(cache: Cache, pairs: Pairs, said: Tensor) -> float:
     for view, part in _parts(pairs):
         stored = {
             name: as_tensor(values).to(said.device)
-            for name, values in encode(said[done : done + len(part)], view, part).items()
+            for name, values in encode(
+                said[done : done + len(part)],
+                header.first_view + view,
+                header.first_sample + part,
+            ).items()
         }
         if "ids" in stored:
             stored["ids"] = class_ids(stored["ids"], header.classes)

@@ -3,45 +3,221 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from softcache.cache import Cache
-from softcache.data import Source
-from softcache.errors import DataError
-from softcache.loader import loader, sequential_batches
+from softcache.data import Source, check_labels
+from softcache.errors import DataError, SettingsError
+from softcache.loader import Batch, Request, augmented, loader, make_request, sequential_batches
+from softcache.loss import Labels, MixedLabels, SparseTargets, Targets
 from softcache.progress import progress
+from softcache.replay import check_replay, replayed
+from softcache.targets import soft_targets, to_dense
+from softcache.views import Augmentation, parse_augment
 
 BATCH = 1000
 
+Indices = npt.NDArray[np.int64]
 
-def join_samples(source: Source, cache: Cache, workers: int = 0) -> npt.NDArray[np.int64]:
-    """The row of the cache for each sample of `source`, (N,); all samples are read once.
 
-    In order where the order is the same, else by the hash of each sample's content.
+class TrainingBatch(NamedTuple):
+    """What a student sees of some samples, and what it is to say of them."""
+
+    inputs: Tensor  # (B, *shape) float, augmented
+    labels: Labels  # (B,)
+    targets: Targets | None  # the teacher's log-probabilities (B, C) at the temperature
+
+
+@dataclass(frozen=True)
+class JoinedData:
+    """The samples of a source that are learned from, and what a cache says of them.
+
+    Without a cache there are labels alone, and every epoch is a view of its own.
+    """
+
+    source: Source
+    places: Indices  # (N,) where in the source each sample is
+    numbers: Indices  # (N,) its number in the draws of the augmentation
+    where: Indices | None  # (all samples,) the place of each number, for mixup
+    augmentation: Augmentation
+    classes: int
+    cache: Cache | None = None
+    targets: Callable[[int, Indices], Targets] | None = None  # by view and row of the cache
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one input, after the user's own transform."""
+        raw = self.source.fetch([int(self.places[0])])[0]
+        return tuple(self.augmentation.transformed(raw, self.view(0), self.numbers[:1]).shape[1:])
+
+    def view(self, epoch: int) -> int:
+        """The view that an epoch sees: epoch modulo the cache's views."""
+        if self.cache is None:
+            return epoch
+        return self.cache.header.first_view + epoch % self.cache.header.views
+
+    def request(self, at: Indices, epoch: int) -> Request:
+        """What to ask a loader for, for samples `at` (B,) in 0 to N - 1."""
+        places = self.places[at].tolist()
+        view = self.view(epoch)
+        return make_request(self.augmentation, places, view, self.numbers[at], self.where)
+
+    def training_batch(self, batch: Batch, epoch: int, device: torch.device) -> TrainingBatch:
+        """What came for a request of this epoch, augmented, with its labels and soft targets."""
+        numbers, view = batch.samples.numpy(), self.view(epoch)
+        check_labels(batch.labels.numpy(), batch.indices.numpy(), self.classes, self.source)
+        inputs = augmented(batch, self.augmentation, view, numbers, device)
+        own = batch.labels.to(device)
+        labels: Labels = own
+        if self.augmentation.mixup:
+            shares = torch.from_numpy(self.augmentation.shares(view, numbers)).to(device)
+            labels = MixedLabels(own, batch.partner_labels.to(device), shares.float())
+        if self.cache is None or self.targets is None:
+            return TrainingBatch(inputs, labels, None)
+        header = self.cache.header
+        soft = self.targets(view - header.first_view, numbers - header.first_sample)
+        return TrainingBatch(inputs, labels, soft)
+
+
+def together(batches: Sequence[TrainingBatch]) -> TrainingBatch:
+    """Batches of several data sets as one.
+
+    Raises:
+        DataError: their inputs have different shapes or types.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    layouts = {(str(batch.inputs.dtype), tuple(batch.inputs.shape[1:])) for batch in batches}
+    if len(layouts) > 1:
+        raise DataError(
+            f"inputs of the data sets differ: {sorted(layouts)}; expected one shape and type"
+        )
+    return TrainingBatch(
+        torch.cat([batch.inputs for batch in batches]),
+        labels_together([batch.labels for batch in batches]),
+        targets_together([batch.targets for batch in batches if batch.targets is not None]),
+    )
+
+
+def targets_together(targets: Sequence[Targets]) -> Targets | None:
+    """Targets of several batches; sparse if all are, of the same number of ids."""
+    if not targets:
+        return None
+    sparse = [one for one in targets if isinstance(one, SparseTargets)]
+    if len(sparse) == len(targets) and len({one.ids.shape[1] for one in sparse}) == 1:
+        return SparseTargets(
+            torch.cat([one.ids for one in sparse]),
+            torch.cat([one.log_probs for one in sparse]),
+            torch.cat([one.rest for one in sparse]),
+            sparse[0].classes,
+        )
+    return torch.cat([to_dense(one) for one in targets])
+
+
+def labels_together(labels: Sequence[Labels]) -> Labels:
+    """Labels of several batches; those that are not mixed count as mixed with nothing."""
+    plain = [one for one in labels if isinstance(one, Tensor)]
+    if len(plain) == len(labels):
+        return torch.cat(plain)
+    mixed = [
+        MixedLabels(one, one, torch.zeros(len(one), device=one.device))
+        if isinstance(one, Tensor)
+        else one
+        for one in labels
+    ]
+    return MixedLabels(*(torch.cat(part) for part in zip(*mixed, strict=True)))
+
+
+def labels_alone(source: Source, augment: str | None, seed: int, classes: int) -> JoinedData:
+    """A source to learn from without a teacher."""
+    every = np.arange(len(source))
+    known = getattr(source, "labels", None)  # those of a Dataset come one by one
+    if known is not None:
+        check_labels(known, every, classes, source)
+    augmentation = parse_augment(augment, seed=seed, total=len(source))
+    return JoinedData(source, every, every, every, augmentation, classes)
+
+
+def join(
+    source: Source,
+    cache: Cache,
+    *,
+    augment: str | None,
+    temperature: float,
+    device: torch.device,
+    workers: int = 0,
+) -> JoinedData:
+    """Join a source to a cache, and be sure that the inputs are those that the teacher saw.
+
+    Args:
+        augment: the file of the cache's own callable, if it has one.
+        temperature: of the soft targets that are wanted.
+
+    Raises:
+        DataError: the data are not those of the cache, or are augmented otherwise.
+        SettingsError: the temperature or the augmentation cannot be had.
+    """
+    header = cache.header
+    targets = soft_targets(cache, temperature, device)
+    places = join_samples(source, cache, workers)
+    augmentation = replayed(header, augment)
+    if augmentation.mixup and len(source) < header.data_samples:
+        raise SettingsError(
+            f"{cache.path} holds {header.samples:,} of {header.data_samples:,} samples, mixed with any of "
+            f"them; {source.name} has {len(source):,}: give the whole data set"
+        )
+    whole = np.arange(len(source))  # a shard's data set has its order; a whole cache's may not
+    where = places if header.samples == header.data_samples else whole
+    check_replay(cache, source, augmentation, places, where)
+    numbers = header.first_sample + np.arange(header.samples)
+    return JoinedData(source, places, numbers, where, augmentation, header.classes, cache, targets)
+
+
+def join_samples(source: Source, cache: Cache, workers: int = 0) -> Indices:
+    """The place in `source` of each sample of the cache, (samples,); all samples are read once.
+
+    In order where the order is the same, else by the hash of each sample's content. The source may
+    be the whole data set of which the cache holds a shard; then its order must be the dump's.
 
     Raises:
         DataError: the data are not those of the cache; the first sample that differs is named.
     """
-    samples = cache.header.samples
-    if len(source) != samples:
+    header = cache.header
+    if len(source) not in (header.samples, header.data_samples):
+        shard = f" (a shard of {header.data_samples:,})"
         raise DataError(
             f"{source.name} has {len(source):,} samples, {cache.path} was made from "
-            f"{samples:,} of {cache.header.data}; give the data the cache was made from"
+            f"{header.samples:,}{shard if header.samples < header.data_samples else ''} of {header.data}; "
+            "give the data the cache was made from"
         )
     keys, labels = read_keys(source, workers)
-    rows = np.arange(samples)
-    differs = np.flatnonzero(keys != cache.keys)
+    check_labels(labels, np.arange(len(source)), header.classes, source)
+    first = header.first_sample if len(source) == header.data_samples else 0
+    places = np.arange(first, first + header.samples)
+    differs = np.flatnonzero(keys[places] != cache.keys)
+    if len(differs) and len(source) > header.samples:
+        raise DataError(
+            f"sample {places[differs[0]]} of {source.name} is not the one of {cache.path}, a shard of "
+            f"{header.data} in the dump's order; give the data the cache was made from"
+        )
     if len(differs):
-        rows = _by_key(keys, labels, cache, source)
+        places = _by_key(keys, labels, cache, source)
         print(
             f"note: {source.name} is in another order than the cache (first at sample {differs[0]}); "
             "joined by content",
             file=sys.stderr,
         )
-    _check_labels(labels, cache, rows, source)
-    return rows
+    _check_labels(labels, cache, places, source)
+    return places
 
 
 def read_keys(
@@ -63,7 +239,7 @@ def read_keys(
 def _by_key(
     keys: npt.NDArray[np.uint64], labels: npt.NDArray[np.int64], cache: Cache, source: Source
 ) -> npt.NDArray[np.int64]:
-    """Rows by key; the same content twice goes to its rows by label, then in turn."""
+    """Places by key; the same content twice goes to its places by label, then in turn."""
     cached = np.array(cache.keys)
     order, wanted = np.lexsort((cache.labels, cached)), np.lexsort((labels, keys))
     differs = np.flatnonzero(cached[order] != keys[wanted])
@@ -74,9 +250,9 @@ def _by_key(
             f"{cache.header.data} ({len(surplus):,} samples differ); give the data the cache was made "
             "from, or dump a cache of these"
         )
-    rows = np.empty(len(keys), np.int64)
-    rows[wanted] = order
-    return rows
+    places = np.empty(len(keys), np.int64)
+    places[order] = wanted
+    return places
 
 
 def _surplus(keys: npt.NDArray[np.uint64], cached: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
@@ -91,13 +267,13 @@ def _surplus(keys: npt.NDArray[np.uint64], cached: npt.NDArray[np.uint64]) -> np
 
 
 def _check_labels(
-    labels: npt.NDArray[np.int64], cache: Cache, rows: npt.NDArray[np.int64], source: Source
+    labels: npt.NDArray[np.int64], cache: Cache, places: Indices, source: Source
 ) -> None:
-    cached = cache.labels[rows]
-    differs = np.flatnonzero((labels != cached) & (labels >= 0) & (cached >= 0))
+    given = labels[places]
+    differs = np.flatnonzero((given != cache.labels) & (given >= 0) & (cache.labels >= 0))
     if len(differs):
-        at = int(differs[0])
+        row = differs[int(places[differs].argmin())]
         raise DataError(
-            f"sample {at} of {source.name} has label {labels[at]}, and {cached[at]} in {cache.path} "
-            f"({len(differs):,} labels differ); give the data the cache was made from"
+            f"sample {places[row]} of {source.name} has label {given[row]}, and {cache.labels[row]} in "
+            f"{cache.path} ({len(differs):,} labels differ); give the data the cache was made from"
         )

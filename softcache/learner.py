@@ -23,6 +23,7 @@ from softcache.evaluate import Evaluation, evaluate
 from softcache.loss import Labels, Loss, Targets, distillation_loss
 from softcache.models import parameter_count
 
+UNFINISHED_METRICS = "metrics.jsonl.partial"  # until the student is there
 WARMUP = 0.05  # share of the steps in which the learning rate rises from 0
 
 
@@ -79,7 +80,7 @@ class Learner:
         self.losses.append(torch.stack([part.detach() for part in loss]))
 
     def finish_epoch(self, epoch: int, eval_source: Source | None, workers: int) -> None:
-        """Evaluate, and add a line to metrics.jsonl.
+        """Evaluate, and add a line to the metrics.
 
         Raises:
             ModelError: a loss of this epoch is not finite.
@@ -99,11 +100,11 @@ class Learner:
         if eval_source is not None:
             self.evaluation = self._evaluate(eval_source, workers)
             line |= {"errors": self.evaluation.errors, "samples": self.evaluation.samples}
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        with (self.folder / UNFINISHED_METRICS).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def save(self, facts: dict[str, Any]) -> None:
-        """Write student.safetensors and config.json."""
+        """Write student.safetensors and config.json, and give the metrics their name."""
         model = self.accelerator.unwrap_model(self.model)
         state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
         replace_file(
@@ -114,6 +115,7 @@ class Learner:
             facts |= {"errors": self.evaluation.errors, "samples": self.evaluation.samples}
         text = json.dumps(facts, indent=2) + "\n"
         replace_file(self.folder / "config.json", lambda path: path.write_text(text))
+        (self.folder / UNFINISHED_METRICS).replace(self.folder / "metrics.jsonl")
 
     def _forward(self, inputs: Tensor) -> Tensor:
         self.model.train()
@@ -223,16 +225,14 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def begin_run(folder: Path) -> None:
-    """Make the folder, and clear away what an earlier run left: old metrics would mislead.
+    """Make the folder; a run that was finished in it stays as it is until this one is.
 
     Raises:
         SettingsError: it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("student.safetensors", "config.json"):
-            (folder / name).unlink(missing_ok=True)
-        (folder / "metrics.jsonl").write_text("")
+        (folder / UNFINISHED_METRICS).write_text("")
     except OSError as error:
         raise SettingsError(
             f"cannot write in {folder} ({error.strerror}); give another --out"

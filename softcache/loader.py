@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from softcache.data import Source, sample_keys, to_float
+from softcache.errors import SoftcacheError
 from softcache.views import Augmentation
 
 
@@ -34,6 +35,7 @@ class Batch(NamedTuple):
     """Samples as the source holds them, before they become floats."""
 
     indices: Tensor  # (B,) int64, places in the source
+    samples: Tensor  # (B,) int64, their numbers in the draws of the augmentation
     inputs: Tensor  # (B, *shape), uint8 for images, else as the source gives them
     labels: Tensor  # (B,) int64, UNLABELLED where there is none
     keys: Tensor  # (B,) int64, the bits of sample_keys(); empty where they were not asked for
@@ -57,16 +59,44 @@ def loader(
         augmentation: whose own transform, if the user gave one, is applied where samples are loaded.
         keys: whether batches carry the samples' keys.
     """
+    return _loader(_Batches(source, keys, augmentation), batches, workers, pin_memory)
+
+
+def joint_loader(
+    parts: Sequence[tuple[Source, Augmentation]],
+    batches: Sampler[Any] | Sequence[dict[int, Request]],
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[dict[int, Batch]]:
+    """The same over several sources: a batch is asked for, and comes, by the source's number."""
+    each = [_Batches(source, False, augmentation) for source, augmentation in parts]
+    return _loader(_JointBatches(each), batches, workers, pin_memory)
+
+
+def _loader(
+    dataset: Dataset[Any], batches: Sampler[Any] | Sequence[Any], workers: int, pin_memory: bool
+) -> DataLoader[Any]:
     as_is: Any = _as_is  # what __getitems__ gives is one batch already
     wanted: Any = batches
-    return DataLoader(
-        _Batches(source, keys, augmentation),
+    return _Loader(
+        dataset,
         batch_sampler=wanted,
         num_workers=workers,
         collate_fn=as_is,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
     )
+
+
+class _Loader(DataLoader[Any]):
+    """Raises softcache's own errors as they were raised in a worker, without its traceback."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, SoftcacheError):
+                raise batch
+            yield batch
 
 
 def make_request(
@@ -106,7 +136,7 @@ def sequential_batches(samples: int, batch_size: int) -> list[range]:
     return [range(a, min(a + batch_size, samples)) for a in range(0, samples, batch_size)]
 
 
-class ShuffledBatches(Sampler[Request]):
+class ShuffledBatches(Sampler[Any]):
     """Every sample once per epoch, in an order drawn from (seed, epoch) alone.
 
     A last batch of one sample is left out: batch normalization has no variance of one sample.
@@ -117,9 +147,9 @@ class ShuffledBatches(Sampler[Request]):
         samples: int,
         batch_size: int,
         seed: int,
-        request: Callable[[npt.NDArray[np.int64], int], Request] | None = None,
+        request: Callable[[npt.NDArray[np.int64], int], Any] | None = None,
     ) -> None:
-        """`request` makes of indices (B,) and the epoch what the loader is asked for."""
+        """`request` makes of samples (B,) and the epoch what the loader is asked for."""
         self.samples, self.batch_size, self.seed, self.epoch = samples, batch_size, seed, 0
         self.drop_last = samples % batch_size == 1 and samples > 1 and batch_size > 1
         self.request = request or (lambda indices, epoch: Request(indices.tolist()))
@@ -130,7 +160,7 @@ class ShuffledBatches(Sampler[Request]):
     def __len__(self) -> int:
         return math.ceil(self.samples / self.batch_size) - int(self.drop_last)
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[Any]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
         for step in range(len(self)):
             indices = order[step * self.batch_size : (step + 1) * self.batch_size]
@@ -147,10 +177,16 @@ class _Batches(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, wanted: Request | Sequence[int]) -> Batch:
+    def __getitems__(self, wanted: Request | Sequence[int]) -> Batch | SoftcacheError:
+        try:
+            return self.batch(wanted)
+        except SoftcacheError as error:  # torch would wrap it in the text of a traceback
+            return error
+
+    def batch(self, wanted: Request | Sequence[int]) -> Batch:
         request = wanted if isinstance(wanted, Request) else Request(wanted)
         indices = np.asarray(request.indices, np.int64)
-        samples = indices if request.samples is None else request.samples
+        samples = np.asarray(indices if request.samples is None else request.samples, np.int64)
         transformed = self.augmentation.transformed
         inputs, labels = self.source.fetch(request.indices)
         keys = sample_keys(inputs) if self.keys else np.empty(0, np.uint64)
@@ -160,6 +196,7 @@ class _Batches(Dataset[Batch]):
             partners = transformed(partners, request.view, samples, partner=True)
         return Batch(
             torch.from_numpy(indices),
+            torch.from_numpy(samples),
             transformed(inputs, request.view, samples),
             torch.from_numpy(labels),
             torch.from_numpy(keys.view(np.int64)),
@@ -168,5 +205,21 @@ class _Batches(Dataset[Batch]):
         )
 
 
-def _as_is(batch: Batch) -> Batch:
+class _JointBatches(Dataset[dict[int, Batch]]):
+    """Several sources as torch's fetcher wants them."""
+
+    def __init__(self, parts: Sequence[_Batches]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitems__(self, wanted: dict[int, Request]) -> dict[int, Batch] | SoftcacheError:
+        try:
+            return {part: self.parts[part].batch(request) for part, request in wanted.items()}
+        except SoftcacheError as error:
+            return error
+
+
+def _as_is(batch: Any) -> Any:  # noqa: ANN401  # batches of either kind
     return batch

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from softcache import fidelity
 from softcache.cache import Sampled, open_cache
 from softcache.data import open_source
@@ -54,12 +56,18 @@ def ask_again(
         precision=header.precision,
     )
     source = open_source(data)
-    joined = join_samples(source, cache)
-    if (joined[1:] < joined[:-1]).any():
+    places = join_samples(source, cache)
+    if (places[1:] < places[:-1]).any():
         raise DataError(f"{data} is in another order than {path}; give it in the order of the dump")
-    augmentation = replayed(header, augment, len(source))
-    check_replay(cache, source, augmentation, joined)
-    found = fidelity.measure(cache, source, load_teachers(config, source), augmentation, rows=rows)
+    if len(source) < header.data_samples:
+        raise DataError(
+            f"{path} is a shard of {header.data_samples:,} samples, {data} has {len(source):,}; give "
+            "the whole data set"
+        )
+    augmentation = replayed(header, augment)
+    check_replay(cache, source, augmentation, places, np.arange(len(source)))
+    teachers = load_teachers(config, source, augmentation)
+    found = fidelity.measure(cache, source, teachers, augmentation, rows=rows)
     said = fidelity.describe(found, isinstance(header.encoding, Sampled))
     if not found["moved"] <= TOLERANCE:
         raise DataError(

@@ -61,26 +61,24 @@ def fingerprints(
 
 
 def steady_fingerprints(
-    source: Source, augmentation: Augmentation, views: int, samples: npt.NDArray[np.int64]
+    source: Source, augmentation: Augmentation, views: range, samples: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
     """Fingerprints (views, F, FINGERPRINT) that come out the same in another order.
 
     Raises:
         DataError: they do not, so the data or the augmentation cannot be replayed.
     """
-    found, sizes = fingerprints(source, augmentation, views=range(views), samples=samples)
-    again, _ = fingerprints(
-        source, augmentation, views=range(views)[::-1], samples=samples[::-1].copy()
-    )
+    found, sizes = fingerprints(source, augmentation, views=views, samples=samples)
+    again, _ = fingerprints(source, augmentation, views=views[::-1], samples=samples[::-1].copy())
     off = np.abs(found - again[::-1, ::-1]).max(-1)
     unsteady = np.argwhere(~(off <= TOLERANCE * np.maximum(sizes, 1e-3)))
     if len(unsteady):
         view, place = map(int, unsteady[0])
         raise DataError(
-            f"sample {samples[place]} of {source.name} in view {view} comes out different the second time: "
-            "the data or the augmentation have a state of its own; draw only from python's random, "
-            "numpy.random and torch, which are seeded for each sample, and give data without random "
-            "transforms"
+            f"sample {samples[place]} of {source.name} in view {views[view]} comes out different "
+            "the second time: the data or the augmentation have a state of its own; draw only from "
+            "python's random, numpy.random and torch, which are seeded for each sample, and give data "
+            "without random transforms"
         )
     return found
 
@@ -90,7 +88,7 @@ def fingerprinted_rows(samples: int) -> npt.NDArray[np.int64]:
     return np.unique(np.linspace(0, samples - 1, FINGERPRINTED).astype(np.int64))
 
 
-def replayed(header: Header, own: str | None, total: int) -> Augmentation:
+def replayed(header: Header, own: str | None) -> Augmentation:
     """The augmentation that made the cache's views.
 
     Built-in ones are known from the header. A callable of the user's own is never imported for a
@@ -111,16 +109,21 @@ def replayed(header: Header, own: str | None, total: int) -> Augmentation:
             f"the cache was augmented by {header.augment}; give that file with --augment, code named "
             "in a cache is never run by itself"
         )
-    return parse_augment(own or header.augment, seed=header.seed, total=total)
+    return parse_augment(own or header.augment, seed=header.seed, total=header.data_samples)
 
 
 def check_replay(
-    cache: Cache, source: Source, augmentation: Augmentation, rows: npt.NDArray[np.int64]
+    cache: Cache,
+    source: Source,
+    augmentation: Augmentation,
+    places: npt.NDArray[np.int64],
+    where: npt.NDArray[np.int64],
 ) -> None:
     """Raise DataError if an input of today is not the one that the teacher saw.
 
     Args:
-        rows: (N,) the row of the cache for each sample of `source`.
+        places: (samples,) the place in `source` of each sample of the cache.
+        where: (data_samples,) the place of each sample of the data set, among which mixup chooses.
     """
     header = cache.header
     chosen = np.array(cache.arrays["fingerprinted"])
@@ -129,16 +132,15 @@ def check_replay(
             f"{cache.path} has fingerprints of samples {chosen.min()} to {chosen.max()}; expected 0 to "
             f"{header.samples - 1}: the file is damaged or forged, get it again"
         )
-    where = np.argsort(rows)
     now, sizes = fingerprints(
         source,
         augmentation,
         views=range(header.first_view, header.first_view + header.views),
         samples=chosen + header.first_sample,
-        places=where[chosen],
+        places=places[chosen],
         where=where,
     )
-    off = np.abs(now - cache.arrays["fingerprints"]).max(-1)  # (views, F)
+    off = np.abs(now - cache.arrays["fingerprints"][: header.views]).max(-1)  # (views, F)
     drifted = np.argwhere(~(off <= TOLERANCE * np.maximum(sizes, 1e-3)))
     if len(drifted):
         view, place = map(int, drifted[0])
@@ -148,7 +150,8 @@ def check_replay(
             if header.software.get(name) != version
         ]
         raise DataError(
-            f"sample {where[chosen[place]]} of {source.name} in view {view} is not what the teacher of "
-            f"{cache.path} saw (its fingerprint is off by {off[view, place]:.2g}): the augmentation or "
-            f"the data's own transform has changed; {'; '.join(versions) or 'no library version differs'}"
+            f"sample {places[chosen[place]]} of {source.name} in view {header.first_view + view} is not "
+            f"what the teacher of {cache.path} saw (its fingerprint is off by {off[view, place]:.2g}): the "
+            "augmentation or the data's own transform has changed; "
+            f"{'; '.join(versions) or 'no library version differs'}"
         )

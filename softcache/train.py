@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,25 +17,19 @@ import torch
 from accelerate import Accelerator
 
 from softcache import __version__
-from softcache.cache import Cache, open_cache
-from softcache.data import Source, check_labels, open_source
+from softcache.cache import Cache
+from softcache.cache.reader import open_trainable
+from softcache.data import Source, open_source
 from softcache.errors import Interrupted, SettingsError
 from softcache.evaluate import Evaluation, data_digest
-from softcache.join import join_samples
+from softcache.join import JoinedData, join, labels_alone, together
 from softcache.learner import Learner, begin_run, check_folder, make_accelerator, make_learner
-from softcache.loader import Batch, Request, ShuffledBatches, augmented, loader, make_request
-from softcache.loss import Labels, MixedLabels, Targets
+from softcache.loader import Request, ShuffledBatches, joint_loader
 from softcache.models import build, load_weights, public_name
 from softcache.progress import progress
-from softcache.replay import check_replay, replayed
 from softcache.report import Row, models_table
-from softcache.targets import soft_targets
 from softcache.verify import check_damage
 from softcache.views import EXTRA_STREAM, Augmentation, parse_augment
-
-# (view, rows of the cache (B,)) -> the teacher's log-probabilities (B, C) at the temperature
-TargetsOf = Callable[[int, "npt.NDArray[np.int64]"], Targets]
-
 
 MAX_LEARNING_RATE = 1e6
 
@@ -45,9 +39,9 @@ class TrainConfig:
     """Everything that decides what `train` does."""
 
     student: str
-    data: str
+    data: str | Sequence[str]
     out: Path
-    cache: Path | None = None
+    cache: Path | Sequence[Path] | None = None  # several: each with its data, or all with one
     eval_data: str | None = None
     epochs: int = 20
     batch_size: int = 128
@@ -90,16 +84,31 @@ class TrainConfig:
                 raise SettingsError(f"{name} is {number}; expected a number above 0")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise SettingsError(f"alpha is {self.alpha}; expected a number from 0 to 1")
-        if self.cache is None and (self.alpha or self.temperature or self.baseline):
+        if not self.data:
+            raise SettingsError("no data; name them with --data")
+        if len(self.datas) not in (1, len(self.caches)):
+            raise SettingsError(
+                f"{len(self.datas)} --data for {len(self.caches)} CACHE; expected one for each, in the same "
+                "order, or one for all"
+            )
+        if not self.caches and (self.alpha or self.temperature or self.baseline):
             raise SettingsError(
                 "--alpha, --temperature and --baseline need a CACHE of soft targets; name one, or "
                 "leave these options out to train on labels alone"
             )
 
     @property
+    def caches(self) -> list[Path]:
+        return [self.cache] if isinstance(self.cache, Path) else list(self.cache or ())
+
+    @property
+    def datas(self) -> list[str]:
+        return [self.data] if isinstance(self.data, str) else list(self.data)
+
+    @property
     def soft_weight(self) -> float:
         """Alpha with its default: 0.9 with a cache, 0 without."""
-        default = 0.9 if self.cache else 0.0
+        default = 0.9 if self.caches else 0.0
         return default if self.alpha is None else self.alpha
 
 
@@ -110,115 +119,141 @@ def train(config: TrainConfig) -> list[Learner]:
         SoftcacheError: the settings, the cache, the data or the student are not as they should be.
     """
     accelerator = make_accelerator(config.device, config.mixed_precision)
-    source = open_source(config.data)
+    sources = [open_source(spec) for spec in config.datas]
     eval_source = open_source(config.eval_data) if config.eval_data else None
     for folder in (config.out, *([config.out / "baseline"] if config.baseline else [])):
         check_folder(folder, overwrite=config.overwrite)
-    cache = open_cache(config.cache) if config.cache else None
-    if cache is not None and config.verify:
-        check_damage(cache)
-    if cache is None:
-        rows, targets = np.arange(len(source)), None
-        augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
-    else:
-        temperature = config.temperature or cache.header.temperature
-        targets = soft_targets(cache, temperature, accelerator.device)
-        rows = join_samples(source, cache, config.workers)
-        augmentation = replayed(cache.header, config.augment, len(source))
-        check_replay(cache, source, augmentation, rows)
+    caches = [open_trainable(path) for path in config.caches]
+    for cache in caches:
+        if config.verify:
+            check_damage(cache)
+    temperature = common_temperature(config, caches)
+    parts = join_all(config, sources, caches, temperature, accelerator.device)
     try:
-        learners = fit(config, accelerator, source, eval_source, cache, augmentation, rows, targets)
+        learners = fit(config, accelerator, parts, temperature, eval_source)
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped; {config.out} has the metrics so far, but no student") from None
+        raise Interrupted(f"stopped; {config.out} has the metrics so far, but no new student") from None
     if accelerator.is_main_process:
         for learner in learners:
-            learner.save(run_facts(config, source, eval_source, cache))
-        print(final_table(learners, cache, eval_source))
+            learner.save(run_facts(config, parts, eval_source))
+        print(final_table(learners, caches, eval_source))
     return learners
 
 
 def fit(
     config: TrainConfig,
     accelerator: Accelerator,
-    source: Source,
+    parts: Sequence[JoinedData],
+    temperature: float,
     eval_source: Source | None,
-    cache: Cache | None,
-    augmentation: Augmentation,
-    rows: npt.NDArray[np.int64],
-    targets: TargetsOf | None,
 ) -> list[Learner]:
-    """The training loop: every learner takes a step on every batch.
+    """The training loop: every learner takes a step on every batch, drawn from all parts alike.
 
-    Epoch e sees view e mod V of the cache; on labels alone, every epoch is a view of its own.
-
-    Args:
-        rows: (N,) the row of the cache for each sample of `source`.
-        targets: what the learners are taught, by view and rows of the cache.
+    Epoch e sees view e mod V of a cache; on labels alone, every epoch is a view of its own.
     """
-    header = cache.header if cache else None
-    first_view, first_sample = (header.first_view, header.first_sample) if header else (0, 0)
-    where = np.argsort(rows, kind="stable")
-    extra = parse_augment(config.extra_augment, seed=config.seed, total=len(source))
-    if extra.mixup or extra.transform:
-        raise SettingsError(
-            f"--extra-augment {config.extra_augment}: only the built-in operations can go on top; "
-            "mixup and a callable of your own belong into softcache dump --augment"
-        )
+    device, starts = accelerator.device, np.cumsum([0, *map(len, parts)])
+    extra = extra_augmentation(config)
 
-    def view_of(epoch: int) -> int:
-        return first_view + epoch % header.views if header else epoch
+    def request(samples: npt.NDArray[np.int64], epoch: int) -> dict[int, Request]:
+        part = np.searchsorted(starts, samples, side="right") - 1  # (B,) whose sample each is
+        return {
+            int(one): parts[one].request(samples[part == one] - starts[one], epoch)
+            for one in np.unique(part)
+        }
 
-    def request(indices: npt.NDArray[np.int64], epoch: int) -> Request:
-        samples = first_sample + rows[indices]
-        return make_request(augmentation, indices.tolist(), view_of(epoch), samples, where)
-
-    temperature = config.temperature or (header.temperature if header else 1.0)
-    classes = class_count(config, source, cache)
-    batches = ShuffledBatches(len(source), config.batch_size, config.seed, request)
+    batches = ShuffledBatches(int(starts[-1]), config.batch_size, config.seed, request)
     steps = config.epochs * len(batches)
-    learners = make_learners(config, accelerator, source, classes, steps)
+    learners = make_learners(config, accelerator, parts[0], steps)
     for learner in learners:
         begin_run(learner.folder)
-    batch_loader = accelerator.prepare(
-        loader(source, batches, augmentation=augmentation, workers=config.workers)
+    batch_loader = joint_loader(
+        [(part.source, part.augmentation) for part in parts],
+        batches,
+        workers=config.workers,
+        pin_memory=device.type == "cuda",
     )
-    device = accelerator.device
     with progress("train", steps, "steps") as advance:
         for epoch in range(config.epochs):
             batches.set_epoch(epoch)
-            view = view_of(epoch)
-            for batch in batch_loader:
-                indices = batch.indices.cpu().numpy()
-                check_labels(batch.labels.cpu().numpy(), indices, classes, source)
-                samples = rows[indices]
-                inputs = augmented(batch, augmentation, view, first_sample + samples, device)
-                inputs = extra(inputs, None, epoch, indices, first_stream=EXTRA_STREAM)
-                soft = targets(view - first_view, samples) if targets else None
-                labels = labels_of(batch, augmentation, view, first_sample + samples)
+            for found in batch_loader:
+                batch = together(
+                    [parts[part].training_batch(one, epoch, device) for part, one in found.items()]
+                )
+                at = np.concatenate([one.indices.numpy() for one in found.values()])
+                inputs = extra(batch.inputs, None, epoch, at, first_stream=EXTRA_STREAM)
                 for learner in learners:
-                    learner.step(inputs, labels, soft, temperature)
+                    learner.step(inputs, batch.labels, batch.targets, temperature)
                 advance(1)
             for learner in learners:
                 learner.finish_epoch(epoch, eval_source, config.workers)
     return learners
 
 
-def labels_of(
-    batch: Batch, augmentation: Augmentation, view: int, samples: npt.NDArray[np.int64]
-) -> Labels:
-    """The labels of a batch; under mixup, with those of the partners and their shares."""
-    if not augmentation.mixup:
-        return batch.labels
-    shares = torch.from_numpy(augmentation.shares(view, samples)).to(batch.labels.device)
-    return MixedLabels(batch.labels, batch.partner_labels, shares.float())
+def common_temperature(config: TrainConfig, caches: Sequence[Cache]) -> float:
+    """The temperature of all soft targets: as asked for, else the caches' own.
+
+    Raises:
+        SettingsError: the caches have different ones, or different classes.
+    """
+    for cache in caches[1:]:
+        for name in ("classes", "temperature"):
+            mine, first = getattr(cache.header, name), getattr(caches[0].header, name)
+            if mine != first and not (name == "temperature" and config.temperature):
+                advice = "; say which with --temperature" if name == "temperature" else ""
+                raise SettingsError(
+                    f"{cache.path} has {name} {mine}, {caches[0].path} has {first}; one student needs "
+                    f"one{advice}"
+                )
+    return config.temperature or (caches[0].header.temperature if caches else 1.0)
+
+
+def join_all(
+    config: TrainConfig,
+    sources: Sequence[Source],
+    caches: Sequence[Cache],
+    temperature: float,
+    device: torch.device,
+) -> list[JoinedData]:
+    """Each data set with its cache; without a cache, with its labels alone."""
+    if not caches:
+        classes = class_count(config, sources[0])
+        return [labels_alone(sources[0], config.augment, config.seed, classes)]
+    if config.classes not in (None, caches[0].header.classes):
+        raise SettingsError(
+            f"--classes is {config.classes}, but {caches[0].path} has {caches[0].header.classes} "
+            "classes; leave it out"
+        )
+    each = sources if len(sources) == len(caches) else [*sources] * len(caches)
+    return [
+        join(
+            source,
+            cache,
+            augment=config.augment,
+            temperature=temperature,
+            device=device,
+            workers=config.workers,
+        )
+        for source, cache in zip(each, caches, strict=True)
+    ]
+
+
+def extra_augmentation(config: TrainConfig) -> Augmentation:
+    """What goes on top of the cache's own augmentation, drawn anew in every epoch."""
+    extra = parse_augment(config.extra_augment, seed=config.seed, total=0)
+    if extra.mixup or extra.transform:
+        raise SettingsError(
+            f"--extra-augment {config.extra_augment}: only the built-in operations can go on top; "
+            "mixup and a callable of your own belong into softcache dump --augment"
+        )
+    return extra
 
 
 def make_learners(
-    config: TrainConfig, accelerator: Accelerator, source: Source, classes: int, steps: int
+    config: TrainConfig, accelerator: Accelerator, part: JoinedData, steps: int
 ) -> list[Learner]:
     """The student and, as a baseline, its twin that listens to the labels alone."""
-    input_shape = source.fetch([0])[0].shape[1:]
-    runs = [("distilled" if config.cache else "student", config.out, config.soft_weight)]
+    input_shape, classes = part.input_shape(), part.classes
+    runs = [("distilled" if config.caches else "student", config.out, config.soft_weight)]
     if config.baseline:
         runs.append(("hard labels", config.out / "baseline", 0.0))
     learners = []
@@ -244,19 +279,12 @@ def make_learners(
     return learners
 
 
-def class_count(config: TrainConfig, source: Source, cache: Cache | None) -> int:
-    """As the cache says, else as asked for, else as the data's class names or labels say.
+def class_count(config: TrainConfig, source: Source) -> int:
+    """Without a cache: as asked for, else as the data's class names or labels say.
 
     Raises:
-        SettingsError: the cache has another number than asked for, or nothing says how many.
+        SettingsError: nothing says how many.
     """
-    if cache is not None:
-        if config.classes not in (None, cache.header.classes):
-            raise SettingsError(
-                f"--classes is {config.classes}, but {config.cache} has {cache.header.classes} "
-                "classes; leave it out"
-            )
-        return cache.header.classes
     if config.classes or source.class_names:
         return config.classes or len(source.class_names)
     labels = getattr(source, "labels", None)
@@ -268,31 +296,38 @@ def class_count(config: TrainConfig, source: Source, cache: Cache | None) -> int
 
 
 def run_facts(
-    config: TrainConfig, source: Source, eval_source: Source | None, cache: Cache | None
+    config: TrainConfig, parts: Sequence[JoinedData], eval_source: Source | None
 ) -> dict[str, object]:
     """What config.json says of a run: the settings, and whose soft targets it learned from."""
     settings = dataclasses.asdict(config) | {"student": public_name(config.student)}
-    settings |= {"data": source.name, "eval_data": eval_source.name if eval_source else None}
-    for path in ("out", "cache", "init"):
-        settings[path] = settings[path] and settings[path].name
+    settings |= {
+        "data": [part.source.name for part in parts],
+        "eval_data": eval_source.name if eval_source else None,
+        "cache": [path.name for path in config.caches],
+        "out": config.out.name,
+        "init": config.init and config.init.name,
+    }
+    caches = [part.cache for part in parts if part.cache]
     return {
         "softcache": __version__,
-        "input_shape": list(source.fetch([0])[0].shape[1:]),
-        "classes": class_count(config, source, cache),
-        "content_id": cache.content_id() if cache else None,
+        "input_shape": list(parts[0].input_shape()),
+        "classes": parts[0].classes,
+        # of an unfinished cache the content, and so its id, will yet change
+        "content_ids": [cache.content_id() if cache.complete else None for cache in caches],
         "settings": settings,
     }
 
 
 def final_table(
-    learners: Sequence[Learner], cache: Cache | None, eval_source: Source | None
+    learners: Sequence[Learner], caches: Sequence[Cache], eval_source: Source | None
 ) -> str:
-    """Teachers by what the cache's header says of them, then the students."""
+    """Teachers by what the first cache's header says of them, then the students."""
     rows = [Row(learner.name, learner.parameters, learner.evaluation) for learner in learners]
-    if cache is None:
+    if not caches:
         return models_table(rows)
-    known = cache.header.evaluation
+    header = caches[0].header
+    known = header.evaluation
     same = known and eval_source and known["digest"] == data_digest(eval_source)
     evaluation = Evaluation(known["errors"], known["samples"]) if known and same else None
-    parameters = sum(teacher["parameters"] for teacher in cache.header.teachers)
+    parameters = sum(teacher["parameters"] for teacher in header.teachers)
     return models_table([Row("teacher", parameters, evaluation), *rows])

@@ -17,8 +17,9 @@ from torch import Tensor
 from softcache import choose
 from softcache.cache import Basis, Dense, Encoding, Quantized, Sampled, TopK
 from softcache.choose import Candidate, candidates, check_spec, fit_basis, resolve, spec_of, table
-from softcache.dump import DumpConfig, dry_run, dump
+from softcache.dump import DumpConfig, dump
 from softcache.errors import SettingsError
+from softcache.estimate import dry_run
 
 CLASSES, WIDTH = 40, 6
 

@@ -714,11 +714,6 @@ def test_a_mistake_in_an_overwriting_command_does_not_cost_the_finished_run(
     assert not fresh.exists()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="labels and inputs of the first batch are looked at after the old student is deleted",
-)
 def test_a_bad_label_in_an_overwriting_command_does_not_cost_the_finished_run(
     config: TrainConfig, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ class Header:
     samples: int
     first_view: int  # the numbers of views and samples in the augmentation's draws begin here
     first_sample: int
+    data_samples: int  # of the whole data set, of which the cache may hold a shard
     positions: tuple[int, ...]
     classes: int
     temperature: float
@@ -218,6 +219,7 @@ def _version(fields: JSON) -> tuple[int, int]:
 
 def _build(fields: JSON, version: tuple[int, int]) -> Header:
     samples = integer(fields, "samples", 1, MAX_COUNT)
+    data_samples = integer(fields, "data_samples", samples, MAX_COUNT)
     views = integer(fields, "views", 1, MAX_COUNT // samples)
     block_rows = integer(fields, "block_rows", 1, samples)
     blocks = views * -(-samples // block_rows)
@@ -249,7 +251,8 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
         views=views,
         samples=samples,
         first_view=integer(fields, "first_view", 0, MAX_COUNT),
-        first_sample=integer(fields, "first_sample", 0, MAX_COUNT),
+        first_sample=integer(fields, "first_sample", 0, data_samples - samples),
+        data_samples=data_samples,
         positions=integers(fields, "positions", 1, MAX_COUNT),
         classes=integer(fields, "classes", 2, MAX_CLASSES),
         temperature=float(temperature),

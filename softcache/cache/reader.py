@@ -7,7 +7,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,20 @@ def open_cache(path: Path | str, *, unfinished: bool = False) -> Cache:
     return cache
 
 
+def open_trainable(path: Path | str) -> Cache:
+    """Open a cache to learn from: a complete one, or the first complete views of an unfinished one.
+
+    Raises:
+        FormatError: it breaks a rule of FORMAT.md, or has not even one complete view.
+    """
+    cache = open_cache(path, unfinished=True)
+    whole = (cache.arrays["digests"] != 0).all(1)  # (views,)
+    views = len(whole) if whole.all() else int(whole.argmin())
+    if cache.header.summary is not None or not views or not cache.arrays["sample_digests"].all():
+        return open_cache(path)  # complete, or says what is lacking
+    return replace(cache, header=replace(cache.header, views=views))
+
+
 def _map(path: Path) -> tuple[Header, bytes, mmap.mmap]:
     # without O_NONBLOCK the open itself would hang on a pipe
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -193,7 +207,10 @@ def _kind(mode: int) -> str:
 def _cannot_open(path: Path, error: OSError) -> str:
     partial = partial_path(path)
     if isinstance(error, FileNotFoundError) and partial.exists():
-        return f"its dump has not completed ({partial.name} is there); run the same dump again"
+        return (
+            f"its dump has not completed ({partial.name} is there); run the same dump again, or train "
+            f"from {partial.name} if a view of it is complete"
+        )
     return f"{error.strerror or error}; expected a cache as softcache dump makes it"
 
 
@@ -250,7 +267,7 @@ def verify(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> lis
             samples = range(header.block_range(first).start, header.block_range(last).stop)
             damage.append(Damage("missing: the block", view, samples, missing=True))
         for block in map(int, np.flatnonzero(digests)):
-            what = _block_damage(cache, view, block)
+            what = block_damage(cache, view, block)
             if what:
                 damage.append(Damage(what, view, header.block_range(block)))
             if view is not None:
@@ -258,7 +275,7 @@ def verify(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> lis
     return damage
 
 
-def _block_damage(cache: Cache, view: int | None, block: int) -> str | None:
+def block_damage(cache: Cache, view: int | None, block: int) -> str | None:
     """What is wrong with a block of rows of a view, or with one of labels and keys (None)."""
     if view is None:
         good = cache.sample_digest(block) == cache.arrays["sample_digests"][block]

@@ -110,6 +110,7 @@ def write_cache(
         samples=samples,
         first_view=0,
         first_sample=0,
+        data_samples=samples,
         positions=(),
         classes=classes,
         temperature=temperature,

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from tabulate import tabulate
 
 from softcache import fidelity
+from softcache.cache.summary import summarize
 from softcache.cache.writer import Writer
 from softcache.data import ArraySource
-from softcache.dump import DumpConfig, begin, draft_header, fill, load_teachers, summarize
+from softcache.dump import DumpConfig, begin, draft_header, fill, load_teachers
 from softcache.loader import augmented, loader, sequential_batches
 from softcache.models import build
 from softcache.teacher import Ensemble

@@ -46,6 +46,7 @@ def draft(positions: tuple[int, ...] = ()) -> Header:
         augment="shift:2",
         first_view=0,
         first_sample=0,
+        data_samples=SAMPLES,
         precision="fp32",
         data="npz:tiny.npz@train",
         choice=None,

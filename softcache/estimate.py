@@ -1,0 +1,52 @@
+"""What a dump would take, before it is begun."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+
+from softcache import choose
+from softcache.data import open_source
+from softcache.dump import DumpConfig, draft_header, load_teachers
+from softcache.views import parse_augment
+
+
+def dry_run(config: DumpConfig) -> str:
+    """What a dump would take: bytes on disk, time by a few batches, candidates; writes nothing."""
+    source = open_source(config.data)
+    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
+    teacher = load_teachers(config, source, augmentation)
+    draft = draft_header(config, source, teacher)
+    choose.try_rows(draft, source, teacher, augmentation, config.workers, most=256)  # warms up
+    before = time.perf_counter()
+    again = choose.try_rows(draft, source, teacher, augmentation, config.workers)
+    rate = len(again) / (time.perf_counter() - before)
+    found = choose.candidates(again, temperature=draft.temperature, seed=draft.seed)
+    encoding, shared, listed = choose.resolve(
+        config.encoding,
+        again,
+        temperature=draft.temperature,
+        seed=draft.seed,
+        max_kl=config.max_kl,
+    )
+    if encoding not in [candidate.encoding for candidate in found]:
+        asked = listed or [
+            choose.measure(config.encoding, encoding, again, draft.temperature, draft.seed)
+        ]
+        found = sorted([*asked, *found], key=lambda candidate: candidate.bytes_per_row)
+    rows = draft.samples * draft.views
+    common = sum(tensor.numel() * tensor.element_size() for tensor in shared.values())
+    row_bytes = sum(
+        np.dtype(array.dtype).itemsize * math.prod(array.shape)
+        for array in encoding.arrays(draft.classes)
+        if array.axis == "rows"
+    )
+    size = rows * row_bytes + draft.samples * 16 + common
+    return (
+        f"{choose.table(found, encoding)}\n\n"
+        f"{draft.samples:,} samples x {draft.views:,} view(s) as {choose.spec_of(encoding)}: "
+        f"about {size:,} bytes; about {rows / rate:,.0f} s at {rate:,.0f} rows/s here. "
+        "Nothing was written."
+    )
