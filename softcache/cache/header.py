@@ -41,6 +41,7 @@ MAX_COUNT = 1 << 48  # samples, and rows of all views together
 MAX_CLASSES = 1 << 24
 MAX_BLOCKS = 1 << 22  # of all views together
 FINGERPRINT = 8  # numbers in the fingerprint of one augmented sample
+OFFSET_UNIT = 8  # bytes: no value of any array lies astride
 MAX_NAME = 1024  # bytes of a class name
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -354,6 +355,10 @@ def _check_layout(header: Header, file_bytes: int) -> None:
         if array.offset < end:
             raise FormatError(
                 f"array {array.name} begins at {array.offset:,}, inside {before}, which ends at {end:,}"
+            )
+        if array.offset % OFFSET_UNIT:
+            raise FormatError(
+                f"array {array.name} begins at {array.offset:,}; expected a multiple of {OFFSET_UNIT}"
             )
         end, before = array.offset + array.nbytes, f"array {array.name}"
         if end > file_bytes:

@@ -47,7 +47,7 @@ from softcache.errors import DataError, SoftcacheError
 BLOCK_BYTES = 1 << 20
 COMMIT_BYTES = 64 << 20  # how much may wait for one fdatasync,
 COMMIT_SECONDS = 1.0  # and how long: what a kill costs at most
-ALIGNMENT = 4096
+ALIGNMENT = 64  # bytes, of every array: a cache line of memory
 USER_BLOCK = 1 << 16  # room for two headers: the one begun with, and the final one
 HEADER_ROOM = 1 << 14  # what the summary may add to the header
 
@@ -136,7 +136,7 @@ def _allocate(path: Path, draft: Header, shared: Values) -> Header:
         user_block *= 2
 
     access = h5p.create(h5p.FILE_ACCESS)
-    access.set_alignment(ALIGNMENT, ALIGNMENT)
+    access.set_alignment(1, ALIGNMENT)
     access.set_libver_bounds(h5f.LIBVER_V18, h5f.LIBVER_V18)
     creation = h5p.create(h5p.FILE_CREATE)
     creation.set_userblock(user_block)
