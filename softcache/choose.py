@@ -34,7 +34,7 @@ from softcache.fidelity import (
     teacher_rows,
     temperatures_of,
 )
-from softcache.targets import as_tensor, class_ids, decode, make_encoder
+from softcache.targets import class_ids, decode, make_encoder
 from softcache.teacher import Ensemble
 from softcache.views import Augmentation
 
@@ -224,10 +224,7 @@ def _measured(
     arrays = [array for array in encoding.arrays(classes) if array.axis == "rows"]
     size = sum(np.dtype(a.dtype).itemsize * int(np.prod(a.shape)) for a in arrays)
     encode = make_encoder(encoding, shared, temperature=temperature, seed=seed, device=device)
-    stored = {
-        name: as_tensor(values).to(device)
-        for name, values in encode(held, 0, np.arange(len(held))).items()
-    }
+    stored = encode(held, 0, np.arange(len(held)))
     if "ids" in stored:
         stored["ids"] = class_ids(stored["ids"], classes)
     floats = {name: tensor.to(device).float() for name, tensor in shared.items()}

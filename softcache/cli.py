@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -32,6 +33,21 @@ class ViewRange(click.ParamType[tuple[int, int]]):
         if end <= first:
             self.fail(f"{value!r}: expected a number of views from 1 up, or a range such as 8:16")
         return first, end - first
+
+
+class BatchSize(click.ParamType[int]):
+    """A number, or `auto`, which is 0."""
+
+    name = "batch size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        if value == "auto":
+            return 0
+        if not re.fullmatch(r"[1-9]\d{0,8}", str(value)):
+            self.fail(f"{value!r}: expected a number from 1 up, or auto")
+        return int(str(value))
 
 
 class Shard(click.ParamType[tuple[int, int]]):
@@ -112,16 +128,25 @@ def main(traceback: bool) -> None:
 @click.option("--max-kl", type=float, default=1e-3, help="Of --encoding auto, at T, 1, 2, 4 and 8.")
 @click.option("--dry-run", is_flag=True, help="Say size, time and encodings; write nothing.")
 @click.option("--classes", type=int, help="How many are expected; else as the teacher gives.")
-@click.option("--batch-size", type=int, default=256, help="Samples in one pass of the teacher.")
+@click.option(
+    "--batch-size",
+    type=BatchSize(),
+    default="256",
+    metavar="N|auto",
+    help="Samples in one pass of the teacher; auto: the fastest that fits.",
+)
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
-@click.option("--precision", default="fp32", help="Of the teacher: fp32, bf16 or fp16.")
+@click.option("--precision", default="fp32", help="Of the teacher: fp32, tf32, bf16 or fp16.")
+@click.option("--compile", is_flag=True, help="torch.compile the teacher.")
 @click.option("--workers", type=int, default=0, help="Processes that load data.")
 @click.option("--overwrite", is_flag=True, help="Make a finished or begun cache anew.")
 def dump(**options: Any) -> None:
     """Write a teacher's soft targets for every sample into one file.
 
     Run again after any stop, the same command goes on where it stopped. Until the cache is
-    complete it is called FILE.partial.
+    complete it is called FILE.partial. On several GPUs of a host, torchrun --nproc-per-node N -m
+    softcache dump fills one file; several hosts take a --shard each, which softcache merge puts
+    together.
 
     \b
     A teacher is one of
@@ -158,7 +183,9 @@ def dump(**options: Any) -> None:
 
     dry = options.pop("dry_run")
     config = DumpConfig(**options)
-    print(dry_run(config) if dry else cache_line(dump(config)))
+    line = dry_run(config) if dry else cache_line(dump(config))
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(line)
 
 
 @main.command()

@@ -8,8 +8,9 @@ import time
 import numpy as np
 
 from softcache import choose
+from softcache.begin import draft_header, load_teachers
 from softcache.data import open_source
-from softcache.dump import DumpConfig, draft_header, load_teachers
+from softcache.settings import DumpConfig
 from softcache.views import parse_augment
 
 

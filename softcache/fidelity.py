@@ -16,7 +16,6 @@ from softcache.loader import augmented, loader, make_request
 from softcache.loss import SparseTargets, Targets
 from softcache.progress import progress
 from softcache.targets import (
-    as_tensor,
     class_ids,
     decode,
     make_encoder,
@@ -28,6 +27,7 @@ from softcache.teacher import Ensemble
 from softcache.views import Augmentation
 
 ROWS = 1024
+PRECISION_ROWS = 256
 BATCH = 256
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)  # at which stored rows are tried, besides their own
 VALUES = 1 << 27  # how many log-probabilities are held at once, at the most
@@ -105,6 +105,7 @@ def measure(
 
     Returns:
         rows, mean, p99, worst: at the cache's temperature, in nats; at: the mean by temperature;
+        precision: KL(float32 ‖ as asked) at the temperature, if the teacher ran in another;
         moved: the share of probability that lies elsewhere when the rows are encoded again.
     """
     header = cache.header
@@ -125,7 +126,19 @@ def measure(
         kl = _stored_divergence(cache, pairs, said, wanted)
         means[f"{wanted:g}"] = float(kl.mean())
         own = kl if wanted == header.temperature else own
-    return {
+    exact = teachers.in_float32
+    cost = {}
+    if exact is not None:
+        few = pairs[:: max(1, len(pairs) // PRECISION_ROWS)]
+        numbers = few + np.array([header.first_view, header.first_sample])
+        full, low = (
+            teacher_rows(
+                one, source, numbers, temperature=header.temperature, augmentation=augmentation
+            )
+            for one in (exact, teachers)
+        )
+        cost = {"precision": float(divergence(full, low).mean())}
+    return cost | {
         "rows": len(pairs),
         "mean": float(own.mean()),
         "p99": float(np.quantile(own, 0.99)),
@@ -161,14 +174,9 @@ def _moved(cache: Cache, pairs: Pairs, said: Tensor) -> float:
     fetch = soft_targets(cache, header.temperature, said.device)
     total, done = 0.0, 0
     for view, part in _parts(pairs):
-        stored = {
-            name: as_tensor(values).to(said.device)
-            for name, values in encode(
-                said[done : done + len(part)],
-                header.first_view + view,
-                header.first_sample + part,
-            ).items()
-        }
+        stored = encode(
+            said[done : done + len(part)], header.first_view + view, header.first_sample + part
+        )
         if "ids" in stored:
             stored["ids"] = class_ids(stored["ids"], header.classes)
         again = decode(
@@ -195,9 +203,11 @@ def _parts(pairs: Pairs) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
 def describe(fidelity: dict[str, Any], sampled: bool) -> str:
     """One line for people."""
     others = ", ".join(f"T={t} {kl:.1e}" for t, kl in fidelity["at"].items())
+    cost = fidelity.get("precision")
+    against = "" if cost is None else f"; the precision cost KL(float32 ‖ teacher) {cost:.1e}"
     direction = "KL(stored ‖ teacher)" if sampled else "KL(teacher ‖ stored)"
     return (
         f"fidelity: {direction} mean {fidelity['mean']:.1e}, 99th percentile "
         f"{fidelity['p99']:.1e}, worst {fidelity['worst']:.1e} nats on {fidelity['rows']:,} rows; "
-        f"mean at {others}"
+        f"mean at {others}{against}"
     )

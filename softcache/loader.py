@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
 def loader(
     source: Source,
-    batches: Sampler[Any] | Sequence[Request] | Sequence[Sequence[int]],
+    batches: Sampler[Any] | Iterable[Request] | Iterable[Sequence[int]],
     *,
     augmentation: Augmentation | None = None,
     workers: int = 0,
@@ -75,7 +75,7 @@ def joint_loader(
 
 
 def _loader(
-    dataset: Dataset[Any], batches: Sampler[Any] | Sequence[Any], workers: int, pin_memory: bool
+    dataset: Dataset[Any], batches: Sampler[Any] | Iterable[Any], workers: int, pin_memory: bool
 ) -> DataLoader[Any]:
     as_is: Any = _as_is  # what __getitems__ gives is one batch already
     wanted: Any = batches

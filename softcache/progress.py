@@ -16,8 +16,17 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-    """Yield a function that counts `amount` more units of `total` as done."""
+def progress(
+    what: str, total: int, unit: str, done: int = 0, shown: bool = True
+) -> Iterator[Advance]:
+    """Yield a function that counts `amount` more units of `total` as done.
+
+    Args:
+        shown: false in all but one of several processes that do the same work.
+    """
+    if not shown:
+        yield lambda amount, note="": None
+        return
     if sys.stderr.isatty():
         from tqdm import tqdm
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from softcache import fidelity
+from softcache.begin import load_teachers
 from softcache.cache import Sampled, open_cache
 from softcache.data import open_source
-from softcache.dump import DumpConfig, load_teachers
 from softcache.errors import DataError, SettingsError
 from softcache.join import join_samples
 from softcache.replay import check_replay, replayed
+from softcache.settings import DumpConfig
+from softcache.teacher import COMPILED
 
 TOLERANCE = 0.02  # of the probability mass, that other hardware or batch sizes may move
 
@@ -53,7 +55,8 @@ def ask_again(
         out=path,
         classes=header.classes,
         device=device,
-        precision=header.precision,
+        precision=header.precision.removesuffix(COMPILED),
+        compile=header.precision.endswith(COMPILED),
     )
     source = open_source(data)
     places = join_samples(source, cache)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from softcache.loss import SparseTargets, Targets
 from softcache.views import uniform
 
 Indices = npt.NDArray[np.int64]
-Stored = dict[str, npt.NDArray[Any]]  # what the file holds of a batch of rows, by array
+Stored = dict[str, Tensor]  # what the file holds of a batch of rows, by array, on any device
 # log-probabilities (B, C) float32 of samples (B,) in a view, to what the file stores of them
 Encoder = Callable[[Tensor, int, Indices], Stored]
 
@@ -48,7 +49,7 @@ def make_encoder(
     seed: int,
     device: torch.device,
 ) -> Encoder:
-    """A function that encodes on `device`; only what is stored leaves it.
+    """A function that encodes on `device`; as_arrays() makes of it what the file's writer takes.
 
     Args:
         shared: the arrays that all rows share, if the encoding has any.
@@ -74,6 +75,39 @@ def make_encoder(
                 log_probs, uniform(seed, view, samples, stream=SAMPLED_STREAM, draws=1), encoding.n
             )
     raise TypeError(f"no encoder for {encoding}")
+
+
+@dataclass(frozen=True)
+class HostCopy:
+    """Tensors on their way from the teacher's device; the device need not wait for their arrival."""
+
+    tensors: Stored
+    arrived: torch.cuda.Event | None
+
+    @staticmethod
+    def of(stored: Stored) -> HostCopy:
+        if not any(tensor.is_cuda for tensor in stored.values()):
+            return HostCopy(stored, None)
+        copies = {}
+        for name, tensor in stored.items():
+            copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            copies[name].copy_(tensor, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        return HostCopy(copies, arrived)
+
+    def wait(self) -> Stored:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tensors
+
+
+def as_arrays(stored: Stored) -> dict[str, npt.NDArray[Any]]:
+    """What an encoder gives, as the file's writer takes it; ids become unsigned again."""
+    arrays = {name: tensor.cpu().numpy() for name, tensor in stored.items()}
+    if "ids" in arrays:
+        arrays["ids"] = arrays["ids"].view(f"u{arrays['ids'].dtype.itemsize}")
+    return arrays
 
 
 def decode(
@@ -174,7 +208,7 @@ def to_dense(targets: Targets) -> Tensor:
 
 
 def _encode_dense(log_probs: Tensor) -> Stored:
-    return {"log_probs": _half(log_probs).cpu().numpy()}
+    return {"log_probs": _half(log_probs)}
 
 
 def _encode_quantized(log_probs: Tensor) -> Stored:
@@ -183,7 +217,7 @@ def _encode_quantized(log_probs: Tensor) -> Stored:
     ranges = _half_above(depth.amax(-1, keepdim=True))
     share = depth / ranges.float()
     codes = (share.sqrt() * 255).round().clamp(max=255).to(torch.uint8)
-    return {"codes": codes.cpu().numpy(), "ranges": ranges.cpu().numpy()}
+    return {"codes": codes, "ranges": ranges}
 
 
 def _encode_topk(k: int, ratios: list[float], log_probs: Tensor) -> Stored:
@@ -194,8 +228,8 @@ def _encode_topk(k: int, ratios: list[float], log_probs: Tensor) -> Stored:
     ]
     return {
         "ids": _short_ids(ids, log_probs.shape[-1]),
-        "log_probs": _half(head).cpu().numpy(),
-        "tails": _half(torch.stack(tails, -1)).cpu().numpy(),
+        "log_probs": _half(head),
+        "tails": _half(torch.stack(tails, -1)),
     }
 
 
@@ -242,10 +276,10 @@ def _encode_basis(
     wide, narrow = levels[:, : encoding.wide], (levels[:, encoding.wide :] + 8).to(torch.uint8)
     packed = narrow[:, 0::2] + narrow[:, 1::2] * _BYTES_OF_NARROW
     return {
-        "codes": torch.cat([wide.to(torch.int8).view(torch.uint8), packed], -1).cpu().numpy(),
-        "steps": torch.cat([step, rest_step], -1).cpu().numpy(),
+        "codes": torch.cat([wide.to(torch.int8).view(torch.uint8), packed], -1),
+        "steps": torch.cat([step, rest_step], -1),
         "ids": _short_ids(ids, log_probs.shape[-1]),
-        "rests": codes.to(torch.int8).cpu().numpy(),
+        "rests": codes.to(torch.int8),
     }
 
 
@@ -315,10 +349,9 @@ def class_ids(ids: Tensor, classes: int) -> Tensor:
     return ids
 
 
-def _short_ids(ids: Tensor, classes: int) -> npt.NDArray[Any]:
-    # to a signed type of the same width and back: all bits are kept
-    short = torch.int16 if id_dtype(classes) == "<u2" else torch.int32
-    return ids.to(short).cpu().numpy().view(id_dtype(classes))
+def _short_ids(ids: Tensor, classes: int) -> Tensor:
+    # to a signed type of the same width, of which torch can do more; all bits are kept
+    return ids.to(torch.int16 if id_dtype(classes) == "<u2" else torch.int32)
 
 
 def _retempered(rows: Tensor, ratio: float) -> Tensor:

@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ from softcache.models import (
 )
 from softcache.targets import soften
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILED = ", compiled"  # behind the precision in a header
+LARGEST_BATCH = 4096  # that is tried
+GAIN = 1.05  # in rows/s, for which a batch of double the size is worth its memory
 BUILT_IN = ("mlp:", "cnn:", "resnet:")
 
 
@@ -55,6 +59,14 @@ class Ensemble:
             teacher.provenance | {"weight": weight}
             for teacher, weight in zip(self.teachers, self.weights, strict=True)
         )
+
+    @property
+    def in_float32(self) -> Ensemble | None:
+        """The same in full precision, to compare; None if it is."""
+        if all(teacher.precision == "fp32" for teacher in self.teachers):
+            return None
+        exact = tuple(dataclasses.replace(t, precision="fp32") for t in self.teachers)
+        return dataclasses.replace(self, teachers=exact)
 
     def log_probs(
         self, inputs: Tensor, temperature: float, samples: npt.NDArray[np.int64] | None = None
@@ -98,13 +110,25 @@ class Teacher:
         which = f"samples {numbers[0]} to {numbers[-1]}"
         try:
             with torch.inference_mode(), self._autocast():
-                logits = self.model(inputs.to(self.device))
+                logits = self._run(inputs.to(self.device))
         except Exception as error:  # a user's model may fail in any way
             raise ModelError(
                 f"teacher {self.spec} raised {type(error).__name__} on {which}, inputs "
                 f"{tuple(inputs.shape)} of {inputs.dtype}: {' '.join(str(error).split())}"
             ) from error
         return self._checked(logits, len(inputs), which, numbers)
+
+    def _run(self, inputs: Tensor) -> Any:  # noqa: ANN401  # whatever a user's model returns
+        """The model's output; a batch that does not fit into memory goes in halves."""
+        try:
+            return self.model(inputs)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if len(inputs) == 1 or not is_out_of_memory(error):
+                raise
+        if inputs.is_cuda:
+            torch.cuda.empty_cache()
+        half = len(inputs) // 2
+        return torch.cat([self._run(inputs[:half]), self._run(inputs[half:])])
 
     def _checked(
         self, logits: object, batch: int, which: str, numbers: npt.NDArray[np.int64]
@@ -133,9 +157,11 @@ class Teacher:
 
     @property
     def _is_low(self) -> bool:
-        return PRECISIONS[self.precision] is not None
+        return self.precision != "fp32"
 
     def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "tf32":
+            return tensor_float_32()
         dtype = PRECISIONS[self.precision]
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
@@ -148,6 +174,7 @@ def load_teacher(
     classes: int | None,
     device: torch.device,
     precision: str,
+    compiled: bool = False,
 ) -> Teacher:
     """Build the teacher, load its weights, and try it on one sample.
 
@@ -156,9 +183,12 @@ def load_teacher(
         classes: how many are declared; None to take what the teacher gives.
 
     Raises:
-        SettingsError: an unknown specification, or a built-in architecture without weights.
+        SettingsError: an unknown specification, a built-in architecture without weights, or a
+            precision that the device has not.
         ModelError: it cannot be built, its weights do not fit, or its output is wrong.
     """
+    if precision == "tf32" and device.type != "cuda":
+        raise SettingsError(f"precision tf32 needs a GPU; {device} has none, use fp32 or bf16")
     if spec.startswith(BUILT_IN) and weights is None:
         raise SettingsError(f"teacher {spec} would be untrained; name its --weights")
     width = classes
@@ -174,6 +204,8 @@ def load_teacher(
         "parameters": parameter_count(model),
         "sha256": state_sha256(model),
     }
+    if compiled:
+        model.compile()
     teacher = Teacher(spec, model, width, device, precision, provenance)
     found = teacher.logits(sample).shape[1]
     if found < 2:
@@ -203,6 +235,52 @@ def make_ensemble(teachers: Sequence[Teacher], weights: Sequence[float]) -> Ense
         )
     shares = list(weights) or [1.0] * len(teachers)
     return Ensemble(tuple(teachers), tuple(share / sum(shares) for share in shares))
+
+
+@contextmanager
+def tensor_float_32() -> Iterator[None]:
+    """Matrix products and convolutions in TF32 on a GPU: 10 bits of mantissa."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the host, which torch says in words only."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error)
+
+
+def fastest_batch(teacher: Callable[[Tensor], Tensor], sample: Tensor) -> int:
+    """The batch size, doubled from 32 on, beyond which rows/s no longer grow or memory ends.
+
+    Args:
+        sample: (1, *shape).
+    """
+    best, best_rate, size = 1, 0.0, 32
+    while size <= LARGEST_BATCH:
+        try:
+            rate = _rows_per_second(teacher, sample.expand(size, *sample.shape[1:]).contiguous())
+        except (ModelError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error.__cause__ or error):
+                raise
+            break
+        if rate < best_rate * GAIN:
+            break
+        best, best_rate, size = size, rate, size * 2
+    return best
+
+
+def _rows_per_second(teacher: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
+    teacher(inputs).cpu()  # warms up, and waits
+    start = time.perf_counter()
+    teacher(inputs).cpu()
+    return len(inputs) / (time.perf_counter() - start)
 
 
 def state_sha256(model: nn.Module) -> str:

@@ -132,7 +132,9 @@ def train(config: TrainConfig) -> list[Learner]:
     try:
         learners = fit(config, accelerator, parts, temperature, eval_source)
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped; {config.out} has the metrics so far, but no new student") from None
+        raise Interrupted(
+            f"stopped; {config.out} has the metrics so far, but no new student"
+        ) from None
     if accelerator.is_main_process:
         for learner in learners:
             learner.save(run_facts(config, parts, eval_source))

@@ -45,6 +45,10 @@ from softcache.cache.reader import (
 from softcache.errors import DataError, SoftcacheError
 
 BLOCK_BYTES = 1 << 20
+LEAST_ROWS, BLOCKS_OF_A_VIEW = (
+    1024,
+    64,
+)  # blocks of a view: so many at least, if they have enough rows
 COMMIT_BYTES = 64 << 20  # how much may wait for one fdatasync,
 COMMIT_SECONDS = 1.0  # and how long: what a kill costs at most
 ALIGNMENT = 64  # bytes, of every array: a cache line of memory
@@ -55,19 +59,27 @@ Stored = dict[str, npt.NDArray[Any]]
 Values = Mapping[str, npt.NDArray[Any]]
 
 
-def block_rows(views: int, samples: int, row_bytes: int) -> int:
-    """Rows of a block of about 1 MiB; of more, where there would be too many blocks."""
+def block_rows(views: int, samples: int, row_bytes: int, batch: int = 1) -> int:
+    """Rows of a block: about 1 MiB; fewer, where a small file would have too few blocks to share
+    out; more, where there would be too many. Batches and blocks do not straddle each other."""
     fewest = -(-views * samples // (MAX_BLOCKS // 2))
-    return max(1, min(samples, max(BLOCK_BYTES // row_bytes, fewest)))
+    shared_out = max(LEAST_ROWS, samples // BLOCKS_OF_A_VIEW)
+    rows = max(1, fewest, min(BLOCK_BYTES // row_bytes, shared_out))
+    if rows >= batch:
+        rows -= rows % batch if rows - rows % batch >= fewest else 0
+    else:
+        rows = next(part for part in range(rows, batch + 1) if batch % part == 0)
+    return min(samples, rows)
 
 
-def create(path: Path, draft: Header, shared: Values) -> None:
+def create(path: Path, draft: Header, shared: Values, batch: int = 1) -> None:
     """Allocate the unfinished file for `path`: every byte is reserved, no row is there.
 
     Args:
         draft: the header but for its layout, which is filled in here.
         shared: whole arrays that all rows share, among them class_names |S (C,),
             fingerprinted int64 (F,) and fingerprints float32 (views, F, FINGERPRINT).
+        batch: how many rows will come at a time.
 
     Raises:
         SoftcacheError: the file cannot be made, for want of space or of permission.
@@ -77,7 +89,7 @@ def create(path: Path, draft: Header, shared: Values) -> None:
     with _explained(partial, "create"):
         try:
             try:
-                header = _allocate(unborn, draft, shared)
+                header = _allocate(unborn, draft, shared, batch)
             except RuntimeError as error:  # so h5py says at close that the disk took no more
                 number = re.search(r"errno = (\d+)", str(error))
                 raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
@@ -108,7 +120,7 @@ def create(path: Path, draft: Header, shared: Values) -> None:
             raise
 
 
-def _allocate(path: Path, draft: Header, shared: Values) -> Header:
+def _allocate(path: Path, draft: Header, shared: Values, batch: int) -> Header:
     """Make the empty HDF5 file, and say where its arrays lie."""
     import h5py
     from h5py import h5d, h5f, h5p, h5s, h5t
@@ -128,7 +140,7 @@ def _allocate(path: Path, draft: Header, shared: Values) -> Header:
         if spec.axis == "rows"
     )
     header = dataclasses.replace(
-        draft, block_rows=block_rows(draft.views, draft.samples, row_bytes)
+        draft, block_rows=block_rows(draft.views, draft.samples, row_bytes, batch)
     )
     wanted += digest_arrays(header.views, header.blocks).values()
     user_block = USER_BLOCK
@@ -212,13 +224,19 @@ class Writer:
         finally:
             os.close(self._file)
 
-    def missing(self, view: int) -> npt.NDArray[np.bool_]:
-        """Which samples of a view are not committed yet, (samples,)."""
-        committed = self._committed[view]
+    def missing(self, view: int, start: int = 0, stop: int | None = None) -> npt.NDArray[np.bool_]:
+        """Which samples from start to stop of a view are not committed yet, (stop - start,)."""
+        samples = range(self.header.samples)[start:stop]
+        first, last = (
+            samples.start // self.header.block_rows,
+            -(-samples.stop // self.header.block_rows),
+        )
+        committed = self._committed[view][first:last]
         if view == 0:
-            committed = committed & self._committed[None]
-        blocks = np.repeat(~committed, self.header.block_rows)
-        return blocks[: self.header.samples]
+            committed = committed & self._committed[None][first:last]
+        rows = np.repeat(~committed, self.header.block_rows)
+        offset = samples.start - first * self.header.block_rows
+        return rows[offset : offset + len(samples)]
 
     def write(self, view: int, start: int, rows: Values, samples: Values) -> None:
         """Take the rows of samples start, start + 1, …; those already committed are left alone.
@@ -345,9 +363,13 @@ class Writer:
         del self._filling[view, block]
 
     def _compare(self, start: int, samples: Values) -> None:
+        count = len(next(iter(samples.values())))
+        blocks = np.arange(start, start + count) // self.header.block_rows
+        # another process may not have written view 0 of these samples yet
+        there = self._committed[None][blocks] | (self.cache.arrays["sample_digests"][blocks] != 0)
         for name, values in samples.items():
-            stored = self.cache.arrays[name][start : start + len(values)]
-            differs = np.flatnonzero((stored != values).reshape(len(values), -1).any(1))
+            stored = self.cache.arrays[name][start : start + count]
+            differs = np.flatnonzero((stored != values).reshape(count, -1).any(1) & there)
             if len(differs):
                 at = int(differs[0])
                 raise DataError(

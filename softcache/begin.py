@@ -1,0 +1,247 @@
+"""Before the first row: teacher, header, encoding, and the empty file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from softcache import choose
+from softcache.cache import Cache, Dense, Header, open_cache
+from softcache.cache.reader import partial_path
+from softcache.cache.writer import Stored, create
+from softcache.data import Source, open_source, to_float
+from softcache.errors import SettingsError, SoftcacheError
+from softcache.evaluate import data_digest, evaluate
+from softcache.replay import fingerprinted_rows, software, steady_fingerprints
+from softcache.resume import check_same
+from softcache.settings import AUTO, DumpConfig
+from softcache.teacher import (
+    COMPILED,
+    Ensemble,
+    fastest_batch,
+    load_teacher,
+    make_ensemble,
+)
+from softcache.views import Augmentation, public_spec
+
+
+def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Header:
+    """The header but for encoding and layout, which creating the file decides."""
+    choose.check_spec(config.encoding, config.temperature, teacher.classes)
+    total, (shard, shards) = len(source), config.shard
+    if shards > total:
+        raise SettingsError(f"{shards} shards of {total:,} samples; expected at most one for each")
+    first, end = (part * total // shards for part in (shard, shard + 1))
+    return Header(
+        views=config.views,
+        samples=end - first,
+        first_view=config.first_view,
+        first_sample=first,
+        data_samples=total,
+        positions=(),
+        classes=teacher.classes,
+        temperature=float(config.temperature),
+        encoding=Dense(),
+        seed=config.seed,
+        augment=public_spec(config.augment),
+        precision=config.precision + (COMPILED if config.compile else ""),
+        data=source.name,
+        choice=open_cache(config.like).header.choice
+        if config.like
+        else {"asked": config.encoding}
+        | ({"max_kl": config.max_kl} if config.encoding == "auto" else {}),
+        teachers=teacher.provenance,
+        evaluation=None,
+        software=software(),
+        block_rows=1,
+        user_block=0,
+        file_bytes=0,
+        hdf5_digest="",
+        shared_digest="",
+        arrays=(),
+    )
+
+
+def check_out(out: Path) -> None:
+    """Raise SettingsError now, not after hours, if a cache cannot get the name `out`."""
+    if out.is_dir():
+        raise SettingsError(
+            f"--out {out} is a folder; name a file in it, such as {out / 'cache.h5'}"
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"--out {out}: cannot make its folder ({error.strerror}); give another --out"
+        ) from error
+
+
+def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation) -> Ensemble:
+    """Every teacher of the dump, loaded and tried on the first sample."""
+    device = pick_device(config.device)
+    raw = source.fetch([0])[0]
+    first = to_float(augmentation.transformed(raw, config.first_view, np.zeros(1, np.int64)))
+    specs, files = config.teachers_and_weights
+    weights: Sequence[Path | None] = files or [None] * len(specs)
+    classes = config.classes or len(source.class_names) or None
+    loaded = [
+        load_teacher(
+            spec,
+            path,
+            sample=first,
+            classes=classes,
+            device=device,
+            precision=config.precision,
+            compiled=config.compile,
+        )
+        for spec, path in zip(specs, weights, strict=True)
+    ]
+    return make_ensemble(loaded, config.teacher_weight)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device asked for; `auto` takes a GPU if there is one, of several processes each its own.
+
+    Raises:
+        SettingsError: there is no such device here.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        )
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(
+            f"device {name}: torch cannot use it here ({' '.join(str(error).split())[:200]}); "
+            "use --device auto or cpu"
+        ) from error
+    return device
+
+
+def with_batch_size(
+    config: DumpConfig, source: Source, teacher: Ensemble, augmentation: Augmentation
+) -> DumpConfig:
+    """The settings with `auto` replaced by the batch size that is fastest here and fits."""
+    if config.batch_size != AUTO:
+        return config
+    raw = source.fetch([0])[0]
+    sample = to_float(augmentation.transformed(raw, config.first_view, np.zeros(1, np.int64)))
+    size = fastest_batch(lambda inputs: teacher.log_probs(inputs, config.temperature), sample)
+    print(f"batch size: {size}")
+    return replace(config, batch_size=size)
+
+
+def begin(
+    config: DumpConfig,
+    draft: Header,
+    source: Source,
+    teacher: Ensemble,
+    augmentation: Augmentation,
+    finished: Cache | None = None,
+) -> None:
+    """Allocate the unfinished file, or check that the one that is there was begun like this.
+
+    Args:
+        finished: the same with fewer views, whose encoding and evaluation are taken over.
+    """
+    partial = partial_path(config.out)
+    if partial.exists():
+        try:
+            check_same(open_cache(partial, unfinished=True), draft, source, config.eval_data)
+            print(f"going on with {partial}")
+            return
+        except SoftcacheError:
+            if not config.overwrite:
+                raise
+            partial.unlink()
+    like = finished or (open_cache(config.like) if config.like else None)
+    if like is not None:
+        header, arrays = take_encoding(draft, like)
+    else:
+        header, arrays = choose_encoding(config, draft, source, teacher, augmentation)
+    known = finished.header.evaluation if finished else None
+    evaluation = known or evaluate_teacher(config.eval_data, teacher, config.workers)
+    names = source.class_names or tuple(str(label) for label in range(teacher.classes))
+    arrays["class_names"] = np.array([name.encode() for name in names])
+    arrays["fingerprinted"] = chosen = fingerprinted_rows(draft.samples)
+    arrays["fingerprints"] = steady_fingerprints(
+        source,
+        augmentation,
+        range(draft.first_view, draft.first_view + draft.views),
+        draft.first_sample + chosen,
+    )
+    create(config.out, replace(header, evaluation=evaluation), arrays, config.batch_size)
+
+
+def choose_encoding(
+    config: DumpConfig,
+    draft: Header,
+    source: Source,
+    teacher: Ensemble,
+    augmentation: Augmentation,
+) -> tuple[Header, Stored]:
+    """The header with the encoding that was asked for, fitted or measured, and its arrays."""
+    rows = None
+    if choose.needs_rows(config.encoding):
+        rows = choose.try_rows(draft, source, teacher, augmentation, config.workers)
+    encoding, shared, candidates = choose.resolve(
+        config.encoding,
+        rows,
+        temperature=draft.temperature,
+        seed=draft.seed,
+        max_kl=config.max_kl,
+    )
+    if candidates:
+        print(choose.table(candidates, encoding))
+    choice = (draft.choice or {}) | {"candidates": [c.to_json() for c in candidates]}
+    arrays = {name: tensor.numpy() for name, tensor in shared.items()}
+    return replace(draft, encoding=encoding, choice=choice), arrays
+
+
+def take_encoding(draft: Header, like: Cache) -> tuple[Header, Stored]:
+    """The header with the encoding of another cache, and the arrays that it was fitted to.
+
+    Raises:
+        SettingsError: that cache is of other classes or of another temperature.
+    """
+    for name in ("classes", "temperature"):
+        theirs, mine = getattr(like.header, name), getattr(draft, name)
+        if theirs != mine:
+            raise SettingsError(f"--like {like.path} has {name} {theirs}; this dump has {mine}")
+    shared = [array.name for array in like.header.arrays if array.axis == "shared"]
+    arrays = {name: np.array(like.arrays[name]) for name in shared}
+    return replace(draft, encoding=like.header.encoding, choice=like.header.choice), arrays
+
+
+def evaluate_teacher(spec: str | None, teacher: Ensemble, workers: int) -> dict[str, Any] | None:
+    """The teacher's own errors, for the header."""
+    if spec is None:
+        return None
+    source = open_source(spec)
+    found = evaluate(
+        lambda inputs: teacher.log_probs(inputs, 1.0),
+        source,
+        teacher.classes,
+        teacher.device,
+        workers,
+    )
+    print(
+        f"teacher: {found.errors:,} errors of {found.samples:,} on {source.name} "
+        f"({found.accuracy:.2%})"
+    )
+    return {
+        "data": source.name,
+        "digest": data_digest(source, workers),
+        "errors": found.errors,
+        "samples": found.samples,
+    }
