@@ -178,8 +178,7 @@ def fill(
     )
     total = header.samples * header.views
     done = total - sum(int(writer.missing(view).sum()) for view in range(header.views))
-    shown = group.first
-    with progress("dump", total, "rows", done, shown) as advance, Behind(store) as disk:
+    with progress("dump", total, "rows", done) as advance, Behind(store) as disk:
         for batch in watch.waits("data", ahead(batches)):
             task = asked.popleft()
             with watch.time("teacher"):

@@ -52,11 +52,17 @@ class Learner:
         return parameter_count(self.model)
 
     def step(
-        self, inputs: Tensor, labels: Labels, targets: Targets | None, temperature: float
+        self,
+        inputs: Tensor,
+        labels: Labels,
+        targets: Targets | None,
+        temperature: float,
+        weight: float = 1.0,
     ) -> None:
-        """One step on one batch.
+        """One step on one batch, or on this process's share of it.
 
         Args:
+            weight: of the share, such that the mean over the processes is that over the batch.
             inputs: (B, *shape) float.
             labels: (B,) int64, negative where unlabelled; or of mixed samples.
             targets: the teacher's log-probabilities at `temperature`, if alpha wants them.
@@ -74,10 +80,10 @@ class Learner:
         soft = targets if self.alpha > 0 else None
         loss = distillation_loss(logits, soft, labels, temperature=temperature, alpha=self.alpha)
         self.optimizer.zero_grad()
-        self.accelerator.backward(loss.total)
+        self.accelerator.backward(loss.total * weight)
         self.optimizer.step()
         self.schedule.step()
-        self.losses.append(torch.stack([part.detach() for part in loss]))
+        self.losses.append(torch.stack([part.detach() for part in loss]) * weight)
 
     def finish_epoch(self, epoch: int, eval_source: Source | None, workers: int) -> None:
         """Evaluate, and add a line to the metrics.
@@ -85,7 +91,8 @@ class Learner:
         Raises:
             ModelError: a loss of this epoch is not finite.
         """
-        losses = torch.stack(self.losses).cpu()  # (steps, 3)
+        mine = torch.stack(self.losses)  # (steps, 3)
+        losses = self.accelerator.reduce(mine, reduction="mean").cpu()
         broken = (~losses[:, 0].isfinite()).nonzero()
         if len(broken):
             raise ModelError(
@@ -94,6 +101,8 @@ class Learner:
             )
         self.steps += len(self.losses)
         self.losses.clear()
+        if not self.accelerator.is_main_process:
+            return
         line: dict[str, Any] = {"epoch": epoch + 1, "step": self.steps}
         line |= dict(zip(Loss._fields, losses.double().mean(0).tolist(), strict=True))
         line["lr"] = self.schedule.get_last_lr()[0]
@@ -135,8 +144,8 @@ class Learner:
         return logits
 
     def _evaluate(self, source: Source, workers: int) -> Evaluation:
-        self.model.eval()
-        return evaluate(self.model, source, self.classes, self.accelerator.device, workers)
+        model = self.accelerator.unwrap_model(self.model).eval()
+        return evaluate(model, source, self.classes, self.accelerator.device, workers)
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
@@ -200,11 +209,20 @@ def make_accelerator(device: str, mixed_precision: str) -> Accelerator:
     """Hugging Face accelerate on the device asked for.
 
     Raises:
-        SettingsError: the device is not there.
+        SettingsError: the device is not there, or the processes do not find each other.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("device cuda: torch sees no GPU here; use --device auto or cpu")
-    return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # without a GPU accelerate looks at other processes only if told that the CPU is meant
+    on_cpu = device == "cpu" or (processes > 1 and not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision)
+    if accelerator.num_processes != processes:
+        raise SettingsError(
+            f"{processes} processes were started, but accelerate sees {accelerator.num_processes}; start "
+            "them with torchrun or accelerate launch"
+        )
+    return accelerator
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:

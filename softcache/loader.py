@@ -139,7 +139,8 @@ def sequential_batches(samples: int, batch_size: int) -> list[range]:
 class ShuffledBatches(Sampler[Any]):
     """Every sample once per epoch, in an order drawn from (seed, epoch) alone.
 
-    A last batch of one sample is left out: batch normalization has no variance of one sample.
+    Of several processes, each gets its share of every batch. A last batch that gives one of them
+    fewer than two samples is left out: batch normalization has no variance of one sample.
     """
 
     def __init__(
@@ -148,10 +149,14 @@ class ShuffledBatches(Sampler[Any]):
         batch_size: int,
         seed: int,
         request: Callable[[npt.NDArray[np.int64], int], Any] | None = None,
+        process: int = 0,
+        processes: int = 1,
     ) -> None:
         """`request` makes of samples (B,) and the epoch what the loader is asked for."""
         self.samples, self.batch_size, self.seed, self.epoch = samples, batch_size, seed, 0
-        self.drop_last = samples % batch_size == 1 and samples > 1 and batch_size > 1
+        self.process, self.processes = process, processes
+        last = samples % batch_size
+        self.drop_last = 0 < last < 2 * processes and samples > last and batch_size > 1
         self.request = request or (lambda indices, epoch: Request(indices.tolist()))
 
     def set_epoch(self, epoch: int) -> None:
@@ -160,11 +165,19 @@ class ShuffledBatches(Sampler[Any]):
     def __len__(self) -> int:
         return math.ceil(self.samples / self.batch_size) - int(self.drop_last)
 
+    def weights(self) -> Iterator[float]:
+        """Of this process's share of each batch, so that the mean of all is that of the batch."""
+        for step in range(len(self)):
+            batch = min(self.batch_size, self.samples - step * self.batch_size)
+            own = len(range(self.process, batch, self.processes))
+            yield own * self.processes / batch
+
     def __iter__(self) -> Iterator[Any]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
         for step in range(len(self)):
             indices = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self.request(indices, self.epoch)
+            share = indices[self.process :: self.processes]
+            yield self.request(share, self.epoch)
 
 
 class _Batches(Dataset[Batch]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,15 +17,12 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(
-    what: str, total: int, unit: str, done: int = 0, shown: bool = True
-) -> Iterator[Advance]:
+def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
     """Yield a function that counts `amount` more units of `total` as done.
 
-    Args:
-        shown: false in all but one of several processes that do the same work.
+    Of the processes that torchrun starts, only the first shows it.
     """
-    if not shown:
+    if os.environ.get("RANK", "0") != "0":
         yield lambda amount, note="": None
         return
     if sys.stderr.isatty():

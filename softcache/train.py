@@ -115,6 +115,8 @@ class TrainConfig:
 def train(config: TrainConfig) -> list[Learner]:
     """Train a student, and its hard-label twin if asked for, into the folder `config.out`.
 
+    Under torchrun or accelerate launch each process takes its share of every batch.
+
     Raises:
         SoftcacheError: the settings, the cache, the data or the student are not as they should be.
     """
@@ -124,9 +126,10 @@ def train(config: TrainConfig) -> list[Learner]:
     for folder in (config.out, *([config.out / "baseline"] if config.baseline else [])):
         check_folder(folder, overwrite=config.overwrite)
     caches = [open_trainable(path) for path in config.caches]
-    for cache in caches:
-        if config.verify:
+    if config.verify and accelerator.is_main_process:
+        for cache in caches:
             check_damage(cache)
+    accelerator.wait_for_everyone()
     temperature = common_temperature(config, caches)
     parts = join_all(config, sources, caches, temperature, accelerator.device)
     try:
@@ -163,11 +166,24 @@ def fit(
             for one in np.unique(part)
         }
 
-    batches = ShuffledBatches(int(starts[-1]), config.batch_size, config.seed, request)
+    processes = accelerator.num_processes
+    if config.batch_size < 2 * processes > 2:
+        raise SettingsError(
+            f"batch size {config.batch_size} for {processes} processes; expected at least 2 for each"
+        )
+    batches = ShuffledBatches(
+        int(starts[-1]),
+        config.batch_size,
+        config.seed,
+        request,
+        accelerator.process_index,
+        processes,
+    )
     steps = config.epochs * len(batches)
     learners = make_learners(config, accelerator, parts[0], steps)
-    for learner in learners:
-        begin_run(learner.folder)
+    if accelerator.is_main_process:
+        for learner in learners:
+            begin_run(learner.folder)
     batch_loader = joint_loader(
         [(part.source, part.augmentation) for part in parts],
         batches,
@@ -177,14 +193,14 @@ def fit(
     with progress("train", steps, "steps") as advance:
         for epoch in range(config.epochs):
             batches.set_epoch(epoch)
-            for found in batch_loader:
+            for weight, found in zip(batches.weights(), batch_loader, strict=True):
                 batch = together(
                     [parts[part].training_batch(one, epoch, device) for part, one in found.items()]
                 )
                 at = np.concatenate([one.indices.numpy() for one in found.values()])
                 inputs = extra(batch.inputs, None, epoch, at, first_stream=EXTRA_STREAM)
                 for learner in learners:
-                    learner.step(inputs, batch.labels, batch.targets, temperature)
+                    learner.step(inputs, batch.labels, batch.targets, temperature, weight)
                 advance(1)
             for learner in learners:
                 learner.finish_epoch(epoch, eval_source, config.workers)
