@@ -45,9 +45,11 @@ def dry_run(config: DumpConfig) -> str:
         if array.axis == "rows"
     )
     size = rows * row_bytes + draft.samples * 16 + common
+    shard, shards = config.shard
+    part = f" (shard {shard} of {shards} of {draft.data_samples:,})" if shards > 1 else ""
     return (
         f"{choose.table(found, encoding)}\n\n"
-        f"{draft.samples:,} samples x {draft.views:,} view(s) as {choose.spec_of(encoding)}: "
+        f"{draft.samples:,} samples{part} x {draft.views:,} view(s) as {choose.spec_of(encoding)}: "
         f"about {size:,} bytes; about {rows / rate:,.0f} s at {rate:,.0f} rows/s here. "
         "Nothing was written."
     )

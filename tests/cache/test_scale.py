@@ -1,0 +1,108 @@
+"""Beyond 2^31 rows and 2^40 bytes, in a sparse file: no index wraps."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from softcache.cache import Cache, Dense, Header, Sampled
+from softcache.cache.header import FINGERPRINT
+from softcache.cache.reader import block_damage, open_cache, partial_path
+from softcache.cache.writer import Writer, create
+from softcache.targets import soft_targets
+
+CLASSES = 256  # 512 bytes a row
+SAMPLES = (1 << 31) + (1 << 24) + 5
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An unfinished cache of more than a tebibyte, of which nothing lies on the disk."""
+    monkeypatch.setattr(os, "posix_fallocate", lambda file, start, size: os.truncate(file, size))
+    header = Header(
+        views=2,
+        samples=SAMPLES,
+        first_view=0,
+        first_sample=0,
+        data_samples=SAMPLES,
+        positions=(),
+        classes=CLASSES,
+        temperature=2.0,
+        encoding=Dense(),
+        seed=0,
+        augment="flip",
+        precision="fp32",
+        data="synthetic",
+        choice=None,
+        teachers=({"name": "synthetic", "parameters": 0, "weight": 1.0},),
+        evaluation=None,
+        software={},
+        block_rows=1,
+        user_block=0,
+        file_bytes=0,
+        hdf5_digest="",
+        shared_digest="",
+        arrays=(),
+    )
+    shared = {
+        "class_names": np.array([str(name).encode() for name in range(CLASSES)]),
+        "fingerprinted": np.zeros(1, np.int64),
+        "fingerprints": np.zeros((2, 1, FINGERPRINT), np.float32),
+    }
+    try:
+        create(tmp_path / "big.h5", header, shared)
+    except Exception as error:
+        if partial_path(tmp_path / "big.h5").exists():
+            raise
+        pytest.skip(f"this file system holds no sparse file of 2 TiB: {error}")
+    return tmp_path / "big.h5"
+
+
+def rows_of(block: range, view: int) -> np.ndarray:
+    """Log-probabilities (B, C) float16 that depend on the row's number."""
+    logits = np.zeros((len(block), CLASSES), np.float32)
+    logits[np.arange(len(block)), (np.arange(block.start, block.stop) + view) % CLASSES] = 5
+    log_probs: np.ndarray = torch.log_softmax(torch.from_numpy(logits), -1).half().numpy()
+    return log_probs
+
+
+def test_the_last_rows_of_a_file_of_two_tebibytes_come_back(path: Path) -> None:
+    with Writer(path) as writer:
+        header = writer.header
+        blocks = [header.block_range(block) for block in (0, header.blocks // 2, header.blocks - 1)]
+        for view in range(2):
+            for block in blocks:
+                samples = np.arange(block.start, block.stop)
+                known = {"labels": samples % CLASSES, "keys": samples.astype(np.uint64)}
+                writer.write(view, block.start, {"log_probs": rows_of(block, view)}, known)
+                assert not writer.missing(view, block.start, block.stop).any()
+                assert not writer._filling  # a block is on the disk as soon as it is whole
+    cache = open_cache(partial_path(path), unfinished=True)
+    assert cache.header.file_bytes > 1 << 40
+    assert cache.header.views * cache.header.samples > 1 << 32
+    check_rows(cache, blocks)
+
+
+def check_rows(cache: Cache, blocks: list[range]) -> None:
+    fetch = soft_targets(cache, 2.0, torch.device("cpu"))
+    for view in range(2):
+        for block in blocks:
+            samples = np.arange(block.start, block.stop)[-7:]
+            expected = rows_of(block, view)[-7:].astype(np.float32)
+            np.testing.assert_allclose(cache.rows(view, samples), expected, atol=2e-3)
+            found = fetch(view, samples)
+            assert isinstance(found, torch.Tensor)
+            np.testing.assert_allclose(found.numpy(), expected, atol=2e-3)
+            np.testing.assert_array_equal(cache.labels[samples], samples % CLASSES)
+            assert block_damage(cache, view, block.start // cache.header.block_rows) is None
+            assert block_damage(cache, None, block.start // cache.header.block_rows) is None
+    assert cache.missing_blocks() == 3 * (cache.header.blocks - 3)
+
+
+def test_a_class_id_beyond_two_bytes_is_stored_in_four() -> None:
+    ids = Sampled(8).arrays(128_000)[0]
+    assert ids.dtype == "<u4"
