@@ -218,6 +218,11 @@ def dump(**options: Any) -> None:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), default="no")
 @click.option("--workers", type=int, default=0, help="Processes that load data.")
+@click.option(
+    "--rotate/--no-rotate",
+    default=True,
+    help="An epoch mixes the views of CACHE; --no-rotate: it reads one, if memory is short.",
+)
 @click.option("--verify/--no-verify", default=True, help="Check all digests of CACHE first.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished run in DIR.")
 def train(**options: Any) -> None:

@@ -20,7 +20,7 @@ from softcache.loss import Labels, MixedLabels, SparseTargets, Targets
 from softcache.progress import progress
 from softcache.replay import check_replay, replayed
 from softcache.targets import soft_targets, to_dense
-from softcache.views import Augmentation, parse_augment
+from softcache.views import ROTATION_STREAM, Augmentation, Views, parse_augment, uniform
 
 BATCH = 1000
 
@@ -49,31 +49,42 @@ class JoinedData:
     augmentation: Augmentation
     classes: int
     cache: Cache | None = None
-    targets: Callable[[int, Indices], Targets] | None = None  # by view and row of the cache
+    targets: Callable[[Views, Indices], Targets] | None = None  # by view and row of the cache
+    rotate: bool = True
 
     def __len__(self) -> int:
         return len(self.places)
 
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one input, after the user's own transform."""
-        raw = self.source.fetch([int(self.places[0])])[0]
-        return tuple(self.augmentation.transformed(raw, self.view(0), self.numbers[:1]).shape[1:])
+        raw, first = self.source.fetch([int(self.places[0])])[0], self.numbers[:1]
+        return tuple(self.augmentation.transformed(raw, self.views(0, first), first).shape[1:])
 
-    def view(self, epoch: int) -> int:
-        """The view that an epoch sees: epoch modulo the cache's views."""
+    def views(self, epoch: int, numbers: Indices) -> Views:
+        """The view in which each sample is seen in an epoch, one for all or (B,).
+
+        All views of a cache in turn; if rotated, each sample begins with another one, so that an
+        epoch is a mixture of all views.
+        """
         if self.cache is None:
             return epoch
-        return self.cache.header.first_view + epoch % self.cache.header.views
+        header, turn = self.cache.header, np.asarray(epoch, np.int64)
+        if self.rotate:
+            drawn = uniform(header.seed, 0, numbers, stream=ROTATION_STREAM, draws=1)[:, 0]
+            turn = epoch + (drawn * header.views).astype(np.int64)
+        return np.asarray(header.first_view + turn % header.views)
 
     def request(self, at: Indices, epoch: int) -> Request:
         """What to ask a loader for, for samples `at` (B,) in 0 to N - 1."""
-        places = self.places[at].tolist()
-        view = self.view(epoch)
-        return make_request(self.augmentation, places, view, self.numbers[at], self.where)
+        places, numbers = self.places[at].tolist(), self.numbers[at]
+        return make_request(
+            self.augmentation, places, self.views(epoch, numbers), numbers, self.where
+        )
 
     def training_batch(self, batch: Batch, epoch: int, device: torch.device) -> TrainingBatch:
         """What came for a request of this epoch, augmented, with its labels and soft targets."""
-        numbers, view = batch.samples.numpy(), self.view(epoch)
+        numbers = batch.samples.numpy()
+        view = self.views(epoch, numbers)
         check_labels(batch.labels.numpy(), batch.indices.numpy(), self.classes, self.source)
         inputs = augmented(batch, self.augmentation, view, numbers, device)
         own = batch.labels.to(device)
@@ -155,12 +166,14 @@ def join(
     temperature: float,
     device: torch.device,
     workers: int = 0,
+    rotate: bool = True,
 ) -> JoinedData:
     """Join a source to a cache, and be sure that the inputs are those that the teacher saw.
 
     Args:
         augment: the file of the cache's own callable, if it has one.
         temperature: of the soft targets that are wanted.
+        rotate: whether each sample begins with another view.
 
     Raises:
         DataError: the data are not those of the cache, or are augmented otherwise.
@@ -179,7 +192,9 @@ def join(
     where = places if header.samples == header.data_samples else whole
     check_replay(cache, source, augmentation, places, where)
     numbers = header.first_sample + np.arange(header.samples)
-    return JoinedData(source, places, numbers, where, augmentation, header.classes, cache, targets)
+    return JoinedData(
+        source, places, numbers, where, augmentation, header.classes, cache, targets, rotate
+    )
 
 
 def join_samples(source: Source, cache: Cache, workers: int = 0) -> Indices:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from softcache.data import Source, sample_keys, to_float
 from softcache.errors import SoftcacheError
-from softcache.views import Augmentation
+from softcache.views import Augmentation, Views
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Request:
     """What a loader is asked for: samples of the source, in one view."""
 
     indices: Sequence[int]  # (B,) places in the source
-    view: int = 0
+    view: Views = 0
     samples: npt.NDArray[np.int64] | None = None  # (B,) their numbers in the draws; else indices
     partners: Sequence[int] = ()  # (B,) places of those that mixup mixes in, or nothing
 
@@ -102,7 +102,7 @@ class _Loader(DataLoader[Any]):
 def make_request(
     augmentation: Augmentation,
     indices: Sequence[int],
-    view: int,
+    view: Views,
     samples: npt.NDArray[np.int64],
     where: npt.NDArray[np.int64] | None = None,
 ) -> Request:
@@ -122,7 +122,7 @@ def make_request(
 def augmented(
     batch: Batch,
     augmentation: Augmentation,
-    view: int,
+    view: Views,
     samples: npt.NDArray[np.int64],
     device: torch.device,
 ) -> Tensor:

@@ -24,7 +24,7 @@ from softcache.cache.encodings import (
 )
 from softcache.errors import FormatError
 from softcache.loss import SparseTargets, Targets
-from softcache.views import uniform
+from softcache.views import Views, uniform
 
 Indices = npt.NDArray[np.int64]
 Stored = dict[str, Tensor]  # what the file holds of a batch of rows, by array, on any device
@@ -145,8 +145,8 @@ def decode(
 
 def soft_targets(
     cache: Cache, temperature: float, device: torch.device
-) -> Callable[[int, Indices], Targets]:
-    """A function (view, rows of the cache (B,)) -> targets at `temperature` on `device`.
+) -> Callable[[Views, Indices], Targets]:
+    """A function (views, rows of the cache (B,)) -> targets at `temperature` on `device`.
 
     Raises:
         SettingsError: the encoding cannot be re-tempered so.
@@ -155,12 +155,16 @@ def soft_targets(
     header = cache.header
     if isinstance(header.encoding, Sampled):
         check_sampled(header.temperature, temperature)
-    arrays = {a.name: as_tensor(cache.arrays[a.name]) for a in header.arrays if a.axis == "rows"}
+    arrays = {
+        a.name: as_tensor(cache.arrays[a.name]).flatten(0, 1)  # (views · samples, ...)
+        for a in header.arrays
+        if a.axis == "rows"
+    }
     shared = {name: tensor.to(device) for name, tensor in shared_tensors(cache).items()}
 
-    def fetch(view: int, rows: Indices) -> Targets:
-        at = torch.from_numpy(rows)
-        picked = {name: torch.index_select(array[view], 0, at) for name, array in arrays.items()}
+    def fetch(views: Views, rows: Indices) -> Targets:
+        at = torch.from_numpy(views * header.samples + rows)
+        picked = {name: torch.index_select(array, 0, at) for name, array in arrays.items()}
         if "ids" in picked:
             picked["ids"] = class_ids(picked["ids"], header.classes)
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in picked.items()}

@@ -59,6 +59,7 @@ class TrainConfig:
     device: str = "auto"
     mixed_precision: str = "no"
     workers: int = 0
+    rotate: bool = True  # each sample begins with another view of the cache
     verify: bool = True
     overwrite: bool = False
 
@@ -154,7 +155,8 @@ def fit(
 ) -> list[Learner]:
     """The training loop: every learner takes a step on every batch, drawn from all parts alike.
 
-    Epoch e sees view e mod V of a cache; on labels alone, every epoch is a view of its own.
+    Of a cache a sample is seen in its views in turn; on labels alone, each epoch is a view of its
+    own.
     """
     device, starts = accelerator.device, np.cumsum([0, *map(len, parts)])
     extra = extra_augmentation(config)
@@ -250,6 +252,7 @@ def join_all(
             temperature=temperature,
             device=device,
             workers=config.workers,
+            rotate=config.rotate,
         )
         for source, cache in zip(each, caches, strict=True)
     ]

@@ -34,8 +34,10 @@ PARTNER_OPS_STREAM, PARTNER_STREAM, SHARE_STREAM, TRANSFORM_STREAM = (
     1 << 19,
 )
 PARTNER_TRANSFORM_STREAM, EXTRA_STREAM = 1 << 20, 1 << 21
+ROTATION_STREAM = 1 << 40  # which view a sample begins with
 Samples = npt.NDArray[np.int64]  # (B,) numbers of samples in the draws
 Draws = npt.NDArray[np.float64]  # (B, n) uniform in [0, 1)
+Views = int | npt.NDArray[np.int64]  # one for all samples, or (B,) one for each
 
 
 class Op(Protocol):
@@ -159,13 +161,13 @@ class Augmentation:
     ops: tuple[Op, ...] = ()
     mixup: bool = False
 
-    def partners(self, view: int, samples: Samples) -> Samples | None:
+    def partners(self, view: Views, samples: Samples) -> Samples | None:
         """The sample that each of `samples` (B,) is mixed with; None without mixup."""
         if not self.mixup:
             return None
         return (self._draw(view, samples, PARTNER_STREAM) * self.total).astype(np.int64)
 
-    def shares(self, view: int, samples: Samples) -> npt.NDArray[np.float64]:
+    def shares(self, view: Views, samples: Samples) -> npt.NDArray[np.float64]:
         """The share of its partner in each sample (B,), uniform in [0, 1); 0 without mixup.
 
         Zhang et al., "mixup" (arXiv 1710.09412), with the uniform weights of Beyer et al. (arXiv
@@ -174,7 +176,7 @@ class Augmentation:
         return self._draw(view, samples, SHARE_STREAM) if self.mixup else np.zeros(len(samples))
 
     def transformed(
-        self, raw: Tensor, view: int, samples: Samples, *, partner: bool = False
+        self, raw: Tensor, view: Views, samples: Samples, *, partner: bool = False
     ) -> Tensor:
         """Raw inputs (B, *shape) after the user's transform, each with random states of its own."""
         if self.transform is None:
@@ -182,19 +184,20 @@ class Augmentation:
         stream = PARTNER_TRANSFORM_STREAM if partner else TRANSFORM_STREAM
         draws = uniform(self.seed, view, samples, stream=stream, draws=1)[:, 0]
         found = []
-        for one, draw, sample in zip(raw, draws, samples, strict=True):
+        views = np.broadcast_to(view, len(samples))
+        for one, draw, sample, own in zip(raw, draws, samples, views, strict=True):
             try:
                 found.append(_seeded(self.transform, one, int(draw * 2**32)))
             except Exception as error:  # a user's code may fail in any way
                 raise DataError(
                     f"augmentation {self.spec} raised {type(error).__name__} on sample {sample} in view "
-                    f"{view}, a tensor {tuple(one.shape)} of {one.dtype}: {' '.join(str(error).split())}"
+                    f"{own}, a tensor {tuple(one.shape)} of {one.dtype}: {' '.join(str(error).split())}"
                 ) from error
         layouts = {(str(one.dtype), tuple(one.shape)) for one in found}
         if len(layouts) > 1:
             raise DataError(
-                f"augmentation {self.spec} gives different shapes or types in one batch of view {view}: "
-                f"{sorted(layouts)}; it must give all samples one shape and one dtype"
+                f"augmentation {self.spec} gives different shapes or types in one batch of "
+                f"view {views[0]}: {sorted(layouts)}; it must give all samples one shape and one dtype"
             )
         return torch.stack(found)
 
@@ -202,7 +205,7 @@ class Augmentation:
         self,
         inputs: Tensor,
         partners: Tensor | None,
-        view: int,
+        view: Views,
         samples: Samples,
         first_stream: int = 0,
     ) -> Tensor:
@@ -223,7 +226,7 @@ class Augmentation:
         share = torch.from_numpy(self.shares(view, samples)).to(mine)
         return torch.lerp(mine, theirs, share.view(-1, *[1] * (mine.ndim - 1)))
 
-    def _operate(self, images: Tensor, view: int, samples: Samples, first_stream: int) -> Tensor:
+    def _operate(self, images: Tensor, view: Views, samples: Samples, first_stream: int) -> Tensor:
         if self.ops and images.ndim != 4:
             raise SettingsError(
                 f"inputs of shape {tuple(images.shape[1:])} are not images (channels, height, width), "
@@ -233,7 +236,7 @@ class Augmentation:
             images = op(images, uniform(self.seed, view, samples, stream=place, draws=op.draws))
         return images
 
-    def _draw(self, view: int, samples: Samples, stream: int) -> npt.NDArray[np.float64]:
+    def _draw(self, view: Views, samples: Samples, stream: int) -> npt.NDArray[np.float64]:
         return uniform(self.seed, view, samples, stream=stream, draws=1)[:, 0]
 
 
@@ -308,7 +311,7 @@ def fingerprint(inputs: Tensor) -> npt.NDArray[np.float32]:
 
 
 def uniform(
-    seed: int, view: int, samples: npt.NDArray[np.int64], *, stream: int, draws: int
+    seed: int, view: Views, samples: npt.NDArray[np.int64], *, stream: int, draws: int
 ) -> Draws:
     """Random numbers in [0, 1) that depend on their coordinates alone, (B, draws).
 
@@ -316,7 +319,8 @@ def uniform(
     Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, figure 16).
     """
     state = np.zeros((len(samples), draws), np.uint64)
-    coordinates = (seed, view, samples.astype(np.uint64)[:, None], stream, np.arange(draws))
+    views = np.broadcast_to(view, len(samples))[:, None]
+    coordinates = (seed, views, samples.astype(np.uint64)[:, None], stream, np.arange(draws))
     for coordinate in coordinates:
         state = _mix(state + np.asarray(coordinate).astype(np.uint64))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53

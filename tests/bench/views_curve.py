@@ -9,19 +9,14 @@ errors and KL(teacher ‖ student) on test images, mean and standard error over 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from tabulate import tabulate
 
 from softcache.cache import Cache, open_cache
-from softcache.data import open_source, to_float
+from softcache.data import Source, open_source, to_float
 from softcache.dump import DumpConfig, dump, load_teachers
 from softcache.join import JoinedData, TrainingBatch, join, labels_alone
 from softcache.learner import Learner, make_accelerator
@@ -30,10 +25,13 @@ from softcache.loss import soft_loss
 from softcache.targets import soft_targets
 from softcache.teacher import Ensemble
 from softcache.train import TrainConfig, fit
-from softcache.views import Augmentation, uniform
+from softcache.views import Augmentation
 from tests.bench import first_samples, machine, work_folder
+from tests.bench.frontier import pyplot
+from tests.bench.pool import Outcome, mean_and_error, run_jobs
 
-ROTATION_STREAM = 1 << 40
+FORMS = {"errors": ".0f", "kl": ".4f"}
+Found = dict[str, dict[str, tuple[float, float]]]  # way, what, its mean and standard error
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,8 @@ class InconsistentData(JoinedData):
         found = super().training_batch(batch, epoch, device)
         assert self.plain is not None
         targets = soft_targets(self.plain, self.temperature, device)
-        samples, view = batch.samples.numpy(), self.view(epoch)
+        samples = batch.samples.numpy()
+        view = self.views(epoch, samples)
         said = targets(0, samples)
         partners = self.augmentation.partners(view, samples)
         assert isinstance(said, torch.Tensor)
@@ -72,66 +71,6 @@ class InconsistentData(JoinedData):
             share = torch.from_numpy(self.augmentation.shares(view, samples)).float()[:, None]
             said = (said.exp() * (1 - share) + theirs.exp() * share).log()
         return found._replace(targets=said)
-
-
-@dataclass(frozen=True)
-class RotatedAugmentation(Augmentation):
-    """Each sample begins its turn through the views at a view of its own."""
-
-    views: int = 1
-
-    def turned(self, epoch: int, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        first = uniform(self.seed, 0, samples, stream=ROTATION_STREAM, draws=1)
-        return (epoch + (first * self.views).astype(np.int64)) % self.views  # (B, 1)
-
-
-@dataclass(frozen=True)
-class RotatedData(JoinedData):
-    """The cached views, each sample in an order that begins elsewhere; dense caches only."""
-
-    temperature: float = 1.0
-
-    def training_batch(self, batch: Batch, epoch: int, device: torch.device) -> TrainingBatch:
-        assert self.cache is not None
-        samples, header = batch.samples.numpy(), self.cache.header
-        first = uniform(header.seed, 0, samples, stream=ROTATION_STREAM, draws=1)[:, 0]
-        views = (epoch + (first * header.views).astype(np.int64)) % header.views
-        own = self.augmentation
-        raw = to_float(batch.inputs)
-        theirs = None
-        if own.mixup:
-            partners = np.stack(
-                [own.partners(int(v), samples[i : i + 1]) for i, v in enumerate(views)]  # type: ignore[misc]
-            )[:, 0]
-            theirs = to_float(self.source.fetch(partners.tolist())[0])
-        inputs = torch.cat(
-            [
-                own(raw[i : i + 1], None if theirs is None else theirs[i : i + 1], int(v), samples[i : i + 1])
-                for i, v in enumerate(views)
-            ]
-        )
-        stored = torch.from_numpy(self.cache.arrays["log_probs"][views, samples]).float()
-        soft = torch.log_softmax(stored * (header.temperature / self.temperature), -1)
-        return TrainingBatch(inputs, batch.labels, soft)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One student."""
-
-    way: str
-    views: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a student came to on the test images."""
-
-    way: str
-    seed: int
-    errors: int
-    kl: float
 
 
 def main() -> None:
@@ -146,7 +85,13 @@ def main() -> None:
     parser.add_argument("--augment", default="crop:0.3,flip,mixup")
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--views", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--rotated", type=int, nargs="*", default=[], help="views, also rotated")
+    parser.add_argument(
+        "--in-step",
+        type=int,
+        nargs="*",
+        default=[4],
+        help="views, also with all samples in one view",
+    )
     parser.add_argument("--epochs", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -161,14 +106,27 @@ def main() -> None:
         dump(dump_config(options, folder, "views.h5", max(options.views), options.augment))
         dump(dump_config(options, folder, "plain.h5", 1, None))
         ways = [
-            *((f"cache, {v} view{'s' * (v > 1)}", v) for v in options.views),
-            *((f"rotated, {v} views", v) for v in options.rotated),
+            *((cached(v), v) for v in options.views),
+            *((f"in step, {v} views", v) for v in options.in_step),
             ("live teacher", 0),
             ("inconsistent", 0),
         ]
-        jobs = [Job(way, views, seed) for seed in options.seeds for way, views in ways]
-        outcomes = list(run_all(jobs, options, folder))
-        report(outcomes, [way for way, _ in ways], options, folder)
+        jobs = {
+            f"{way}, seed {seed}": (way, views, seed, options, folder)
+            for seed in options.seeds
+            for way, views in ways
+        }
+        outcomes = run_jobs(student, jobs, folder, options.jobs)
+        found = {
+            way: {
+                key: mean_and_error(
+                    [outcomes[f"{way}, seed {seed}"][key] for seed in options.seeds]
+                )
+                for key in ("errors", "kl")
+            }
+            for way, _ in ways
+        }
+        report(found, options, folder)
 
 
 def dump_config(
@@ -186,25 +144,8 @@ def dump_config(
     )
 
 
-def run_all(
-    jobs: Sequence[Job], options: argparse.Namespace, folder: Path
-) -> Iterator[Outcome]:
-    """Train every student that is not in results.jsonl yet."""
-    results = folder / "results.jsonl"
-    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    done = {(line["way"], line["seed"]): Outcome(**line) for line in known}
-    yield from (done[job.way, job.seed] for job in jobs if (job.way, job.seed) in done)
-    left = [job for job in jobs if (job.way, job.seed) not in done]
-    with ProcessPoolExecutor(options.jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for outcome in pool.map(run, left, [options] * len(left), [folder] * len(left)):
-            with results.open("a") as file:
-                file.write(json.dumps(asdict(outcome)) + "\n")
-            print(f"{outcome.way}, seed {outcome.seed}: {outcome.errors} errors, KL {outcome.kl:.4f}", flush=True)
-            yield outcome
-
-
-def run(job: Job, options: argparse.Namespace, folder: Path) -> Outcome:
-    """Train one student."""
+def student(way: str, views: int, seed: int, options: argparse.Namespace, folder: Path) -> Outcome:
+    """Train one student; its errors, and KL(teacher ‖ student) at the temperature, on test images."""
     source, test = open_source(options.train), open_source(f"{options.data}@test")
     accelerator = make_accelerator("cpu", "no")
     cache = open_cache(folder / "views.h5")
@@ -218,87 +159,73 @@ def run(job: Job, options: argparse.Namespace, folder: Path) -> Outcome:
         student=options.student,
         data=options.train,
         cache=cache.path,
-        out=folder / f"{job.way.replace(', ', '-').replace(' ', '-')}-{job.seed}",
+        out=folder / f"{way.replace(', ', '-').replace(' ', '-')}-{seed}",
         epochs=options.epochs,
         learning_rate=options.lr,
         alpha=1.0,
-        seed=job.seed,
+        seed=seed,
         device="cpu",
     )
     part: JoinedData
-    if job.views:
+    if views:
         part = join(
             source,
-            replace(cache, header=replace(cache.header, views=job.views)),
+            replace(cache, header=replace(cache.header, views=views)),
             augment=None,
             temperature=temperature,
             device=accelerator.device,
+            rotate=not way.startswith("in step"),
         )
-        if job.way.startswith("rotated"):
-            part = RotatedData(**vars(part), temperature=temperature)
     else:
-        alone = labels_alone(source, options.augment, 1000 + job.seed, cache.header.classes)
+        alone = labels_alone(source, options.augment, 1000 + seed, cache.header.classes)
         part = (
             LiveData(**vars(alone), teacher=teacher, temperature=temperature)
-            if job.way == "live teacher"
+            if way == "live teacher"
             else InconsistentData(
                 **vars(alone), plain=open_cache(folder / "plain.h5"), temperature=temperature
             )
         )
     learner = fit(config, accelerator, [part], temperature, None)[0]
-    errors, kl = held_out(learner, teacher, test, temperature)
-    return Outcome(job.way, job.seed, errors, kl)
+    return held_out(learner, teacher, test, temperature)
 
 
-def held_out(
-    learner: Learner, teacher: Ensemble, test: object, temperature: float
-) -> tuple[int, float]:
-    """Errors, and KL(teacher ‖ student) at the temperature, on test images as they are."""
+def held_out(learner: Learner, teacher: Ensemble, test: Source, temperature: float) -> Outcome:
+    """On test images as they are."""
     learner.model.eval()
-    errors, kl, total = 0, 0.0, 0
+    errors, kl = 0, 0.0
     with torch.inference_mode():
-        for batch in loader(test, sequential_batches(len(test), 500)):  # type: ignore[arg-type]
+        for batch in loader(test, sequential_batches(len(test), 500)):
             inputs = to_float(batch.inputs)
             logits = learner.model(inputs)
             errors += int((logits.argmax(-1) != batch.labels).sum())
             said = teacher.log_probs(inputs, temperature)
             kl += float(soft_loss(logits, said, temperature)) * len(inputs)
-            total += len(inputs)
-    return errors, kl / total
+    return {"errors": errors, "kl": kl / len(test)}
 
 
-def report(
-    outcomes: Sequence[Outcome], ways: Sequence[str], options: argparse.Namespace, folder: Path
-) -> None:
+def report(found: Found, options: argparse.Namespace, folder: Path) -> None:
     """The table, the number of views that are enough, and the plot."""
     header = open_cache(folder / "views.h5").header
-    found = {}
-    for way in ways:
-        errors = np.array([o.errors for o in outcomes if o.way == way], np.float64)
-        kl = np.array([o.kl for o in outcomes if o.way == way])
-        root = max(1, len(errors)) ** 0.5
-        found[way] = (
-            errors.mean(), errors.std(ddof=1) / root, kl.mean(), kl.std(ddof=1) / root
-        )  # fmt: skip
     rows = [
-        [way, f"{e:.0f}", f"{es:.0f}", f"{k:.4f}", f"{ks:.4f}"]
-        for way, (e, es, k, ks) in found.items()
+        [way, *(f"{value:{form}}" for key, form in FORMS.items() for value in found[way][key])]
+        for way in found
     ]
     print(
         f"\n{header.samples:,} samples of {options.data}, student {options.student}, "
         f"{options.epochs} epochs, augment {options.augment}, T = {options.temperature:g}, "
         f"{len(options.seeds)} seeds; {machine()}\n"
     )
-    print(tabulate(rows, headers=["labels", "test errors", "± s.e.", "KL", "± s.e."], disable_numparse=True))
-    live, error = found["live teacher"][:2]
-    enough = [v for v in options.views if found[f"cache, {v} view{'s' * (v > 1)}"][0] <= live + error]
+    headings = ["labels", "test errors", "± s.e.", "KL", "± s.e."]
+    print(tabulate(rows, headers=headings, disable_numparse=True))
+    live, error = found["live teacher"]["errors"]
+    enough = [v for v in options.views if found[cached(v)]["errors"][0] <= live + error]
     if enough:
         views = min(enough)
         size = views * header.samples * header.bytes_per_row
         print(
-            f"\nFrom {views} views on the cache is within one standard error of the live teacher (or "
-            f"better): {size:,} bytes of rows; dumping them costs {views} passes of the teacher, a live "
-            f"teacher {options.epochs} for each student."
+            f"\nFrom {views} views on, the cache is within one standard error of the live teacher, or "
+            f"better: {size:,} bytes of rows. Dumping them takes {views} passes of the teacher, once; "
+            f"a live teacher takes {options.epochs} for each student."
         )
     else:
         print("\nNo number of views comes within one standard error of the live teacher.")
@@ -306,29 +233,25 @@ def report(
         draw(found, options)
 
 
-def draw(found: dict[str, tuple[float, float, float, float]], options: argparse.Namespace) -> None:
-    import matplotlib as mpl
+def cached(views: int) -> str:
+    return f"cache, {views} view{'s' * (views > 1)}"
 
-    mpl.use("Agg")
-    from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4))
-    for panel, at, what in zip(panels, (0, 2), ("test errors", "KL(teacher ‖ student)"), strict=True):
-        names = [f"cache, {v} view{'s' * (v > 1)}" for v in options.views]
-        panel.errorbar(
-            options.views,
-            [found[name][at] for name in names],
-            [found[name][at + 1] for name in names],
-            marker="o",
-            label="cached views",
-        )
+def draw(found: Found, options: argparse.Namespace) -> None:
+    plt = pyplot()
+    plt.switch_backend("Agg")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    labels = {"errors": "test errors", "kl": "KL(teacher ‖ student) on test images"}
+    for panel, (key, label) in zip(panels, labels.items(), strict=True):
+        means, errors = zip(*(found[cached(views)][key] for views in options.views), strict=True)
+        panel.errorbar(options.views, means, errors, marker="o", label="cached views")
         for way, colour in (("live teacher", "tab:green"), ("inconsistent", "tab:red")):
-            mean, error = found[way][at : at + 2]
+            mean, error = found[way][key]
             panel.axhline(mean, color=colour, label=way)
             panel.axhspan(mean - error, mean + error, color=colour, alpha=0.2)
         panel.set_xscale("log", base=2)
         panel.set_xlabel("cached views")
-        panel.set_ylabel(what)
+        panel.set_ylabel(label)
         panel.legend()
     figure.tight_layout()
     figure.savefig(options.plot, dpi=120)

@@ -1,0 +1,168 @@
+"""What replaying views costs: batches a second, and steps a second of `train`.
+
+Augmented images a second, by softcache.views on whole batches against one image at a time, as a
+Dataset's own transform works: Pillow's crop and resize, flip and colour enhancement, then a tensor.
+Then `train` from a cache of views against the same cache without augmentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from safetensors.torch import save_file
+from tabulate import tabulate
+from torch import Tensor
+
+from softcache.data import to_float
+from softcache.dump import DumpConfig, dump
+from softcache.models import build
+from softcache.train import TrainConfig, train
+from softcache.views import parse_augment
+from tests.bench import alternate, machine, ratios, spread, synthetic_images, work_folder
+
+BATCH = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--student", default="cnn:16,32,64")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    images = synthetic_images(options.images, classes=10).inputs
+    lines = [
+        [spec, *compare(torch.from_numpy(images), spec, options.repeats)]
+        for spec in ("flip", "crop:0.3", "crop:0.3,flip", "crop:0.3,flip,jitter:0.4")
+    ]
+    print(f"\nAugmented images of 3x32x32 a second, medians; {machine()}")
+    headings = ["views by", "batched", "one by one", "batched / one by one", "min", "max"]
+    print(tabulate(lines, headers=headings, disable_numparse=True))
+    with work_folder(None) as folder:
+        lines = steps(folder, options.images, options.student, options.repeats)
+    print(f"\nSteps/s of train, student {options.student}, batches of {BATCH}; {machine()}")
+    headings = ["views by", "with views", "without", "with / without", "min", "max"]
+    print(tabulate(lines, headers=headings, disable_numparse=True))
+
+
+def compare(images: Tensor, spec: str, repeats: int) -> list[str]:
+    rates = alternate(
+        {"batched": batched(images, spec), "one by one": one_by_one(images, spec)}, repeats
+    )
+    medians = [f"{statistics.median(rates[name]):,.0f}" for name in ("batched", "one by one")]
+    return [*medians, *spread(ratios(rates["batched"], rates["one by one"]))]
+
+
+def batched(images: Tensor, spec: str) -> Callable[[], float]:
+    augmentation = parse_augment(spec, seed=0, total=len(images))
+
+    def images_per_second() -> float:
+        start = time.perf_counter()
+        for at in range(0, len(images), BATCH):
+            part = images[at : at + BATCH]
+            augmentation(to_float(part), None, 0, np.arange(at, at + len(part)))
+        return len(images) / (time.perf_counter() - start)
+
+    return images_per_second
+
+
+def one_by_one(images: Tensor, spec: str) -> Callable[[], float]:
+    raw = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+
+    def images_per_second() -> float:
+        start = time.perf_counter()
+        for at in range(0, len(raw), BATCH):
+            torch.stack([transformed(image, spec) for image in raw[at : at + BATCH]])
+        return len(raw) / (time.perf_counter() - start)
+
+    return images_per_second
+
+
+def transformed(image: Image.Image, spec: str) -> Tensor:
+    """The same operations on one image of Pillow's."""
+    if "crop" in spec:
+        image = random_crop(image)
+    if "flip" in spec and random.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if "jitter" in spec:
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = enhance(image).enhance(random.uniform(0.6, 1.4))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+
+
+def random_crop(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    area, ratio = random.uniform(0.3, 1), math.exp(random.uniform(-1, 1) * math.log(4 / 3))
+    w = min(width, round(math.sqrt(area * width * height * ratio)))
+    h = min(height, round(math.sqrt(area * width * height / ratio)))
+    x, y = random.randint(0, width - w), random.randint(0, height - h)
+    size = (width, height)
+    return image.resize(size, Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
+
+
+def steps(folder: Path, samples: int, student: str, repeats: int) -> list[list[str]]:
+    source = synthetic_images(samples, classes=10)
+    data = folder / "images.npz"
+    np.savez(data, x=source.inputs, y=source.labels)
+    weights = folder / "teacher.safetensors"
+    model = build("mlp:16", input_shape=(3, 32, 32), classes=10)
+    save_file(model.state_dict(), weights)
+    runs: dict[str, Callable[[], float]] = {}
+    specs = [None, "crop:0.3,flip", "crop:0.3,flip,mixup"]
+    for spec in specs:
+        cache = dump(
+            DumpConfig(
+                teacher="mlp:16",
+                weights=weights,
+                data=f"npz:{data}",
+                temperature=4.0,
+                views=2 if spec else 1,
+                augment=spec,
+                out=folder / f"{spec}.h5",
+            )
+        )
+        config = TrainConfig(
+            student=student,
+            data=f"npz:{data}",
+            cache=cache.path,
+            out=folder / f"run-{spec}",
+            epochs=2,
+            batch_size=BATCH,
+            overwrite=True,
+            device="cpu",
+        )
+        runs[str(spec)] = steps_per_second(config, samples)
+    rates = alternate(runs, repeats)
+    return [
+        [
+            str(spec),
+            *(f"{statistics.median(rates[str(name)]):.1f}" for name in (spec, None)),
+            *spread(ratios(rates[str(spec)], rates["None"])),
+        ]
+        for spec in specs[1:]
+    ]
+
+
+def steps_per_second(config: TrainConfig, samples: int) -> Callable[[], float]:
+    def run() -> float:
+        start = time.perf_counter()
+        train(config)
+        return config.epochs * math.ceil(samples / BATCH) / (time.perf_counter() - start)
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
