@@ -13,6 +13,8 @@ from softcache.data import open_source
 from softcache.settings import DumpConfig
 from softcache.views import parse_augment
 
+MOST_CLASSES = 1 << 15  # of more, only the encoding asked for is tried: fitting takes minutes
+
 
 def dry_run(config: DumpConfig) -> str:
     """What a dump would take: bytes on disk, time by a few batches, candidates; writes nothing."""
@@ -24,19 +26,19 @@ def dry_run(config: DumpConfig) -> str:
     before = time.perf_counter()
     again = choose.try_rows(draft, source, teacher, augmentation, config.workers)
     rate = len(again) / (time.perf_counter() - before)
-    found = choose.candidates(again, temperature=draft.temperature, seed=draft.seed)
-    encoding, shared, listed = choose.resolve(
+    encoding, shared, found = choose.resolve(
         config.encoding,
         again,
         temperature=draft.temperature,
         seed=draft.seed,
         max_kl=config.max_kl,
     )
-    if encoding not in [candidate.encoding for candidate in found]:
-        asked = listed or [
-            choose.measure(config.encoding, encoding, again, draft.temperature, draft.seed)
-        ]
-        found = sorted([*asked, *found], key=lambda candidate: candidate.bytes_per_row)
+    if not found:
+        found = [choose.measure(config.encoding, encoding, again, draft.temperature, draft.seed)]
+    if config.encoding != choose.AUTO and draft.classes <= MOST_CLASSES:
+        others = choose.candidates(again, temperature=draft.temperature, seed=draft.seed)
+        found += [other for other in others if other.encoding != encoding]
+        found.sort(key=lambda candidate: candidate.bytes_per_row)
     rows = draft.samples * draft.views
     common = sum(tensor.numel() * tensor.element_size() for tensor in shared.values())
     row_bytes = sum(

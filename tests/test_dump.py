@@ -23,10 +23,11 @@ from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
 from softcache.data import open_source, to_float
 from softcache.dump import DumpConfig, dump
+from softcache.resume import SETTINGS
 from softcache.errors import DataError, Interrupted, ModelError, SettingsError, SoftcacheError
 from softcache.evaluate import data_digest
 from softcache.imports import import_callable
-from softcache.resume import SETTINGS
+
 from softcache.views import parse_augment
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 
