@@ -1,0 +1,197 @@
+"""Several processes that fill one file, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from softcache.cache import open_cache
+from softcache.cache.reader import partial_path
+from softcache.errors import SoftcacheError
+from softcache.processes import ProcessGroup, join_processes
+
+SAMPLES = 4096
+
+MODELS = """
+import os, time
+import torch
+from torch import nn
+
+class Slow(nn.Module):
+    def __init__(self, seconds):
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.weight = nn.Parameter(torch.randn(64, 5, generator=generator))
+        self.seconds = seconds
+
+    def forward(self, inputs):
+        time.sleep(self.seconds)
+        return inputs.flatten(1) @ self.weight
+
+def teacher():
+    return Slow(float(os.environ.get("SECONDS_A_BATCH", "0")))
+
+def uneven():
+    return Slow(0.2 if os.environ.get("RANK") == "0" else 0)
+
+def student():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 5))
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (SAMPLES, 1, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", x=images, y=random.integers(0, 5, SAMPLES))
+    (tmp_path / "models.py").write_text(MODELS)
+    return tmp_path
+
+
+def command(processes: int, *arguments: str) -> list[str]:
+    start = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+    return [sys.executable, *(start if processes > 1 else []), "-m", "softcache", *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"} | more
+
+
+def dump_command(processes: int, out: str, teacher: str = "teacher") -> list[str]:
+    options = f"--teacher models.py:{teacher} --data npz:data.npz --batch-size 96 --views 2"
+    return command(processes, "dump", *options.split(), "--augment", "shift:1", "--out", out)
+
+
+def run(place: Path, arguments: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, cwd=place, env=environment(**more), capture_output=True, text=True, timeout=120
+    )
+
+
+def reference(place: Path) -> bytes:
+    found = run(place, dump_command(1, "one.h5"))
+    assert found.returncode == 0, found.stderr
+    return (place / "one.h5").read_bytes()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_write_the_file_that_one_writes(processes: int, place: Path) -> None:
+    found = run(place, dump_command(processes, "many.h5"))
+    assert found.returncode == 0, found.stderr
+    assert (place / "many.h5").read_bytes() == reference(place)
+    assert found.stdout.count("content id") == 1  # one of them speaks
+
+
+def test_a_slow_process_is_not_waited_for(place: Path) -> None:
+    found = run(place, dump_command(2, "many.h5", "uneven"))
+    assert found.returncode == 0, found.stderr
+    whole = open_cache(place / "many.h5")
+    one = run(place, dump_command(1, "one.h5", "uneven"))
+    assert one.returncode == 0, one.stderr
+    assert whole.complete
+    np.testing.assert_array_equal(
+        whole.arrays["log_probs"], open_cache(place / "one.h5").arrays["log_probs"]
+    )
+
+
+def test_a_killed_process_fails_the_job_and_another_number_of_them_goes_on(place: Path) -> None:
+    expected = reference(place)
+    job = subprocess.Popen(
+        dump_command(2, "many.h5"),
+        cwd=place,
+        env=environment(SECONDS_A_BATCH="0.1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    partial = partial_path(place / "many.h5")
+    deadline = time.monotonic() + 60
+    while committed(partial) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    kept = committed(partial)
+    assert kept >= 2
+    victim = next(child for child in children(job.pid) if "softcache" in command_line(child))
+    os.kill(victim, signal.SIGKILL)
+    job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert not (place / "many.h5").exists()
+    assert committed(partial) >= kept
+    found = run(place, dump_command(3, "many.h5"))
+    assert found.returncode == 0, found.stderr
+    assert (place / "many.h5").read_bytes() == expected
+
+
+def committed(partial: Path) -> int:
+    if not partial.exists():
+        return 0
+    return int((open_cache(partial, unfinished=True).arrays["digests"] != 0).sum())
+
+
+def children(parent: int) -> list[int]:
+    found = Path(f"/proc/{parent}/task/{parent}/children")
+    if not found.exists():
+        pytest.skip("the system does not tell the children of a process")
+    return [int(child) for child in found.read_text().split()]
+
+
+def command_line(process: int) -> str:
+    return Path(f"/proc/{process}/cmdline").read_text()
+
+
+def test_an_error_in_the_first_process_ends_the_others(place: Path) -> None:
+    arguments = [*dump_command(2, "many.h5"), "--temperature", "4", "--eval-data", "npz:none.npz"]
+    found = run(place, arguments)
+    assert found.returncode != 0
+    assert "npz:none.npz: no such file" in found.stderr
+    assert not (place / "many.h5").exists()
+
+
+def test_several_processes_train_as_one_does(place: Path) -> None:
+    reference(place)
+    losses = []
+    for processes in (1, 2, 3):
+        options = f"--student models.py:student --data npz:data.npz --epochs 2 --out run{processes}"
+        found = run(place, command(processes, "train", "one.h5", *options.split()))
+        assert found.returncode == 0, found.stderr
+        lines = (place / f"run{processes}" / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 2
+        losses.append([float(line.split('"total": ')[1].split(",")[0]) for line in lines])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
+
+
+def test_one_process_alone_is_a_group() -> None:
+    group = ProcessGroup()
+    assert group.first
+    assert [group.add("runs", 1) for _ in range(3)] == [1, 2, 3]
+    assert [group.add_rows(amount) for amount in (5, 7)] == [5, 7]
+    assert group.agree("batch size", 32) == 32
+    group.meet()
+    group.fail()
+
+
+def test_processes_on_several_hosts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(
+        SoftcacheError, match=r"8 processes, of which 4 on this host; .*--shard i/n"
+    ):
+        join_processes()
+
+
+def test_a_process_that_waits_hears_that_another_has_failed() -> None:
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+    store = HashStore()
+    here, there = ProcessGroup(0, 2, store), ProcessGroup(1, 2, store)
+    there.fail()
+    with pytest.raises(SoftcacheError, match="another process of this job has failed"):
+        here.meet()
