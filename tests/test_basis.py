@@ -20,7 +20,7 @@ from softcache.cache import Basis, Encoding, TopK
 from softcache.cache.encodings import BASIS_RANGE
 from softcache.dump import DumpConfig, dump
 from softcache.fidelity import divergence, retemper
-from softcache.targets import as_tensor, class_ids, decode, make_encoder
+from softcache.targets import as_arrays, class_ids, decode, make_encoder
 
 CLASSES, WIDTH, ROWS = 128, 16, 320
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
@@ -48,7 +48,7 @@ def kept(
 ) -> float:
     """Mean KL(teacher ‖ decoded) at `wanted` of rows at `temperature`."""
     encode = make_encoder(encoding, shared, temperature=temperature, seed=0, device=CPU)
-    stored = {n: as_tensor(v) for n, v in encode(rows, 0, np.arange(len(rows))).items()}
+    stored = encode(rows, 0, np.arange(len(rows)))
     stored["ids"] = class_ids(stored["ids"], rows.shape[-1])
     targets = decode(
         encoding,
@@ -330,8 +330,8 @@ def test_each_row_is_encoded_for_itself(fitted: Directions) -> None:
     )
     rows = said(40, seed=1)
     order: npt.NDArray[np.int64] = np.random.default_rng(0).permutation(40)
-    whole = encode(rows, 0, np.arange(40))
-    shuffled = encode(rows[torch.from_numpy(order)], 3, order)
+    whole = as_arrays(encode(rows, 0, np.arange(40)))
+    shuffled = as_arrays(encode(rows[torch.from_numpy(order)], 3, order))
     for name, values in whole.items():
         # but for a last digit, on which a level may depend: a product of matrices sums as it likes
         assert (values[order] == shuffled[name]).mean() > 0.98

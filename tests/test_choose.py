@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softcache import choose
+from softcache.begin import draft_header, load_teachers
 from softcache.cache import Basis, Dense, Encoding, Quantized, Sampled, TopK
 from softcache.choose import Candidate, candidates, check_spec, fit_basis, resolve, spec_of, table
+from softcache.data import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import SettingsError
-from softcache.estimate import dry_run
+from softcache.fidelity import Pairs, draw_rows
+from softcache.views import parse_augment
 
 CLASSES, WIDTH = 40, 6
 
@@ -334,33 +337,53 @@ def test_a_dump_that_can_choose_none_writes_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    "encoding",
-    [
-        "auto",
-        "basis:2,1",
-        "dense",
-        "quantized",
-        "topk:2",
-        "sampled:3",
-    ],
-)
-def test_a_dry_run_tells_size_time_and_candidates_and_writes_nothing(
-    encoding: str, dump_config: DumpConfig, tmp_path: Path
+# the rows it is chosen by
+
+
+def rows_tried(config: DumpConfig, most: int = 200) -> Tensor:
+    source = open_source(config.data)
+    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
+    teacher = load_teachers(config, source, augmentation)
+    draft = draft_header(config, source, teacher)
+    return choose.try_rows(draft, source, teacher, augmentation, config.workers, most)
+
+
+@pytest.mark.parametrize("augment", [None, "shift:2,mixup"])
+def test_rows_to_choose_by_are_the_same_whatever_the_file_is_to_hold(
+    augment: str | None, dump_config: DumpConfig
 ) -> None:
-    config = replace(dump_config, eval_data=None, encoding=encoding, out=tmp_path / "new" / "a.h5")
-    before = sorted(tmp_path.iterdir())
-    text = dry_run(config)
-    assert sorted(tmp_path.iterdir()) == before
-    rows = [line for line in text.splitlines() if line.startswith("*")]
-    assert len(rows) == 1
-    assert re.search(
-        r"^300 samples x 1 view\(s\) as \S+: about [\d,]+ bytes; about \d+ s at [\d,]+ rows/s here\. "
-        r"Nothing was written\.$",
-        text,
-        re.MULTILINE,
-    )
-    size = int(re.findall(r"about ([\d,]+) bytes", text)[0].replace(",", ""))
-    header = dump(config).header
-    stored = sum(a.nbytes for a in header.arrays if a.axis in ("rows", "samples", "shared"))
-    assert size == pytest.approx(stored, rel=0.1)
+    config = replace(dump_config, augment=augment, seed=3)
+    expected = rows_tried(config)
+    others = [replace(config, shard=(2, 3))]
+    if augment:
+        others += [replace(config, views=20), replace(config, views=2, first_view=9, shard=(0, 2))]
+    for other in others:
+        assert torch.equal(rows_tried(other), expected)
+    # they change with what decides the values
+    assert not torch.equal(rows_tried(replace(config, seed=4)), expected)
+
+
+def test_rows_to_choose_by_come_from_the_first_views_of_all_samples(
+    dump_config: DumpConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, int]] = []
+
+    def note(views: int, samples: int, *others: int) -> Pairs:
+        drawn.append((views, samples))
+        return draw_rows(views, samples, *others)
+
+    monkeypatch.setattr(choose, "draw_rows", note)
+    for augment, shard in ((None, (0, 1)), (None, (1, 3)), ("flip", (0, 1)), ("flip", (1, 3))):
+        rows_tried(replace(dump_config, augment=augment, shard=shard), most=9)
+    assert drawn == [(1, 300), (1, 300), (8, 300), (8, 300)]
+
+
+def test_shards_come_to_the_same_encoding(dump_config: DumpConfig, tmp_path: Path) -> None:
+    config = replace(dump_config, eval_data=None, encoding="basis:4,2", views=2, augment="shift:2")
+    whole = dump(replace(config, out=tmp_path / "whole.h5"))
+    for shard, first_view in (((0, 2), 0), ((1, 2), 9)):
+        out = tmp_path / f"{shard[0]}.h5"
+        part = dump(replace(config, out=out, shard=shard, first_view=first_view))
+        assert part.header.encoding == whole.header.encoding
+        for name in ("mean", "directions", "direction_steps"):
+            np.testing.assert_array_equal(part.arrays[name], whole.arrays[name])

@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from softcache import __version__
-from softcache.cache import Cache
+from softcache.cache import Cache, open_cache
 from softcache.cache.reader import partial_path
 from softcache.cli import main
 from softcache.dump import DumpConfig
@@ -27,7 +27,7 @@ from tests.conftest import Run, make_arrays
 
 Arguments = Sequence[str | Path]
 
-COMMANDS = ("dump", "train", "info", "verify", "demo")
+COMMANDS = ("dump", "train", "info", "verify", "merge", "repair", "demo")
 
 MODELS = '''
 import torch
@@ -79,8 +79,9 @@ class Place:
 
     def train(self, *more: str | Path, cache: str | Path = "") -> Arguments:
         """A run from the finished cache; options in `more` override those before."""
-        options = ["--student", "mlp:4", "--data", self.data, "--out", str(self.folder / "run")]
-        return ["train", cache or self.cache.path, *options, "--epochs", "1", *more]
+        options = ["--student", "mlp:4", "--out", str(self.folder / "run"), "--epochs", "1"]
+        data = [] if "--data" in more else ["--data", self.data]
+        return ["train", cache or self.cache.path, *options, *data, *more]
 
     def file(self, name: str, content: bytes) -> Path:
         path = self.folder / name
@@ -339,6 +340,56 @@ BAD_INPUTS: dict[str, tuple[Make, int, str]] = {
         r"--augment flip is not the cache's own \(none\): .*; leave it out, or add it on top by "
         "--extra-augment if you mean to",
     ),
+    "more data than caches": (
+        lambda p: p.train("--data", p.data, "--data", p.data),
+        2,
+        r"2 --data for 1 CACHE; expected one for each, in the same order, or one for all",
+    ),
+    "fewer data than caches, and more than one": (
+        lambda p: p.train(*[p.cache.path] * 2, "--data", p.data, "--data", p.data),
+        2,
+        r"2 --data for 3 CACHE; expected one for each, in the same order, or one for all",
+    ),
+    "several data without a cache": (
+        lambda p: ["train", *p.train("--data", p.data, "--data", p.data)[2:]],
+        2,
+        r"2 --data for 0 CACHE; expected one for each, in the same order, or one for all",
+    ),
+    "several caches of which one is not there": (
+        lambda p: p.train("nowhere.h5"),
+        1,
+        r"nowhere\.h5: No such file or directory; expected a cache as softcache dump makes it",
+    ),
+    "more shards than samples": (
+        lambda p: p.dump("teacher", "--shard", "0/301"),
+        2,
+        r"301 shards of 300 samples; expected at most one for each",
+    ),
+    "several views without augmentation": (
+        lambda p: p.dump("teacher", "--views", "2:4"),
+        2,
+        r"2 views without --augment would all be the same; add it, or ask for one",
+    ),
+    "no such cache to encode like": (
+        lambda p: p.dump("teacher", "--like", "nowhere.h5"),
+        1,
+        r"nowhere\.h5: No such file or directory; expected a cache as softcache dump makes it",
+    ),
+    "a cache of another temperature to encode like": (
+        lambda p: p.dump("teacher", "--like", p.cache.path, "--temperature", "2"),
+        2,
+        r"--like .*/tiny\.h5 has temperature 4\.0; this dump has 2\.0",
+    ),
+    "one cache to merge": (
+        lambda p: ["merge", p.cache.path, "--out", p.folder / "new.h5"],
+        2,
+        r"1 cache to merge; give two or more",
+    ),
+    "a cache to merge with itself": (
+        lambda p: ["merge", p.cache.path, p.cache.path, "--out", p.folder / "new.h5"],
+        2,
+        r".*/tiny\.h5 has views 0 to 0, .*/tiny\.h5 has 0 to 0: these overlap; the parts must .*",
+    ),
     "a cache's folder that cannot be made": (
         lambda p: p.dump("teacher", "--out", p.folder / "models.py" / "new.h5"),
         2,
@@ -406,7 +457,7 @@ def test_a_cache_that_has_not_completed_is_told_by_its_final_name(
     assert result.exit_code == 1
     assert result.stderr == (
         f"Error: {final}: its dump has not completed (new.h5.partial is there); run the same dump "
-        "again\n"
+        "again, or train from new.h5.partial if a view of it is complete\n"
     )
 
 
@@ -420,6 +471,19 @@ def test_a_cache_that_has_not_completed_is_told_by_its_final_name(
         (["train", "--schedule", "steps"], "'steps' is not one of 'cosine', 'constant'"),
         (["train", "--epoch", "3"], "No such option '?--epoch'?"),
         (["distil"], "No such command 'distil'"),
+        (["merge", "--out", "a.h5"], "Missing argument 'CACHES"),
+        (["merge", "a.h5", "b.h5"], "Missing option '--out'"),
+        *(
+            (
+                ["dump", "--views", views],
+                f"'{views}': expected a number of views from 1 up, or a ra",
+            )
+            for views in ("0", "-1", "8:8", "9:8", "0:0", ":4", "4:", "1:2:3", "many", "1.5", "")
+        ),
+        *(
+            (["dump", "--shard", shard], f"'{shard}': expected i/n with i from 0 to n - 1, such as")
+            for shard in ("1", "2/2", "0/0", "-1/2", "0/-2", "1/2/3", "a/b", "/2", "0/", "")
+        ),
     ],
 )
 def test_a_usage_error_is_clicks_own(arguments: list[str], message: str) -> None:
@@ -428,6 +492,48 @@ def test_a_usage_error_is_clicks_own(arguments: list[str], message: str) -> None
     assert re.search(rf"^Error: .*{message}", result.stderr, re.MULTILINE), result.stderr
     assert result.stderr.startswith("Usage: ")
     assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize(
+    ("views", "header"), [("3", (0, 3)), ("0:3", (0, 3)), ("8:9", (8, 1)), ("8:10", (8, 2))]
+)
+def test_views_are_a_number_or_a_range(views: str, header: tuple[int, int], place: Place) -> None:
+    result = softcache(*place.dump("teacher", "--augment", "flip", "--views", views))
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = open_cache(place.folder / "new.h5").header
+    assert (found.first_view, found.views) == header
+
+
+def test_shards_are_numbered_from_zero_and_hold_all_samples_together(place: Place) -> None:
+    parts = []
+    for shard in ("0/3", "1/3", "2/3"):
+        out = place.folder / f"{shard[0]}.h5"
+        result = softcache(*place.dump("teacher", "--shard", shard, "--out", out))
+        assert (result.exit_code, result.stderr) == (0, "")
+        header = open_cache(out).header
+        parts.append(range(header.first_sample, header.first_sample + header.samples))
+        assert header.data_samples == 300
+    assert [sample for part in parts for sample in part] == list(range(300))
+
+
+def test_shards_are_merged_and_train_together(place: Place, teacher_file: Path) -> None:
+    parts = [place.folder / f"{part}.h5" for part in "01"]
+    for part in parts:
+        options: Arguments = ["--shard", f"{part.stem}/2", "--like", place.cache.path]
+        options = [*options, "--out", part]
+        softcache(*place.dump(f"{teacher_file}:teacher", *options))
+    result = softcache("merge", *parts, "--out", place.folder / "new.h5")
+    assert (result.exit_code, result.stderr) == (0, "")
+    merged = open_cache(place.folder / "new.h5")
+    assert result.stdout == (
+        f"{merged.path}: 300 samples x 1 view(s), {merged.header.file_bytes:,} bytes; "
+        f"content id {merged.content_id()}\n"
+    )
+    result = softcache(*place.train(parts[1], cache=parts[0]))
+    assert (result.exit_code, result.stderr) == (0, "")
+    facts = json.loads((place.folder / "run" / "config.json").read_text())
+    assert facts["content_ids"] == [open_cache(part).content_id() for part in parts]
+    assert facts["settings"]["cache"] == ["0.h5", "1.h5"]
 
 
 def test_a_traceback_is_shown_if_it_is_asked_for(place: Place) -> None:
@@ -476,6 +582,8 @@ def test_an_option_has_the_default_of_its_setting(
     required += ["--data=d", "--out=o"]
     options = main.commands[command].make_context(command, required).params
     options.pop("dry_run", None)  # what to do, and no setting of it
+    if command == "dump":  # one option for two settings
+        options["first_view"], options["views"] = options["views"]
     parsed = config(**options)
     for field in dataclasses.fields(config):
         if field.default is not dataclasses.MISSING:

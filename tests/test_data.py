@@ -1,12 +1,11 @@
-"""Data specifications, sample keys, the order of batches, and the loader."""
+"""Data specifications: what they open, what they refuse, and the keys of samples."""
 
 from __future__ import annotations
 
 import gzip
 import struct
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from softcache.data import UNLABELLED, ArraySource, check_labels, open_source, sample_keys, to_float
 from softcache.errors import DataError, SettingsError
-from softcache.loader import (
-    Batch,
-    Request,
-    ShuffledBatches,
-    augmented,
-    loader,
-    make_request,
-    sequential_batches,
-)
-from softcache.views import parse_augment
+from softcache.loader import loader
 from tests.conftest import make_arrays
 
 Pixels = npt.NDArray[np.uint8]
@@ -753,220 +742,3 @@ def test_the_layout_in_memory_is_no_part_of_the_key() -> None:
     assert last.stride() != images.stride()
     assert np.array_equal(sample_keys(last), sample_keys(images))
     assert np.array_equal(sample_keys(images.flip(0).flip(0)), sample_keys(images))
-
-
-# the order of batches
-
-
-def flat(batches: Iterable[Request]) -> list[int]:
-    return [index for batch in batches for index in batch.indices]
-
-
-@pytest.mark.parametrize(
-    ("samples", "batch_size"), [(10, 5), (10, 4), (12, 5), (3, 8), (1, 4), (1, 1), (4, 1)]
-)
-def test_an_epoch_has_every_sample_once(samples: int, batch_size: int) -> None:
-    batches = list(ShuffledBatches(samples, batch_size, seed=3))
-    assert sorted(flat(batches)) == list(range(samples))
-    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
-    assert len(batches) == len(ShuffledBatches(samples, batch_size, seed=3))
-
-
-@pytest.mark.parametrize(("samples", "batch_size"), [(11, 5), (5, 4), (3, 2)])
-def test_a_remainder_of_one_sample_is_left_out(samples: int, batch_size: int) -> None:
-    # batch normalization cannot train on it
-    batches = list(ShuffledBatches(samples, batch_size, seed=3))
-    assert [len(batch) for batch in batches] == [batch_size] * (samples // batch_size)
-    assert len(set(flat(batches))) == samples - 1
-    assert len(batches) == len(ShuffledBatches(samples, batch_size, seed=3))
-
-
-def test_the_sample_left_out_is_another_each_epoch() -> None:
-    batches = ShuffledBatches(11, 5, seed=0)
-    left_out = set()
-    for epoch in range(20):
-        batches.set_epoch(epoch)
-        left_out |= set(range(11)) - set(flat(batches))
-    assert len(left_out) > 3
-
-
-def test_the_order_is_that_of_seed_and_epoch_alone() -> None:
-    def order(seed: int, epoch: int, batch_size: int = 7) -> tuple[int, ...]:
-        batches = ShuffledBatches(100, batch_size, seed)
-        batches.set_epoch(epoch)
-        return tuple(flat(batches))
-
-    orders = {(seed, epoch): order(seed, epoch) for seed in range(3) for epoch in range(3)}
-    assert all(order(*at) == found for at, found in orders.items())
-    assert len(set(orders.values())) == len(orders)
-    assert order(1, 2) == order(1, 2, batch_size=30)
-
-
-def test_batches_are_what_the_request_makes_of_indices_and_epoch() -> None:
-    def request(indices: npt.NDArray[np.int64], epoch: int) -> Request:
-        return Request(indices.tolist(), view=10 + epoch, samples=100 + indices)
-
-    batches = ShuffledBatches(10, 4, 3, request)
-    batches.set_epoch(2)
-    found = list(batches)
-    plain = ShuffledBatches(10, 4, 3)
-    plain.set_epoch(2)
-    assert flat(found) == flat(plain)
-    for one in found:
-        assert one.view == 12
-        assert one.samples is not None
-        assert one.samples.tolist() == [100 + index for index in one.indices]
-
-
-def test_sequential_batches_hold_every_sample_in_order() -> None:
-    assert sequential_batches(7, 3) == [range(3), range(3, 6), range(6, 7)]
-    assert sequential_batches(6, 3) == [range(3), range(3, 6)]
-    assert sequential_batches(2, 3) == [range(2)]
-
-
-# the loader
-
-
-@dataclass(frozen=True)
-class CountedSource(ArraySource):
-    """Remembers what it was asked for."""
-
-    calls: list[list[int]] = field(default_factory=list)
-
-    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        self.calls.append(list(indices))
-        return super().fetch(indices)
-
-
-@pytest.fixture
-def counted() -> CountedSource:
-    x, y = make_arrays(20)
-    return CountedSource("tiny", x, y)
-
-
-class OneByOne(Dataset[tuple[Tensor, int]]):
-    """The source as a Dataset without __getitems__, which torch asks for one sample at a time."""
-
-    def __init__(self, source: ArraySource) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        inputs, labels = self.source.fetch([index])
-        return inputs[0], int(labels[0])
-
-
-def test_the_source_is_asked_once_for_a_batch(counted: CountedSource) -> None:
-    batches = [[3, 1, 2], [19, 0], [7]]
-    list(loader(counted, batches))
-    assert counted.calls == batches
-
-
-def test_asking_for_single_samples_would_be_noticed(counted: CountedSource) -> None:
-    list(DataLoader(OneByOne(counted), batch_sampler=[[3, 1, 2], [19, 0], [7]]))
-    assert counted.calls == [[3], [1], [2], [19], [0], [7]]
-
-
-def test_a_batch_holds_what_the_source_holds(counted: CountedSource) -> None:
-    batch = next(iter(loader(counted, [[5, 2]], keys=True)))
-    assert batch.indices.tolist() == [5, 2]
-    assert np.array_equal(batch.inputs.numpy(), counted.inputs[[5, 2]])
-    assert batch.labels.tolist() == counted.labels[[5, 2]].tolist()
-    assert np.array_equal(batch.keys.numpy().view(np.uint64), sample_keys(batch.inputs))
-
-
-def test_a_batch_without_partners_has_none(counted: CountedSource) -> None:
-    batch = next(iter(loader(counted, [Request([5, 2])])))
-    assert len(batch.partners) == len(batch.partner_labels) == 0
-
-
-def test_a_request_asks_for_the_partners_of_its_samples() -> None:
-    mixup, samples = parse_augment("mixup", seed=3, total=20), np.array([4, 9, 2])
-    drawn = mixup.partners(6, samples)
-    assert drawn is not None
-    request = make_request(mixup, [4, 9, 2], 6, samples)
-    assert request.view == 6
-    assert list(request.partners) == drawn.tolist()
-    # where the data are in another order, partners are looked up by their number, not their place
-    where = np.arange(20)[::-1]
-    moved = make_request(mixup, where[samples].tolist(), 6, samples, where)
-    assert list(moved.partners) == where[drawn].tolist()
-    assert list(moved.partners) != drawn.tolist()
-
-
-def test_a_request_without_mixup_asks_for_no_partners() -> None:
-    request = make_request(parse_augment("flip", seed=3, total=20), [4], 6, np.array([4]))
-    assert len(request) == 1
-    assert list(request.partners) == []
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_holds_the_partners_and_their_labels(counted: CountedSource, workers: int) -> None:
-    batch = next(iter(loader(counted, [Request([5, 2], partners=[2, 7])], workers=workers)))
-    assert batch.labels.tolist() == counted.labels[[5, 2]].tolist()
-    assert np.array_equal(batch.partners.numpy(), counted.inputs[[2, 7]])
-    assert batch.partner_labels.tolist() == counted.labels[[2, 7]].tolist()
-
-
-def test_inputs_and_partners_become_floats_before_they_are_mixed(counted: CountedSource) -> None:
-    mixup, samples = parse_augment("mixup", seed=3, total=20), np.arange(20)
-    request = make_request(mixup, range(20), 1, samples)
-    batch = next(iter(loader(counted, [request])))
-    found = augmented(batch, mixup, 1, samples, torch.device("cpu"))
-    share = mixup.shares(1, samples)[:, None, None, None]
-    partners = counted.inputs[list(request.partners)] / 255
-    expected = counted.inputs / 255 * (1 - share) + partners * share
-    assert found.dtype == torch.float32
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("spec", [None, "shift:2,flip", "crop:0.5,jitter:0.3,mixup"])
-def test_reordered_data_give_every_sample_the_same_view(spec: str | None) -> None:
-    # a cache's sample n, wherever it is in the data of today, is augmented as number n
-    x, y = make_arrays(20)
-    augmentation = parse_augment(spec, seed=3, total=20)
-
-    def views(order: npt.NDArray[np.int64]) -> Tensor:
-        """In the order of the numbers; sample `order[i]` is at place i."""
-        source, where = ArraySource("tiny", x[order], y[order]), np.argsort(order)
-        numbers = np.arange(20)
-        request = make_request(augmentation, where.tolist(), 1, numbers, where)
-        batch = next(iter(loader(source, [request], augmentation=augmentation)))
-        return augmented(batch, augmentation, 1, numbers, torch.device("cpu"))
-
-    in_order = views(np.arange(20))
-    assert torch.equal(views(np.random.default_rng(0).permutation(20)), in_order)
-
-
-def test_keys_are_made_only_where_they_are_asked_for(counted: CountedSource) -> None:
-    assert len(next(iter(loader(counted, [[5, 2]]))).keys) == 0
-
-
-def test_worker_processes_give_the_same_batches_in_the_same_order() -> None:
-    x, y = make_arrays(50)
-    source = ArraySource("tiny", x, y)
-
-    def epochs(workers: int) -> list[Batch]:
-        batches = ShuffledBatches(50, 8, seed=1)
-        made = loader(source, batches, workers=workers, keys=True)
-        found: list[Batch] = []
-        for epoch in range(2):
-            batches.set_epoch(epoch)  # seen by workers that live on from the epoch before
-            found += made
-        return found
-
-    alone, together = epochs(0), epochs(2)
-    assert len(alone) == len(together) == 14
-    for one, other in zip(alone, together, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert not torch.equal(alone[0].indices, alone[7].indices)
-
-
-@pytest.mark.xfail(strict=True, reason="torch puts the worker's whole traceback into the message")
-def test_an_error_in_a_worker_process_is_the_same_one_line(image_folder: Path) -> None:
-    (image_folder / "train" / "cat" / "0.png").write_bytes(b"hello")
-    source = open_source(f"folder:{image_folder}")
-    with pytest.raises(DataError, match=r"^\S*cat/0\.png cannot be read as an image \([^\n]*\)$"):
-        list(loader(source, [[0]], workers=1))

@@ -18,17 +18,17 @@ import numpy.typing as npt
 import pytest
 import xxhash
 
+from softcache.begin import draft_header, load_teachers
 from softcache.cache import open_cache
 from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
 from softcache.data import open_source, to_float
 from softcache.dump import DumpConfig, dump
-from softcache.resume import SETTINGS
 from softcache.errors import DataError, Interrupted, ModelError, SettingsError, SoftcacheError
 from softcache.evaluate import data_digest
 from softcache.imports import import_callable
-
-from softcache.views import parse_augment
+from softcache.resume import SETTINGS
+from softcache.views import Augmentation, parse_augment
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 
 Floats = npt.NDArray[np.float64]
@@ -220,6 +220,73 @@ def test_each_view_holds_the_teacher_on_that_views_images(dump_config: DumpConfi
     assert not np.allclose(views[1], views[2], rtol=2**-10)
 
 
+@pytest.mark.parametrize("augment", ["shift:2,flip", "shift:1,mixup"])
+def test_shards_and_ranges_of_views_hold_what_the_whole_dump_has_there(
+    augment: str, dump_config: DumpConfig, tmp_path: Path
+) -> None:
+    config = replace(dump_config, eval_data=None, augment=augment, seed=11)
+    all_of_it = dump(replace(config, views=4, out=tmp_path / "all.h5"))
+    for part, (first, end) in enumerate([(0, 100), (100, 200), (200, 300)]):
+        out = tmp_path / f"{part}.h5"
+        found = dump(replace(config, views=2, first_view=1, shard=(part, 3), out=out))
+        header = found.header
+        assert (header.first_view, header.views) == (1, 2)
+        assert (header.first_sample, header.samples, header.data_samples) == (first, 100, SAMPLES)
+        for name in ("keys", "labels"):
+            np.testing.assert_array_equal(found.arrays[name], all_of_it.arrays[name][first:end])
+        stored = found.arrays["log_probs"].astype(np.float64)
+        whole = all_of_it.arrays["log_probs"].astype(np.float64)
+        # in other company in its batch, a row may round otherwise
+        np.testing.assert_allclose(stored, whole[1:3, first:end], rtol=2**-9, atol=2**-9)
+        assert not np.allclose(stored, whole[:2, first:end], rtol=0.01)  # other views would show
+
+
+@pytest.mark.parametrize(("samples", "shards"), [(300, 7), (300, 300), (5, 4), (1, 1)])
+def test_shards_are_of_nearly_one_size_and_hold_every_sample_once(
+    samples: int, shards: int, dump_config: DumpConfig, tmp_path: Path
+) -> None:
+    images, labels = make_arrays(samples)
+    config = data_of(dump_config, tmp_path, x_train=images, y_train=labels)
+    source = open_source(config.data)
+    teacher = load_teachers(config, source, Augmentation(None, 0))
+    held: list[int] = []
+    sizes = set()
+    for part in range(shards):
+        header = draft_header(replace(config, shard=(part, shards)), source, teacher)
+        held += range(header.first_sample, header.first_sample + header.samples)
+        sizes.add(header.samples)
+    assert held == list(range(samples))
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_dump_like_another_takes_its_encoding_and_what_it_was_fitted_to(
+    dump_config: DumpConfig, tmp_path: Path
+) -> None:
+    config = replace(dump_config, eval_data=None)
+    first = dump(replace(config, encoding="basis:4,2", shard=(0, 2), out=tmp_path / "first.h5"))
+    config = replace(config, augment="shift:2")  # it would be fitted otherwise
+    like = dump(replace(config, like=first.path, out=tmp_path / "like.h5"))
+    fitted = dump(replace(config, encoding="basis:4,2", out=tmp_path / "fitted.h5"))
+    assert like.header.encoding == first.header.encoding
+    for name in ("mean", "directions", "direction_steps"):
+        np.testing.assert_array_equal(like.arrays[name], first.arrays[name])
+    assert not np.array_equal(like.arrays["mean"], fitted.arrays["mean"])
+    assert like.header.samples == SAMPLES
+    # its samples are its own
+    assert like.header.summary is not None
+    assert like.header.summary["fidelity"]["mean"] < 1e-3
+
+
+def test_a_dump_like_one_of_other_classes_is_refused(
+    dump_config: DumpConfig, teacher_file: Path, tmp_path: Path
+) -> None:
+    wide = replace(dump_config, teacher=f"{teacher_file}:wide", eval_data=None)
+    first = dump(replace(wide, out=tmp_path / "wide.h5"))
+    with pytest.raises(SettingsError, match=r"--like .*wide\.h5 has classes 2048; this dump has 5"):
+        dump(replace(dump_config, like=first.path))
+    assert not list(tmp_path.glob("tiny.h5*"))
+
+
 def test_a_dump_anywhere_else_gives_the_same_bytes(
     dump_config: DumpConfig, teacher_file: Path, tmp_path: Path
 ) -> None:
@@ -383,7 +450,8 @@ def boom(image):
     raise ValueError("no more")
 
 def ragged(image):
-    return image[:, : 1 + int(image[0, 0, 0]) % 3]
+    # of the first sample, on which the teacher is tried, all rows are kept
+    return image[:, : 8 - int(image[0, 0, 0]) % 3]
 
 def text(image):
     return "an image"
@@ -432,7 +500,7 @@ def test_a_resumed_dump_of_mixed_views_ends_in_the_same_bytes(
         ("boom", r"transforms\.py:boom raised ValueError on sample \d+ in view 0, .*no more"),
         (
             "ragged",
-            r"transforms\.py:ragged gives different shapes.*of view 0.*must give all samples one",
+            r"transforms\.py:ragged gives different shapes.*view 0.*must give all samples one",
         ),
         (
             "text",
@@ -626,7 +694,12 @@ def teacher_of(config: DumpConfig, folder: Path, old: str, new: str) -> DumpConf
 # what changes, and how the refusal says it
 CHANGES: dict[str, tuple[Callable[[DumpConfig, Path], DumpConfig], str]] = {
     "data": (renamed_data, "data 'npz:tiny.npz@train', now it is 'npz:other.npz@train'"),
-    "samples": (shorter_data, "samples 300, now it is 299"),
+    "data_samples": (shorter_data, "data_samples 300, now it is 299"),
+    "first_sample": (
+        lambda config, _: replace(config, shard=(1, 2)),
+        "first_sample 0, now it is 150",
+    ),
+    "samples": (lambda config, _: replace(config, shard=(0, 2)), "samples 300, now it is 150"),
     "classes": (
         lambda config, folder: teacher_of(config, folder, "Teacher(5)", "Teacher(6)"),
         "classes 5, now it is 6",
@@ -647,7 +720,12 @@ CHANGES: dict[str, tuple[Callable[[DumpConfig, Path], DumpConfig], str]] = {
         lambda config, _: replace(config, encoding="quantized"),
         "encoding 'dense', now it is 'quantized'",
     ),
-    "views": (lambda config, _: replace(config, views=3), "views 2, now it is 3"),
+    "first_view": (
+        lambda config, _: replace(config, first_view=1),
+        "first_view 0, now it is 1",
+    ),
+    # more of them are no mistake where the cache is finished
+    "views": (lambda config, _: replace(config, views=1), "views 2, now it is 1"),
     "augment": (
         lambda config, _: replace(config, augment="flip"),
         "augment 'shift:1', now it is 'flip'",
@@ -776,6 +854,11 @@ def test_data_without_labels_are_dumped(dump_config: DumpConfig, tmp_path: Path)
         ({"workers": -1}, "workers is -1; expected 0 or more"),
         ({"precision": "fp8"}, "precision 'fp8' is unknown; expected fp32, bf16, fp16"),
         ({"views": 2}, "2 views without --augment would all be the same; add it, or ask for one"),
+        ({"first_view": 3}, "1 views without --augment would all be the same; add it, or ask for"),
+        ({"first_view": -1}, "first_view is -1; expected 0 or more"),
+        ({"shard": (2, 2)}, "shard is 2/2; expected i/n with i from 0 to n - 1"),
+        ({"shard": (-1, 2)}, "shard is -1/2; expected i/n with i from 0 to n - 1"),
+        ({"shard": (0, 0)}, "shard is 0/0; expected i/n with i from 0 to n - 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
@@ -799,6 +882,8 @@ def test_settings_that_make_no_sense_are_refused(
         ),
         ({"classes": 7}, r"returns shape \(1, 5\) for samples 0 to 0; expected .*\(1, 7\)"),
         ({"data": "npz:nowhere.npz"}, r"npz:nowhere\.npz: no such file"),
+        ({"shard": (0, 301)}, "301 shards of 300 samples; expected at most one for each"),
+        ({"like": Path("nowhere.h5")}, r"nowhere\.h5: No such file or directory; expected a cache"),
         (
             {"teacher": "nowhere.py:teacher"},
             r"no such file: nowhere\.py; expected FILE\.py:CALLABLE",

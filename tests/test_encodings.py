@@ -27,7 +27,7 @@ from softcache.cache.encodings import (
 )
 from softcache.errors import FormatError, SettingsError
 from softcache.loss import SparseTargets, Targets, soft_loss
-from softcache.targets import Stored, as_tensor, class_ids, decode, make_encoder, to_dense
+from softcache.targets import as_arrays, as_tensor, class_ids, decode, make_encoder, to_dense
 
 Rows = npt.NDArray[np.float64]
 
@@ -111,7 +111,7 @@ def shared_of(encoding: Encoding, classes: int) -> dict[str, Tensor]:
 class Trip(NamedTuple):
     """A batch that went through an encoding, and back both ways."""
 
-    stored: Stored
+    stored: dict[str, npt.NDArray[Any]]
     targets: Targets
     torch: Rows
     numpy: Rows
@@ -125,11 +125,12 @@ def encode(
     seed: int = 0,
     view: int = 0,
     samples: npt.NDArray[np.int64] | None = None,
-) -> Stored:
+) -> dict[str, npt.NDArray[Any]]:
+    """As the file's writer takes them."""
     shared = shared_of(encoding, rows.shape[-1])
     encoder = make_encoder(encoding, shared, temperature=temperature, seed=seed, device=CPU)
     samples = np.arange(len(rows)) if samples is None else samples
-    return encoder(torch.from_numpy(rows).float(), view, samples)
+    return as_arrays(encoder(torch.from_numpy(rows).float(), view, samples))
 
 
 def round_trip(

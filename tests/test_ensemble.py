@@ -21,10 +21,12 @@ from torch import nn
 from softcache.cache import Cache, open_cache
 from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
+from softcache.choose import FIT_VIEWS, needs_rows
 from softcache.cli import main
 from softcache.data import open_source, to_float
 from softcache.dump import DumpConfig, dump
 from softcache.errors import ModelError, SettingsError
+from softcache.fidelity import BATCH
 from softcache.imports import import_callable
 from softcache.models import mlp
 from softcache.teacher import Ensemble, Teacher, load_teacher, make_ensemble
@@ -412,11 +414,10 @@ def test_a_dump_stopped_again_and_again_ends_in_the_same_bytes(
     monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)
     whole = dump(replace(encoded, out=tmp_path / "whole.h5")).path.read_bytes()
     kept = []
-    for batch in (
-        2,
-        7,
-        6,
-    ):  # among them in the rows tried before, and in those of the fidelity line
+    # all samples in each of the views that the encoding is fitted to, before the first row
+    tried = FIT_VIEWS * -(-SAMPLES // BATCH) if needs_rows(encoded.encoding) else 0
+    # among them in the rows tried before, and in those of the fidelity line
+    for batch in (2, tried + 7, 6):
         stop_at(batch)
         with pytest.raises(ModelError, match="raised ValueError on samples"):
             dump(encoded)

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softcache import fidelity
+from softcache.begin import load_teachers
 from softcache.cache import Cache, Sampled, open_cache
 from softcache.data import open_source, to_float
-from softcache.dump import DumpConfig, dump, load_teachers
+from softcache.dump import DumpConfig, dump
 from softcache.fidelity import (
     describe,
     divergence,
@@ -29,7 +30,7 @@ from softcache.fidelity import (
     temperatures_of,
 )
 from softcache.loss import SparseTargets
-from softcache.views import parse_augment
+from softcache.views import Augmentation, parse_augment
 from tests.conftest import SAMPLES
 
 Rows = npt.NDArray[np.float64]
@@ -54,7 +55,8 @@ def oracle(log_p: Rows, log_q: Rows) -> Rows:
 def ask(cache: Cache, config: DumpConfig, **options: Any) -> dict[str, Any]:
     source = open_source(config.data)
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
-    return measure(cache, source, load_teachers(config, source), augmentation, **options)
+    teachers = load_teachers(config, source, augmentation)
+    return measure(cache, source, teachers, augmentation, **options)
 
 
 # which rows
@@ -176,7 +178,8 @@ def test_the_teacher_is_asked_about_the_same_augmented_samples(dump_config: Dump
     config = replace(dump_config, views=3, augment="shift:2,flip", seed=5)
     cache = dump(config)
     source = open_source(config.data)
-    teacher = load_teachers(config, source)
+    augmentation = parse_augment("shift:2,flip", seed=5, total=SAMPLES)
+    teacher = load_teachers(config, source, augmentation)
     pairs = draw_rows(3, SAMPLES, 100, 1)
 
     def said(seed: int) -> Tensor:
@@ -189,7 +192,6 @@ def test_the_teacher_is_asked_about_the_same_augmented_samples(dump_config: Dump
     assert np.abs(said(6).numpy() - stored).max() > 0.1  # views drawn with another seed
     view, sample = map(int, pairs[50])
     images = to_float(source.fetch([sample])[0])
-    augmentation = parse_augment("shift:2,flip", seed=5, total=SAMPLES)
     images = augmentation(images, None, view, np.array([sample]))
     np.testing.assert_allclose(teacher.log_probs(images, 4.0), found[50:51], atol=1e-5)
 
@@ -203,7 +205,7 @@ def test_what_is_measured_is_the_mean_and_the_worst_of_the_rows(
     source = open_source(config.data)
     everyone = np.arange(SAMPLES)
     images = to_float(source.fetch(everyone.tolist())[0])
-    teacher = load_teachers(config, source)
+    teacher = load_teachers(config, source, Augmentation(None, 0))
     sampled = isinstance(cache.header.encoding, Sampled)
     found = ask(cache, config, rows=10**6)
     assert found["rows"] == SAMPLES
@@ -228,6 +230,18 @@ def test_the_dump_records_what_is_measured(
     recorded = cache.header.summary["fidelity"]
     assert recorded == ask(cache, config)
     assert describe(recorded, False) in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("augment", ["shift:2", "shift:1,mixup"])
+def test_a_shard_of_later_views_is_compared_with_its_own_samples(
+    augment: str, dump_config: DumpConfig
+) -> None:
+    config = replace(dump_config, eval_data=None, augment=augment, views=2, first_view=5)
+    cache = dump(replace(config, shard=(1, 3)))
+    assert ask(cache, config)["worst"] < 1e-5
+    for header in (replace(cache.header, first_view=4), replace(cache.header, first_sample=99)):
+        other = replace(cache, header=header)
+        assert ask(other, config)["worst"] > 0.01
 
 
 def test_so_many_rows_are_held_at_once_and_no_more(

@@ -1,4 +1,4 @@
-"""Every sample of the data to its own row of the cache, or not at all."""
+"""Every row of the cache to its own sample of the data, or not at all."""
 
 from __future__ import annotations
 
@@ -16,10 +16,21 @@ from softcache import join
 from softcache.cache import Cache
 from softcache.data import ArraySource, sample_keys
 from softcache.dump import DumpConfig, dump
-from softcache.errors import DataError
+from softcache.errors import DataError, SettingsError
 from softcache.imports import import_callable
-from softcache.join import join_samples
+from softcache.join import (
+    JoinedData,
+    TrainingBatch,
+    join_samples,
+    labels_alone,
+    labels_together,
+    targets_together,
+    together,
+)
+from softcache.join import join as join_data
 from softcache.learner import Learner
+from softcache.loss import MixedLabels, SparseTargets, Targets, hard_loss
+from softcache.targets import to_dense
 from softcache.train import TrainConfig, train
 from tests.conftest import make_arrays
 
@@ -49,13 +60,13 @@ def picked(data: ArraySource, rows: Indices | list[int], name: str = "mine") -> 
     return ArraySource(name, data.inputs[rows], data.labels[rows])
 
 
-def is_joined(cache: Cache, rows: Indices, source: ArraySource) -> bool:
-    """Has every sample a row of its own, with its own content and label?"""
+def is_joined(cache: Cache, places: Indices, source: ArraySource) -> bool:
+    """Has every row of the cache a place of its own, of its own content and label?"""
     keys = sample_keys(torch.from_numpy(source.inputs))
     return bool(
-        sorted(rows.tolist()) == list(range(len(source)))
-        and (cache.keys[rows] == keys).all()
-        and (cache.labels[rows] == source.labels).all()
+        len(set(places.tolist())) == len(places) == cache.header.samples
+        and (cache.keys == keys[places]).all()
+        and (cache.labels == source.labels[places]).all()
     )
 
 
@@ -75,9 +86,9 @@ def test_reordered_data_join_by_content_and_say_so(
     order[3:] = 3 + np.random.default_rng(0).permutation(SAMPLES - 3)
     assert order[3] != 3
     source = picked(data, order)
-    rows = join_samples(source, cache)
-    assert rows.tolist() == order.tolist()
-    assert is_joined(cache, rows, source)
+    places = join_samples(source, cache)
+    assert places.tolist() == np.argsort(order).tolist()
+    assert is_joined(cache, places, source)
     note = "note: mine is in another order than the cache (first at sample 3); joined by content\n"
     assert capsys.readouterr().err == note
 
@@ -97,7 +108,8 @@ def test_batches_and_workers_change_nothing(
     monkeypatch.setattr(join, "BATCH", 7)
     cache = make_cache(data.inputs, data.labels)
     order = np.random.default_rng(0).permutation(SAMPLES)
-    assert join_samples(picked(data, order), cache, workers).tolist() == order.tolist()
+    places = join_samples(picked(data, order), cache, workers)
+    assert places.tolist() == np.argsort(order).tolist()
 
 
 def test_the_same_content_twice_goes_to_both_of_its_rows(
@@ -107,17 +119,17 @@ def test_the_same_content_twice_goes_to_both_of_its_rows(
     cache = make_cache(twice.inputs, twice.labels)
     assert join_samples(twice, cache).tolist() == list(range(6))
     source = picked(data, [1, 3, 1, 2, 1, 0])
-    rows = join_samples(source, cache)
-    assert is_joined(cache, rows, source)
-    assert rows.tolist() == [1, 4, 3, 2, 5, 0]  # in turn
+    places = join_samples(source, cache)
+    assert is_joined(cache, places, source)
+    assert places.tolist() == [5, 0, 3, 2, 1, 4]  # in turn
 
 
 def test_many_copies_go_to_their_rows_in_turn(make_cache: MakeCache, data: ArraySource) -> None:
     # a few are in turn by luck: numpy sorts a short array by insertion, which is stable
     copies = picked(data, [0, 1] * 50 + [2])
     cache = make_cache(copies.inputs, copies.labels)
-    rows = join_samples(picked(data, [2] + [0, 1] * 50), cache)
-    assert rows.tolist() == [100, *range(100)]
+    places = join_samples(picked(data, [2] + [0, 1] * 50), cache)
+    assert places.tolist() == [*range(1, 101), 0]
 
 
 def test_the_same_content_with_two_labels_goes_to_the_row_of_its_label(
@@ -228,8 +240,225 @@ def test_labels_may_be_missing_on_either_side(make_cache: MakeCache, data: Array
     unlabelled = np.where(np.arange(SAMPLES) % 2, -1, data.labels)
     cache = make_cache(data.inputs, unlabelled)
     for labels in (data.labels, np.full(SAMPLES, -1), unlabelled):
-        rows = join_samples(ArraySource("mine", data.inputs, labels), cache)
-        assert rows.tolist() == list(range(SAMPLES))
+        places = join_samples(ArraySource("mine", data.inputs, labels), cache)
+        assert places.tolist() == list(range(SAMPLES))
+
+
+# shards
+
+
+def shard_of(make_cache: MakeCache, data: ArraySource, **options: Any) -> Cache:
+    """A cache of samples 10 to 19."""
+    return make_cache(data.inputs, data.labels, shard=(1, 4), **options)
+
+
+def test_the_whole_data_set_in_order_joins_to_its_shard(
+    make_cache: MakeCache, data: ArraySource, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = shard_of(make_cache, data)
+    capsys.readouterr()
+    places = join_samples(data, shard)
+    assert places.tolist() == list(range(10, 20))
+    assert is_joined(shard, places, data)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("one", "other"), [(10, 19), (12, 13), (19, 20), (0, 15)])
+def test_the_whole_data_set_out_of_order_is_refused(
+    make_cache: MakeCache, data: ArraySource, one: int, other: int
+) -> None:
+    shard = shard_of(make_cache, data)
+    order = np.arange(SAMPLES)
+    order[[one, other]] = other, one
+    first = one if one >= 10 else other
+    expected = (
+        rf"^sample {first} of mine is not the one of .*cache\.h5, a shard of npz:data\.npz@train in the "
+        "dump's order; give the data the cache was made from$"
+    )
+    with pytest.raises(DataError, match=expected):
+        join_samples(picked(data, order), shard)
+
+
+def test_the_samples_of_a_shard_alone_join_in_any_order(
+    make_cache: MakeCache, data: ArraySource, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = shard_of(make_cache, data)
+    capsys.readouterr()
+    assert join_samples(picked(data, np.arange(10, 20)), shard).tolist() == list(range(10))
+    assert capsys.readouterr().err == ""
+    order = np.random.default_rng(0).permutation(10)
+    source = picked(data, 10 + order)
+    places = join_samples(source, shard)
+    assert places.tolist() == np.argsort(order).tolist()
+    assert is_joined(shard, places, source)
+    assert "note: mine is in another order than the cache (first at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [range(9), range(10, 21), range(39)])
+def test_data_that_are_neither_a_shard_nor_the_whole_are_refused(
+    make_cache: MakeCache, data: ArraySource, rows: range
+) -> None:
+    shard = shard_of(make_cache, data)
+    expected = rf"mine has {len(rows)} samples, .* was made from 10 \(a shard of 40\) of npz:data\."
+    with pytest.raises(DataError, match=expected):
+        join_samples(picked(data, list(rows)), shard)
+
+
+def test_the_samples_of_another_shard_are_refused(make_cache: MakeCache, data: ArraySource) -> None:
+    shard = shard_of(make_cache, data)
+    with pytest.raises(DataError, match=r"sample 0 of mine is not in .* \(10 samples differ\)"):
+        join_samples(picked(data, np.arange(20, 30)), shard)
+
+
+def test_mixup_of_a_shard_needs_the_whole_data_set(
+    make_cache: MakeCache, data: ArraySource
+) -> None:
+    shard = shard_of(make_cache, data, augment="mixup", views=2)
+    cpu = torch.device("cpu")
+    whole = join_data(data, shard, augment=None, temperature=1.0, device=cpu)
+    assert len(whole) == 10
+    expected = r"cache\.h5 holds 10 of 40 samples, mixed with any of them; mine has 10: give the whole data"
+    own = picked(data, np.arange(10, 20))
+    with pytest.raises(SettingsError, match=expected):
+        join_data(own, shard, augment=None, temperature=1.0, device=cpu)
+
+
+def test_partners_of_a_shard_in_another_order_are_refused(
+    make_cache: MakeCache, data: ArraySource
+) -> None:
+    # the shard's own samples are where they were, but not those that they are mixed with
+    shard = shard_of(make_cache, data, augment="mixup", views=2)
+    order = np.concatenate([np.arange(20), np.arange(39, 19, -1)])
+    with pytest.raises(
+        DataError, match=r"sample 1\d of mine in view \d is not what the teacher of"
+    ):
+        join_data(
+            picked(data, order), shard, augment=None, temperature=1.0, device=torch.device("cpu")
+        )
+
+
+# several data sets in one batch
+
+
+def a_batch(
+    samples: int, shape: tuple[int, ...] = (1, 8, 8), targets: Targets | None = None
+) -> TrainingBatch:
+    return TrainingBatch(torch.rand(samples, *shape), torch.arange(samples) % 5, targets)
+
+
+def test_batches_of_several_data_sets_become_one() -> None:
+    one, other = a_batch(3, targets=some_rows(3)), a_batch(2, targets=some_rows(2))
+    found = together([one, other])
+    assert torch.equal(found.inputs, torch.cat([one.inputs, other.inputs]))
+    assert isinstance(found.labels, Tensor)
+    assert found.labels.tolist() == [0, 1, 2, 0, 1]
+    assert isinstance(found.targets, Tensor)
+    assert torch.equal(found.targets, torch.cat([some_rows(3), some_rows(2)]))
+    assert together([one]) is one
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [torch.zeros(2, 1, 8, 7), torch.zeros(2, 64), torch.zeros(2, 1, 8, 8, dtype=torch.int64)],
+)
+def test_inputs_of_different_shapes_or_types_are_refused(inputs: Tensor) -> None:
+    other = a_batch(2)._replace(inputs=inputs)
+    with pytest.raises(
+        DataError,
+        match=r"inputs of the data sets differ: \[.*\(1, 8, 8\).*\]; expected one shape and type",
+    ):
+        together([a_batch(3), other])
+
+
+def some_rows(samples: int, classes: int = 9) -> Tensor:
+    generator = torch.Generator().manual_seed(samples)
+    return torch.randn(samples, classes, generator=generator).log_softmax(-1)
+
+
+def sparse(log_probs: Tensor, k: int) -> SparseTargets:
+    """The k largest, and the rest alike."""
+    top, ids = log_probs.topk(k)
+    rest = torch.log1p(-top.exp().sum(-1)) - np.log(log_probs.shape[1] - k)
+    return SparseTargets(ids, top, rest, log_probs.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("ks", "stays_sparse"),
+    [((3, 3), True), ((3, 4), False), ((3, 0), False), ((0, 3), False), ((3, 3, 3), True)],
+)
+def test_targets_are_together_what_they_are_alone(ks: tuple[int, ...], stays_sparse: bool) -> None:
+    rows = [some_rows(4 + at) for at in range(len(ks))]
+    parts = [sparse(one, k) if k else one for one, k in zip(rows, ks, strict=True)]
+    found = targets_together(parts)
+    assert found is not None
+    assert isinstance(found, SparseTargets) is stays_sparse
+    expected = torch.cat([to_dense(part) for part in parts])
+    torch.testing.assert_close(to_dense(found), expected)
+    assert (expected.exp().sum(-1) - 1).abs().max() < 1e-5  # each part is a distribution
+
+
+def test_without_targets_there_are_none_together() -> None:
+    assert targets_together([]) is None
+    assert together([a_batch(3), a_batch(2)]).targets is None
+
+
+def test_labels_that_are_not_mixed_count_as_mixed_with_nothing() -> None:
+    plain = torch.tensor([3, -1])
+    mixed = MixedLabels(torch.tensor([0, 1]), torch.tensor([2, -1]), torch.tensor([0.25, 0.5]))
+    found = labels_together([plain, mixed])
+    assert isinstance(found, MixedLabels)
+    log_probs = some_rows(4, 5)
+    # the two that have all their labels: one alone, the other with its partner
+    expected = -(log_probs[0, 3] + 0.75 * log_probs[2, 0] + 0.25 * log_probs[2, 2]) / 2
+    torch.testing.assert_close(hard_loss(log_probs, found), expected)
+    assert torch.equal(labels_together([mixed])[0], mixed[0])
+    both = labels_together([plain, plain])
+    assert isinstance(both, Tensor)
+    assert both.tolist() == [3, -1, 3, -1]
+
+
+# which view
+
+
+def views_over(part: JoinedData, epochs: int) -> Indices:
+    """(epochs, N): the view of each sample in each epoch."""
+    return np.array(
+        [np.broadcast_to(part.views(epoch, part.numbers), len(part)) for epoch in range(epochs)]
+    )
+
+
+def joined(cache: Cache, source: ArraySource, *, rotate: bool = True) -> JoinedData:
+    return join_data(
+        source, cache, augment=None, temperature=1.0, device=torch.device("cpu"), rotate=rotate
+    )
+
+
+def test_a_sample_goes_through_all_views_in_turn_from_one_of_its_own(
+    make_cache: MakeCache, data: ArraySource
+) -> None:
+    cache = make_cache(data.inputs, data.labels, views=4, first_view=2, augment="flip")
+    found = views_over(joined(cache, data), 9)
+    assert ((found >= 2) & (found < 6)).all()
+    assert ((found[1:] - found[:-1]) % 4 == 1).all()
+    counts = np.bincount(found[0] - 2, minlength=4)
+    assert counts.sum() == SAMPLES
+    assert counts.min() >= 3  # an epoch is a mixture of all
+    # the sample's own, wherever it is, and whatever its company
+    part = joined(cache, picked(data, np.arange(SAMPLES)[::-1]))
+    np.testing.assert_array_equal(views_over(part, 9), found)
+    assert np.array_equal(part.views(3, part.numbers[[7, 1]]), found[3, [7, 1]])
+
+
+def test_without_rotation_an_epoch_is_one_view(make_cache: MakeCache, data: ArraySource) -> None:
+    cache = make_cache(data.inputs, data.labels, views=4, first_view=2, augment="flip")
+    found = views_over(joined(cache, data, rotate=False), 9)
+    assert found[:, 0].tolist() == [2, 3, 4, 5, 2, 3, 4, 5, 2]
+    assert (found == found[:, :1]).all()
+
+
+def test_on_labels_alone_every_epoch_is_a_view_of_its_own(data: ArraySource) -> None:
+    found = views_over(labels_alone(data, "flip", 3, 5), 9)
+    assert (found == np.arange(9)[:, None]).all()
 
 
 # what the join is for
@@ -251,7 +480,8 @@ def largest_error(
     return max(errors)
 
 
-@pytest.mark.parametrize("augment", [None, "shift:2,flip"])
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("augment", [None, "shift:2,flip", "shift:1,mixup"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_every_target_belongs_to_the_pixels_the_student_sees(
     make_cache: MakeCache,
@@ -261,6 +491,7 @@ def test_every_target_belongs_to_the_pixels_the_student_sees(
     monkeypatch: pytest.MonkeyPatch,
     augment: str | None,
     reverse: bool,
+    rotate: bool,
 ) -> None:
     options = {"augment": augment, "views": 2} if augment else {}
     cache = make_cache(data.inputs, data.labels, **options)
@@ -272,6 +503,41 @@ def test_every_target_belongs_to_the_pixels_the_student_sees(
         out=tmp_path / "run",
         cache=cache.path,
         epochs=2,
+        device="cpu",
+        rotate=rotate,
+    )
+    teacher = import_callable(f"{teacher_file}:teacher", what="teacher")()
+    assert largest_error(monkeypatch, teacher, config) < 0.02
+
+
+@pytest.mark.parametrize("augment", [None, "shift:2,flip", "shift:1,mixup"])
+@pytest.mark.parametrize("given", ["whole", "own", "own backwards"])
+def test_every_target_of_a_shard_belongs_to_the_pixels_the_student_sees(
+    make_cache: MakeCache,
+    data: ArraySource,
+    teacher_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    augment: str | None,
+    given: str,
+) -> None:
+    if augment == "shift:1,mixup" and given != "whole":
+        pytest.skip("refused: mixup needs the whole data set")
+    options = {"augment": augment, "views": 3, "first_view": 5} if augment else {}
+    shard = shard_of(make_cache, data, **options)
+    rows = {
+        "whole": np.arange(SAMPLES),
+        "own": np.arange(10, 20),
+        "own backwards": np.arange(19, 9, -1),
+    }
+    order = rows[given]
+    np.savez(tmp_path / "mine.npz", x=data.inputs[order], y=data.labels[order])
+    config = TrainConfig(
+        student="mlp:4",
+        data=f"npz:{tmp_path / 'mine.npz'}",
+        out=tmp_path / "run",
+        cache=shard.path,
+        epochs=3,
         device="cpu",
     )
     teacher = import_callable(f"{teacher_file}:teacher", what="teacher")()

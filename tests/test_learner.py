@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from softcache.data import ArraySource
 from softcache.errors import ModelError, SettingsError
 from softcache.learner import (
+    UNFINISHED_METRICS,
     WARMUP,
     Learner,
     begin_run,
@@ -208,7 +209,8 @@ def test_an_epoch_is_a_line_of_means(tmp_path: Path) -> None:
             learner.step(inputs, labels, targets, 1.0)
         mean = torch.stack(learner.losses).double().mean(0).tolist()
         learner.finish_epoch(epoch, None, 0)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    text = (tmp_path / UNFINISHED_METRICS).read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 3), (2, 6)]
     assert [lines[1][part] for part in ("total", "soft", "hard")] == pytest.approx(mean)
 
@@ -243,7 +245,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step(value: float, tmp_path:
         ModelError, match=rf"distilled: the loss is {value} at step 4 \(epoch 2\); lower --lr"
     ):
         learner.finish_epoch(1, None, 0)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / UNFINISHED_METRICS).read_text().splitlines()) == 1
 
 
 # the folder
@@ -251,6 +253,10 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step(value: float, tmp_path:
 
 def test_what_is_saved_are_the_weights_and_the_facts(tmp_path: Path) -> None:
     learner = a_learner(tmp_path)
+    begin_run(tmp_path)
+    learner.losses.append(torch.ones(3))
+    learner.finish_epoch(0, None, 0)
+    metrics = (tmp_path / UNFINISHED_METRICS).read_text()
     learner.save({"classes": 5})
     saved = load_file(tmp_path / "student.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == {
@@ -263,8 +269,10 @@ def test_what_is_saved_are_the_weights_and_the_facts(tmp_path: Path) -> None:
     assert facts == {"classes": 5, "name": "distilled", "alpha": 0.5, "parameters": 229}
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
+        "metrics.jsonl",
         "student.safetensors",
     ]
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -301,15 +309,15 @@ def test_a_folder_is_made_with_those_on_its_way(tmp_path: Path) -> None:
     check_folder(folder, overwrite=False)
     assert not list(tmp_path.iterdir())  # a check makes nothing
     begin_run(folder)
-    assert (folder / "metrics.jsonl").read_text() == ""
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {UNFINISHED_METRICS: ""}
 
 
 def test_a_folder_of_a_stopped_run_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    (tmp_path / UNFINISHED_METRICS).write_text('{"epoch": 1}\n')
     check_folder(tmp_path, overwrite=False)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
+    assert (tmp_path / UNFINISHED_METRICS).read_text() == '{"epoch": 1}\n'
     begin_run(tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert (tmp_path / UNFINISHED_METRICS).read_text() == ""
 
 
 def test_a_folder_of_a_finished_run_is_kept_unless_overwritten(tmp_path: Path) -> None:
@@ -323,10 +331,10 @@ def test_a_folder_of_a_finished_run_is_kept_unless_overwritten(tmp_path: Path) -
         check_folder(tmp_path, overwrite=False)
     check_folder(tmp_path, overwrite=True)
     assert {(tmp_path / name).read_text() for name in names} == {"old"}
-    begin_run(tmp_path)
+    begin_run(tmp_path)  # what was finished stays until the new run is
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "metrics.jsonl": "",
-        "notes.txt": "old",
+        **dict.fromkeys((*names, "notes.txt"), "old"),
+        UNFINISHED_METRICS: "",
     }
 
 

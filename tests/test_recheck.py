@@ -157,9 +157,26 @@ def test_a_callable_of_ones_own_must_be_given_to_be_asked_again(
         ask(cache, augment=spec)
 
 
-def test_the_samples_of_a_cache_may_be_numbered_from_any(cache: Cache, ask: Ask) -> None:
-    # nothing is drawn without augmentation, so that the rows are still the teacher's
-    assert "mean at T=4" in ask(forge(cache, first_sample=7))
+@pytest.mark.parametrize("augment", [None, "shift:1,mixup"])
+def test_a_shard_is_compared_with_its_part_of_the_whole_data(
+    augment: str | None, dump_config: DumpConfig, ask: Ask
+) -> None:
+    config = replace(dump_config, eval_data=None, augment=augment, shard=(1, 3), seed=11)
+    said = ask(dump(config))
+    assert " on 100 rows" in said
+    assert float(said.split(" mean ")[1].split(",")[0]) < 1e-5
+
+
+def test_a_shard_is_not_compared_with_its_samples_alone(
+    dump_config: DumpConfig, ask: Ask, data_file: Path, tmp_path: Path
+) -> None:
+    shard = dump(replace(dump_config, eval_data=None, shard=(1, 3)))
+    arrays = np.load(data_file)
+    own = {name: arrays[name][100:200] for name in ("x_train", "y_train")}
+    with pytest.raises(
+        DataError, match=r"tiny\.h5 is a shard of 300 samples, .* has 100; give the whole data set"
+    ):
+        ask(shard, data=save_data(tmp_path, data_file, **own))
 
 
 def test_a_cache_of_low_precision_is_compared_at_that_precision(

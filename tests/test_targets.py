@@ -13,7 +13,7 @@ import torch
 
 from softcache.cache import Cache
 from softcache.dump import DumpConfig, dump
-from softcache.targets import soft_targets, soften
+from softcache.targets import soft_targets, soften, to_dense
 
 Array = npt.NDArray[np.float64]
 MakeCache = Callable[..., Cache]
@@ -147,6 +147,21 @@ def test_each_view_has_targets_of_its_own(make_cache: MakeCache, logits: Array) 
     for view, targets in enumerate(found):
         np.testing.assert_allclose(targets, cache.rows(view, rows, 8.0), atol=1e-5)
     assert not torch.equal(found[0], found[1])
+
+
+def test_each_row_of_a_batch_may_be_of_a_view_of_its_own(
+    make_cache: MakeCache, logits: Array
+) -> None:
+    random = np.random.default_rng(1)
+    rows, views = random.permutation(SAMPLES)[:20], random.integers(0, 3, 20)
+    for encoding in ("dense", "topk:5", "quantized"):
+        cache = make_cache(logits, views=3, augment="flip", encoding=encoding, overwrite=True)
+        fetch = soft_targets(cache, 8.0, CPU)
+        found = to_dense(fetch(views, rows))
+        each = torch.stack([to_dense(fetch(view, rows)) for view in range(3)])
+        assert torch.equal(found, each[views, np.arange(20)])
+        assert not torch.allclose(found, each[(views + 1) % 3, np.arange(20)], atol=0.1)
+        assert torch.equal(to_dense(fetch(np.array(2), rows)), each[2])
 
 
 def test_the_read_only_map_gives_no_warning(make_cache: MakeCache, logits: Array) -> None:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from softcache.errors import SettingsError
 from softcache.views import (
+    EXTRA_STREAM,
     PARTNER_OPS_STREAM,
     PARTNER_STREAM,
     PARTNER_TRANSFORM_STREAM,
+    ROTATION_STREAM,
     SHARE_STREAM,
     TRANSFORM_STREAM,
     Augmentation,
@@ -26,6 +28,7 @@ from softcache.views import (
     Jitter,
     Op,
     Shift,
+    Views,
     parse_augment,
     public_spec,
     uniform,
@@ -346,7 +349,7 @@ def view_of(
     *,
     numbers: npt.NDArray[np.int64] | None = None,
     seed: int = 5,
-    view: int = 1,
+    view: Views = 1,
 ) -> Tensor:
     """Samples of 40 in a view, with partners if the specification has mixup.
 
@@ -388,6 +391,18 @@ def test_a_draw_from_the_batch_would_be_noticed(spec: str) -> None:
     order = np.random.default_rng(0).permutation(40)[:25]
     by_place = view_of(order, spec, numbers=np.arange(25))
     assert not torch.allclose(by_place, view_of(ALL, spec)[order], atol=0.01)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_each_sample_of_a_batch_may_have_a_view_of_its_own(spec: str) -> None:
+    views = np.random.default_rng(0).integers(0, 4, len(ALL))
+    each = torch.stack([view_of(ALL, spec, view=view) for view in range(4)])
+    found = view_of(ALL, spec, view=views)
+    torch.testing.assert_close(found, each[views, ALL], rtol=0, atol=1e-6)
+    assert not torch.allclose(found, each[(views + 1) % 4, ALL], atol=0.01)
+    # one view for all, in whatever form
+    for one in (np.full(len(ALL), 2), np.array(2)):
+        assert torch.equal(view_of(ALL, spec, view=one), each[2])
 
 
 @pytest.mark.parametrize(("seed", "view"), [(6, 1), (5, 2), (1, 5)])
@@ -520,7 +535,8 @@ def test_all_streams_of_a_sample_give_numbers_of_their_own() -> None:
     assert PARTNER_OPS_STREAM > 4096
     streams = [*range(6), *range(PARTNER_OPS_STREAM, PARTNER_OPS_STREAM + 6)]
     streams += [PARTNER_STREAM, SHARE_STREAM, TRANSFORM_STREAM, PARTNER_TRANSFORM_STREAM]
-    assert len(set(streams)) == 16
+    streams += [EXTRA_STREAM, ROTATION_STREAM]
+    assert len(set(streams)) == 18
     samples = np.arange(COUNT)
     values = [uniform(0, 0, samples, stream=stream, draws=1)[:, 0] for stream in streams]
     for at, one in enumerate(values):

@@ -270,15 +270,21 @@ def judge(target: Target, corrupt: bytes, path: Path) -> tuple[str, set[Name]]:
     except FormatError:
         found: set[Name] = {(REFUSED, None, None)}
     else:
-        found = {
-            (part.what, None, None) if part.samples is None else ("block", part.view, part.samples)
-            for part in damage
-        }
+        found = {name for part in damage for name in names_of(part, target.header)}
     if not found:
         return "missed", found
     if found != expected(target, corrupt):
         return "misnamed", found
     return ("refused" if (REFUSED, None, None) in found else "named"), found
+
+
+def names_of(part: Damage, header: Header) -> list[Name]:
+    """A run of missing blocks is named as one; here each block has its own name."""
+    if part.samples is None:
+        return [(part.what, None, None)]
+    per_block = header.block_rows
+    first, last = part.samples.start // per_block, -(-part.samples.stop // per_block)
+    return [("block", part.view, header.block_range(block)) for block in range(first, last)]
 
 
 def self_check(targets: Sequence[Target], path: Path) -> None:

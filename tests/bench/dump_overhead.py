@@ -18,14 +18,16 @@ from safetensors.torch import save_file
 from tabulate import tabulate
 
 from softcache import fidelity
+from softcache.begin import begin, draft_header, load_teachers
 from softcache.cache.summary import summarize
 from softcache.cache.writer import Writer
 from softcache.data import ArraySource
-from softcache.dump import DumpConfig, begin, draft_header, fill, load_teachers
+from softcache.dump import DumpConfig, fill
 from softcache.loader import augmented, loader, sequential_batches
 from softcache.models import build
+from softcache.processes import ProcessGroup
 from softcache.teacher import Ensemble
-from softcache.views import parse_augment
+from softcache.views import Augmentation, parse_augment
 from tests.bench import (
     alternate,
     first,
@@ -75,7 +77,7 @@ def main() -> None:
                     overwrite=True,
                 )
                 make_weights(spec, source, classes, folder / "teacher.safetensors")
-                teacher = load_teachers(config, source)
+                teacher = load_teachers(config, source, augmentation_of(config, source))
                 some = fitting(config, source, teacher, options.seconds)
                 lines.append(measure(config, some, teacher, options.repeats))
                 print(f"{source.name}, {spec}: done", flush=True)
@@ -92,6 +94,10 @@ def make_weights(spec: str, source: ArraySource, classes: int, path: Path) -> No
     torch.manual_seed(0)
     model = build(spec, input_shape=source.inputs.shape[1:], classes=classes)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+
+
+def augmentation_of(config: DumpConfig, source: ArraySource) -> Augmentation:
+    return parse_augment(config.augment, seed=config.seed, total=len(source))
 
 
 def fitting(
@@ -134,11 +140,11 @@ def measure(config: DumpConfig, source: ArraySource, teacher: Ensemble, repeats:
 def keep(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> tuple[float, float]:
     """Seconds of the dump's loop with its last commit, and of the rest of the dump."""
     start = time.perf_counter()
-    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
+    augmentation = augmentation_of(config, source)
     begin(config, draft_header(config, source, teacher), source, teacher, augmentation)
     with Writer(config.out) as writer:
         loop = time.perf_counter()
-        fill(writer, config, source, teacher, augmentation)
+        fill(writer, config, source, teacher, augmentation, ProcessGroup())
         writer.commit()
         filled = time.perf_counter()
         summary = summarize(writer.cache)
@@ -152,7 +158,7 @@ def keep(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> tuple[fl
 def keep_nothing(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> float:
     """Seconds of the same loop without what it is for."""
     start = time.perf_counter()
-    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
+    augmentation = augmentation_of(config, source)
     batches = sequential_batches(len(source), config.batch_size)
     for batch in loader(source, batches, workers=config.workers):
         samples = batch.indices.numpy()

@@ -33,7 +33,7 @@ from softcache import choose
 from softcache.cache import Encoding, Sampled, TopK
 from softcache.fidelity import divergence, retemper
 from softcache.loss import Targets
-from softcache.targets import as_tensor, class_ids, decode, make_encoder, to_dense
+from softcache.targets import as_arrays, as_tensor, class_ids, decode, make_encoder, to_dense
 from tests.bench import alternate, machine, ratios
 
 SPECS = (
@@ -60,7 +60,7 @@ class Stored:
         self.encoding, self.own, self.classes = encoding, own, rows.shape[-1]
         self.encode = make_encoder(encoding, shared, temperature=own, seed=0, device=CPU)
         self.shared = {name: tensor.float() for name, tensor in shared.items()}
-        parts = [self.encode(rows[at], 0, at) for at in chunks(len(rows))]
+        parts = [as_arrays(self.encode(rows[at], 0, at)) for at in chunks(len(rows))]
         self.arrays = {
             name: as_tensor(np.concatenate([part[name] for part in parts])) for name in parts[0]
         }
@@ -272,7 +272,7 @@ def speeds(
 
 
 def _encode(stored: Stored, part: Callable[[Indices], Tensor], at: Indices) -> object:
-    return stored.encode(part(at), 0, at)
+    return as_arrays(stored.encode(part(at), 0, at))
 
 
 def speed_cells(rates: Mapping[str, Sequence[float]], name: str) -> list[str]:

@@ -110,11 +110,12 @@ def main() -> None:
         calls = undisturbed.calls
         header = open_cache(reference).header
         kinds = [kind_of(call, header) for call in calls]
+        reach = max(array.offset + array.nbytes for array in header.arrays)  # of what is written
         self_check(reference)
         lines: list[tuple[str, ...]] = []
         failures: list[str] = []
         for mode in options.modes:
-            faults = choose(mode, kinds, options, header.file_bytes)
+            faults = choose(mode, kinds, options, reach)
             broken = Counter[str]()
             committed = 0
             for fault in faults:
@@ -146,15 +147,13 @@ def describe(fault: Fault, kinds: Sequence[str]) -> str:
     return f"{fault.mode} at call {fault.at} of {len(kinds)}, {kinds[fault.at - 1]}"
 
 
-def choose(
-    mode: str, kinds: Sequence[str], options: argparse.Namespace, file_bytes: int
-) -> list[Fault]:
+def choose(mode: str, kinds: Sequence[str], options: argparse.Namespace, reach: int) -> list[Fault]:
     """Where faults strike: at the first and the last call of each kind, and at others drawn."""
     draw = random.Random(f"{options.seed} {mode}")
     if mode.startswith("limit"):
-        edges = [0, 1, file_bytes // 2, file_bytes - 1]
+        edges = [0, 1, reach // 2, reach - 1]
         sizes = edges[: options.limits] + [
-            draw.randrange(file_bytes) for _ in range(options.limits - len(edges))
+            draw.randrange(reach) for _ in range(options.limits - len(edges))
         ]
         return [Fault(mode, size) for size in sorted(sizes)]
     possible = [at for at, kind in enumerate(kinds, 1) if strikes(mode, kind)]

@@ -84,6 +84,7 @@ def main() -> None:
             learning_rate=2e-3,
             weight_decay=0.0,
             device="cpu",
+            overwrite=True,
         )
         soft = {"cache": views, "alpha": 1.0, "epochs": options.epochs}
         configs = {

@@ -24,17 +24,18 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from softcache.begin import load_teachers
 from softcache.cache import Cache
-from softcache.data import Source, open_source, to_float
+from softcache.data import Source, open_source
 from softcache.demo import EPOCHS, STUDENT, TEACHER, TEMPERATURE
-from softcache.dump import DumpConfig, dump, load_teachers
-from softcache.join import join_samples
+from softcache.dump import DumpConfig, dump
+from softcache.join import JoinedData, TrainingBatch, join
 from softcache.learner import Learner, make_accelerator
-from softcache.loss import Targets
-from softcache.replay import replayed
-from softcache.targets import soft_targets
+from softcache.loader import Batch
+from softcache.loss import Labels, Targets
 from softcache.teacher import Ensemble
-from softcache.train import TargetsOf, TrainConfig, fit
+from softcache.train import TrainConfig, fit
+from softcache.views import Augmentation
 from tests.bench import first_samples, machine, work_folder
 
 GOAL = 1e-3  # relative difference of the losses
@@ -98,18 +99,17 @@ def main() -> None:
             device=options.device,
         )
         source, eval_source = open_source(data), open_source(options.eval_data)
-        teacher = load_teachers(dump_config, source)
+        teacher = load_teachers(dump_config, source, Augmentation(None, 0))
         ways = make_ways(source, cache, teacher)
         runs = {}
         for seed in options.seeds:
-            for way, targets in ways.items():
+            for way, part in ways.items():
                 short = options.losses_only or way == "live, noise"
                 run = train_once(
                     replace(config, seed=seed),
-                    source,
+                    part,
+                    options.temperature,
                     eval_source,
-                    cache,
-                    targets,
                     stop_after=options.steps if short else None,
                 )
                 runs[seed, way] = run
@@ -119,33 +119,40 @@ def main() -> None:
     report(runs, options.seeds, options.steps)
 
 
-def make_ways(source: Source, cache: Cache, teacher: Ensemble) -> dict[str, TargetsOf]:
-    """The sources of soft targets, which are all that differs between two runs."""
+@dataclass(frozen=True)
+class LiveData(JoinedData):
+    """The teacher is asked about the very inputs that the student sees."""
+
+    teacher: Ensemble | None = None
+    temperature: float = 1.0
+    noise: float = 0.0
+
+    def training_batch(self, batch: Batch, epoch: int, device: torch.device) -> TrainingBatch:
+        found = super().training_batch(batch, epoch, device)
+        assert self.teacher is not None
+        said = self.teacher.log_probs(found.inputs, self.temperature).clone()
+        if self.noise:
+            said = torch.log_softmax(said + self.noise * torch.randn_like(said), dim=-1)
+        return found._replace(targets=said)
+
+
+def make_ways(source: Source, cache: Cache, teacher: Ensemble) -> dict[str, JoinedData]:
+    """The same data, which differ in nothing but where their soft targets come from."""
     temperature = cache.header.temperature
-    if not np.array_equal(join_samples(source, cache), np.arange(len(source))):
-        raise SystemExit("the cache has the samples in another order; dump it from the same data")
-
-    def live(view: int, rows: npt.NDArray[np.int64]) -> Tensor:
-        inputs = to_float(source.fetch(rows.tolist())[0].to(teacher.device))
-        return teacher.log_probs(inputs, temperature)
-
-    def noisy(view: int, rows: npt.NDArray[np.int64]) -> Tensor:
-        log_probs = live(view, rows)
-        return torch.log_softmax(log_probs + NOISE * torch.randn_like(log_probs), dim=-1)
-
+    part = join(source, cache, augment=None, temperature=temperature, device=teacher.device)
+    asked = vars(part) | {"targets": None, "teacher": teacher, "temperature": temperature}
     return {
-        "cache": soft_targets(cache, temperature, teacher.device),
-        "live": live,
-        "live, noise": noisy,
+        "cache": part,
+        "live": LiveData(**asked),
+        "live, noise": LiveData(**asked, noise=NOISE),
     }
 
 
 def train_once(
     config: TrainConfig,
-    source: Source,
+    part: JoinedData,
+    temperature: float,
     eval_source: Source,
-    cache: Cache,
-    targets: TargetsOf,
     stop_after: int | None,
 ) -> Run:
     """A run of fit, or of its first `stop_after` steps."""
@@ -153,17 +160,7 @@ def train_once(
     errors = None
     start = time.perf_counter()
     with recorded_losses(stop_after) as losses, suppress(Enough):
-        learners = fit(
-            config,
-            accelerator,
-            source,
-            eval_source,
-            cache,
-            replayed(cache.header, None, len(source)),
-            np.arange(len(source)),
-            targets,
-        )
-        evaluation = learners[0].evaluation
+        evaluation = fit(config, accelerator, [part], temperature, eval_source)[0].evaluation
         assert evaluation is not None  # fit evaluates, since it has eval_source
         errors = evaluation.errors
     return Run(torch.stack(losses).double().numpy(), errors, time.perf_counter() - start)
@@ -182,7 +179,7 @@ def recorded_losses(stop_after: int | None) -> Iterator[list[Tensor]]:
     def step(
         learner: Learner,
         inputs: Tensor,
-        labels: Tensor,
+        labels: Labels,
         targets: Targets | None,
         temperature: float,
     ) -> None:

@@ -27,13 +27,17 @@ def run_jobs(
             for name, arguments in jobs.items()
             if name not in found
         }
-        for future in as_completed(waiting):
-            name = waiting[future]
-            found[name] = future.result()
-            with results.open("a") as file:
-                file.write(json.dumps([name, found[name]]) + "\n")
-            said = ", ".join(f"{key} {value:.5g}" for key, value in found[name].items())
-            print(f"{name}: {said}", flush=True)
+        try:
+            for future in as_completed(waiting):
+                name = waiting[future]
+                found[name] = future.result()
+                with results.open("a") as file:
+                    file.write(json.dumps([name, found[name]]) + "\n")
+                said = ", ".join(f"{key} {value:.5g}" for key, value in found[name].items())
+                print(f"{name}: {said}", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or the end of the block would wait for all of them
+            raise
     return {name: found[name] for name in jobs}
 
 

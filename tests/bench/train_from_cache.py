@@ -23,10 +23,13 @@ from torch import Tensor
 
 from softcache.cache import Cache
 from softcache.data import ArraySource
-from softcache.learner import make_accelerator
+from softcache.join import JoinedData
+from softcache.learner import UNFINISHED_METRICS, make_accelerator
+from softcache.loss import Targets
 from softcache.replay import replayed
 from softcache.targets import soft_targets
-from softcache.train import TargetsOf, TrainConfig, fit
+from softcache.train import TrainConfig, fit
+from softcache.views import Views
 from tests.bench import (
     alternate,
     first,
@@ -39,6 +42,8 @@ from tests.bench import (
     work_folder,
     write_cache,
 )
+
+TargetsOf = Callable[[Views, npt.NDArray[np.int64]], Targets]
 
 GOAL = 0.95
 TEMPERATURE = 4.0
@@ -100,17 +105,18 @@ def measure(
 ) -> list[str]:
     """One line of the table."""
     accelerator = make_accelerator(config.device, config.mixed_precision)
-    rows = np.arange(len(source))
+    every = np.arange(len(source))
     steps = math.ceil(len(source) / config.batch_size)
     losses: dict[str, float] = {}
-    augmentation = replayed(cache.header, None, len(source))
+    classes, augmentation = cache.header.classes, replayed(cache.header, None)
 
     def run(name: str, targets: TargetsOf) -> Callable[[], float]:
         def steps_per_second() -> float:
+            part = JoinedData(source, every, every, every, augmentation, classes, cache, targets)
             start = time.perf_counter()
-            fit(config, accelerator, source, None, cache, augmentation, rows, targets)
+            fit(config, accelerator, [part], TEMPERATURE, None)
             seconds = time.perf_counter() - start
-            losses[name] = json.loads((config.out / "metrics.jsonl").read_text())["total"]
+            losses[name] = json.loads((config.out / UNFINISHED_METRICS).read_text())["total"]
             return steps / seconds
 
         return steps_per_second
@@ -144,7 +150,7 @@ def rows_of(soft: Tensor, part: range) -> Tensor:
 def in_memory(soft: Tensor, device: torch.device) -> TargetsOf:
     """Targets from a tensor (N, C) that is ready for the loss."""
 
-    def fetch(view: int, rows: npt.NDArray[np.int64]) -> Tensor:
+    def fetch(views: Views, rows: npt.NDArray[np.int64]) -> Tensor:
         return torch.index_select(soft, 0, torch.from_numpy(rows)).to(device, non_blocking=True)
 
     return fetch

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+from softcache.begin import load_teachers
 from softcache.cache import Cache, open_cache
 from softcache.data import Source, open_source, to_float
-from softcache.dump import DumpConfig, dump, load_teachers
+from softcache.dump import DumpConfig, dump
 from softcache.join import JoinedData, TrainingBatch, join, labels_alone
 from softcache.learner import Learner, make_accelerator
 from softcache.loader import Batch, loader, sequential_batches

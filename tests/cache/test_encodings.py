@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from softcache.cache import Dense, parse_encoding
 from softcache.cache.encodings import FLOAT16_LOWEST, MAX_TEMPERATURE, ArraySpec
-from softcache.targets import make_encoder
+from softcache.targets import as_arrays, make_encoder
 
 Rows = npt.NDArray[np.float64]
 
@@ -32,7 +32,7 @@ def log_softmax(logits: Rows) -> Rows:
 def store(log_probs: Rows) -> npt.NDArray[np.float16]:
     """(B, C) as the file holds them."""
     encode = make_encoder(Dense(), {}, temperature=1.0, seed=0, device=torch.device("cpu"))
-    stored = encode(torch.from_numpy(log_probs).float(), 0, np.arange(len(log_probs)))
+    stored = as_arrays(encode(torch.from_numpy(log_probs).float(), 0, np.arange(len(log_probs))))
     assert list(stored) == ["log_probs"]
     return stored["log_probs"]
 

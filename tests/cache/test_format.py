@@ -23,12 +23,12 @@ import xxhash
 import softcache
 from softcache.cache import Basis, Cache, Dense, Header, Quantized, Sampled, TopK, open_cache
 from softcache.cache import writer as writer_module
-from softcache.cache.reader import digest_of, partial_path, verify
+from softcache.cache.reader import digest_of, open_trainable, partial_path, verify
 from softcache.cache.writer import Writer, create
 from softcache.data import Source, open_source
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.replay import check_replay
-from softcache.targets import make_encoder
+from softcache.targets import as_arrays, make_encoder
 from softcache.views import Augmentation, parse_augment, uniform
 from tests.cache.test_header import (
     GONE,
@@ -331,10 +331,12 @@ def test_names_are_plain_words_each_once(path: Path, name: str, message: str) ->
 @pytest.mark.must("F22")
 def test_arrays_lie_behind_the_user_block_in_the_file_and_apart(path: Path) -> None:
     arrays = {array.name: array for array in open_cache(path).header.arrays}
-    size, keys = len(tiny_cache()), arrays["keys"]
+    assert all(array.offset % 8 == 0 for array in arrays.values())
+    end, keys = len(tiny_cache()) // 8 * 8 + 8, arrays["keys"]
     for name, offset, message in (
         ("log_probs", 65_534, "array log_probs begins at 65,534, inside the user block"),
-        ("sample_digests", size - 31, f"array sample_digests ends at {size + 1:,}, past the file"),
+        ("sample_digests", end - 32, f"array sample_digests ends at {end:,}, past the file"),
+        ("sample_digests", end - 39, rf"begins at {end - 39:,}; expected a multiple of 8$"),
         ("class_names", keys.offset + 1, "begins at .*, inside array keys, which ends at"),
         ("keys", arrays["labels"].offset, "begins at .*, inside array (keys|labels), which ends"),
     ):
@@ -449,6 +451,28 @@ def test_a_file_without_summary_or_with_a_digest_of_0_is_refused(unborn: Path) -
         open_cache(unborn)
 
 
+@pytest.mark.must("F32")
+def test_the_first_complete_views_of_an_unfinished_file_may_train(unborn: Path) -> None:
+    begin(unborn)
+    partial = partial_path(unborn)
+    with Writer(unborn) as writer:
+        fill(writer, batches=4)  # the three of view 0, and one of view 1
+    found = open_trainable(partial)
+    assert (found.header.views, found.complete) == (1, False)
+    every = np.arange(SAMPLES)
+    rows = open_cache(partial, unfinished=True).rows(0, every)
+    np.testing.assert_array_equal(found.rows(0, every), rows)
+
+    whole = partial.read_bytes()
+    for view in (0, None):  # one block of soft targets, one of labels and keys
+        raw = bytearray(whole)
+        at = digest_offset(found.header, view, 2)
+        raw[at : at + 8] = bytes(8)
+        partial.write_bytes(raw)
+        with pytest.raises(FormatError, match=r"is unfinished: \d of 12 blocks are there; run the"):
+            open_trainable(partial)
+
+
 @pytest.mark.must("F33")
 def test_the_name_appears_with_the_finished_file_and_not_before(unborn: Path) -> None:
     partial = unborn.with_name("new.h5.partial")
@@ -514,12 +538,12 @@ def test_fingerprints_are_compared_before_views_are_replayed(unborn: Path, off: 
     augmentation = parse_augment("shift:2", seed=3, total=SAMPLES)
     cache = replayed(unborn, source, augmentation, off)
     if abs(off) < 0.002:
-        check_replay(cache, source, augmentation, np.arange(SAMPLES))
+        check_replay(cache, source, augmentation, np.arange(SAMPLES), np.arange(SAMPLES))
     else:
         with pytest.raises(
             DataError, match=r"sample 28 of .* in view 1 is not what the teacher of"
         ):
-            check_replay(cache, source, augmentation, np.arange(SAMPLES))
+            check_replay(cache, source, augmentation, np.arange(SAMPLES), np.arange(SAMPLES))
 
 
 @pytest.mark.must("F35")
@@ -528,21 +552,24 @@ def test_fingerprints_are_compared_sample_by_sample_in_whatever_order(
     unborn: Path, off: float
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, (SAMPLES, 1, 6, 6), dtype=np.uint8)
-    rows = np.random.default_rng(1).permutation(SAMPLES)
+    order_of_today = np.random.default_rng(1).permutation(SAMPLES)
+    places = np.argsort(order_of_today)  # of each sample of the cache in today's data
     sources = []
-    for name, order in (("first", np.arange(SAMPLES)), ("again", rows)):
+    for name, order in (("first", np.arange(SAMPLES)), ("again", order_of_today)):
         np.savez(unborn.with_name(f"{name}.npz"), x=images[order], y=np.zeros(SAMPLES, np.int64))
         sources.append(open_source(f"npz:{unborn.with_name(f'{name}.npz')}"))
     augmentation = parse_augment("shift:2", seed=3, total=SAMPLES)
     cache = replayed(unborn, sources[0], augmentation, off)
     if not off:
-        check_replay(cache, sources[1], augmentation, rows)
+        check_replay(cache, sources[1], augmentation, places, places)
+        in_order = np.arange(SAMPLES)
         with pytest.raises(DataError, match=r"sample \d+ of .* is not what the teacher of"):
-            check_replay(cache, sources[1], augmentation, np.arange(SAMPLES))
+            check_replay(cache, sources[1], augmentation, in_order, in_order)
     else:
-        place = int(np.flatnonzero(rows == 28)[0])  # where today's data have it
-        with pytest.raises(DataError, match=rf"sample {place} of .*again.npz.* in view 1 is not"):
-            check_replay(cache, sources[1], augmentation, rows)
+        with pytest.raises(
+            DataError, match=rf"sample {places[28]} of .*again.npz.* in view 1 is not"
+        ):
+            check_replay(cache, sources[1], augmentation, places, places)
 
 
 @pytest.mark.must("F35")
@@ -560,8 +587,9 @@ def test_a_fingerprint_of_no_sample_is_refused(unborn: Path, forged: int, named:
     source = open_source(f"npz:{unborn.with_suffix('.npz')}")
     augmentation = parse_augment("shift:2", seed=3, total=SAMPLES)
     message = rf"new.h5 has fingerprints of samples {named}; expected 0 to 29: .*get it again"
+    in_order = np.arange(SAMPLES)
     with pytest.raises(FormatError, match=message):
-        check_replay(open_cache(unborn), source, augmentation, np.arange(SAMPLES))
+        check_replay(open_cache(unborn), source, augmentation, in_order, in_order)
 
 
 # encodings
@@ -611,7 +639,7 @@ def test_what_is_below_the_lowest_float16_is_stored_as_it(unborn: Path) -> None:
     encode = make_encoder(Dense(), {}, temperature=4.0, seed=0, device=torch.device("cpu"))
     log_probs = torch.full((SAMPLES, 5), -1.6)
     log_probs[:, 1:] = torch.tensor([-65504.0, -65519.0, -1e9, -torch.inf])
-    rows = encode(log_probs, 0, np.arange(SAMPLES))
+    rows = as_arrays(encode(log_probs, 0, np.arange(SAMPLES)))
     begin(unborn)
     with Writer(unborn) as writer:
         for view in range(VIEWS):

@@ -381,6 +381,16 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         (-1, f"first_sample is -1; {WHOLE}0 to"),
         ("0", f"first_sample is '0'; {WHOLE}0 to"),
         (None, f"first_sample is None; {WHOLE}0 to"),
+        (1, f"first_sample is 1; {WHOLE}0 to 0$"),  # of 30 samples of 30 in the whole data
+    ],
+    "data_samples": [
+        (SAMPLES - 1, f"data_samples is {SAMPLES - 1}; {WHOLE}{SAMPLES} to {1 << 48}"),
+        ((1 << 48) + 1, f"data_samples is {(1 << 48) + 1}; {WHOLE}{SAMPLES} to {1 << 48}"),
+        (0, f"data_samples is 0; {WHOLE}{SAMPLES} to"),
+        (30.0, f"data_samples is 30.0; {WHOLE}{SAMPLES} to"),
+        ("30", f"data_samples is '30'; {WHOLE}{SAMPLES} to"),
+        (True, f"data_samples is True; {WHOLE}{SAMPLES} to"),
+        (None, f"data_samples is None; {WHOLE}{SAMPLES} to"),
     ],
     "augment": [
         (2, "augment is 2; expected printable text"),
@@ -539,11 +549,23 @@ def test_another_format(tmp_path: Path, value: object) -> None:
         ("seed", 0),
         ("seed", (1 << 63) - 1),
         ("first_view", 1 << 48),
+        ("data_samples", SAMPLES + 1),
+        ("data_samples", 1 << 48),
     ],
 )
 def test_a_value_that_is_allowed(tmp_path: Path, field: str, value: object) -> None:
     header = opened(with_values(tiny_cache(), {(field,): value}), tmp_path).header
     assert getattr(header, field) == value
+
+
+@pytest.mark.parametrize(("first", "total"), [(0, 31), (1, 31), (70, 100)])
+def test_a_shard_lies_within_the_whole_data(tmp_path: Path, first: int, total: int) -> None:
+    values: dict[Place, Any] = {("first_sample",): first, ("data_samples",): total}
+    header = opened(with_values(tiny_cache(), values), tmp_path).header
+    assert (header.first_sample, header.data_samples) == (first, total)
+    values[("first_sample",)] = total - SAMPLES + 1
+    message = f"first_sample is {total - SAMPLES + 1}; {WHOLE}0 to {total - SAMPLES}$"
+    refused(with_values(tiny_cache(), values), tmp_path, message)
 
 
 TEXTS: list[Place] = [
@@ -698,6 +720,7 @@ def test_counts_whose_product_overflows_and_shapes_that_agree(tmp_path: Path) ->
     fields = header_of(tiny_cache())
     views, samples, classes = 1 << 16, 1 << 32, 1 << 24
     fields |= {"views": views, "samples": samples, "classes": classes, "block_rows": samples}
+    fields["data_samples"] = samples
     for array in fields["arrays"]:
         array["shape"] = {
             "log_probs": [views, samples, classes],
@@ -717,14 +740,15 @@ def test_counts_whose_product_overflows_and_shapes_that_agree(tmp_path: Path) ->
 def test_an_array_past_the_end_of_the_file(tmp_path: Path, past: int) -> None:
     fields = header_of(tiny_cache())
     last = fields["arrays"][array_at("sample_digests")]
-    end = len(tiny_cache()) + past
-    last["offset"] = end - 8 * last["shape"][0]
+    size = 8 * last["shape"][0]
+    last["offset"] = -(-(len(tiny_cache()) + past - size) // 8) * 8
+    end = last["offset"] + size
     message = f"array sample_digests ends at {end:,}, past the file's end at {len(tiny_cache()):,}"
     refused(with_fields(tiny_cache(), fields), tmp_path, message)
 
 
 @pytest.mark.parametrize("name", ["labels", "log_probs", "digests", "class_names"])
-@pytest.mark.parametrize("shift", [0, 1, -1])
+@pytest.mark.parametrize("shift", [0, 8, -8])
 def test_an_array_that_overlaps_another(tmp_path: Path, name: str, shift: int) -> None:
     fields = header_of(tiny_cache())
     keys = fields["arrays"][array_at("keys")]
@@ -732,6 +756,22 @@ def test_an_array_that_overlaps_another(tmp_path: Path, name: str, shift: int) -
     keys["offset"] = other["offset"] + shift
     message = r"array \w+ begins at [\d,]+, inside (array \w+|the user block), which ends at [\d,]+"
     refused(with_fields(tiny_cache(), fields), tmp_path, message)
+
+
+@pytest.mark.parametrize("name", ["keys", "class_names", "sample_digests"])
+@pytest.mark.parametrize("shift", [1, 2, 4, 7])
+def test_an_array_that_lies_astride(tmp_path: Path, name: str, shift: int) -> None:
+    # numpy reads values that lie so, but slowly, and not on every machine
+    fields = header_of(tiny_cache())
+    end = len(tiny_cache()) // 64 * 64 + 64
+    room = 1 << 12
+    fields["arrays"][array_at(name)]["offset"] = end + shift
+    fields["file_bytes"] = len(tiny_cache()) + room
+    raw = with_fields(tiny_cache(), fields) + bytes(room)
+    refused(raw, tmp_path, f"array {name} begins at {end + shift:,}; expected a multiple of 8$")
+    fields["arrays"][array_at(name)]["offset"] = end + 8
+    (tmp_path / "even.h5").write_bytes(with_fields(tiny_cache(), fields) + bytes(room))
+    open_cache(tmp_path / "even.h5", unfinished=True)  # whatever it holds there now
 
 
 @pytest.mark.parametrize("offset", [0, 32, 65_535])
@@ -754,6 +794,7 @@ def test_a_small_file_that_claims_very_many_blocks(
     # a sparse file takes no room; to look at all its digests took 4 GB of memory, of 2^29 of them
     fields = header_of(tiny_cache())
     fields |= {"views": 1, "samples": samples, "classes": 2, "block_rows": 1}
+    fields["data_samples"] = samples
     end = fields["user_block"]
     for array in fields["arrays"]:
         leading = {"rows": [1, samples], "samples": [samples], "shared": []}
@@ -766,7 +807,7 @@ def test_a_small_file_that_claims_very_many_blocks(
         own |= {"digests": [1, samples], "sample_digests": [samples]}
         shape = [*leading.get(array["axis"], []), *own.get(array["name"], [])]
         array |= {"shape": shape, "offset": end}
-        end += np.dtype(array["dtype"]).itemsize * math.prod(shape)
+        end += -(-np.dtype(array["dtype"]).itemsize * math.prod(shape) // 8) * 8
     fields["file_bytes"] = end
     raw = with_fields(tiny_cache(), fields)
     path = tmp_path / "sparse.h5"
@@ -974,6 +1015,6 @@ def test_that_campaign_notices_another_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a reader that trusts what a field is: the mistake the campaign is there for
-    monkeypatch.setattr("softcache.cache.header._text", lambda fields, name: fields[name].strip())
+    monkeypatch.setattr("softcache.cache.header.text_of", lambda fields, name: fields[name].strip())
     with pytest.raises((AttributeError, TypeError), match=r"strip|unhashable|isidentifier"):
         survivors(tmp_path, 300, seed=0)

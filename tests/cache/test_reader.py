@@ -14,8 +14,15 @@ import pytest
 import xxhash
 
 from softcache.cache import Header, open_cache
-from softcache.cache.reader import Damage, digest_of, gaps, partial_path, verify
-from softcache.cache.writer import Writer, create
+from softcache.cache.reader import (
+    Damage,
+    digest_of,
+    gaps,
+    open_trainable,
+    partial_path,
+    verify,
+)
+from softcache.cache.writer import Writer, create, forget
 from softcache.errors import FormatError, SettingsError
 from tests.cache.test_header import Place, tiny_cache, with_preamble, with_values
 from tests.cache.test_writer import (
@@ -165,6 +172,66 @@ def test_an_unfinished_cache_says_how_much_of_it_is_there(tmp_path: Path) -> Non
     cache = open_cache(partial, unfinished=True)
     assert not cache.complete
     np.testing.assert_array_equal(cache.arrays["log_probs"][0, :8], row_values(0)["log_probs"][:8])
+
+
+@pytest.mark.parametrize(("batches", "views"), [(3, 1), (4, 1), (5, 1), (6, 2)])
+def test_the_first_complete_views_of_an_unfinished_cache_train(
+    batches: int, views: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "tiny.h5"
+    begin(path)
+    with Writer(path) as writer:
+        fill(writer, batches=batches)  # of three a view
+    found = open_trainable(partial_path(path))
+    assert (found.header.views, found.complete) == (views, False)
+    every = np.arange(SAMPLES)
+    for view in range(views):
+        stored = row_values(view)["log_probs"].astype(np.float64)
+        np.testing.assert_allclose(found.rows(view, every), stored, atol=1e-2)
+    assert verify(found) == []  # what is lacking of the others is no damage to these
+
+
+@pytest.mark.parametrize(("batches", "there"), [(0, 0), (1, 2), (2, 6)])
+def test_an_unfinished_cache_without_a_complete_view_does_not_train(
+    batches: int, there: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "tiny.h5"
+    begin(path)
+    with Writer(path) as writer:
+        fill(writer, batches=batches)
+    with pytest.raises(
+        FormatError, match=rf"\.partial is unfinished: {there} of 12 blocks are there; run the same"
+    ):
+        open_trainable(partial_path(path))
+
+
+def test_a_view_that_is_complete_behind_one_that_is_not_does_not_train(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.h5"
+    begin(path)
+    with Writer(path) as writer:
+        fill(writer)
+        header = writer.header
+    forget(partial_path(path), [(1, 2)])
+    assert open_trainable(partial_path(path)).header.views == 1
+    forget(partial_path(path), [(0, 3)])
+    assert header.blocks == 4
+    with pytest.raises(FormatError, match="is unfinished: 10 of 12 blocks are there"):
+        open_trainable(partial_path(path))
+
+
+def test_a_complete_cache_trains_with_all_its_views(path: Path) -> None:
+    found = open_trainable(path)
+    assert (found.header.views, found.complete) == (VIEWS, True)
+
+
+@pytest.mark.parametrize("block", [(1, 2), (None, 2)])
+def test_a_finished_cache_that_lost_a_digest_does_not_train(
+    block: tuple[int | None, int], path: Path
+) -> None:
+    # though its first view may be whole: a finished file lacks nothing unless it is damaged
+    forget(path, [block])
+    with pytest.raises(FormatError, match="is damaged: 1 of its 12 digests are gone"):
+        open_trainable(path)
 
 
 def test_what_is_missing_is_told_as_damage(tmp_path: Path) -> None:

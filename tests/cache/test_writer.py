@@ -249,6 +249,26 @@ def test_an_allocated_file_has_all_its_bytes_and_no_row(path: Path) -> None:
     assert cache.class_names == list(CLASS_NAMES)
 
 
+@pytest.mark.parametrize("length", [1, 3, 13, 64])
+def test_every_array_begins_at_a_cache_line_whatever_lies_before_it(
+    path: Path, length: int
+) -> None:
+    names = np.array([b"x" * length] * CLASSES)  # of any number of bytes
+    create(path, draft(), shared_values() | {"class_names": names})
+    header = open_cache(partial_path(path), unfinished=True).header
+    assert {array.offset % 64 for array in header.arrays} == {0}
+
+
+def test_an_array_that_lies_astride_is_refused_as_the_file_is_made(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "ALIGNMENT", 1)
+    names = np.array([b"xyz"] * CLASSES)
+    with pytest.raises(FormatError, match=r"array \w+ begins at [\d,]+; expected a multiple of 8"):
+        create(path, draft(), shared_values() | {"class_names": names})
+    assert list(path.parent.iterdir()) == []
+
+
 def test_an_unfinished_file_is_not_opened_by_either_name(path: Path) -> None:
     begin(path)
     with pytest.raises(FormatError, match="unfinished: 0 of 12 blocks are there; run the same"):
