@@ -38,6 +38,7 @@ from softcache.targets import as_tensor, class_ids, decode, make_encoder
 from softcache.teacher import Ensemble
 from softcache.views import Augmentation
 
+AUTO = "auto"
 ROWS = 4096  # drawn from the whole data set: three quarters to fit, the rest to measure
 HELD_OUT = 1024
 FIT_VIEWS = 8  # the rows come from the first views, however many the file is to hold
@@ -64,12 +65,12 @@ class Candidate:
 
 def needs_rows(spec: str) -> bool:
     """Whether an encoding is fitted to, or chosen by, rows of the teacher."""
-    return spec == "auto" or spec.startswith("basis:")
+    return spec == AUTO or spec.startswith("basis:")
 
 
 def check_spec(spec: str, temperature: float, classes: int) -> None:
     """Raise SettingsError now rather than after hours, if `spec` names no encoding for `classes`."""
-    if spec == "auto":
+    if spec == AUTO:
         return
     encoding = Basis(*_sizes(spec)[:1], 0, _sizes(spec)[1]) if needs_rows(spec) else None
     (encoding or parse_encoding(spec, temperature)).arrays(classes)
@@ -113,7 +114,7 @@ def resolve(
     """
     if log_probs is None or not needs_rows(spec):
         return parse_encoding(spec, temperature), {}, []
-    if spec != "auto":
+    if spec != AUTO:
         found = fit_basis(spec, log_probs, temperature, seed)
         return found.encoding, found.shared, [found]
     found_all = candidates(log_probs, temperature=temperature, seed=seed)
@@ -185,10 +186,15 @@ def _best_split(
 
 
 def measure(
-    spec: str, encoding: Encoding, log_probs: Tensor, temperature: float, seed: int
+    spec: str,
+    encoding: Encoding,
+    shared: dict[str, Tensor],
+    log_probs: Tensor,
+    temperature: float,
+    seed: int,
 ) -> Candidate:
-    """An encoding without shared arrays, measured on the held-out ones of rows (n, C)."""
-    return _measured(spec, encoding, {}, _split(log_probs)[1], temperature, seed)
+    """An encoding measured on the held-out ones of rows (n, C)."""
+    return _measured(spec, encoding, shared, _split(log_probs)[1], temperature, seed)
 
 
 def spec_of(encoding: Encoding) -> str:
