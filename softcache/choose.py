@@ -186,10 +186,15 @@ def _best_split(
 
 
 def measure(
-    spec: str, encoding: Encoding, log_probs: Tensor, temperature: float, seed: int
+    spec: str,
+    encoding: Encoding,
+    shared: dict[str, Tensor],
+    log_probs: Tensor,
+    temperature: float,
+    seed: int,
 ) -> Candidate:
-    """An encoding without shared arrays, measured on the held-out ones of rows (n, C)."""
-    return _measured(spec, encoding, {}, _split(log_probs)[1], temperature, seed)
+    """An encoding measured on the held-out ones of rows (n, C)."""
+    return _measured(spec, encoding, shared, _split(log_probs)[1], temperature, seed)
 
 
 def spec_of(encoding: Encoding) -> str:

@@ -6,11 +6,14 @@ import math
 import time
 
 import numpy as np
+from torch import Tensor
 
 from softcache import choose
-from softcache.begin import draft_header, load_teachers
+from softcache.begin import draft_header, load_teachers, take_encoding
+from softcache.cache import Encoding, Header, open_cache
 from softcache.data import open_source
 from softcache.settings import DumpConfig
+from softcache.targets import shared_tensors
 from softcache.views import parse_augment
 
 MOST_CLASSES = 1 << 15  # of more, only the encoding asked for is tried: fitting takes minutes
@@ -26,15 +29,7 @@ def dry_run(config: DumpConfig) -> str:
     before = time.perf_counter()
     again = choose.try_rows(draft, source, teacher, augmentation, config.workers)
     rate = len(again) / (time.perf_counter() - before)
-    encoding, shared, found = choose.resolve(
-        config.encoding,
-        again,
-        temperature=draft.temperature,
-        seed=draft.seed,
-        max_kl=config.max_kl,
-    )
-    if not found:
-        found = [choose.measure(config.encoding, encoding, again, draft.temperature, draft.seed)]
+    encoding, shared, found = chosen(config, draft, again)
     if config.encoding != choose.AUTO and draft.classes <= MOST_CLASSES:
         others = choose.candidates(again, temperature=draft.temperature, seed=draft.seed)
         found += [other for other in others if other.encoding != encoding]
@@ -55,3 +50,25 @@ def dry_run(config: DumpConfig) -> str:
         f"about {size:,} bytes; about {rows / rate:,.0f} s at {rate:,.0f} rows/s here. "
         "Nothing was written."
     )
+
+
+def chosen(
+    config: DumpConfig, draft: Header, log_probs: Tensor
+) -> tuple[Encoding, dict[str, Tensor], list[choose.Candidate]]:
+    """The encoding that the dump would take, what its rows share, and how it measures."""
+    if config.like is not None:
+        like = open_cache(config.like)
+        encoding, shared = take_encoding(draft, like)[0].encoding, shared_tensors(like)
+        found: list[choose.Candidate] = []
+    else:
+        encoding, shared, found = choose.resolve(
+            config.encoding,
+            log_probs,
+            temperature=draft.temperature,
+            seed=draft.seed,
+            max_kl=config.max_kl,
+        )
+    if not found:
+        spec = choose.spec_of(encoding)
+        found = [choose.measure(spec, encoding, shared, log_probs, draft.temperature, draft.seed)]
+    return encoding, shared, found

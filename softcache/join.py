@@ -16,7 +16,7 @@ from softcache.cache import Cache
 from softcache.data import Source, check_labels
 from softcache.errors import DataError, SettingsError
 from softcache.loader import Batch, Request, augmented, loader, make_request, sequential_batches
-from softcache.loss import Labels, MixedLabels, SparseTargets, Targets
+from softcache.loss import LOWEST, Labels, MixedLabels, SparseTargets, Targets
 from softcache.progress import progress
 from softcache.replay import check_replay, replayed
 from softcache.targets import soft_targets, to_dense
@@ -131,7 +131,8 @@ def targets_together(targets: Sequence[Targets]) -> Targets | None:
             torch.cat([one.rest for one in sparse]),
             sparse[0].classes,
         )
-    return torch.cat([to_dense(one) for one in targets])
+    # a class that was not drawn has -inf, which would make 0 · -inf of a dense one
+    return torch.cat([to_dense(one).clamp(min=LOWEST) for one in targets])
 
 
 def labels_together(labels: Sequence[Labels]) -> Labels:

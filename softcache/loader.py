@@ -93,8 +93,12 @@ class _Loader(DataLoader[Any]):
     """Raises softcache's own errors as they were raised in a worker, without its traceback."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        for batch in batches:
             if isinstance(batch, SoftcacheError):
+                # workers that are left behind with the error would hold up what comes after it
+                self._iterator = None
+                getattr(batches, "_shutdown_workers", lambda: None)()
                 raise batch
             yield batch
 

@@ -20,7 +20,7 @@ from softcache import __version__
 from softcache.cache import Cache
 from softcache.cache.reader import open_trainable
 from softcache.data import Source, open_source
-from softcache.errors import Interrupted, SettingsError
+from softcache.errors import DataError, Interrupted, SettingsError
 from softcache.evaluate import Evaluation, data_digest
 from softcache.join import JoinedData, join, labels_alone, together
 from softcache.learner import Learner, begin_run, check_folder, make_accelerator, make_learner
@@ -199,8 +199,13 @@ def fit(
                 batch = together(
                     [parts[part].training_batch(one, epoch, device) for part, one in found.items()]
                 )
-                at = np.concatenate([one.indices.numpy() for one in found.values()])
-                inputs = extra(batch.inputs, None, epoch, at, first_stream=EXTRA_STREAM)
+                rows = [
+                    starts[part] + one.samples.numpy() - parts[part].numbers[0]
+                    for part, one in found.items()
+                ]
+                inputs = extra(
+                    batch.inputs, None, epoch, np.concatenate(rows), first_stream=EXTRA_STREAM
+                )
                 for learner in learners:
                     learner.step(inputs, batch.labels, batch.targets, temperature, weight)
                 advance(1)
@@ -244,7 +249,7 @@ def join_all(
             "classes; leave it out"
         )
     each = sources if len(sources) == len(caches) else [*sources] * len(caches)
-    return [
+    parts = [
         join(
             source,
             cache,
@@ -256,6 +261,13 @@ def join_all(
         )
         for source, cache in zip(each, caches, strict=True)
     ]
+    for part in parts[1:]:
+        if part.input_shape() != parts[0].input_shape():
+            raise DataError(
+                f"inputs of {part.source.name} have shape {part.input_shape()}, those of "
+                f"{parts[0].source.name} {parts[0].input_shape()}; one student needs one shape"
+            )
+    return parts
 
 
 def extra_augmentation(config: TrainConfig) -> Augmentation:

@@ -100,7 +100,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StopAt:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 7 rows, each committed when it is whole: they end where no batch does."""
-    monkeypatch.setattr(cache_writer, "BLOCK_BYTES", 70)
+    monkeypatch.setattr(cache_writer, "block_rows", lambda *layout: 7)
     monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)
 
 
@@ -850,9 +850,9 @@ def test_data_without_labels_are_dumped(dump_config: DumpConfig, tmp_path: Path)
         ({"temperature": float("inf")}, "temperature is inf; expected a number above 0"),
         ({"views": 0}, "views is 0; expected 1 or more"),
         ({"seed": -1}, "seed is -1; expected 0 or more"),
-        ({"batch_size": 0}, "batch_size is 0; expected 1 or more"),
+        ({"batch_size": -1}, "batch_size is -1; expected 0 or more"),
         ({"workers": -1}, "workers is -1; expected 0 or more"),
-        ({"precision": "fp8"}, "precision 'fp8' is unknown; expected fp32, bf16, fp16"),
+        ({"precision": "fp8"}, "precision 'fp8' is unknown; expected fp32, tf32, bf16, fp16"),
         ({"views": 2}, "2 views without --augment would all be the same; add it, or ask for one"),
         ({"first_view": 3}, "1 views without --augment would all be the same; add it, or ask for"),
         ({"first_view": -1}, "first_view is -1; expected 0 or more"),

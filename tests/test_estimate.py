@@ -52,9 +52,12 @@ def test_a_dry_run_tells_size_time_and_candidates_and_writes_nothing(
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"shard": (1, 3)}, "100 samples x 1"),
+        ({"shard": (1, 3)}, "100 samples (shard 1 of 3 of 300) x 1"),
         ({"views": 4, "augment": "flip"}, "300 samples x 4"),
-        ({"views": 4, "first_view": 9, "augment": "flip", "shard": (0, 2)}, "150 samples x 4"),
+        (
+            {"views": 4, "first_view": 9, "augment": "flip", "shard": (0, 2)},
+            "150 samples (shard 0 of 2 of 300) x 4",
+        ),
     ],
 )
 def test_the_size_is_that_of_the_part_that_is_asked_for(

@@ -723,9 +723,6 @@ def test_extra_augmentation_comes_on_top_of_the_view_that_the_teacher_saw(
     assert facts["settings"]["extra_augment"] == "flip,cutout:3"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="what goes on top is drawn by the place in the data, not by the row"
-)
 def test_extra_augmentation_is_the_same_whatever_the_order_of_the_data(
     config: TrainConfig, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from softcache.errors import FormatError
 
 JSON = dict[str, Any]
+MAX_COUNT = 1 << 48  # of anything: samples, rows of all views together, parameters
 
 
 def integer(fields: JSON, name: str, low: int, high: int) -> int:

@@ -18,6 +18,7 @@ from typing import get_args
 import numpy as np
 import xxhash
 
+from softcache.cache import provenance
 from softcache.cache.encodings import (
     DTYPES,
     MAX_TEMPERATURE,
@@ -27,7 +28,16 @@ from softcache.cache.encodings import (
     encoding_from_json,
     encoding_to_json,
 )
-from softcache.cache.fields import JSON, integer, integers, is_text, load_json, shown, text_of
+from softcache.cache.fields import (
+    JSON,
+    MAX_COUNT,
+    integer,
+    integers,
+    is_text,
+    load_json,
+    shown,
+    text_of,
+)
 from softcache.errors import FormatError, SettingsError
 
 MAGIC = b"\x89SFTC\r\n\x1a"
@@ -37,7 +47,6 @@ KNOWN_FEATURES: frozenset[str] = frozenset()
 MAX_HEADER = 1 << 20  # bytes of JSON
 MAX_USER_BLOCK = 8 << 20  # bytes
 MAX_FILE = 1 << 60  # bytes
-MAX_COUNT = 1 << 48  # samples, and rows of all views together
 MAX_CLASSES = 1 << 24
 MAX_BLOCKS = 1 << 22  # of all views together
 FINGERPRINT = 8  # numbers in the fingerprint of one augmented sample
@@ -237,7 +246,9 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
     if not isinstance(arrays, list) or len(arrays) > 64:
         raise FormatError(f"arrays is {shown(arrays)}; expected a list of at most 64")
     teachers = fields["teachers"]
-    if not isinstance(teachers, list) or not all(_is_teacher(teacher) for teacher in teachers):
+    if not isinstance(teachers, list) or not all(
+        provenance.is_teacher(teacher) for teacher in teachers
+    ):
         raise FormatError(
             f"teachers is {shown(teachers)}; expected objects with name, parameters and weight, "
             "in printable text of at most 4096 characters"
@@ -262,9 +273,9 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
         augment=None if fields["augment"] is None else text_of(fields, "augment"),
         precision=text_of(fields, "precision"),
         data=text_of(fields, "data"),
-        choice=_choice(fields["choice"]),
+        choice=provenance.choice(fields["choice"]),
         teachers=tuple(teachers),
-        evaluation=_evaluation(fields["evaluation"]),
+        evaluation=provenance.evaluation(fields["evaluation"]),
         software=software,
         block_rows=block_rows,
         user_block=integer(fields, "user_block", 512, MAX_USER_BLOCK),
@@ -272,7 +283,7 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
         hdf5_digest=text_of(fields, "hdf5_digest"),
         shared_digest=text_of(fields, "shared_digest"),
         arrays=tuple(_array(array) for array in arrays),
-        summary=_summary(fields["summary"]),
+        summary=provenance.summary(fields["summary"]),
         must_understand=tuple(fields["must_understand"]),
         version=version,
     )
@@ -397,58 +408,3 @@ def _array(fields: object) -> Array:
     if np.dtype(dtype).itemsize * math.prod(shape) > MAX_FILE:
         raise FormatError(f"array {name} of shape {list(shape)} is larger than any file")
     return Array(name, dtype, shape, axis, integer(fields, "offset", 0, MAX_FILE))
-
-
-def _is_teacher(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and all(is_text(text) for text in value.values() if isinstance(text, str))
-        and isinstance(value.get("name"), str)
-        and type(value.get("parameters")) is int
-        and 0 <= value["parameters"] <= MAX_COUNT
-        and type(value.get("weight")) in (int, float)
-        and 0 < value["weight"] <= 1
-    )
-
-
-def _evaluation(value: object) -> JSON | None:
-    if value is None:
-        return None
-    if not isinstance(value, dict) or set(value) != {"data", "digest", "errors", "samples"}:
-        raise FormatError(
-            f"evaluation is {shown(value)}; expected data, digest, errors and samples"
-        )
-    text_of(value, "data"), text_of(value, "digest")
-    integer(value, "errors", 0, integer(value, "samples", 1, MAX_COUNT))
-    return value
-
-
-def _choice(value: object) -> JSON | None:
-    if value is not None and (not isinstance(value, dict) or "asked" not in value):
-        raise FormatError(f"choice is {shown(value)}; expected what was asked and the candidates")
-    return value
-
-
-SUMMARY = ("entropy", "agreement", "rows")
-
-
-def _summary(value: object) -> JSON | None:
-    """entropy in nats; agreement in [0, 1] or None without labels; rows it was measured on;
-    fidelity: what the dump measured of KL(teacher ‖ stored)."""
-    if value is None:
-        return None
-    if not isinstance(value, dict) or not set(SUMMARY) <= set(value):
-        raise FormatError(f"summary is {shown(value)}; expected {', '.join(SUMMARY)}")
-    agreement = value["agreement"]
-    if not isinstance(value["entropy"], float) or not value["entropy"] >= 0:
-        raise FormatError(f"summary has entropy {shown(value['entropy'])}; expected 0 or more")
-    if agreement is not None and (not isinstance(agreement, float) or not 0 <= agreement <= 1):
-        raise FormatError(f"summary has agreement {shown(agreement)}; expected 0 to 1, or null")
-    integer(value, "rows", 1, MAX_COUNT)
-    fidelity = value.get("fidelity", {})
-    numbers = (
-        [v for k, v in fidelity.items() if k != "at"] if isinstance(fidelity, dict) else [None]
-    )
-    if any(type(number) not in (int, float) for number in numbers):
-        raise FormatError(f"summary has fidelity {shown(fidelity)}; expected numbers by name")
-    return value

@@ -170,8 +170,13 @@ def open_trainable(path: Path | str) -> Cache:
     cache = open_cache(path, unfinished=True)
     whole = (cache.arrays["digests"] != 0).all(1)  # (views,)
     views = len(whole) if whole.all() else int(whole.argmin())
-    if cache.header.summary is not None or not views or not cache.arrays["sample_digests"].all():
+    if cache.header.summary is not None:
         return open_cache(path)  # complete, or says what is lacking
+    if not views or not cache.arrays["sample_digests"].all():
+        raise FormatError(
+            f"{path} is unfinished, and not one of its views is complete, which training needs; run the "
+            "same softcache dump again to go on"
+        )
     return replace(cache, header=replace(cache.header, views=views))
 
 

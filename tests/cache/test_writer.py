@@ -212,8 +212,10 @@ def failure(code: int) -> str:
 @pytest.mark.parametrize(
     ("views", "samples", "row_bytes", "rows"),
     [
-        (1, 60_000, 20, 52_428),
-        (9, 60_000, 20, 52_428),
+        (1, 6_000_000, 20, 52_428),
+        (9, 6_000_000, 20, 52_428),
+        (1, 60_000, 20, 1024),  # so that several processes can share a small file out
+        (1, 128_000, 20, 2000),
         (1, 100, 20, 100),
         (1, 60_000, 1 << 20, 1),
         (1, 60_000, 1 << 30, 1),
@@ -223,6 +225,15 @@ def test_a_block_is_about_a_mebibyte_one_row_at_least(
     views: int, samples: int, row_bytes: int, rows: int
 ) -> None:
     assert block_rows(views, samples, row_bytes) == rows
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows"),
+    [(1, 1024), (256, 1024), (100, 1000), (1000, 1000), (3000, 1500), (1031, 1031)],
+)
+def test_blocks_and_batches_do_not_straddle(batch: int, rows: int) -> None:
+    assert block_rows(1, 60_000, 20, batch) == rows
+    assert rows % batch == 0 or batch % rows == 0
 
 
 @pytest.mark.parametrize(
