@@ -77,6 +77,9 @@ def dump_part(config: DumpConfig, group: ProcessGroup) -> Cache:
         group.meet()
         if group.first:
             finish(config, source, teacher, augmentation)
+            header = open_cache(config.out).header
+            known = (header.summary or {})["fidelity"]
+            print(fidelity.describe(known, isinstance(header.encoding, Sampled)))
             print(watch.advice())
         group.meet()
     except KeyboardInterrupt:
@@ -118,7 +121,6 @@ def finish(
             writer.cache, source, teacher, augmentation, workers=config.workers
         )
         writer.finish(summary | {"fidelity": found})
-    print(fidelity.describe(found, isinstance(writer.header.encoding, Sampled)))
 
 
 def copy(finished: Cache, out: Path) -> None:

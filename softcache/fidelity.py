@@ -200,13 +200,9 @@ def _parts(pairs: Pairs) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
             yield view, part
 
 
-def _number(item: tuple[str, float]) -> float:
-    return float(item[0])
-
-
 def describe(fidelity: dict[str, Any], sampled: bool) -> str:
     """One line for people."""
-    others = ", ".join(f"T={t} {kl:.1e}" for t, kl in sorted(fidelity["at"].items(), key=_number))
+    others = ", ".join(f"T={t} {kl:.1e}" for t, kl in fidelity["at"].items())
     cost = fidelity.get("precision")
     against = "" if cost is None else f"; the precision cost KL(float32 ‖ teacher) {cost:.1e}"
     direction = "KL(stored ‖ teacher)" if sampled else "KL(teacher ‖ stored)"

@@ -435,8 +435,8 @@ def test_an_unfinished_cache_is_shown_and_not_used(place: Place) -> None:
     result = softcache(*place.train(cache=unfinished))
     assert result.exit_code == 1
     assert result.stderr == (
-        f"Error: {unfinished} is unfinished: 0 of 2 blocks are there; run the same softcache dump "
-        "again to go on\n"
+        f"Error: {unfinished} is unfinished, and not one of its views is complete, which training "
+        "needs; run the same softcache dump again to go on\n"
     )
 
 

@@ -470,7 +470,9 @@ def largest_error(
     """Train, and compare the targets of every step with what the teacher says of its very inputs."""
     errors = []
 
-    def step(learner: Learner, inputs: Tensor, labels: Tensor, targets: Tensor, t: float) -> None:
+    def step(
+        learner: Learner, inputs: Tensor, labels: Tensor, targets: Tensor, t: float, weight: float
+    ) -> None:
         live = torch.log_softmax(teacher(inputs) / t, -1)
         errors.append((live - targets).abs().max().item())
         learner.losses.append(torch.zeros(3))

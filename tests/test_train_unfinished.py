@@ -103,7 +103,7 @@ def unfinished(dumped: DumpConfig, monkeypatch: pytest.MonkeyPatch, models: Path
     """Let the dump stop after so many rows; the file it leaves."""
 
     def unfinished(rows: int) -> Path:
-        monkeypatch.setattr(cache_writer, "BLOCK_BYTES", 70)  # of 7 rows: they end in mid-batch
+        monkeypatch.setattr(cache_writer, "block_rows", lambda *layout: 7)  # ends in mid-batch
         monkeypatch.setenv("TEACHER_ROWS", str(rows))
         with pytest.raises(ModelError, match="raised ValueError on samples"):
             dump(dumped)

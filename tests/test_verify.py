@@ -25,7 +25,7 @@ def two_views(dump_config: DumpConfig) -> DumpConfig:
 @pytest.fixture
 def blocks(two_views: DumpConfig, monkeypatch: pytest.MonkeyPatch) -> Cache:
     """A cache of 2 views in blocks of 20 samples."""
-    monkeypatch.setattr(cache_writer, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(cache_writer, "block_rows", lambda *layout: 20)
     return dump(two_views)
 
 

@@ -51,7 +51,7 @@ def merge(parts: Sequence[Cache], out: Path, advance: Advance = _nothing) -> Cac
     if out.exists():
         raise SettingsError(f"{out} is there already; give another --out, or remove it")
     header, shared = plan(parts)
-    _begin(out, header, shared)
+    _begin(out, header, shared, parts[0].header.block_rows)
     with Writer(out) as writer:
         # view by view: a block at the border of two shards is whole before the next view's is compared
         for view in range(header.views):
@@ -192,11 +192,15 @@ def _check_same_samples(shard: Sequence[Cache]) -> None:
             )
 
 
-def _begin(out: Path, header: Header, shared: Values) -> None:
-    """Allocate the unfinished file, or check that the one that is there was begun by this merge."""
+def _begin(out: Path, header: Header, shared: Values, unit: int) -> None:
+    """Allocate the unfinished file, or check that the one that is there was begun by this merge.
+
+    Args:
+        unit: rows of a block of the parts, of which new blocks are made up where they are larger.
+    """
     partial = partial_path(out)
     if not partial.exists():
-        create(out, header, shared)
+        create(out, header, shared, unit)
         return
     begun = open_cache(partial, unfinished=True)
     fields = (*SETTINGS, "views", "samples", "first_view", "first_sample")
