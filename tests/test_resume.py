@@ -1,50 +1,89 @@
-"""More views for a finished cache, and parts of a dump: nothing is asked twice, nothing is risked."""
+"""More views for a finished cache, parts of a dump, stopped merges: nothing is asked or risked twice."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
+from softcache import choose
+from softcache.begin import draft_header, load_teachers
 from softcache.cache import Cache, open_cache
 from softcache.cache import writer as cache_writer
+from softcache.cache.merge import merge
 from softcache.cache.reader import partial_path
+from softcache.data import open_source
 from softcache.dump import DumpConfig, dump
-from softcache.errors import DataError, SettingsError, SoftcacheError
+from softcache.errors import DataError, FormatError, SettingsError
+from softcache.resume import SETTINGS
 from softcache.teacher import Ensemble
+from softcache.train import TrainConfig, train
+from softcache.verify import verify
+from softcache.views import Augmentation
+from tests.cache.test_merge import (
+    BLOCK_ROWS,
+    SAMPLES,
+    damaged,
+    exact_config,
+    write_data,
+    write_other_data,
+)
 from tests.conftest import Run, make_arrays
 
-SAMPLES = 60
+BLOCKS = -(-SAMPLES // BLOCK_ROWS)  # of one view
+Work = Callable[[], object]
 
 
 @pytest.fixture
-def config(teacher_file: Path, tmp_path: Path) -> DumpConfig:
-    images, labels = make_arrays(SAMPLES)
-    np.savez(tmp_path / "data.npz", x=images, y=labels)
-    return DumpConfig(
-        teacher=f"{teacher_file}:teacher",
-        data=f"npz:{tmp_path / 'data.npz'}",
-        temperature=2.0,
-        views=2,
-        augment="shift:1,mixup",
-        out=tmp_path / "cache.h5",
-        batch_size=16,
-    )
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DumpConfig:
+    """Of two views, in blocks of a few rows, each committed when it is whole."""
+    monkeypatch.setattr(cache_writer, "BLOCK_BYTES", 10 * BLOCK_ROWS)
+    monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)
+    return replace(exact_config(tmp_path), views=2, out=tmp_path / "cache.h5")
 
 
-def fresh(config: DumpConfig, **changes: object) -> Cache:
+def fresh(config: DumpConfig, **changes: Any) -> Cache:
     """The same in one go, into another file."""
-    return dump(replace(config, out=config.out.with_name("fresh.h5"), **changes))  # type: ignore[arg-type]
+    return dump(replace(config, out=config.out.with_name("fresh.h5"), **changes))
 
 
-@pytest.mark.parametrize("encoding", ["dense", "basis:4,2", "auto", "sampled:8"])
+def committed(path: Path) -> int:
+    """Blocks of rows that an unfinished cache holds."""
+    return int((open_cache(path, unfinished=True).arrays["digests"] != 0).sum())
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows the teachers are asked for, call by call."""
+    rows: list[int] = []
+    real = Ensemble.log_probs
+
+    def counted(self: Ensemble, inputs: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        rows.append(len(inputs))
+        return real(self, inputs, *arguments, **named)
+
+    monkeypatch.setattr(Ensemble, "log_probs", counted)
+    return rows
+
+
+# views that are added to a finished cache
+
+
+@pytest.mark.parametrize(
+    "encoding", ["dense", "quantized", "topk:2", "basis:4,2", "sampled:8", "auto"]
+)
 def test_views_added_later_come_to_the_same_bytes(encoding: str, config: DumpConfig) -> None:
     config = replace(config, encoding=encoding)
     dump(config)
@@ -53,28 +92,65 @@ def test_views_added_later_come_to_the_same_bytes(encoding: str, config: DumpCon
     assert config.out.read_bytes() == fresh(config, views=5).path.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shard": (1, 3)},
+        {"first_view": 3},
+        {"teacher": ["models.py:teacher", "models.py:other"], "teacher_weight": [1, 3]},
+        {"eval_data": "npz:data.npz"},
+        {"augment": "flip,cutout:3"},
+        {"batch_size": 7},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_parts_of_any_kind_may_get_views_added(
+    changes: dict[str, Any], config: DumpConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(config, **changes)
+    dump(config)
+    dump(replace(config, views=4))
+    assert config.out.read_bytes() == fresh(config, views=4).path.read_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["dense", "basis:4,2", "auto"])
 def test_the_teacher_is_asked_about_the_new_views_alone(
-    config: DumpConfig, monkeypatch: pytest.MonkeyPatch
+    encoding: str, config: DumpConfig, asked: list[int]
 ) -> None:
+    config = replace(config, encoding=encoding, eval_data=config.data)
     dump(config)
-    asked: list[int] = []
-    original = Ensemble.log_probs
-
-    def counted(self: Ensemble, *arguments: object, **named: object) -> object:
-        asked.append(len(arguments[0]))  # type: ignore[arg-type]
-        return original(self, *arguments, **named)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Ensemble, "log_probs", counted)
+    asked.clear()
     dump(replace(config, views=3))
-    sampled = 3 * SAMPLES  # all rows, of so few, are asked again for the fidelity
-    assert sum(asked) == SAMPLES + sampled
+    # every row, of so few, is asked for once more to measure the fidelity
+    assert sum(asked) == SAMPLES + 3 * SAMPLES
+    asked.clear()
+    dump(replace(config, views=3))
+    assert sum(asked) == 0, "it is complete"
 
 
-def test_the_old_file_is_whole_until_the_new_one_is(
-    config: DumpConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("encoding", ["basis:4,2", "auto"])
+def test_the_encoding_stays_the_one_that_was_fitted(
+    encoding: str, config: DumpConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dump(config)
-    before = config.out.read_bytes()
+    config = replace(config, encoding=encoding)
+    first = dump(config)
+    fitted = {a.name: np.array(first.arrays[a.name]) for a in first.header.arrays}
+    monkeypatch.setattr(choose, "FIT_VIEWS", 2)  # it would come out otherwise today
+    again, anew = dump(replace(config, views=3)), fresh(config)
+    for name in {"mean", "directions", "direction_steps"} & set(fitted):
+        np.testing.assert_array_equal(again.arrays[name], fitted[name])
+    assert again.header.encoding == first.header.encoding
+    assert again.header.choice == first.header.choice != anew.header.choice
+
+
+# the old file is whole until the new one is
+
+
+def test_a_failure_at_the_very_end_leaves_the_old_file(
+    config: DumpConfig, monkeypatch: pytest.MonkeyPatch, asked: list[int]
+) -> None:
+    before = dump(config).path.read_bytes()
 
     def fail(*arguments: object, **named: object) -> object:
         raise OSError("the disk is gone")
@@ -84,66 +160,120 @@ def test_the_old_file_is_whole_until_the_new_one_is(
         with pytest.raises(OSError, match="the disk is gone"):
             dump(replace(config, views=3))
     assert config.out.read_bytes() == before
-    partial = open_cache(partial_path(config.out), unfinished=True)
-    assert (partial.arrays["digests"] != 0).all()
+    assert committed(partial_path(config.out)) == 3 * BLOCKS
+    asked.clear()
     dump(replace(config, views=3))
+    assert sum(asked) == 3 * SAMPLES, "for the fidelity alone"
     assert config.out.read_bytes() == fresh(config, views=3).path.read_bytes()
     assert not partial_path(config.out).exists()
 
 
-def test_a_killed_extension_goes_on(config: DumpConfig, run: Run, tmp_path: Path) -> None:
-    arguments = [
-        "dump", "--teacher", config.teacher, "--data", config.data, "--temperature", "2",
-        "--augment", "shift:1,mixup", "--batch-size", "16",
-    ]  # fmt: skip
-    run(*map(str, arguments), "--out", "cache.h5", "--views", "2", check=True)
-    before = (tmp_path / "cache.h5").read_bytes()
-    command = [sys.executable, "-m", "softcache", *map(str, arguments), "--out", "cache.h5"]
-    process = subprocess.Popen([*command, "--views", "40"], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "cache.h5.partial").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if (tmp_path / "cache.h5.partial").exists():
-        assert (tmp_path / "cache.h5").read_bytes() == before
-    run(*map(str, arguments), "--out", "cache.h5", "--views", "40", check=True)
-    run(*map(str, arguments), "--out", "fresh.h5", "--views", "40", check=True)
-    assert (tmp_path / "cache.h5").read_bytes() == (tmp_path / "fresh.h5").read_bytes()
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_killed_extension_leaves_the_old_file_and_goes_on(
+    config: DumpConfig, tmp_path: Path
+) -> None:
+    config = replace(config, device="cpu")  # a forked child has no GPU
+    before, more = dump(config).path.read_bytes(), replace(config, views=4)
+    writes = writes_of(lambda: fresh(config, views=4))
+    kept = []
+    for point in spread(writes):
+        config.out.write_bytes(before)
+        kill_at(point, lambda: dump(more))
+        assert config.out.read_bytes() == before
+        assert "intact" in verify(config.out)
+        partial = partial_path(config.out)
+        kept.append(committed(partial) if partial.exists() else 0)
+        if point == writes // 2:
+            training = TrainConfig("mlp:4", config.data, tmp_path / "run", config.out, epochs=1)
+            train(replace(training, device="cpu"))
+        dump(more)
+        assert config.out.read_bytes() == config.out.with_name("fresh.h5").read_bytes()
+        assert not partial.exists()
+    assert kept == sorted(kept), "the later, the more was there"
+    assert kept[0] == 0
+    assert any(2 * BLOCKS < blocks < 4 * BLOCKS for blocks in kept), "some among the new views"
 
 
-CHANGES: dict[str, tuple[dict[str, object], str]] = {
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_what_an_extension_has_begun_outlives_the_old_file(
+    config: DumpConfig, asked: list[int]
+) -> None:
+    config = replace(config, device="cpu")
+    dump(config)
+    more = replace(config, views=4)
+    kill_at(3 * writes_of(lambda: fresh(config, views=4)) // 4, lambda: dump(more))
+    assert committed(partial_path(config.out)) > 2 * BLOCKS
+    config.out.unlink()
+    asked.clear()
+    dump(more)
+    assert sum(asked) < 2 * SAMPLES + 4 * SAMPLES, "not the first two views, but for the fidelity"
+    assert config.out.read_bytes() == config.out.with_name("fresh.h5").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_another_number_of_views_does_not_go_on_with_a_begun_extension(config: DumpConfig) -> None:
+    config = replace(config, device="cpu")
+    before = dump(config).path.read_bytes()
+    kill_at(30, lambda: dump(replace(config, views=4)))
+    partial = partial_path(config.out)
+    begun = partial.read_bytes()
+    with pytest.raises(SettingsError, match=r"partial was begun with views 4, now it is 3"):
+        dump(replace(config, views=3))
+    dump(config)  # the finished one is what was asked for: left alone
+    assert (config.out.read_bytes(), partial.read_bytes()) == (before, begun)
+
+
+# refusals
+
+# each setting that decides the values, as another than the finished cache has
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "data": ({"data": "npz:copy.npz"}, "data 'npz:data.npz@train', now it is 'npz:copy.npz@train'"),
+    "data_samples": ({"data": "npz:less/data.npz"}, "data_samples 60, now it is 50"),
+    "first_sample": ({"shard": (1, 2)}, "first_sample 0, now it is 30"),
+    "samples": ({"shard": (0, 2)}, "samples 60, now it is 30"),
+    "classes": ({"teacher": "models.py:wide"}, "classes 5, now it is 6"),
+    "teachers": ({"teacher": "models.py:other"}, "another teacher (name 'models.py:teacher', now"),
     "temperature": ({"temperature": 3.0}, "temperature 2.0, now it is 3.0"),
+    "precision": ({"precision": "bf16"}, "precision 'fp32', now it is 'bf16'"),
+    "choice": ({"encoding": "quantized"}, "encoding 'dense', now it is 'quantized'"),
+    "first_view": ({"first_view": 1}, "first_view 0, now it is 1"),
+    "views": ({"views": 1}, "views 2, now it is 1"),
     "augment": ({"augment": "shift:2"}, "augment 'shift:1,mixup', now it is 'shift:2'"),
-    "seed": ({"seed": 1}, "seed 0, now it is 1"),
-    "encoding": ({"encoding": "quantized"}, "encoding 'dense', now it is 'quantized'"),
-    "shard": ({"shard": (0, 2)}, "samples 60, now it is 30"),
-    "first view": ({"first_view": 1}, "first_view 0, now it is 1"),
-}
+    "seed": ({"seed": 1}, "seed 3, now it is 1"),
+    "weights": ({"teacher": "retrained/models.py:teacher"}, "another teacher (sha256 '"),
+    "two teachers": ({"teacher": ["models.py:teacher"] * 2}, "1 teachers, now 2; use the same"),
+    "evaluation": ({"eval_data": "npz:copy.npz"}, "evaluation data none, now they are npz:copy.npz"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_views_of_other_settings_are_not_added(kind: str, config: DumpConfig) -> None:
+def test_views_of_other_settings_are_not_added(
+    kind: str, config: DumpConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_other_data(tmp_path)
+    (tmp_path / "retrained").mkdir()
+    retrained = (tmp_path / "models.py").read_text().replace("Teacher(5, 7)", "Teacher(5, 9)")
+    (tmp_path / "retrained" / "models.py").write_text(retrained)
+    monkeypatch.chdir(tmp_path)
     changes, message = CHANGES[kind]
     before = dump(config).path.read_bytes()
-    with pytest.raises(SettingsError, match=re.escape(message)):
-        dump(replace(config, **{"views": 3, **changes}))  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match=rf"cache\.h5 was begun with {re.escape(message)}"):
+        dump(replace(config, **{"views": 3, **changes}))
     assert config.out.read_bytes() == before
     assert not partial_path(config.out).exists()
 
 
-def test_fewer_views_than_there_are_would_lose_some(config: DumpConfig) -> None:
-    before = dump(config).path.read_bytes()
-    with pytest.raises(SettingsError, match="views 2, now it is 1"):
-        dump(replace(config, views=1))
-    assert config.out.read_bytes() == before
+def test_every_setting_that_decides_the_values_has_its_refusal() -> None:
+    assert set(SETTINGS) <= set(CHANGES)
 
 
-def test_views_are_not_added_to_those_of_other_data(config: DumpConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", [{"image": 37}, {"label": 37}])
+def test_views_are_not_added_to_those_of_other_data(
+    changed: dict[str, int], config: DumpConfig, tmp_path: Path
+) -> None:
     before = dump(config).path.read_bytes()
-    images, labels = make_arrays(SAMPLES, seed=5)
-    np.savez(tmp_path / "data.npz", x=images, y=labels)
-    with pytest.raises(SettingsError, match="begun with other data: sample 0"):
+    write_data(tmp_path / "data.npz", **changed)
+    with pytest.raises(SettingsError, match=r"with other data: sample 37 of npz:data\.npz@train"):
         dump(replace(config, views=3))
     assert config.out.read_bytes() == before
 
@@ -163,56 +293,158 @@ def test_views_that_would_be_drawn_otherwise_are_not_added(
 
 def test_damaged_views_are_not_copied(config: DumpConfig) -> None:
     cache = dump(config)
-    raw = bytearray(config.out.read_bytes())
-    raw[cache.header.array("log_probs").offset + 3] ^= 1
-    config.out.write_bytes(raw)
-    with pytest.raises(
-        SoftcacheError, match=r"is damaged: soft targets of samples 0 to .* in view 0"
-    ):
+    raw = damaged(cache, cache.header.array("log_probs").offset + 3).path.read_bytes()
+    message = (
+        r"cache\.h5 is damaged: soft targets of samples 0 to 7 in view 0; softcache verify cac"
+    )
+    with pytest.raises(FormatError, match=message):
         dump(replace(config, views=3))
-    assert config.out.read_bytes() == bytes(raw)
+    assert config.out.read_bytes() == raw
 
 
-@pytest.mark.parametrize("shards", [1, 2, 3, 7, 60])
-def test_shards_have_each_sample_once(shards: int, config: DumpConfig) -> None:
-    seen: list[int] = []
-    parts = sorted({0, shards // 2, shards - 1})
-    for shard in range(shards) if shards < 8 else parts:
-        header = fresh(config, shard=(shard, shards), overwrite=True).header
+# parts
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(samples=st.integers(1, 200), data=st.data())
+def test_shards_have_each_sample_once_in_nearly_equal_parts(
+    samples: int, data: st.DataObject, config: DumpConfig, tmp_path: Path
+) -> None:
+    images, labels = make_arrays(samples)
+    np.savez(tmp_path / "data.npz", x=images, y=labels)
+    source = open_source(config.data)
+    teacher = load_teachers(config, source, Augmentation(None, 0))
+    shards = data.draw(st.integers(1, samples))
+    seen, sizes = list[int](), set[int]()
+    for shard in range(shards):
+        header = draft_header(replace(config, shard=(shard, shards)), source, teacher)
         seen += range(header.first_sample, header.first_sample + header.samples)
-    if shards < 8:
-        assert seen == list(range(SAMPLES))
-    else:
-        assert len(set(seen)) == len(seen) == len(parts)
+        sizes.add(header.samples)
+    assert seen == list(range(samples))
+    assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_shard_holds_the_rows_of_the_whole(config: DumpConfig) -> None:
-    whole = dump(config)
-    part = fresh(config, shard=(1, 4), first_view=1, views=1)
+@pytest.mark.parametrize("encoding", ["dense", "topk:2", "basis:4,2", "sampled:8"])
+def test_a_shard_of_later_views_like_another_holds_the_rows_of_the_whole(
+    encoding: str, config: DumpConfig
+) -> None:
+    whole = dump(replace(config, encoding=encoding, views=4))
+    part = fresh(config, shard=(1, 4), first_view=2, views=2, like=whole.path)
     assert (part.header.first_sample, part.header.samples) == (15, 15)
-    np.testing.assert_array_equal(part.arrays["log_probs"][0], whole.arrays["log_probs"][1, 15:30])
-    np.testing.assert_array_equal(part.keys, whole.keys[15:30])
-    np.testing.assert_array_equal(part.labels, whole.labels[15:30])
+    for array in whole.header.arrays:
+        values = whole.arrays[array.name]
+        if array.axis == "rows":
+            np.testing.assert_array_equal(part.arrays[array.name], values[2:, 15:30])
+        elif array.axis == "samples":
+            np.testing.assert_array_equal(part.arrays[array.name], values[15:30])
+        elif array.axis == "shared" and not array.name.startswith("fingerprint"):
+            np.testing.assert_array_equal(part.arrays[array.name], values)
 
 
-def test_more_shards_than_samples_are_refused(config: DumpConfig) -> None:
-    with pytest.raises(
-        SettingsError, match="61 shards of 60 samples; expected at most one for each"
-    ):
-        dump(replace(config, shard=(0, 61)))
+def test_the_command_line_adds_views_and_makes_parts(
+    config: DumpConfig, run: Run, tmp_path: Path
+) -> None:
+    command = [
+        "dump", "--teacher", config.teacher, "--data", config.data, "--temperature", "2",
+        "--augment", "shift:1,mixup", "--seed", "3", "--batch-size", "16",
+    ]  # fmt: skip
+    dump(replace(config, encoding="basis:4,2"))
+    more = ["--out", "cache.h5", "--views", "3", "--encoding", "basis:4,2"]
+    assert "adding views to cache.h5" in run(*map(str, command), *more, check=True).stdout
+    part = ["--out", "part.h5", "--views", "1:3", "--shard", "1/2", "--like", "cache.h5"]
+    run(*map(str, command), *part, check=True)
+    whole, half = open_cache(tmp_path / "cache.h5"), open_cache(tmp_path / "part.h5")
+    np.testing.assert_array_equal(half.arrays["codes"], whole.arrays["codes"][1:, 30:])
 
 
-def test_an_encoding_is_taken_from_a_cache_like_it(config: DumpConfig) -> None:
-    like = fresh(config, encoding="basis:4,2")
-    found = dump(replace(config, like=like.path, first_view=2))
-    assert found.header.encoding == like.header.encoding
-    for name in ("mean", "directions", "direction_steps"):
-        np.testing.assert_array_equal(found.arrays[name], like.arrays[name])
+# stops
 
 
-def test_a_cache_of_another_temperature_is_no_model(config: DumpConfig) -> None:
-    like = fresh(config, temperature=4.0)
-    with pytest.raises(
-        SettingsError, match=r"--like \S*fresh\.h5 has temperature 4\.0; this dump has 2"
-    ):
-        dump(replace(config, like=like.path))
+def at_each_write(note: Callable[[], None], work: Work) -> None:
+    """Do some work, and before each of its writes to a cache something else."""
+    real = cache_writer._pwrite
+
+    def noted(file: int, values: bytes, offset: int) -> None:
+        note()
+        real(file, values, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_writer, "_pwrite", noted)
+        work()
+
+
+def writes_of(work: Work) -> int:
+    """How often some work writes to a cache."""
+    writes: list[None] = []
+    at_each_write(lambda: writes.append(None), work)
+    return len(writes)
+
+
+def kill_at(write: int, work: Work) -> None:
+    """Do some work in a process that is killed before its `write`-th write to a cache."""
+    writes = count(1)
+
+    def note() -> None:
+        if next(writes) == write:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=at_each_write, args=(note, work))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def spread(writes: int) -> list[int]:
+    """Some of so many writes: the first, the last, those just before it, and some between."""
+    return [1, writes // 4, writes // 2, writes * 3 // 4, writes - 2, writes - 1, writes]
+
+
+@pytest.fixture
+def parts(config: DumpConfig, tmp_path: Path) -> list[Cache]:
+    """Three shards of two views."""
+    return [dump(replace(config, shard=(i, 3), out=tmp_path / f"{i}.h5")) for i in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_killed_merge_ends_in_the_same_bytes(parts: list[Cache], tmp_path: Path) -> None:
+    out = tmp_path / "merged.h5"
+    writes = writes_of(lambda: merge(parts, out))
+    expected = out.read_bytes()
+    kept = []
+    for point in spread(writes):
+        out.unlink()
+        kill_at(point, lambda: merge(parts, out))
+        assert not out.exists()
+        partial = partial_path(out)
+        kept.append(committed(partial) if partial.exists() else 0)
+        assert merge(parts, out).path.read_bytes() == expected
+    assert kept == sorted(kept), "the later, the more was there"
+    assert 0 == kept[0] < kept[2] < kept[-1] == 2 * BLOCKS
+
+
+def test_a_stopped_merge_copies_what_is_missing_or_damaged(
+    parts: list[Cache], tmp_path: Path
+) -> None:
+    expected = merge(parts, tmp_path / "merged.h5").path.read_bytes()
+    out, done = tmp_path / "again.h5", list[int]()
+
+    def stop(added: int) -> None:
+        done.append(added)
+        if sum(done) > SAMPLES:
+            raise KeyboardInterrupt("enough")
+
+    with pytest.raises(KeyboardInterrupt, match="enough"):
+        merge(parts, out, stop)
+    begun = open_cache(partial_path(out), unfinished=True)
+    assert (begun.arrays["digests"] != 0).sum(1).tolist() == [BLOCKS, 1]
+    # rows that are there already are not looked at: their source may be damaged by now
+    parts[1] = damaged(parts[1], parts[1].header.array("log_probs").offset)
+    raw = bytearray(begun.path.read_bytes())
+    raw[begun.header.array("log_probs").offset] ^= 1  # of the first part
+    begun.path.write_bytes(raw)
+    with pytest.raises(FormatError, match=r"1\.h5 is damaged: soft targets of samples 0 to 7"):
+        merge(parts, tmp_path / "third.h5")
+    assert merge(parts, out).path.read_bytes() == expected

@@ -677,7 +677,7 @@ def to_text(fields: dict[str, Any], draw: random.Random) -> bytes:
     text = json.dumps(fields, ensure_ascii=draw.random() < 0.9)
     mark = json.dumps(MARK)[1:-1]
     text = re.sub(
-        f'"(?:{re.escape(mark)}|{MARK})(.*?)(?:{re.escape(mark)}|{MARK})"', unquoted, text
+        f'"(?:{re.escape(mark)}|{MARK})([^"]*?)(?:{re.escape(mark)}|{MARK})"', unquoted, text
     )
     return text.encode("utf-8", "surrogatepass")
 

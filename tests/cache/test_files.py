@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,8 +17,9 @@ from softcache.cache import Cache, Sampled, open_cache
 from softcache.cache.header import PREAMBLE, preamble
 from softcache.cache.reader import verify
 from softcache.errors import FormatError
-from softcache.info import describe
+from softcache.info import describe, facts
 from softcache.targets import soft_targets, to_dense
+from tests.files import make
 from tests.files.make import ENCODINGS, OTHER_TEMPERATURE, expected
 
 FOLDER = Path(__file__).parent.parent / "files"
@@ -29,6 +32,12 @@ def path(request: pytest.FixtureRequest) -> Path:
     return found
 
 
+def written(path: Path) -> dict[str, Any]:
+    """What was noted of a file when it was made."""
+    found: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+    return found
+
+
 def test_every_encoding_is_there() -> None:
     names = {path.stem for path in FILES if path.parent.name == "1.0"}
     assert names == {*ENCODINGS, "two-teachers", "unlabelled"}
@@ -38,21 +47,58 @@ def test_every_encoding_is_there() -> None:
 
 
 def test_it_is_whole_and_the_one_that_was_written(path: Path) -> None:
-    cache = open_cache(path)
-    facts = json.loads(path.with_suffix(".json").read_text())
+    cache, then = open_cache(path), written(path)
     assert verify(cache) == []
-    assert cache.content_id() == facts["content_id"]
-    assert cache.header.samples == facts["samples"]
+    assert cache.content_id() == then["content_id"]
+    assert cache.header.samples == then["samples"]
     assert cache.header.version == tuple(map(int, path.parent.name.split(".")))
-    assert facts["content_id"] in describe(cache)
 
 
-def test_its_rows_decode_to_what_they_did(path: Path) -> None:
-    found = expected(open_cache(path))
+def test_info_says_what_it_is(path: Path) -> None:
+    cache = open_cache(path)
+    assert f"format {path.parent.name}" in describe(cache)
+    assert written(path)["content_id"] in describe(cache)
+    assert json.loads(json.dumps(facts(cache)))["content_id"] == written(path)["content_id"]
+
+
+def test_a_byte_that_changed_would_be_noticed(path: Path, tmp_path: Path) -> None:
+    header, copy = open_cache(path).header, tmp_path / path.name
+    for array in header.arrays:
+        raw = bytearray(path.read_bytes())
+        raw[array.offset + array.nbytes - 1] ^= 1
+        copy.write_bytes(raw)
+        found = open_cache(copy)
+        assert len(verify(found)) == 1
+        changed = found.content_id() != written(path)["content_id"]
+        assert changed == (array.axis == "commits")  # it names the digests, and they the rest
+
+
+def check_rows(cache: Cache, path: Path) -> None:
+    """Rows, labels and keys are those that were written beside the file."""
+    found = expected(cache)
     with np.load(path.with_suffix(".npz")) as then:
         assert set(then) == set(found)
         for name, values in found.items():
-            np.testing.assert_allclose(values, then[name], rtol=1e-5, atol=1e-5)
+            off = 0 if name in ("labels", "keys") else 1e-5
+            np.testing.assert_allclose(values, then[name], rtol=off, atol=off)
+        mass = np.exp(then["rows"].astype(np.float64)).sum(-1)
+    np.testing.assert_allclose(mass, 1, rtol=1e-5)
+
+
+def test_its_rows_decode_to_what_they_did(path: Path) -> None:
+    check_rows(open_cache(path), path)
+
+
+@pytest.mark.parametrize("axis", ["rows", "samples"])
+def test_that_check_notices_two_rows_that_changed_places(axis: str, path: Path) -> None:
+    cache = open_cache(path)
+    turned = {
+        a.name: np.roll(cache.arrays[a.name], 1, 1 if axis == "rows" else 0)
+        for a in cache.header.arrays
+        if a.axis == axis
+    }
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check_rows(replace(cache, arrays=dict(cache.arrays) | turned), path)
 
 
 def test_its_rows_decode_to_the_same_in_torch(path: Path) -> None:
@@ -106,7 +152,9 @@ def test_an_older_major_version_is_refused(path: Path, tmp_path: Path) -> None:
 
 def test_a_newer_minor_version_with_news_is_read(path: Path, tmp_path: Path) -> None:
     found = open_cache(rewritten(path, tmp_path, version=[1, 7], a_field_of_tomorrow=[1, 2]))
-    np.testing.assert_array_equal(found.keys, open_cache(path).keys)
+    assert found.header.version == (1, 7)
+    check_rows(found, path)
+    assert verify(found) == []
 
 
 def test_unknown_fields_of_todays_version_are_refused(path: Path, tmp_path: Path) -> None:
@@ -118,3 +166,10 @@ def test_a_feature_that_must_be_understood_is_refused(path: Path, tmp_path: Path
     changes = {"version": [1, 7], "must_understand": ["delta"]}
     with pytest.raises(FormatError, match=r"needs features .* does not know: 'delta'; update"):
         open_cache(rewritten(path, tmp_path, **changes))
+
+
+def test_files_of_a_release_are_never_written_again() -> None:
+    before = {path: path.stat().st_mtime_ns for path in FOLDER.glob("*/*")}
+    with pytest.raises(SystemExit, match=r"1\.0 holds files already; they are never written again"):
+        make.main()
+    assert {path: path.stat().st_mtime_ns for path in FOLDER.glob("*/*")} == before
