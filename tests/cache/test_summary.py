@@ -202,14 +202,11 @@ def test_a_part_without_a_measure_merges_into_a_file_without_one(tmp_path: Path)
 def test_an_evaluation_that_one_part_has_is_kept(tmp_path: Path) -> None:
     config = exact_config(tmp_path)
     write_data(tmp_path / "test.npz")
-    one = dump(
-        replace(
-            config, eval_data=f"npz:{tmp_path / 'test.npz'}", out=tmp_path / "a.h5", **views(0, 2)
-        )
-    )
-    two = dump(replace(config, out=tmp_path / "b.h5", **views(2, 4)))
-    assert one.header.evaluation is not None
-    assert two.header.evaluation is None
+    evaluated = replace(config, eval_data=f"npz:{tmp_path / 'test.npz'}")
+    one = dump(replace(config, out=tmp_path / "a.h5", **views(0, 2)))
+    two = dump(replace(evaluated, out=tmp_path / "b.h5", **views(2, 4)))
+    assert one.header.evaluation is None
+    assert two.header.evaluation is not None
     for number, order in enumerate(([one, two], [two, one])):
         found = merge(order, tmp_path / f"{number}.h5")
-        assert found.header.evaluation == one.header.evaluation
+        assert found.header.evaluation == two.header.evaluation
