@@ -157,7 +157,8 @@ def begin(
     partial = partial_path(config.out)
     if partial.exists():
         try:
-            check_same(open_cache(partial, unfinished=True), draft, source, config.eval_data)
+            begun = open_cache(partial, unfinished=True)
+            check_same(begun, draft, source, config.eval_data, config.like)
             print(f"going on with {partial}")
             return
         except SoftcacheError:

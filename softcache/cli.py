@@ -288,7 +288,10 @@ def merge(caches: tuple[Path, ...], out: Path) -> None:
     parts = [open_cache(path) for path in caches]
     total = sum(part.header.views * part.header.samples for part in parts)
     with progress("merge", total, "rows") as advance:
-        found = merge(parts, out, advance)
+        try:
+            found = merge(parts, out, advance)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped; the same command goes on") from None
     header = found.header
     click.echo(
         f"{out}: {header.samples:,} samples x {header.views} view(s), {header.file_bytes:,} bytes; "

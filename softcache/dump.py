@@ -100,9 +100,9 @@ def open_finished(
     if not config.out.exists() or config.overwrite:
         return None
     finished = open_cache(config.out)
-    check_same(finished, draft, source, config.eval_data, but=["views"])
+    check_same(finished, draft, source, config.eval_data, config.like, but=["views"])
     if finished.header.views >= draft.views:
-        check_same(finished, draft, source, config.eval_data)
+        check_same(finished, draft, source, config.eval_data, config.like)
         return finished
     every = np.arange(len(source))
     own = every[draft.first_sample : draft.first_sample + draft.samples]

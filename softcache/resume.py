@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from softcache.cache import Cache, Header
+from softcache.cache import Cache, Header, open_cache
 from softcache.data import Source, open_source
 from softcache.errors import SettingsError
 from softcache.loader import loader
@@ -21,11 +22,17 @@ SETTINGS = (
 
 
 def check_same(
-    cache: Cache, draft: Header, source: Source, eval_data: str | None, but: Sequence[str] = ()
+    cache: Cache,
+    draft: Header,
+    source: Source,
+    eval_data: str | None,
+    like: Path | None = None,
+    but: Sequence[str] = (),
 ) -> None:
     """Raise SettingsError unless `cache` was begun with the settings and the data of this dump.
 
     Args:
+        like: a cache whose encoding it must have.
         but: settings that may differ.
     """
     advice = "use the same, give another --out, or --overwrite to start again"
@@ -37,6 +44,7 @@ def check_same(
                 f"{cache.path} was begun with evaluation data {begun or 'none'}, now they are {wanted}; "
                 f"{advice}"
             )
+    _check_like(cache, like, advice)
     for name in [setting for setting in SETTINGS if setting not in but]:
         begun, wanted = getattr(cache.header, name), getattr(draft, name)
         if name == "choice":
@@ -62,6 +70,19 @@ def check_same(
                 f"{cache.path} was begun with other data: sample {first} of {source.name} differs; "
                 f"{advice}"
             )
+
+
+def _check_like(cache: Cache, like: Path | None, advice: str) -> None:
+    if like is None:
+        return
+    wanted = open_cache(like)
+    same = cache.header.encoding == wanted.header.encoding
+    own = {"class_names", "fingerprinted", "fingerprints"}  # of its data, not of its encoding
+    fitted = {array.name for array in wanted.header.arrays if array.axis == "shared"} - own
+    if not same or any(
+        not np.array_equal(cache.arrays[name], wanted.arrays[name]) for name in fitted
+    ):
+        raise SettingsError(f"{cache.path} was begun with another encoding than {like}'s; {advice}")
 
 
 def _asked(choice: dict[str, Any] | None) -> str:

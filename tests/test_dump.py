@@ -277,6 +277,20 @@ def test_a_dump_like_another_takes_its_encoding_and_what_it_was_fitted_to(
     assert like.header.summary["fidelity"]["mean"] < 1e-3
 
 
+def test_a_dump_goes_on_only_like_the_same(dump_config: DumpConfig, tmp_path: Path) -> None:
+    config = replace(dump_config, eval_data=None, encoding="basis:4,2")
+    one = dump(replace(config, shard=(0, 2), out=tmp_path / "one.h5"))
+    two = dump(replace(config, augment="shift:2", out=tmp_path / "two.h5"))
+    config = replace(config, shard=(1, 2))
+    like = dump(replace(config, like=one.path))
+    assert dump(replace(config, like=one.path)).content_id() == like.content_id()
+    with pytest.raises(SettingsError, match=r"was begun with another encoding than .*two\.h5's; u"):
+        dump(replace(config, like=two.path))
+    like.path.rename(partial_path(like.path))
+    with pytest.raises(SettingsError, match=r"was begun with another encoding than .*two\.h5's; u"):
+        dump(replace(config, like=two.path))
+
+
 def test_a_dump_like_one_of_other_classes_is_refused(
     dump_config: DumpConfig, teacher_file: Path, tmp_path: Path
 ) -> None:

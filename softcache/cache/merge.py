@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from softcache.cache.header import Header
+from softcache.cache.header import VERSION, Header
 from softcache.cache.reader import (
     Cache,
     Damage,
     block_damage,
     open_cache,
     partial_path,
+    raw_bytes,
     shared_digest,
 )
 from softcache.cache.summary import pooled_fidelity, summarize
@@ -46,11 +47,14 @@ def merge(parts: Sequence[Cache], out: Path, advance: Advance = _nothing) -> Cac
         SettingsError: the parts do not fit; the message names which and why.
         FormatError: rows of a part do not match their digest.
     """
+    # the order in which they were named must not show in the file
+    parts = sorted(parts, key=lambda part: (part.header.first_sample, part.header.first_view))
     if any(part.path.resolve() == out.resolve() for part in parts):
         raise SettingsError(f"{out} is itself to be merged; give another --out")
     if out.exists():
         raise SettingsError(f"{out} is there already; give another --out, or remove it")
     header, shared = plan(parts)
+    out.parent.mkdir(parents=True, exist_ok=True)
     _begin(out, header, shared, parts[0].header.block_rows)
     with Writer(out) as writer:
         # view by view: a block at the border of two shards is whole before the next view's is compared
@@ -81,7 +85,9 @@ def copy_view(part: Cache, writer: Writer, view: int, advance: Advance = _nothin
     for block in range(mine.blocks):
         samples = mine.block_range(block)
         place = slice(samples.start, samples.stop)
-        if missing[place].any():
+        if not missing[place].any():
+            _check_there(part, own, block, writer, view)
+        else:
             _check_block(part, own, block)
             rows = {
                 a.name: part.arrays[a.name][own, place] for a in mine.arrays if a.axis == "rows"
@@ -124,6 +130,7 @@ def plan(parts: Sequence[Cache]) -> tuple[Header, dict[str, npt.NDArray[Any]]]:
         samples=sum(shard[0].header.samples for shard in shards),
         evaluation=next((p.header.evaluation for p in parts if p.header.evaluation), None),
         summary=None,
+        version=VERSION,
     )
     shared = {a.name: shards[0][0].arrays[a.name] for a in first.arrays if a.axis == "shared"}
     return header, shared | {"fingerprinted": fingerprinted, "fingerprints": fingerprints}
@@ -185,7 +192,14 @@ def _check_same_samples(shard: Sequence[Cache]) -> None:
             mine, theirs = shard[0].arrays[name], part.arrays[name]
             if np.array_equal(mine, theirs):
                 continue
+            if name == "fingerprinted":
+                raise SettingsError(
+                    f"{part.path} and {shard[0].path} keep fingerprints of other samples, as shards that "
+                    "were merged do; merge the views of each shard first, then the shards"
+                )
             at = int(np.flatnonzero((mine != theirs).reshape(len(mine), -1).any(1))[0])
+            for one in (shard[0], part):
+                _check_block(one, None, at // one.header.block_rows)
             raise SettingsError(
                 f"{part.path} and {shard[0].path} differ in the {name} of sample "
                 f"{at + part.header.first_sample}; they were dumped from other data"
@@ -209,13 +223,36 @@ def _begin(out: Path, header: Header, shared: Values, unit: int) -> None:
         raise SettingsError(f"{partial} is in the way: it was begun by something else; remove it")
 
 
-def _check_block(part: Cache, view: int, block: int) -> None:
-    for at in (None, view):
+def _check_block(part: Cache, view: int | None, block: int) -> None:
+    """Raise FormatError if labels and keys of a block are damaged, or its rows of a view."""
+    for at in (None,) if view is None else (None, view):
         what = block_damage(part, at, block)
         if what:
             damage = Damage(what, at, part.header.block_range(block))
             raise FormatError(
                 f"{part.path} is damaged: {damage}; softcache verify {part.path.name} says what to do"
+            )
+
+
+def _check_there(part: Cache, own: int, block: int, writer: Writer, view: int) -> None:
+    """Raise SettingsError if rows that were there before are not those of the part."""
+    samples = part.header.block_range(block)
+    offset = part.header.first_sample - writer.header.first_sample
+    place = slice(samples.start, samples.stop)
+    there = slice(samples.start + offset, samples.stop + offset)
+    for array in part.header.arrays:
+        if array.axis == "rows":
+            pair = part.arrays[array.name][own, place], writer.cache.arrays[array.name][view, there]
+        elif array.axis == "samples":
+            pair = part.arrays[array.name][place], writer.cache.arrays[array.name][there]
+        else:
+            continue
+        if raw_bytes(pair[0]) != raw_bytes(pair[1]):
+            if any(block_damage(part, at, block) for at in (None, own)):
+                return  # it was copied while the part was whole
+            raise SettingsError(
+                f"{partial_path(writer.path)} holds other {array.name} of samples {there.start} to "
+                f"{there.stop - 1} than {part.path}: it was begun from another file; remove it"
             )
 
 

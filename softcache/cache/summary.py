@@ -56,9 +56,18 @@ def pooled_fidelity(parts: Sequence[Cache]) -> dict[str, Any] | None:
     if not all(known):
         return None
     found: list[dict[str, Any]] = [part for part in known if part]
+    try:
+        return _pooled(found)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):  # a header may say anything
+        return None
+
+
+def _pooled(found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     if any(set(part["at"]) != set(found[0]["at"]) for part in found):
         return None
     weights = np.array([part["rows"] for part in found], np.float64)
+    if not weights.sum() > 0:
+        return None
     weights /= weights.sum()
 
     def mean(values: Sequence[float]) -> float:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ from softcache.cache import writer as cache_writer
 from softcache.cache.merge import SETTINGS, merge
 from softcache.cache.reader import partial_path, verify
 from softcache.cache.writer import digest_offset
+from softcache.cli import main
 from softcache.data import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import FormatError, SettingsError
@@ -378,7 +380,90 @@ def test_a_partial_of_something_else_is_in_the_way(
     assert partial.read_bytes() == before
 
 
+def test_a_partial_of_other_rows_is_refused(
+    part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same settings, and of other rows: a machine rounds otherwise than the next."""
+    parts = [part("a", **views(0, 2)), part("b", **views(2, 4))]
+    stop_after(monkeypatch, writes=2)
+    with pytest.raises(KeyboardInterrupt):
+        merge(parts, tmp_path / "merged.h5")
+    monkeypatch.undo()
+    array = parts[0].header.array("log_probs")
+    other = damaged(parts[0], array.offset)
+    digest = other.block_digest(0, 0).to_bytes(8, "little")
+    other = damaged(other, digest_offset(other.header, 0, 0), digest)
+    message = (
+        r"merged\.h5\.partial holds other log_probs of samples 0 to 7 than .*a\.h5: .*remove it"
+    )
+    with pytest.raises(SettingsError, match=message):
+        merge([other, parts[1]], tmp_path / "merged.h5")
+
+
+def test_a_part_that_was_damaged_after_it_was_copied_stops_nothing(
+    part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [part("a", **views(0, 2)), part("b", **views(2, 4))]
+    stop_after(monkeypatch, writes=2)
+    with pytest.raises(KeyboardInterrupt):
+        merge(parts, tmp_path / "merged.h5")
+    monkeypatch.undo()
+    bad = damaged(parts[0], parts[0].header.array("log_probs").offset)
+    check_same(merge([bad, parts[1]], tmp_path / "merged.h5"), part("whole"))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, *, writes: int) -> None:
+    """Ctrl-C once so many blocks were written and committed."""
+    write, turn = cache_writer.Writer.write, count()
+
+    def stopping(self: cache_writer.Writer, *arguments: Any) -> None:
+        if next(turn) == writes:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(cache_writer.Writer, "write", stopping)
+
+
+def test_the_order_of_the_parts_does_not_show(part: Part, tmp_path: Path) -> None:
+    parts = [part(f"{i}", shard=(i, 3)) for i in range(3)]
+    found = [
+        merge([parts[i] for i in order], tmp_path / "far" / f"{number}.h5").path.read_bytes()
+        for number, order in enumerate([(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_views_of_shards_merged_before_are_refused_with_what_helps(
+    part: Part, tmp_path: Path
+) -> None:
+    one = merge([part(f"one{i}", shard=(i, 2), **views(0, 2)) for i in (0, 1)], tmp_path / "one.h5")
+    two = part("two", **views(2, 4))
+    with pytest.raises(SettingsError, match="merge the views of each shard first, then the shards"):
+        merge([one, two], tmp_path / "merged.h5")
+
+
+def test_ctrl_c_says_how_to_go_on(
+    part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [str(part(f"{i}", **views(i, i + 1)).path) for i in (0, 1)]
+    stop_after(monkeypatch, writes=1)
+    arguments = ["merge", *paths, "--out", str(tmp_path / "merged.h5")]
+    found = CliRunner().invoke(main, arguments)
+    assert found.exit_code == 130
+    assert found.stderr.splitlines()[-1] == "Error: stopped; the same command goes on"
+    monkeypatch.undo()
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+
+
 # damage
+
+
+def test_damaged_labels_are_not_taken_for_other_data(part: Part, tmp_path: Path) -> None:
+    one, two = part("a", **views(0, 2)), part("b", **views(2, 4))
+    bad = damaged(two, two.header.array("labels").offset)
+    with pytest.raises(FormatError, match=r"b\.h5 is damaged: labels and keys of samples 0 to 7"):
+        merge([one, bad], tmp_path / "merged.h5")
 
 
 def damaged(cache: Cache, offset: int, values: bytes | None = None) -> Cache:

@@ -210,3 +210,10 @@ def test_an_evaluation_that_one_part_has_is_kept(tmp_path: Path) -> None:
     for number, order in enumerate(([one, two], [two, one])):
         found = merge(order, tmp_path / f"{number}.h5")
         assert found.header.evaluation == two.header.evaluation
+
+
+@pytest.mark.parametrize("change", [{"at": 3}, {"rows": "many"}, {"rows": 0}, {"mean": None}])
+def test_a_measure_that_makes_no_sense_is_left_out(cache: Cache, change: dict[str, Any]) -> None:
+    """A header may say anything."""
+    assert pooled_fidelity([measured(cache, FIDELITY), measured(cache, FIDELITY)]) is not None
+    assert pooled_fidelity([measured(cache, FIDELITY | change)] * 2) is None
