@@ -73,6 +73,8 @@ def _pooled(found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     def mean(values: Sequence[float]) -> float:
         return float(weights @ np.array(values, np.float64))
 
+    if not all(np.isfinite(mean([part[name] for part in found])) for name in ("mean", "moved")):
+        return None
     return {
         "rows": sum(part["rows"] for part in found),
         "mean": mean([part["mean"] for part in found]),
