@@ -3,7 +3,9 @@
 Both loops use the same loader, augmentation, batches and checked teacher. The one that keeps nothing
 hashes no samples, takes no softmax and touches no disk. "fill" is the loop of the dump with the last
 commit; "before + after" are the seconds that the rest of a dump takes: allocation, summary, another
-look at the teacher for the fidelity, and the renaming.
+look at the teacher for the fidelity, and the renaming. "stages" is where the thread that runs the dump's
+loop spent its time: waiting for data, at the teacher (with encoding), waiting for the disk.
+--threads 1 leaves the other cores to the stages around the teacher, as a GPU does.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--teachers", nargs="+", default=["cnn:16,32,64", "resnet:20,16"])
+    parser.add_argument(
+        "--teachers", nargs="+", default=["cnn:16,32,64", "resnet:20,16", "resnet:56,32"]
+    )
     parser.add_argument("--mnist", default="idx:data/mnist", help="data specification")
     parser.add_argument("--seconds", type=float, default=10, help="about, of one loop")
     parser.add_argument("--repeats", type=int, default=7)
@@ -56,8 +60,11 @@ def main() -> None:
     parser.add_argument("--augment", help="as in softcache dump")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="of torch [default: one for each core]")
     parser.add_argument("--folder", type=Path, help="where caches go [default: a temporary folder]")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     cases = [(open_arrays(options.mnist), 10), (synthetic_images(*SYNTHETIC), SYNTHETIC[1])]
     lines = []
     with work_folder(options.folder) as folder:
@@ -83,7 +90,7 @@ def main() -> None:
                 print(f"{source.name}, {spec}: done", flush=True)
     headers = (
         "data", "classes", "teacher", "rows", "nothing, s", "fill / nothing", "min", "max",
-        f"<= {GOAL}", "before + after, s",
+        f"<= {GOAL}", "before + after, s", "stages",
     )  # fmt: skip
     print(f"\nRatio of wall times, median of {options.repeats} pairs, side by side; {machine()}")
     print(tabulate(lines, headers=headers, disable_numparse=True))
@@ -113,11 +120,12 @@ def fitting(
 
 def measure(config: DumpConfig, source: ArraySource, teacher: Ensemble, repeats: int) -> list[str]:
     """One line of the table."""
-    rest = []
+    rest, notes = [], []
 
     def kept() -> float:
-        fill_seconds, other_seconds = keep(config, source, teacher)
+        fill_seconds, other_seconds, note = keep(config, source, teacher)
         rest.append(other_seconds)
+        notes.append(note)
         return fill_seconds
 
     seconds = alternate(
@@ -134,17 +142,18 @@ def measure(config: DumpConfig, source: ArraySource, teacher: Ensemble, repeats:
         *spread(found),
         "yes" if statistics.median(found) <= GOAL else "no",
         f"{statistics.median(rest):.2f}",
+        notes[-1],
     ]
 
 
-def keep(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> tuple[float, float]:
-    """Seconds of the dump's loop with its last commit, and of the rest of the dump."""
+def keep(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> tuple[float, float, str]:
+    """Seconds of the dump's loop with its last commit, and of the rest of the dump; its stages."""
     start = time.perf_counter()
     augmentation = augmentation_of(config, source)
     begin(config, draft_header(config, source, teacher), source, teacher, augmentation)
     with Writer(config.out) as writer:
         loop = time.perf_counter()
-        fill(writer, config, source, teacher, augmentation, ProcessGroup())
+        watch = fill(writer, config, source, teacher, augmentation, ProcessGroup())
         writer.commit()
         filled = time.perf_counter()
         summary = summarize(writer.cache)
@@ -152,7 +161,7 @@ def keep(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> tuple[fl
         writer.finish(summary)
     end = time.perf_counter()
     config.out.unlink()
-    return filled - loop, end - filled + loop - start
+    return filled - loop, end - filled + loop - start, watch.note()
 
 
 def keep_nothing(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> float:

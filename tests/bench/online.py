@@ -1,0 +1,146 @@
+"""Distilling from the cache against asking the live teacher in every step.
+
+The same student, the same augmented views, the same batches and number of steps, by softcache's own
+training loop; they differ in where the soft targets come from. The ideal is (teacher + student) /
+student: a teacher's forward pass without its softmax, and a step of training on soft targets that
+are in memory already, each measured alone on one batch. "of ideal" is what the cache saves of what
+it could save; above 1, the live loop is dearer than the sum of its parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tabulate import tabulate
+
+from softcache.begin import load_teachers
+from softcache.cache import Cache
+from softcache.data import ArraySource, to_float
+from softcache.dump import DumpConfig, dump
+from softcache.join import JoinedData, join
+from softcache.learner import make_accelerator
+from softcache.train import TrainConfig, fit, make_learners
+from tests.bench import alternate, first, machine, open_arrays, ratios, spread, work_folder
+from tests.bench.dump_overhead import augmentation_of, make_weights
+from tests.bench.views_curve import LiveData
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--teachers", nargs="+", default=["cnn:16,32,64", "resnet:20,16", "resnet:56,32"]
+    )
+    parser.add_argument("--student", default="cnn:8,16,32")
+    parser.add_argument("--data", default="idx:data/mnist", help="idx:DIR or npz:FILE")
+    parser.add_argument("--augment", default="shift:2")
+    parser.add_argument("--views", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=30, help="of one training")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--folder", type=Path)
+    options = parser.parse_args()
+    source = first(open_arrays(options.data), options.steps * options.batch_size)
+    lines = []
+    with work_folder(options.folder) as folder:
+        for spec in options.teachers:
+            lines.append(measure(spec, source, options, folder))
+            print(f"{spec}: done", flush=True)
+    headers = ("teacher", "live / cached", "min", "max", "ideal", "of ideal")
+    print(
+        f"\nWall time of {options.steps} steps of {options.student} on batches of "
+        f"{options.batch_size}, median of {options.repeats} pairs side by side; {machine()}"
+    )
+    print(tabulate(lines, headers=headers, disable_numparse=True))
+
+
+def measure(spec: str, source: ArraySource, options: argparse.Namespace, folder: Path) -> list[str]:
+    """A line of the table."""
+    config = DumpConfig(
+        teacher=spec,
+        weights=folder / "teacher.safetensors",
+        data=source.name,
+        temperature=4.0,
+        views=options.views,
+        augment=options.augment,
+        out=folder / "online.h5",
+        classes=10,
+        device=options.device,
+        overwrite=True,
+    )
+    make_weights(spec, source, 10, folder / "teacher.safetensors")
+    cache = dumped(config, source, folder)
+    accelerator = make_accelerator(options.device, "no")
+    teacher = load_teachers(config, source, augmentation_of(config, source))
+    part = join(
+        source, cache, augment=None, temperature=config.temperature, device=accelerator.device
+    )
+    live = LiveData(**vars(part) | {"targets": None}, teacher=teacher, temperature=4.0)
+    training = TrainConfig(
+        student=options.student,
+        data=source.name,
+        cache=cache.path,
+        out=folder / "run",
+        epochs=1,
+        batch_size=options.batch_size,
+        alpha=1.0,
+        device=options.device,
+    )
+
+    def trained(data: JoinedData) -> float:
+        start = time.perf_counter()
+        fit(training, accelerator, [data], config.temperature, None)
+        return time.perf_counter() - start
+
+    learner = make_learners(training, accelerator, part, options.steps)[0]
+    raw = torch.from_numpy(source.inputs[: options.batch_size])
+    inputs = to_float(raw).to(accelerator.device)
+    labels = torch.zeros(len(inputs), dtype=torch.int64, device=accelerator.device)
+    with torch.inference_mode():
+        said = teacher.log_probs(inputs, config.temperature)
+    targets = said.clone()
+
+    def student_alone() -> float:
+        start = time.perf_counter()
+        for _ in range(options.steps):
+            learner.step(inputs, labels, targets, config.temperature)
+        float(learner.losses[-1][0])  # waits for the device
+        return time.perf_counter() - start
+
+    def teacher_alone() -> float:
+        start = time.perf_counter()
+        for _ in range(options.steps):
+            teacher.teachers[0].logits(inputs, np.arange(len(inputs)))
+        return time.perf_counter() - start
+
+    seconds = alternate(
+        {
+            "live": lambda: trained(live),
+            "cached": lambda: trained(part),
+            "student": student_alone,
+            "teacher": teacher_alone,
+        },
+        options.repeats,
+    )
+    found = ratios(seconds["live"], seconds["cached"])
+    ideal = statistics.median(1 + x for x in ratios(seconds["teacher"], seconds["student"]))
+    return [spec, *spread(found), f"{ideal:.2f}", f"{statistics.median(found) / ideal:.2f}"]
+
+
+def dumped(config: DumpConfig, source: ArraySource, folder: Path) -> Cache:
+    """A cache of just these samples."""
+    path = folder / "some.npz"
+    np.savez(path, x=source.inputs, y=source.labels)
+    return dump(replace(config, data=f"npz:{path}"))
+
+
+if __name__ == "__main__":
+    main()
