@@ -865,3 +865,18 @@ def test_a_specification_of_no_encoding_is_refused_with_all_there_are(spec: str)
         match=rf"^encoding '{spec}' is unknown; expected dense, quantized, topk:K, basis:BYTES,K",
     ):
         parse_encoding(spec, 4.0)
+
+
+@pytest.mark.parametrize("encoding", [Quantized(), TopK(4, (1.0, 2.0)), Sampled(7)])
+def test_rows_are_encoded_alike_in_whatever_parts(
+    encoding: Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_probs = torch.log_softmax(torch.randn(23, 50, generator=torch.Generator()), -1)
+    encode = make_encoder(encoding, {}, temperature=1.0, seed=3, device=CPU)
+    whole = encode(log_probs, 1, np.arange(23))
+    for rows in (1, 4, 22, 23):
+        monkeypatch.setattr("softcache.targets._PART_ELEMENTS", rows * 50)
+        parts = encode(log_probs, 1, np.arange(23))
+        assert parts.keys() == whole.keys()
+        for name, tensor in whole.items():
+            assert torch.equal(parts[name], tensor), (name, rows)
