@@ -16,11 +16,11 @@ from softcache.cache import Cache, Dense, Header, open_cache
 from softcache.cache.reader import partial_path
 from softcache.cache.writer import Stored, create
 from softcache.data import Source, open_source, to_float
+from softcache.dump_settings import AUTO, DumpConfig
 from softcache.errors import SettingsError, SoftcacheError
 from softcache.evaluate import data_digest, evaluate
 from softcache.replay import fingerprinted_rows, software, steady_fingerprints
 from softcache.resume import check_same
-from softcache.settings import AUTO, DumpConfig
 from softcache.teacher import (
     COMPILED,
     Ensemble,

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from softcache import __version__
-from softcache.errors import Interrupted, SoftcacheError
+from softcache.errors import Interrupted, SettingsError, SoftcacheError
 
 # torch takes seconds to import: each command imports what it needs when it runs
 
@@ -188,25 +188,75 @@ def dump(**options: Any) -> None:
         click.echo(line)
 
 
+def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> Any:  # noqa: ANN401
+    """Options from a file stand where the command line gives none; its students are handed on."""
+    if value is None:
+        return []
+    from softcache.grid import read_toml
+
+    options, students = read_toml(value)
+    names = {option: p.name for p in ctx.command.params for option in p.opts}
+    known = {n.removeprefix("--").replace("-", "_"): name for n, name in names.items()}
+    for key in options:
+        if key not in known:
+            raise SettingsError(f"--config {value}: {key!r} is no option of softcache train")
+    ctx.default_map = {str(known[key]): option for key, option in options.items()}
+    return students
+
+
 @main.command()
 @click.argument("cache", type=PATH, nargs=-1)
-@click.option("--student", required=True, metavar="SPEC", help="The model, as in dump.")
 @click.option(
-    "--data",
-    required=True,
+    "--student",
     multiple=True,
     metavar="SPEC",
-    help="The samples, as in dump; of several CACHE, one for each in the same order, or one for all.",
+    help="The model, as in dump. Several are trained together, each into a folder of DIR.",
+)
+@click.option(
+    "--grid",
+    multiple=True,
+    metavar="NAME=A,B",
+    help="A student for each value of a setting, of several for each combination.",
+)
+@click.option(
+    "--config",
+    "tables",
+    type=click.Path(path_type=Path, dir_okay=False),
+    is_eager=True,
+    callback=read_config,
+    metavar="TOML",
+    help="These options in a file, and students with settings of their own in [[student]] tables.",
+)
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="SPEC",
+    help="The samples, as in dump; of several CACHE, one for each in the same order, or one for all. "
+    "Not needed if CACHE holds its inputs.",
 )
 @click.option("--eval-data", metavar="SPEC", help="Count errors on these after every epoch.")
 @click.option("--out", required=True, type=PATH, metavar="DIR", help="Folder of the run.")
 @click.option("--epochs", type=int, default=20)
 @click.option("--batch-size", type=int, default=128)
-@click.option("--lr", "learning_rate", type=float, default=2e-3, help="Of AdamW, at its highest.")
+@click.option(
+    "--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", help="sgd is Nesterov's."
+)
+@click.option(
+    "--lr", "learning_rate", type=float, help="At its highest.  [default: 2e-3; of sgd 0.05]"
+)
+@click.option("--momentum", type=float, default=0.9, help="Of sgd.")
 @click.option("--schedule", type=click.Choice(["cosine", "constant"]), default="cosine")
-@click.option("--weight-decay", type=float, default=0.01)
+@click.option("--warmup", type=float, default=0.05, help="Share of the steps.")
+@click.option("--weight-decay", type=float, help="[default: 0.01; of sgd 5e-4]")
+@click.option("--clip", type=float, help="The gradient's norm, at the most.")
+@click.option("--accumulate", type=int, default=1, help="Parts of a batch, if memory is short.")
+@click.option("--ema", type=float, help="Evaluate and save averaged weights; decay, such as 0.999.")
 @click.option("--alpha", type=float, help="Weight of the soft targets.  [default: 0.9]")
 @click.option("--temperature", type=float, help="Of the soft targets.  [default: the cache's]")
+@click.option(
+    "--loss", default="kl", metavar="NAME", help="kl, reverse_kl, js, mse, or dkd:BETA; see below."
+)
+@click.option("--label-smoothing", type=float, default=0.0, help="Of the cross-entropy.")
 @click.option("--seed", type=int, default=0, help="Of the student and the order of samples.")
 @click.option("--augment", metavar="SPEC", help="Without CACHE, or the file of CACHE's own.")
 @click.option(
@@ -214,6 +264,12 @@ def dump(**options: Any) -> None:
 )
 @click.option("--baseline", is_flag=True, help="Also train the twin on hard labels only.")
 @click.option("--init", type=PATH, metavar="WEIGHTS", help="Begin with these weights.")
+@click.option(
+    "--patience",
+    type=int,
+    metavar="EPOCHS",
+    help="Stop after so many without fewer errors on --eval-data, and keep the best weights.",
+)
 @click.option("--classes", type=int, help="Without CACHE, where the data do not say.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), default="no")
@@ -223,18 +279,37 @@ def dump(**options: Any) -> None:
     default=True,
     help="An epoch mixes the views of CACHE; --no-rotate: it reads one, if memory is short.",
 )
+@click.option(
+    "--checkpoint-minutes",
+    type=float,
+    default=10.0,
+    help="Between two checkpoints within an epoch; there is one after each.",
+)
+@click.option("--tensorboard", is_flag=True, help="Logs for TensorBoard (softcache[tensorboard]).")
 @click.option("--verify/--no-verify", default=True, help="Check all digests of CACHE first.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished run in DIR.")
 def train(**options: Any) -> None:
-    """Train a student from CACHE; without CACHE, train a model on the labels alone.
+    """Train students from CACHE; without CACHE, train a model on the labels alone.
 
     Of several caches, every batch is drawn from all samples alike: labelled and unlabelled ones, or
     the shards of a dump. FILE.partial, which a dump has not completed, gives its complete views.
 
+    Run again after any stop, the same command goes on from its last checkpoint.
+
     The loss is alpha T² KL(teacher ‖ student) + (1 - alpha) cross-entropy with the labels.
+
+    \b
+    In the place of the KL may stand
+      reverse_kl   KL(student ‖ teacher)
+      js           Jensen-Shannon divergence
+      mse          half the mean squared error of the centred logits
+      dkd:BETA     decoupled KD: KL of label against others + BETA KL among the others
     """
+    from softcache.grid import make_variants
     from softcache.train import TrainConfig, train
 
+    students, grid, tables = (options.pop(name) for name in ("student", "grid", "tables"))
+    options["student"], options["variants"] = make_variants(students, grid, tables)
     train(TrainConfig(**options))
 
 

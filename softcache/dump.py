@@ -17,6 +17,7 @@ from softcache.cache.reader import partial_path
 from softcache.cache.summary import rows_to_look_at, summarize
 from softcache.cache.writer import Writer
 from softcache.data import Source, check_labels, open_source
+from softcache.dump_settings import DumpConfig
 from softcache.errors import Interrupted
 from softcache.loader import Batch, Request, augmented, loader, make_request
 from softcache.pipeline import Behind, Stopwatch, ahead
@@ -24,7 +25,6 @@ from softcache.processes import ProcessGroup, join_processes
 from softcache.progress import progress
 from softcache.replay import check_replay
 from softcache.resume import check_same
-from softcache.settings import DumpConfig
 from softcache.targets import HostCopy, as_arrays, make_encoder, shared_tensors
 from softcache.teacher import Ensemble
 from softcache.views import Augmentation, parse_augment

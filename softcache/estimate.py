@@ -12,7 +12,7 @@ from softcache import choose
 from softcache.begin import draft_header, load_teachers, take_encoding
 from softcache.cache import Encoding, Header, open_cache
 from softcache.data import open_source
-from softcache.settings import DumpConfig
+from softcache.dump_settings import DumpConfig
 from softcache.targets import shared_tensors
 from softcache.views import parse_augment
 

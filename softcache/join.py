@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from softcache.loader import Batch, Request, augmented, loader, make_request, se
 from softcache.loss import LOWEST, Labels, MixedLabels, SparseTargets, Targets
 from softcache.progress import progress
 from softcache.replay import check_replay, replayed
-from softcache.targets import soft_targets, to_dense
+from softcache.targets import tempered_targets, to_dense
 from softcache.views import ROTATION_STREAM, Augmentation, Views, parse_augment, uniform
 
 BATCH = 1000
@@ -32,7 +32,7 @@ class TrainingBatch(NamedTuple):
 
     inputs: Tensor  # (B, *shape) float, augmented
     labels: Labels  # (B,)
-    targets: Targets | None  # the teacher's log-probabilities (B, C) at the temperature
+    targets: Mapping[float, Targets]  # the teacher's log-probabilities (B, C) by temperature
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class JoinedData:
     augmentation: Augmentation
     classes: int
     cache: Cache | None = None
-    targets: Callable[[Views, Indices], Targets] | None = None  # by view and row of the cache
+    # by view and row of the cache, at each temperature
+    targets: Callable[[Views, Indices], Mapping[float, Targets]] | None = None
     rotate: bool = True
 
     def __len__(self) -> int:
@@ -93,7 +94,7 @@ class JoinedData:
             shares = torch.from_numpy(self.augmentation.shares(view, numbers)).to(device)
             labels = MixedLabels(own, batch.partner_labels.to(device), shares.float())
         if self.cache is None or self.targets is None:
-            return TrainingBatch(inputs, labels, None)
+            return TrainingBatch(inputs, labels, {})
         header = self.cache.header
         soft = self.targets(view - header.first_view, numbers - header.first_sample)
         return TrainingBatch(inputs, labels, soft)
@@ -115,14 +116,15 @@ def together(batches: Sequence[TrainingBatch]) -> TrainingBatch:
     return TrainingBatch(
         torch.cat([batch.inputs for batch in batches]),
         labels_together([batch.labels for batch in batches]),
-        targets_together([batch.targets for batch in batches if batch.targets is not None]),
+        {
+            temperature: targets_together([batch.targets[temperature] for batch in batches])
+            for temperature in batches[0].targets
+        },
     )
 
 
-def targets_together(targets: Sequence[Targets]) -> Targets | None:
+def targets_together(targets: Sequence[Targets]) -> Targets:
     """Targets of several batches; sparse if all are, of the same number of ids."""
-    if not targets:
-        return None
     sparse = [one for one in targets if isinstance(one, SparseTargets)]
     if len(sparse) == len(targets) and len({one.ids.shape[1] for one in sparse}) == 1:
         return SparseTargets(
@@ -164,7 +166,7 @@ def join(
     cache: Cache,
     *,
     augment: str | None,
-    temperature: float,
+    temperatures: Sequence[float],
     device: torch.device,
     workers: int = 0,
     rotate: bool = True,
@@ -173,7 +175,7 @@ def join(
 
     Args:
         augment: the file of the cache's own callable, if it has one.
-        temperature: of the soft targets that are wanted.
+        temperatures: of the soft targets that are wanted.
         rotate: whether each sample begins with another view.
 
     Raises:
@@ -181,7 +183,7 @@ def join(
         SettingsError: the temperature or the augmentation cannot be had.
     """
     header = cache.header
-    targets = soft_targets(cache, temperature, device)
+    targets = tempered_targets(cache, temperatures, device)
     places = join_samples(source, cache, workers)
     augmentation = replayed(header, augment)
     if augmentation.mixup and len(source) < header.data_samples:

@@ -1,13 +1,13 @@
-"""A student in training: built, stepped, evaluated and saved on its own."""
+"""A student in training: stepped, evaluated and saved on its own."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,18 @@ from accelerate import Accelerator
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 from softcache.data import Source
 from softcache.errors import ModelError, SettingsError
 from softcache.evaluate import Evaluation, evaluate
-from softcache.loss import Labels, Loss, Targets, distillation_loss
+from softcache.loss import Labels, Loss, MixedLabels, SparseTargets, Targets, distillation_loss
 from softcache.models import parameter_count
+from softcache.optimizer import make_average, make_optimizer, make_schedule
+from softcache.train_settings import StudentConfig
 
 UNFINISHED_METRICS = "metrics.jsonl.partial"  # until the student is there
-WARMUP = 0.05  # share of the steps in which the learning rate rises from 0
+WEIGHTS = "student.safetensors"
 
 
 @dataclass
@@ -36,40 +39,159 @@ class Learner:
 
     name: str
     folder: Path
+    config: StudentConfig
     alpha: float
+    temperature: float
     classes: int
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     accelerator: Accelerator
     random: list[Tensor]
+    average: AveragedModel | None = None
     losses: list[Tensor] = field(default_factory=list)  # (3,) a step: total, soft, hard
-    steps: int = 0
+    steps: int = 0  # whose losses are known to be finite and in the metrics
+    history: list[dict[str, Any]] = field(default_factory=list)  # a line of metrics an epoch
     evaluation: Evaluation | None = None
+    best: dict[str, Tensor] | None = None  # weights at the fewest errors, if it may stop early
+    stopped: str | None = None  # why it takes no more steps
+    failed: bool = False
 
     @property
     def parameters(self) -> int:
         return parameter_count(self.model)
 
+    @property
+    def result(self) -> nn.Module:
+        """The model that is evaluated and saved: the average, if there is one."""
+        if self.average is not None:
+            return self.average.module
+        found: nn.Module = self.accelerator.unwrap_model(self.model)
+        return found
+
     def step(
-        self,
-        inputs: Tensor,
-        labels: Labels,
-        targets: Targets | None,
-        temperature: float,
-        weight: float = 1.0,
+        self, inputs: Tensor, labels: Labels, targets: Targets | None, weight: float = 1.0
     ) -> None:
         """One step on one batch, or on this process's share of it.
 
         Args:
-            weight: of the share, such that the mean over the processes is that over the batch.
             inputs: (B, *shape) float.
             labels: (B,) int64, negative where unlabelled; or of mixed samples.
-            targets: the teacher's log-probabilities at `temperature`, if alpha wants them.
+            targets: the teacher's log-probabilities at its temperature, if alpha wants them.
+            weight: of the share, such that the mean over the processes is that over the batch.
 
         Raises:
             ModelError: the student raises, or its output is not (B, C).
         """
+        self.optimizer.zero_grad()
+        parts = list(_slices(len(inputs), self.config.accumulate))
+        losses = []
+        for place in parts:
+            share = weight * (place.stop - place.start) / len(inputs)
+            last = place is parts[-1]
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                soft = None if targets is None or self.alpha == 0 else _part(targets, place)
+                loss = self._loss(inputs[place], _part(labels, place), soft)
+                self.accelerator.backward(loss.total * share)
+            losses.append(torch.stack([part.detach().float() for part in loss]) * share)
+        if self.config.clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.accelerator.unwrap_model(self.model))
+        self.losses.append(torch.stack(losses).sum(0))
+
+    def mean_losses(self, epoch: int) -> Tensor:
+        """Losses (steps, 3) of this epoch so far, over all processes.
+
+        Raises:
+            ModelError: one of them is not finite.
+        """
+        mine = torch.stack(self.losses)  # (steps, 3)
+        losses: Tensor = self.accelerator.reduce(mine, reduction="mean").cpu()
+        broken = (~losses[:, 0].isfinite()).nonzero()
+        if len(broken):
+            raise ModelError(
+                f"{self.name}: the loss is {losses[broken[0, 0], 0]} at step "
+                f"{self.steps + int(broken[0, 0]) + 1} (epoch {epoch + 1}); lower --lr, or --clip 1"
+            )
+        return losses
+
+    def finish_epoch(
+        self, epoch: int, eval_source: Source | None, workers: int, patience: int | None = None
+    ) -> None:
+        """Evaluate, and add a line to the metrics.
+
+        Args:
+            patience: epochs without fewer errors after which it stops.
+
+        Raises:
+            ModelError: a loss of this epoch is not finite.
+        """
+        losses = self.mean_losses(epoch)
+        self.steps += len(self.losses)
+        self.losses.clear()
+        errors = torch.zeros(1, dtype=torch.int64, device=self.accelerator.device)
+        if self.accelerator.is_main_process:
+            line: dict[str, Any] = {"epoch": epoch + 1, "step": self.steps}
+            line |= dict(zip(Loss._fields, losses.double().mean(0).tolist(), strict=True))
+            line["lr"] = self.schedule.get_last_lr()[0]
+            if eval_source is not None:
+                self.evaluation = self._evaluate(eval_source, workers)
+                line |= {"errors": self.evaluation.errors, "samples": self.evaluation.samples}
+                errors += self.evaluation.errors
+            with (self.folder / UNFINISHED_METRICS).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        else:
+            line = {"epoch": epoch + 1}
+        if patience is not None:
+            # all processes stop together, at what the first one counted
+            line["errors"] = int(self.accelerator.reduce(errors, reduction="sum"))
+        self.history.append(line)
+        if patience is not None:
+            self._keep_best(patience)
+
+    def _keep_best(self, patience: int) -> None:
+        errors = [line["errors"] for line in self.history]
+        best = errors.index(min(errors))
+        if best == len(errors) - 1:
+            self.best = {
+                name: tensor.detach().cpu().clone()
+                for name, tensor in self.result.state_dict().items()
+            }
+        if len(errors) - 1 - best >= patience:
+            self.stopped = f"no fewer errors in {patience} epoch(s)"
+
+    def fail(self, why: str) -> None:
+        """Take no more steps; the other students go on."""
+        self.stopped, self.failed = why, True
+        self.losses.clear()
+        self.optimizer.state.clear()
+
+    def use_best(self) -> None:
+        """Go back to the weights that had the fewest errors, if these were kept."""
+        if self.best is not None:
+            self.result.load_state_dict(self.best)
+            line = min(self.history, key=lambda line: int(line["errors"]))
+            if "samples" in line:
+                self.evaluation = Evaluation(line["errors"], line["samples"])
+
+    def save(self, facts: dict[str, Any]) -> None:
+        """Write student.safetensors and config.json, and give the metrics their name."""
+        state = {
+            name: tensor.cpu().contiguous().clone()
+            for name, tensor in self.result.state_dict().items()
+        }
+        replace_file(self.folder / WEIGHTS, lambda path: path.write_bytes(serialize(state)))
+        facts = facts | {"name": self.name, "alpha": self.alpha, "parameters": self.parameters}
+        if self.evaluation:
+            facts |= {"errors": self.evaluation.errors, "samples": self.evaluation.samples}
+        text = json.dumps(facts, indent=2) + "\n"
+        replace_file(self.folder / "config.json", lambda path: path.write_text(text))
+        (self.folder / UNFINISHED_METRICS).replace(self.folder / "metrics.jsonl")
+
+    def _loss(self, inputs: Tensor, labels: Labels, soft: Targets | None) -> Loss:
         with self._own_randomness():
             logits = self._forward(inputs)
         if logits.shape[1] != self.classes:
@@ -77,54 +199,15 @@ class Learner:
                 f"student gives {logits.shape[1]} outputs for {self.classes} classes; it needs one for "
                 "each class of the cache, or of the data"
             )
-        soft = targets if self.alpha > 0 else None
-        loss = distillation_loss(logits, soft, labels, temperature=temperature, alpha=self.alpha)
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss.total * weight)
-        self.optimizer.step()
-        self.schedule.step()
-        self.losses.append(torch.stack([part.detach() for part in loss]) * weight)
-
-    def finish_epoch(self, epoch: int, eval_source: Source | None, workers: int) -> None:
-        """Evaluate, and add a line to the metrics.
-
-        Raises:
-            ModelError: a loss of this epoch is not finite.
-        """
-        mine = torch.stack(self.losses)  # (steps, 3)
-        losses = self.accelerator.reduce(mine, reduction="mean").cpu()
-        broken = (~losses[:, 0].isfinite()).nonzero()
-        if len(broken):
-            raise ModelError(
-                f"{self.name}: the loss is {losses[broken[0, 0], 0]} at step "
-                f"{self.steps + int(broken[0, 0]) + 1} (epoch {epoch + 1}); lower --lr"
-            )
-        self.steps += len(self.losses)
-        self.losses.clear()
-        if not self.accelerator.is_main_process:
-            return
-        line: dict[str, Any] = {"epoch": epoch + 1, "step": self.steps}
-        line |= dict(zip(Loss._fields, losses.double().mean(0).tolist(), strict=True))
-        line["lr"] = self.schedule.get_last_lr()[0]
-        if eval_source is not None:
-            self.evaluation = self._evaluate(eval_source, workers)
-            line |= {"errors": self.evaluation.errors, "samples": self.evaluation.samples}
-        with (self.folder / UNFINISHED_METRICS).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def save(self, facts: dict[str, Any]) -> None:
-        """Write student.safetensors and config.json, and give the metrics their name."""
-        model = self.accelerator.unwrap_model(self.model)
-        state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-        replace_file(
-            self.folder / "student.safetensors", lambda path: path.write_bytes(serialize(state))
+        return distillation_loss(
+            logits,
+            soft,
+            labels,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            loss=self.config.loss,
+            label_smoothing=self.config.label_smoothing,
         )
-        facts = facts | {"name": self.name, "alpha": self.alpha, "parameters": self.parameters}
-        if self.evaluation:
-            facts |= {"errors": self.evaluation.errors, "samples": self.evaluation.samples}
-        text = json.dumps(facts, indent=2) + "\n"
-        replace_file(self.folder / "config.json", lambda path: path.write_text(text))
-        (self.folder / UNFINISHED_METRICS).replace(self.folder / "metrics.jsonl")
 
     def _forward(self, inputs: Tensor) -> Tensor:
         self.model.train()
@@ -144,8 +227,7 @@ class Learner:
         return logits
 
     def _evaluate(self, source: Source, workers: int) -> Evaluation:
-        model = self.accelerator.unwrap_model(self.model).eval()
-        return evaluate(model, source, self.classes, self.accelerator.device, workers)
+        return evaluate(self.result.eval(), source, self.classes, self.accelerator.device, workers)
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
@@ -160,49 +242,36 @@ class Learner:
 def make_learner(
     model: nn.Module,
     accelerator: Accelerator,
+    config: StudentConfig,
     *,
     name: str,
     folder: Path,
     alpha: float,
+    temperature: float,
     classes: int,
-    learning_rate: float,
-    weight_decay: float,
-    schedule: str,
     steps: int,
 ) -> Learner:
-    """Prepare `model` for `steps` steps of AdamW; biases and norms are not decayed."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=learning_rate,
-    )
-    rate = LambdaLR(optimizer, lambda step: learning_rate_factor(schedule, step, steps))
+    """Prepare `model` for `steps` steps, as `config` says."""
+    optimizer = make_optimizer(model, config)
+    rate = make_schedule(optimizer, config, steps)
+    average = None
+    if config.ema is not None:
+        average = make_average(model, config.ema).to(accelerator.device)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     return Learner(
         name=name,
         folder=folder,
+        config=config,
         alpha=alpha,
+        temperature=temperature,
         classes=classes,
         model=prepared,
         optimizer=optimizer,
         schedule=rate,
         accelerator=accelerator,
         random=random_state(accelerator.device),
+        average=average,
     )
-
-
-def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
-    """Linear warm-up, then constant or half a cosine to 0 (Loshchilov and Hutter, 1608.03983)."""
-    warmup = max(1, round(WARMUP * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def make_accelerator(device: str, mixed_precision: str) -> Accelerator:
@@ -231,7 +300,7 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     Raises:
         SettingsError: it cannot be written, or holds a finished run and `overwrite` is not set.
     """
-    finished = folder / "student.safetensors"
+    finished = folder / WEIGHTS
     if finished.exists() and not overwrite:
         raise SettingsError(
             f"{folder} holds a finished run ({finished.name}); give another --out, or --overwrite"
@@ -242,15 +311,16 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         raise SettingsError(f"cannot write in {folder}: {there} {why}; give another --out")
 
 
-def begin_run(folder: Path) -> None:
+def begin_run(folder: Path, history: list[dict[str, Any]]) -> None:
     """Make the folder; a run that was finished in it stays as it is until this one is.
 
     Raises:
         SettingsError: it cannot be written.
     """
+    lines = "".join(json.dumps(line) + "\n" for line in history)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / UNFINISHED_METRICS).write_text("")
+        (folder / UNFINISHED_METRICS).write_text(lines)
     except OSError as error:
         raise SettingsError(
             f"cannot write in {folder} ({error.strerror}); give another --out"
@@ -261,6 +331,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all."""
     unfinished = path.with_name(f".{path.name}.partial")
     write(unfinished)
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
     unfinished.replace(path)
 
 
@@ -273,3 +345,19 @@ def set_random_state(device: torch.device, states: list[Tensor]) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+def _slices(length: int, parts: int) -> Iterator[slice]:
+    """Up to `parts` parts of a batch, of two samples or more: a norm has no variance of one."""
+    parts = max(1, min(parts, length // 2))
+    edges = [length * i // parts for i in range(parts + 1)]
+    return (slice(a, b) for a, b in pairwise(edges))
+
+
+def _part(of: Any, place: slice) -> Any:  # noqa: ANN401  # labels or targets, of either kind
+    """Some rows of labels or targets."""
+    if isinstance(of, SparseTargets):
+        return SparseTargets(of.ids[place], of.log_probs[place], of.rest[place], of.classes)
+    if isinstance(of, MixedLabels):
+        return MixedLabels(*(tensor[place] for tensor in of))
+    return of[place]

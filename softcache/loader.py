@@ -157,28 +157,31 @@ class ShuffledBatches(Sampler[Any]):
         processes: int = 1,
     ) -> None:
         """`request` makes of samples (B,) and the epoch what the loader is asked for."""
-        self.samples, self.batch_size, self.seed, self.epoch = samples, batch_size, seed, 0
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.epoch = self.first = 0
         self.process, self.processes = process, processes
         last = samples % batch_size
         self.drop_last = 0 < last < 2 * processes and samples > last and batch_size > 1
         self.request = request or (lambda indices, epoch: Request(indices.tolist()))
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first: int = 0) -> int:
+        """Go to an epoch, of which the batches before `first` are done; returns `first`."""
+        self.epoch, self.first = epoch, first
+        return first
 
     def __len__(self) -> int:
         return math.ceil(self.samples / self.batch_size) - int(self.drop_last)
 
     def weights(self) -> Iterator[float]:
         """Of this process's share of each batch, so that the mean of all is that of the batch."""
-        for step in range(len(self)):
+        for step in range(self.first, len(self)):
             batch = min(self.batch_size, self.samples - step * self.batch_size)
             own = len(range(self.process, batch, self.processes))
             yield own * self.processes / batch
 
     def __iter__(self) -> Iterator[Any]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
-        for step in range(len(self)):
+        for step in range(self.first, len(self)):
             indices = order[step * self.batch_size : (step + 1) * self.batch_size]
             share = indices[self.process :: self.processes]
             yield self.request(share, self.epoch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from softcache.errors import SettingsError
+
+DKD_BETA = 8.0  # of Zhao et al., for CIFAR-100
 LOWEST = -1e5  # a log-probability whose exp is 0, and which is finite
 
 
@@ -45,7 +50,7 @@ class Loss(NamedTuple):
     """A loss and its two parts, scalars."""
 
     total: Tensor
-    soft: Tensor  # KL(teacher ‖ student) at the temperature, without the factor T²
+    soft: Tensor  # of the soft targets at the temperature, without the factor T²
     hard: Tensor  # cross-entropy with the labels at temperature 1
 
 
@@ -56,6 +61,8 @@ def distillation_loss(
     *,
     temperature: float,
     alpha: float,
+    loss: str = "kl",
+    label_smoothing: float = 0.0,
 ) -> Loss:
     """alpha T² KL(teacher ‖ student) + (1 - alpha) cross-entropy.
 
@@ -68,50 +75,196 @@ def distillation_loss(
         labels: (B,) int64; a negative label takes no part in the cross-entropy.
         temperature: T > 0.
         alpha: weight of the soft targets, in [0, 1].
+        loss: what stands in the place of the KL: a name of LOSSES, `dkd:8` with its beta.
+        label_smoothing: share of the label that is spread over all classes, in [0, 1).
     """
     zero = logits.new_zeros((), dtype=torch.float32)
-    soft = zero if targets is None else soft_loss(logits, targets, temperature)
-    hard = hard_loss(logits, labels) if alpha < 1 else zero
+    soft = zero if targets is None else soft_loss(logits, targets, temperature, loss, labels)
+    hard = hard_loss(logits, labels, label_smoothing) if alpha < 1 else zero
     return Loss(alpha * temperature**2 * soft + (1 - alpha) * hard, soft, hard)
 
 
-def soft_loss(logits: Tensor, targets: Targets, temperature: float) -> Tensor:
-    """Mean over the batch of KL(teacher ‖ student) = sum p (log p - log q), 0 where p = q."""
-    log_q = functional.log_softmax(logits.float() / temperature, dim=-1)  # (B, C)
-    if isinstance(targets, SparseTargets):
-        return _sparse_kl(log_q, targets).mean()
-    return functional.kl_div(log_q, targets, reduction="batchmean", log_target=True)
+def soft_loss(
+    logits: Tensor,
+    targets: Targets,
+    temperature: float,
+    loss: str = "kl",
+    labels: Labels | None = None,
+) -> Tensor:
+    """Mean over the batch of a loss between teacher and student, 0 where they are equal.
+
+    Raises:
+        SettingsError: there is no such loss, or it is not defined for these targets or labels.
+    """
+    name, parameter = parse_loss(loss)
+    log_q = functional.log_softmax(_wide(logits) / temperature, dim=-1)  # (B, C)
+    if name == "dkd":
+        return _decoupled(log_q, targets, labels, parameter).mean()
+    return DIVERGENCES[name](log_q, targets).mean()
 
 
-def _sparse_kl(log_q: Tensor, targets: SparseTargets) -> Tensor:
-    """KL per row, (B,): the sum over the classes not named needs only the sum of all log q."""
-    head_q = log_q.gather(1, targets.ids)  # (B, k)
+def parse_loss(spec: str) -> tuple[str, float]:
+    """The name of a loss, and its parameter: `kl`, `dkd` or `dkd:8`.
+
+    Raises:
+        SettingsError: there is no such loss.
+    """
+    name, colon, rest = spec.partition(":")
+    try:
+        parameter = float(rest) if colon else DKD_BETA
+    except ValueError:
+        parameter = -1.0
+    if name not in LOSSES or (colon and name != "dkd") or not 0 <= parameter < 1e6:
+        raise SettingsError(
+            f"loss {spec!r} is unknown; expected one of {', '.join(LOSSES)}, or dkd:BETA"
+        )
+    return name, parameter
+
+
+def kl(log_q: Tensor, targets: Targets) -> Tensor:
+    """KL(teacher ‖ student) = sum p (log p - log q) of each row, (B,), in nats; Hinton et al."""
+    if not isinstance(targets, SparseTargets):
+        return functional.kl_div(log_q, targets, reduction="none", log_target=True).sum(-1)
+    # the sum over the classes not named needs only the sum of all log q
+    head_q, named = log_q.gather(1, targets.ids), _named(targets)
     # a class of probability 0 adds 0, and not 0 · -inf
     head = targets.log_probs.exp() * (targets.log_probs.clamp(min=LOWEST) - head_q)
-    named = (targets.log_probs > -torch.inf).sum(1)  # (B,)
-    rest_q = log_q.sum(1) - head_q.masked_fill(torch.isneginf(targets.log_probs), 0).sum(1)
+    rest_q = log_q.sum(1) - head_q.masked_fill(~named, 0).sum(1)
     rest = targets.rest.exp() * (
-        (targets.classes - named) * targets.rest.clamp(min=LOWEST) - rest_q
+        (targets.classes - named.sum(1)) * targets.rest.clamp(min=LOWEST) - rest_q
     )
     return head.sum(1) + rest
 
 
-def hard_loss(logits: Tensor, labels: Labels) -> Tensor:
+def reverse_kl(log_q: Tensor, targets: Targets) -> Tensor:
+    """KL(student ‖ teacher) = sum q (log q - log p) of each row, (B,).
+
+    It seeks a mode where KL covers all: Gu et al., "MiniLLM" (arXiv 2306.08543), section 2.1.
+    """
+    if not isinstance(targets, SparseTargets):
+        return (log_q.exp() * (log_q - targets.clamp(min=LOWEST))).sum(-1)
+    head_q = log_q.gather(1, targets.ids).exp().masked_fill(~_named(targets), 0)
+    cross = (head_q * targets.log_probs.clamp(min=LOWEST)).sum(1)
+    cross = cross + (1 - head_q.sum(1)) * targets.rest.clamp(min=LOWEST)
+    return (log_q.exp() * log_q).sum(1) - cross
+
+
+def jensen_shannon(log_q: Tensor, targets: Targets) -> Tensor:
+    """KL(p ‖ m) / 2 + KL(q ‖ m) / 2 with m = (p + q) / 2 of each row, (B,), at most log 2.
+
+    Lin, "Divergence measures based on the Shannon entropy" (IEEE Trans. Inf. Theory 37, 1991),
+    section IV, with equal weights.
+    """
+    if not isinstance(targets, SparseTargets):
+        return _jensen_shannon_terms(targets, log_q).sum(-1)
+    head_q, named = log_q.gather(1, targets.ids), _named(targets)
+    rest = targets.rest[:, None]
+    instead = _jensen_shannon_terms(targets.log_probs, head_q) - _jensen_shannon_terms(rest, head_q)
+    return _jensen_shannon_terms(rest, log_q).sum(1) + instead.masked_fill(~named, 0).sum(1)
+
+
+def _jensen_shannon_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_p = log_p.clamp(min=LOWEST)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)) / 2
+
+
+def mean_squared_error(log_q: Tensor, targets: Targets) -> Tensor:
+    """Half the mean over the classes of (log q - log p)², both centred, of each row, (B,).
+
+    Times T² it is that of the centred logits at T = 1, to which T² KL tends as T grows: Hinton et
+    al., section 2.1; Kim et al. (arXiv 2105.08919), section 3.
+    """
+    if isinstance(targets, SparseTargets):
+        raise SettingsError(
+            "loss mse compares the logits of all classes, and topk and sampled keep a few; use kl, or a "
+            "cache that is dense, quantized or basis"
+        )
+    difference = log_q - targets.clamp(min=LOWEST)
+    return (difference - difference.mean(-1, keepdim=True)).square().mean(-1) / 2
+
+
+def _decoupled(log_q: Tensor, targets: Targets, labels: Labels | None, beta: float) -> Tensor:
+    """TCKD + beta NCKD of each row, (B,): Zhao et al., "Decoupled Knowledge Distillation" (arXiv
+    2203.08679), equation 7 with alpha = 1: the KL of label against all others, and that among the others."""
+    if not isinstance(labels, Tensor) or bool((labels < 0).any()):
+        raise SettingsError(
+            "loss dkd takes the label of each sample apart, and here are mixed samples or ones without a "
+            "label; use kl"
+        )
+    label = labels[:, None]  # (B, 1)
+    others_q = log_q.scatter(1, label, -torch.inf).logsumexp(1)  # (B,) log of the sum of the others
+    label_q = log_q.gather(1, label)[:, 0]
+    if isinstance(targets, SparseTargets):
+        at, named = targets.ids == label, _named(targets)
+        here = at & named
+        label_p = torch.where(
+            here.any(1), targets.log_probs.masked_fill(~here, -torch.inf).amax(1), targets.rest
+        )
+        named = named & ~at
+        head = targets.log_probs.masked_fill(~named, -torch.inf)  # (B, k)
+        head_q = log_q.gather(1, targets.ids).masked_fill(~named, 0)
+        count = targets.classes - 1 - named.sum(1)  # of those that share `rest`
+        spread = targets.rest + count.to(log_q.dtype).log()
+        others_p = torch.logaddexp(head.logsumexp(1), spread).clamp(min=LOWEST)
+        rest_q = log_q.sum(1) - label_q - head_q.sum(1)
+        shares = head - others_p[:, None]
+        among = (shares.exp() * (shares.clamp(min=LOWEST) - head_q + others_q[:, None])).sum(1)
+        rest = (targets.rest - others_p).clamp(min=LOWEST)
+        among = among + rest.exp() * (count * (rest + others_q) - rest_q)
+    else:
+        label_p = targets.gather(1, label)[:, 0]
+        others = targets.scatter(1, label, -torch.inf)
+        others_p = others.logsumexp(1).clamp(min=LOWEST)
+        shares = others - others_p[:, None]
+        shares_q = (log_q - others_q[:, None]).scatter(1, label, 0.0)
+        among = (shares.exp() * (shares.clamp(min=LOWEST) - shares_q)).sum(1)
+    label_p = label_p.clamp(min=LOWEST)
+    whether = label_p.exp() * (label_p - label_q) + others_p.exp() * (others_p - others_q)
+    return whether + beta * among
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Targets], Tensor]] = {
+    "kl": kl,
+    "reverse_kl": reverse_kl,
+    "js": jensen_shannon,
+    "mse": mean_squared_error,
+}
+
+
+LOSSES = (*DIVERGENCES, "dkd")
+
+
+def _named(targets: SparseTargets) -> Tensor:
+    """Which ids (B, k) say something: the others count among the rest."""
+    return targets.log_probs > -torch.inf
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def hard_loss(logits: Tensor, labels: Labels, smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy over the labelled samples; 0 where there is none.
 
     Of mixed samples, the cross-entropies with both labels by their shares: Zhang et al., "mixup"
-    (arXiv 1710.09412), section 2; they need both labels.
+    (arXiv 1710.09412), section 2; they need both labels. Smoothed labels: Szegedy et al., "Rethinking
+    the Inception architecture" (arXiv 1512.00567), section 7.
     """
     if isinstance(labels, MixedLabels):
         both = (labels.own >= 0) & (labels.partners >= 0)
-        own = _cross_entropy(logits, labels.own) * (1 - labels.shares)
-        losses = own + _cross_entropy(logits, labels.partners) * labels.shares
+        own = _cross_entropy(logits, labels.own, smoothing) * (1 - labels.shares)
+        losses = own + _cross_entropy(logits, labels.partners, smoothing) * labels.shares
         return (losses * both).sum() / both.sum().clamp(min=1)
-    return _cross_entropy(logits, labels).sum() / (labels >= 0).sum().clamp(min=1)
+    return _cross_entropy(logits, labels, smoothing).sum() / (labels >= 0).sum().clamp(min=1)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Of each sample, (B,); 0 where the label is negative."""
     return functional.cross_entropy(
-        logits.float(), labels.clamp(min=-1), ignore_index=-1, reduction="none"
+        _wide(logits),
+        labels.clamp(min=-1),
+        ignore_index=-1,
+        reduction="none",
+        label_smoothing=smoothing,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,9 +178,18 @@ def soft_targets(
         SettingsError: the encoding cannot be re-tempered so.
         FormatError: (the function) a stored class id is out of range.
     """
+    fetch = tempered_targets(cache, [temperature], device)
+    return lambda views, rows: fetch(views, rows)[temperature]
+
+
+def tempered_targets(
+    cache: Cache, temperatures: Sequence[float], device: torch.device
+) -> Callable[[Views, Indices], dict[float, Targets]]:
+    """The same at several temperatures; the rows are read once."""
     header = cache.header
     if isinstance(header.encoding, Sampled):
-        check_sampled(header.temperature, temperature)
+        for temperature in temperatures:
+            check_sampled(header.temperature, temperature)
     arrays = {
         a.name: as_tensor(cache.arrays[a.name]).flatten(0, 1)  # (views · samples, ...)
         for a in header.arrays
@@ -188,19 +197,22 @@ def soft_targets(
     }
     shared = {name: tensor.to(device) for name, tensor in shared_tensors(cache).items()}
 
-    def fetch(views: Views, rows: Indices) -> Targets:
+    def fetch(views: Views, rows: Indices) -> dict[float, Targets]:
         at = torch.from_numpy(views * header.samples + rows)
         picked = {name: torch.index_select(array, 0, at) for name, array in arrays.items()}
         if "ids" in picked:
             picked["ids"] = class_ids(picked["ids"], header.classes)
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in picked.items()}
-        return decode(
-            header.encoding,
-            shared | moved,
-            temperature=header.temperature,
-            wanted=temperature,
-            classes=header.classes,
-        )
+        return {
+            wanted: decode(
+                header.encoding,
+                shared | moved,
+                temperature=header.temperature,
+                wanted=wanted,
+                classes=header.classes,
+            )
+            for wanted in temperatures
+        }
 
     return fetch
 

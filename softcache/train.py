@@ -6,10 +6,10 @@ Without a cache the same loop trains on labels alone, which is how a teacher is 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,132 +17,84 @@ import torch
 from accelerate import Accelerator
 
 from softcache import __version__
-from softcache.cache import Cache
+from softcache.cache import Cache, Sampled, TopK
 from softcache.cache.reader import open_trainable
+from softcache.checkpoint import NAME, Checkpoint, Place, check_checkpoint
 from softcache.data import Source, open_source
-from softcache.errors import DataError, Interrupted, SettingsError
+from softcache.errors import DataError, Interrupted, ModelError, SettingsError
 from softcache.evaluate import Evaluation, data_digest
 from softcache.join import JoinedData, join, labels_alone, together
 from softcache.learner import Learner, begin_run, check_folder, make_accelerator, make_learner
 from softcache.loader import Request, ShuffledBatches, joint_loader
-from softcache.models import build, load_weights, public_name
+from softcache.loss import parse_loss
+from softcache.models import build, file_sha256, load_weights, public_name
 from softcache.progress import progress
 from softcache.report import Row, models_table
+from softcache.train_settings import STUDENT_FIELDS, StudentConfig, TrainConfig
 from softcache.verify import check_damage
 from softcache.views import EXTRA_STREAM, Augmentation, parse_augment
 
-MAX_LEARNING_RATE = 1e6
+__all__ = ["TrainConfig", "fit", "train"]
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides what `train` does."""
-
-    student: str
-    data: str | Sequence[str]
-    out: Path
-    cache: Path | Sequence[Path] | None = None  # several: each with its data, or all with one
-    eval_data: str | None = None
-    epochs: int = 20
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    schedule: str = "cosine"
-    weight_decay: float = 0.01
-    alpha: float | None = None  # None: 0.9 with a cache, 0 without
-    temperature: float | None = None  # None: the cache's
-    seed: int = 0
-    augment: str | None = None  # with a cache, only its own
-    extra_augment: str | None = None  # on top of the cache's, which makes its targets inexact
-    baseline: bool = False
-    init: Path | None = None
-    classes: int | None = None  # None: as the cache or the data say
-    device: str = "auto"
-    mixed_precision: str = "no"
-    workers: int = 0
-    rotate: bool = True  # each sample begins with another view of the cache
-    verify: bool = True
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value, low in (
-            ("epochs", self.epochs, 1),
-            ("batch size", self.batch_size, 1),
-            ("workers", self.workers, 0),
-            ("seed", self.seed, 0),
-        ):
-            if value < low:
-                raise SettingsError(f"{name} is {value}; expected {low} or more")
-        if self.classes is not None and self.classes < 2:
-            raise SettingsError(f"classes is {self.classes}; expected 2 or more")
-        if not 0 <= self.weight_decay < math.inf:
-            raise SettingsError(f"weight decay is {self.weight_decay}; expected 0 or more")
-        if self.learning_rate > MAX_LEARNING_RATE:
-            raise SettingsError(
-                f"lr is {self.learning_rate}; expected at most {MAX_LEARNING_RATE:g}"
-            )
-        for name, number in (("temperature", self.temperature), ("lr", self.learning_rate)):
-            if number is not None and not 0 < number < math.inf:
-                raise SettingsError(f"{name} is {number}; expected a number above 0")
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise SettingsError(f"alpha is {self.alpha}; expected a number from 0 to 1")
-        if not self.data:
-            raise SettingsError("no data; name them with --data")
-        if len(self.datas) not in (1, len(self.caches)):
-            raise SettingsError(
-                f"{len(self.datas)} --data for {len(self.caches)} CACHE; expected one for each, in the same "
-                "order, or one for all"
-            )
-        if not self.caches and (self.alpha or self.temperature or self.baseline):
-            raise SettingsError(
-                "--alpha, --temperature and --baseline need a CACHE of soft targets; name one, or "
-                "leave these options out to train on labels alone"
-            )
-
-    @property
-    def caches(self) -> list[Path]:
-        return [self.cache] if isinstance(self.cache, Path) else list(self.cache or ())
-
-    @property
-    def datas(self) -> list[str]:
-        return [self.data] if isinstance(self.data, str) else list(self.data)
-
-    @property
-    def soft_weight(self) -> float:
-        """Alpha with its default: 0.9 with a cache, 0 without."""
-        default = 0.9 if self.caches else 0.0
-        return default if self.alpha is None else self.alpha
+CHECK_STEPS = 50  # between two looks at whether the losses are still finite
+# what may change between a run that was stopped and the one that goes on
+MAY_CHANGE = (
+    "out",
+    "workers",
+    "verify",
+    "overwrite",
+    "checkpoint_minutes",
+    "device",
+    "tensorboard",
+)
 
 
 def train(config: TrainConfig) -> list[Learner]:
-    """Train a student, and its hard-label twin if asked for, into the folder `config.out`.
+    """Train students, and their hard-label twins if asked for, into folders in `config.out`.
 
-    Under torchrun or accelerate launch each process takes its share of every batch.
+    All of them share each batch. Run again after any stop, the same command goes on from its last
+    checkpoint. Under torchrun or accelerate launch each process takes its share of every batch.
 
     Raises:
-        SoftcacheError: the settings, the cache, the data or the student are not as they should be.
+        SoftcacheError: the settings, the cache, the data or a student are not as they should be.
     """
     accelerator = make_accelerator(config.device, config.mixed_precision)
     sources = [open_source(spec) for spec in config.datas]
     eval_source = open_source(config.eval_data) if config.eval_data else None
-    for folder in (config.out, *([config.out / "baseline"] if config.baseline else [])):
-        check_folder(folder, overwrite=config.overwrite)
     caches = [open_trainable(path) for path in config.caches]
+    check_losses(config, caches)
+    settings = lasting_settings(config, sources, caches, eval_source)
+    checkpoint = Checkpoint(config.out / NAME, settings, config.checkpoint_minutes)
+    going_on = check_checkpoint(checkpoint.path, settings, overwrite=config.overwrite)
+    for _, _, folder in runs(config):
+        check_folder(folder, overwrite=config.overwrite or going_on)
     if config.verify and accelerator.is_main_process:
         for cache in caches:
             check_damage(cache)
     accelerator.wait_for_everyone()
-    temperature = common_temperature(config, caches)
-    parts = join_all(config, sources, caches, temperature, accelerator.device)
+    parts = join_all(config, sources, caches, accelerator.device)
     try:
-        learners = fit(config, accelerator, parts, temperature, eval_source)
+        learners = fit(config, accelerator, parts, eval_source, checkpoint, going_on=going_on)
     except KeyboardInterrupt:
+        kept = checkpoint.path.exists()
         raise Interrupted(
-            f"stopped; {config.out} has the metrics so far, but no new student"
+            "stopped; the same command goes on from the last checkpoint"
+            if kept
+            else f"stopped; {config.out} has the metrics so far, but no new student"
         ) from None
     if accelerator.is_main_process:
-        for learner in learners:
-            learner.save(run_facts(config, parts, eval_source))
-        print(final_table(learners, caches, eval_source))
+        failed = [learner for learner in learners if learner.failed]
+        done = [learner for learner in learners if not learner.failed]
+        for learner in done:
+            learner.use_best()
+            learner.save(run_facts(config, learner.config, parts, eval_source))
+        checkpoint.remove()
+        print(final_table(done, caches, eval_source))
+        if failed:
+            raise ModelError(
+                f"{len(failed)} of {len(learners)} students failed: "
+                + "; ".join(str(learner.stopped) for learner in failed)
+            )
     return learners
 
 
@@ -150,16 +102,112 @@ def fit(
     config: TrainConfig,
     accelerator: Accelerator,
     parts: Sequence[JoinedData],
-    temperature: float,
     eval_source: Source | None,
+    checkpoint: Checkpoint | None = None,
+    *,
+    going_on: bool = False,
 ) -> list[Learner]:
     """The training loop: every learner takes a step on every batch, drawn from all parts alike.
 
     Of a cache a sample is seen in its views in turn; on labels alone, each epoch is a view of its
     own.
+
+    Args:
+        checkpoint: where the state is kept on the way.
+        going_on: from what the checkpoint holds.
     """
     device, starts = accelerator.device, np.cumsum([0, *map(len, parts)])
     extra = extra_augmentation(config)
+    batches = shuffled(config, parts, starts, accelerator)
+    steps = config.epochs * len(batches)
+    learners = make_learners(config, accelerator, parts, steps)
+    place = checkpoint.load(learners) if checkpoint and going_on else Place()
+    if accelerator.is_main_process:
+        begin(learners, checkpoint, place, going_on)
+    batch_loader = joint_loader(
+        [(part.source, part.augmentation) for part in parts],
+        batches,
+        workers=config.workers,
+        pin_memory=device.type == "cuda",
+    )
+    done = place.epoch * len(batches) + place.batch
+    with progress("train", steps, "steps", done) as advance:
+        for epoch in range(place.epoch, config.epochs):
+            at = batches.set_epoch(epoch, place.batch if epoch == place.epoch else 0)
+            for weight, found in zip(batches.weights(), batch_loader, strict=True):
+                batch = together(
+                    [parts[part].training_batch(one, epoch, device) for part, one in found.items()]
+                )
+                rows = [
+                    starts[part] + one.samples.numpy() - parts[part].numbers[0]
+                    for part, one in found.items()
+                ]
+                inputs = extra(
+                    batch.inputs, None, epoch, np.concatenate(rows), first_stream=EXTRA_STREAM
+                )
+                at += 1
+                for learner in in_training(learners):
+                    targets = batch.targets[learner.temperature] if batch.targets else None
+                    attempt(config, learner, learner.step, inputs, batch.labels, targets, weight)
+                    if at % CHECK_STEPS == 0 and learner.stopped is None:
+                        attempt(config, learner, learner.mean_losses, epoch)
+                advance(1)
+                if checkpoint and accelerator.is_main_process and checkpoint.due():
+                    for learner in in_training(learners):
+                        attempt(config, learner, learner.mean_losses, epoch)
+                    checkpoint.save(learners, Place(epoch, at))
+            for learner in in_training(learners):
+                evaluation = epoch, eval_source, config.workers, config.patience
+                attempt(config, learner, learner.finish_epoch, *evaluation)
+            if not in_training(learners):
+                break
+            if checkpoint and accelerator.is_main_process and epoch + 1 < config.epochs:
+                checkpoint.save(learners, Place(epoch + 1))
+    return learners
+
+
+def in_training(learners: Sequence[Learner]) -> list[Learner]:
+    return [learner for learner in learners if learner.stopped is None]
+
+
+def attempt(
+    config: TrainConfig, learner: Learner, work: Callable[..., object], *arguments: object
+) -> None:
+    """Let a learner do its part; a student that fails among others stops alone.
+
+    Raises:
+        ModelError: it fails, and there is but one student.
+    """
+    try:
+        work(*arguments)
+    except ModelError as error:
+        if len(config.variants) == 1:
+            raise
+        learner.fail(str(error))
+        print(f"{learner.name} stops: {error}", file=sys.stderr)
+
+
+def begin(
+    learners: Sequence[Learner], checkpoint: Checkpoint | None, place: Place, going_on: bool
+) -> None:
+    """Make the folders, with the metrics of the epochs that are done."""
+    if checkpoint and going_on:
+        print(
+            f"going on with {checkpoint.path.parent}, epoch {place.epoch + 1}, batch {place.batch}"
+        )
+    elif checkpoint:
+        checkpoint.remove()
+    for learner in learners:
+        begin_run(learner.folder, learner.history)
+
+
+def shuffled(
+    config: TrainConfig,
+    parts: Sequence[JoinedData],
+    starts: npt.NDArray[np.int64],
+    accelerator: Accelerator,
+) -> ShuffledBatches:
+    """The batches of all parts, of which each process gets its share."""
 
     def request(samples: npt.NDArray[np.int64], epoch: int) -> dict[int, Request]:
         part = np.searchsorted(starts, samples, side="right") - 1  # (B,) whose sample each is
@@ -173,7 +221,7 @@ def fit(
         raise SettingsError(
             f"batch size {config.batch_size} for {processes} processes; expected at least 2 for each"
         )
-    batches = ShuffledBatches(
+    return ShuffledBatches(
         int(starts[-1]),
         config.batch_size,
         config.seed,
@@ -181,41 +229,10 @@ def fit(
         accelerator.process_index,
         processes,
     )
-    steps = config.epochs * len(batches)
-    learners = make_learners(config, accelerator, parts[0], steps)
-    if accelerator.is_main_process:
-        for learner in learners:
-            begin_run(learner.folder)
-    batch_loader = joint_loader(
-        [(part.source, part.augmentation) for part in parts],
-        batches,
-        workers=config.workers,
-        pin_memory=device.type == "cuda",
-    )
-    with progress("train", steps, "steps") as advance:
-        for epoch in range(config.epochs):
-            batches.set_epoch(epoch)
-            for weight, found in zip(batches.weights(), batch_loader, strict=True):
-                batch = together(
-                    [parts[part].training_batch(one, epoch, device) for part, one in found.items()]
-                )
-                rows = [
-                    starts[part] + one.samples.numpy() - parts[part].numbers[0]
-                    for part, one in found.items()
-                ]
-                inputs = extra(
-                    batch.inputs, None, epoch, np.concatenate(rows), first_stream=EXTRA_STREAM
-                )
-                for learner in learners:
-                    learner.step(inputs, batch.labels, batch.targets, temperature, weight)
-                advance(1)
-            for learner in learners:
-                learner.finish_epoch(epoch, eval_source, config.workers)
-    return learners
 
 
-def common_temperature(config: TrainConfig, caches: Sequence[Cache]) -> float:
-    """The temperature of all soft targets: as asked for, else the caches' own.
+def temperature_of(student: StudentConfig, caches: Sequence[Cache]) -> float:
+    """The temperature of a student's soft targets: as asked for, else the caches' own.
 
     Raises:
         SettingsError: the caches have different ones, or different classes.
@@ -223,20 +240,39 @@ def common_temperature(config: TrainConfig, caches: Sequence[Cache]) -> float:
     for cache in caches[1:]:
         for name in ("classes", "temperature"):
             mine, first = getattr(cache.header, name), getattr(caches[0].header, name)
-            if mine != first and not (name == "temperature" and config.temperature):
+            if mine != first and not (name == "temperature" and student.temperature):
                 advice = "; say which with --temperature" if name == "temperature" else ""
                 raise SettingsError(
                     f"{cache.path} has {name} {mine}, {caches[0].path} has {first}; one student needs "
                     f"one{advice}"
                 )
-    return config.temperature or (caches[0].header.temperature if caches else 1.0)
+    return student.temperature or (caches[0].header.temperature if caches else 1.0)
+
+
+def check_losses(config: TrainConfig, caches: Sequence[Cache]) -> None:
+    """Raise SettingsError now, not at the first step, where a loss needs what a cache does not have."""
+    for student in config.students:
+        name, _ = parse_loss(student.loss)
+        for cache in caches:
+            few = isinstance(cache.header.encoding, TopK | Sampled)
+            encoding = cache.header.encoding.name
+            if (name == "mse" and few) or (name == "reverse_kl" and encoding == "sampled"):
+                raise SettingsError(
+                    f"loss {name} needs the probabilities of all classes, and {cache.path} is {encoding}; "
+                    "use --loss kl"
+                )
+            mixed = "mixup" in (cache.header.augment or "")
+            if name == "dkd" and (mixed or bool((cache.labels < 0).any())):
+                raise SettingsError(
+                    f"loss dkd takes the label of each sample apart, and {cache.path} has "
+                    f"{'mixed samples' if mixed else 'samples without a label'}; use --loss kl"
+                )
 
 
 def join_all(
     config: TrainConfig,
     sources: Sequence[Source],
     caches: Sequence[Cache],
-    temperature: float,
     device: torch.device,
 ) -> list[JoinedData]:
     """Each data set with its cache; without a cache, with its labels alone."""
@@ -248,18 +284,19 @@ def join_all(
             f"--classes is {config.classes}, but {caches[0].path} has {caches[0].header.classes} "
             "classes; leave it out"
         )
-    each = sources if len(sources) == len(caches) else [*sources] * len(caches)
+    wanted = [temperature_of(student, caches) for student, _, _ in runs(config)]
+    sources_of_caches = sources if len(sources) == len(caches) else [*sources] * len(caches)
     parts = [
         join(
             source,
             cache,
             augment=config.augment,
-            temperature=temperature,
+            temperatures=sorted(set(wanted)),
             device=device,
             workers=config.workers,
             rotate=config.rotate,
         )
-        for source, cache in zip(each, caches, strict=True)
+        for source, cache in zip(sources_of_caches, caches, strict=True)
     ]
     for part in parts[1:]:
         if part.input_shape() != parts[0].input_shape():
@@ -281,31 +318,39 @@ def extra_augmentation(config: TrainConfig) -> Augmentation:
     return extra
 
 
+def runs(config: TrainConfig) -> list[tuple[StudentConfig, str, Path]]:
+    """Every student with its name and its folder; then, as a baseline, its twin on the labels alone."""
+    found, twins = [], {}
+    for student, name in zip(config.students, config.names(), strict=True):
+        what, folder = "distilled" if config.caches else "student", config.out / name
+        found.append((student, f"{what} {name}".strip(), folder))
+        if config.baseline and student.twin() not in twins:  # those of a grid may have one together
+            twins[student.twin()] = (f"hard labels {name}".strip(), folder / "baseline")
+    return found + [(twin, name, folder) for twin, (name, folder) in twins.items()]
+
+
 def make_learners(
-    config: TrainConfig, accelerator: Accelerator, part: JoinedData, steps: int
+    config: TrainConfig, accelerator: Accelerator, parts: Sequence[JoinedData], steps: int
 ) -> list[Learner]:
-    """The student and, as a baseline, its twin that listens to the labels alone."""
-    input_shape, classes = part.input_shape(), part.classes
-    runs = [("distilled" if config.caches else "student", config.out, config.soft_weight)]
-    if config.baseline:
-        runs.append(("hard labels", config.out / "baseline", 0.0))
+    """All students, each with weights, optimizer and folder of its own."""
+    input_shape, classes = parts[0].input_shape(), parts[0].classes
+    caches = [part.cache for part in parts if part.cache]
     learners = []
-    for name, folder, alpha in runs:
-        torch.manual_seed(config.seed)
-        model = build(config.student, input_shape=input_shape, classes=classes)
-        if config.init:
-            load_weights(model, config.init)
+    for student, name, folder in runs(config):
+        torch.manual_seed(student.seed)
+        model = build(student.student, input_shape=input_shape, classes=classes)
+        if student.init:
+            load_weights(model, student.init)
         learners.append(
             make_learner(
                 model,
                 accelerator,
+                student,
                 name=name,
                 folder=folder,
-                alpha=alpha,
+                alpha=config.soft_weight(student),
+                temperature=temperature_of(student, caches),
                 classes=classes,
-                learning_rate=config.learning_rate,
-                weight_decay=config.weight_decay,
-                schedule=config.schedule,
                 steps=steps,
             )
         )
@@ -328,27 +373,85 @@ def class_count(config: TrainConfig, source: Source) -> int:
     return int(labels.max()) + 1
 
 
+def lasting_settings(
+    config: TrainConfig,
+    sources: Sequence[Source],
+    caches: Sequence[Cache],
+    eval_source: Source | None,
+) -> dict[str, Any]:
+    """What a run that was stopped goes on only with, as JSON: settings, data, caches, code."""
+    settings = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in (*MAY_CHANGE, *STUDENT_FIELDS, "variants", "data", "cache")
+    }
+    return settings | {
+        "seed": config.seed,
+        "eval_data": eval_source.name if eval_source else None,
+        "data": [[source.name, len(source)] for source in sources],
+        # of an unfinished cache the content will yet change
+        "cache": [
+            [cache.content_id() if cache.complete else None, cache.header.views] for cache in caches
+        ],
+        "students": [
+            public_settings(student) | {"code": code_digests(student)}
+            for student in config.students
+        ],
+    }
+
+
+def public_settings(student: StudentConfig) -> dict[str, Any]:
+    """A student's settings without the folders of this machine."""
+    return dataclasses.asdict(student) | {
+        "student": public_name(student.student),
+        "init": student.init and student.init.name,
+    }
+
+
+def code_digests(student: StudentConfig) -> list[str]:
+    """SHA-256 of the files of a student's own: its code, its first weights."""
+    place = student.student.rpartition(":")[0] or student.student
+    files = [Path(place), *([student.init] if student.init else [])]
+    return [file_sha256(file) for file in files if file.is_file()]
+
+
 def run_facts(
-    config: TrainConfig, parts: Sequence[JoinedData], eval_source: Source | None
-) -> dict[str, object]:
+    config: TrainConfig,
+    student: StudentConfig,
+    parts: Sequence[JoinedData],
+    eval_source: Source | None,
+) -> dict[str, Any]:
     """What config.json says of a run: the settings, and whose soft targets it learned from."""
-    settings = dataclasses.asdict(config) | {"student": public_name(config.student)}
+    settings = dataclasses.asdict(config) | public_settings(student)
     settings |= {
         "data": [part.source.name for part in parts],
         "eval_data": eval_source.name if eval_source else None,
         "cache": [path.name for path in config.caches],
         "out": config.out.name,
-        "init": config.init and config.init.name,
     }
+    del settings["variants"]
     caches = [part.cache for part in parts if part.cache]
     return {
         "softcache": __version__,
         "input_shape": list(parts[0].input_shape()),
         "classes": parts[0].classes,
+        "class_names": list(caches[0].class_names if caches else parts[0].source.class_names),
         # of an unfinished cache the content, and so its id, will yet change
         "content_ids": [cache.content_id() if cache.complete else None for cache in caches],
+        "temperature": temperature_of(student, caches),
+        "teachers": [dict(teacher) for teacher in caches[0].header.teachers] if caches else [],
+        "teacher_evaluation": teacher_evaluation(caches, eval_source),
         "settings": settings,
     }
+
+
+def teacher_evaluation(
+    caches: Sequence[Cache], eval_source: Source | None
+) -> Mapping[str, Any] | None:
+    """The teacher's errors by the first cache's header, if they were counted on the same data."""
+    known = caches[0].header.evaluation if caches else None
+    same = known and eval_source and known["digest"] == data_digest(eval_source)
+    return known if same else None
 
 
 def final_table(
@@ -358,9 +461,7 @@ def final_table(
     rows = [Row(learner.name, learner.parameters, learner.evaluation) for learner in learners]
     if not caches:
         return models_table(rows)
-    header = caches[0].header
-    known = header.evaluation
-    same = known and eval_source and known["digest"] == data_digest(eval_source)
-    evaluation = Evaluation(known["errors"], known["samples"]) if known and same else None
-    parameters = sum(teacher["parameters"] for teacher in header.teachers)
+    known = teacher_evaluation(caches, eval_source)
+    evaluation = Evaluation(known["errors"], known["samples"]) if known else None
+    parameters = sum(teacher["parameters"] for teacher in caches[0].header.teachers)
     return models_table([Row("teacher", parameters, evaluation), *rows])

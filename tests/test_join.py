@@ -315,12 +315,12 @@ def test_mixup_of_a_shard_needs_the_whole_data_set(
 ) -> None:
     shard = shard_of(make_cache, data, augment="mixup", views=2)
     cpu = torch.device("cpu")
-    whole = join_data(data, shard, augment=None, temperature=1.0, device=cpu)
+    whole = join_data(data, shard, augment=None, temperatures=[1.0], device=cpu)
     assert len(whole) == 10
     expected = r"cache\.h5 holds 10 of 40 samples, mixed with any of them; mine has 10: give the whole data"
     own = picked(data, np.arange(10, 20))
     with pytest.raises(SettingsError, match=expected):
-        join_data(own, shard, augment=None, temperature=1.0, device=cpu)
+        join_data(own, shard, augment=None, temperatures=[1.0], device=cpu)
 
 
 def test_partners_of_a_shard_in_another_order_are_refused(
@@ -333,7 +333,7 @@ def test_partners_of_a_shard_in_another_order_are_refused(
         DataError, match=r"sample 1\d of mine in view \d is not what the teacher of"
     ):
         join_data(
-            picked(data, order), shard, augment=None, temperature=1.0, device=torch.device("cpu")
+            picked(data, order), shard, augment=None, temperatures=[1.0], device=torch.device("cpu")
         )
 
 
@@ -343,7 +343,11 @@ def test_partners_of_a_shard_in_another_order_are_refused(
 def a_batch(
     samples: int, shape: tuple[int, ...] = (1, 8, 8), targets: Targets | None = None
 ) -> TrainingBatch:
-    return TrainingBatch(torch.rand(samples, *shape), torch.arange(samples) % 5, targets)
+    return TrainingBatch(
+        torch.rand(samples, *shape),
+        torch.arange(samples) % 5,
+        {} if targets is None else {1.0: targets},
+    )
 
 
 def test_batches_of_several_data_sets_become_one() -> None:
@@ -352,8 +356,8 @@ def test_batches_of_several_data_sets_become_one() -> None:
     assert torch.equal(found.inputs, torch.cat([one.inputs, other.inputs]))
     assert isinstance(found.labels, Tensor)
     assert found.labels.tolist() == [0, 1, 2, 0, 1]
-    assert isinstance(found.targets, Tensor)
-    assert torch.equal(found.targets, torch.cat([some_rows(3), some_rows(2)]))
+    assert isinstance(found.targets[1.0], Tensor)
+    assert torch.equal(found.targets[1.0], torch.cat([some_rows(3), some_rows(2)]))
     assert together([one]) is one
 
 
@@ -398,8 +402,7 @@ def test_targets_are_together_what_they_are_alone(ks: tuple[int, ...], stays_spa
 
 
 def test_without_targets_there_are_none_together() -> None:
-    assert targets_together([]) is None
-    assert together([a_batch(3), a_batch(2)]).targets is None
+    assert together([a_batch(3), a_batch(2)]).targets == {}
 
 
 def test_labels_that_are_not_mixed_count_as_mixed_with_nothing() -> None:
@@ -429,7 +432,7 @@ def views_over(part: JoinedData, epochs: int) -> Indices:
 
 def joined(cache: Cache, source: ArraySource, *, rotate: bool = True) -> JoinedData:
     return join_data(
-        source, cache, augment=None, temperature=1.0, device=torch.device("cpu"), rotate=rotate
+        source, cache, augment=None, temperatures=[1.0], device=torch.device("cpu"), rotate=rotate
     )
 
 
@@ -471,9 +474,9 @@ def largest_error(
     errors = []
 
     def step(
-        learner: Learner, inputs: Tensor, labels: Tensor, targets: Tensor, t: float, weight: float
+        learner: Learner, inputs: Tensor, labels: Tensor, targets: Tensor, weight: float
     ) -> None:
-        live = torch.log_softmax(teacher(inputs) / t, -1)
+        live = torch.log_softmax(teacher(inputs) / learner.temperature, -1)
         errors.append((live - targets).abs().max().item())
         learner.losses.append(torch.zeros(3))
 

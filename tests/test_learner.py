@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,32 +17,37 @@ from softcache.data import ArraySource
 from softcache.errors import ModelError, SettingsError
 from softcache.learner import (
     UNFINISHED_METRICS,
-    WARMUP,
     Learner,
     begin_run,
     check_folder,
-    learning_rate_factor,
     make_accelerator,
     make_learner,
     replace_file,
 )
+from softcache.train_settings import StudentConfig
 
 STEPS = 200
+WARMUP = 0.05
 
 
-def a_learner(folder: Path, model: nn.Module | None = None, steps: int = STEPS) -> Learner:
+def a_learner(
+    folder: Path,
+    model: nn.Module | None = None,
+    steps: int = STEPS,
+    temperature: float = 1.0,
+    **settings: Any,
+) -> Learner:
     """A student of inputs (B, 8) and 5 classes, always with the same weights."""
     torch.manual_seed(0)
     return make_learner(
         model or nn.Sequential(nn.Linear(8, 16), nn.Dropout(), nn.Linear(16, 5)),
         make_accelerator("cpu", "no"),
+        StudentConfig(student="mlp:16", learning_rate=0.01, weight_decay=0.1, **settings),
         name="distilled",
         folder=folder,
         alpha=0.5,
+        temperature=temperature,
         classes=5,
-        learning_rate=0.01,
-        weight_decay=0.1,
-        schedule="cosine",
         steps=steps,
     )
 
@@ -58,58 +64,6 @@ def parameters(learner: Learner) -> Tensor:
     return torch.cat([p.detach().flatten() for p in learner.model.parameters()])
 
 
-# the learning rate
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_the_rate_rises_in_a_line_to_its_highest(schedule: str) -> None:
-    warmup = round(WARMUP * STEPS)
-    rates = [learning_rate_factor(schedule, step, STEPS) for step in range(warmup + 1)]
-    assert rates == pytest.approx([(step + 1) / warmup for step in range(warmup)] + [1.0])
-
-
-def test_the_rate_falls_along_half_a_cosine() -> None:
-    warmup = round(WARMUP * STEPS)
-    rates = [learning_rate_factor("cosine", step, STEPS) for step in range(warmup, STEPS + 1)]
-    assert rates == sorted(rates, reverse=True)
-    assert rates[0] == 1.0
-    assert rates[len(rates) // 2] == pytest.approx(0.5)
-    assert rates[-1] == pytest.approx(0.0)
-    assert 0 < rates[-2] < 1e-3
-
-
-def test_a_constant_rate_stays() -> None:
-    assert {learning_rate_factor("constant", step, STEPS) for step in range(10, STEPS)} == {1.0}
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-@pytest.mark.parametrize("steps", [1, 2, 3, 19, 20, 21])
-def test_a_run_of_few_steps_has_a_rate_at_each(schedule: str, steps: int) -> None:
-    rates = [learning_rate_factor(schedule, step, steps) for step in range(steps)]
-    assert all(0 < rate <= 1 for rate in rates)
-    assert rates[0] == 1.0
-    assert 0 <= learning_rate_factor(schedule, steps, steps) <= 1  # asked for after the last step
-
-
-def test_the_optimizer_follows_the_schedule(tmp_path: Path) -> None:
-    learner, (inputs, labels, targets) = a_learner(tmp_path, steps=40), a_batch()
-    used = []
-    for _ in range(40):
-        used.append(learner.optimizer.param_groups[0]["lr"])
-        learner.step(inputs, labels, targets, 1.0)
-    assert used == pytest.approx([0.01 * learning_rate_factor("cosine", n, 40) for n in range(40)])
-
-
-def test_biases_and_norms_are_not_decayed(tmp_path: Path) -> None:
-    learner = a_learner(tmp_path, nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5)))
-    decays = {
-        tuple(p.shape): group["weight_decay"]
-        for group in learner.optimizer.param_groups
-        for p in group["params"]
-    }
-    assert decays == {(5, 8): 0.1, (5,): 0.0}
-
-
 # randomness of its own
 
 
@@ -119,7 +73,7 @@ def trained(folder: Path, company: int, draws_outside: bool = False) -> Tensor:
     inputs, labels, targets = a_batch()
     for _ in range(10):
         for learner in learners:
-            learner.step(inputs, labels, targets, 1.0)
+            learner.step(inputs, labels, targets)
         if draws_outside:
             torch.rand(3)
     return parameters(learners[0])
@@ -141,7 +95,7 @@ def test_dropout_draws_as_if_the_student_were_alone(
 def test_a_step_leaves_the_randomness_of_others_as_it_was(tmp_path: Path) -> None:
     learner, (inputs, labels, targets) = a_learner(tmp_path), a_batch()
     before = torch.get_rng_state()
-    learner.step(inputs, labels, targets, 1.0)
+    learner.step(inputs, labels, targets)
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(learner.random[0], before)  # its own has moved on
 
@@ -150,10 +104,10 @@ def test_a_step_leaves_the_randomness_of_others_as_it_was(tmp_path: Path) -> Non
 
 
 def test_a_step_moves_the_student_toward_the_teacher(tmp_path: Path) -> None:
-    learner = a_learner(tmp_path, nn.Linear(8, 5))
+    learner = a_learner(tmp_path, nn.Linear(8, 5), temperature=2.0)
     inputs, labels, targets = a_batch()
     for _ in range(100):
-        learner.step(inputs, labels, targets, 2.0)
+        learner.step(inputs, labels, targets)
     first, last = learner.losses[0], learner.losses[-1]
     assert (last < 0.6 * first).all()
     assert last[0].item() == pytest.approx(0.5 * 4 * last[1].item() + 0.5 * last[2].item())
@@ -165,7 +119,7 @@ def test_a_student_at_alpha_0_does_not_look_at_the_targets(tmp_path: Path) -> No
     for seen in (targets, targets.flip(-1), None):
         learner = a_learner(tmp_path)
         learner.alpha = 0.0
-        learner.step(inputs, labels, seen, 1.0)
+        learner.step(inputs, labels, seen)
         found.append(parameters(learner))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -199,14 +153,14 @@ def test_a_wrong_output_is_told_by_its_shape(
 
     inputs, labels, targets = a_batch()
     with pytest.raises(ModelError, match=message):
-        a_learner(tmp_path, Model()).step(inputs, labels, targets, 1.0)
+        a_learner(tmp_path, Model()).step(inputs, labels, targets)
 
 
 def test_an_epoch_is_a_line_of_means(tmp_path: Path) -> None:
     learner, (inputs, labels, targets) = a_learner(tmp_path), a_batch()
     for epoch in range(2):
         for _ in range(3):
-            learner.step(inputs, labels, targets, 1.0)
+            learner.step(inputs, labels, targets)
         mean = torch.stack(learner.losses).double().mean(0).tolist()
         learner.finish_epoch(epoch, None, 0)
     text = (tmp_path / UNFINISHED_METRICS).read_text()
@@ -226,7 +180,7 @@ def test_errors_are_counted_in_eval_mode_and_steps_taken_in_train_mode(tmp_path:
     learner, (inputs, labels, targets) = a_learner(tmp_path, Model(8, 5)), a_batch()
     source = ArraySource("data", inputs.numpy(), labels.numpy())
     for epoch in range(2):
-        learner.step(inputs, labels, targets, 1.0)
+        learner.step(inputs, labels, targets)
         learner.finish_epoch(epoch, source, 0)
     assert modes == [True, False, True, False]
     assert learner.evaluation is not None
@@ -253,7 +207,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step(value: float, tmp_path:
 
 def test_what_is_saved_are_the_weights_and_the_facts(tmp_path: Path) -> None:
     learner = a_learner(tmp_path)
-    begin_run(tmp_path)
+    begin_run(tmp_path, [])
     learner.losses.append(torch.ones(3))
     learner.finish_epoch(0, None, 0)
     metrics = (tmp_path / UNFINISHED_METRICS).read_text()
@@ -308,7 +262,7 @@ def test_a_folder_is_made_with_those_on_its_way(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     check_folder(folder, overwrite=False)
     assert not list(tmp_path.iterdir())  # a check makes nothing
-    begin_run(folder)
+    begin_run(folder, [])
     assert {path.name: path.read_text() for path in folder.iterdir()} == {UNFINISHED_METRICS: ""}
 
 
@@ -316,7 +270,7 @@ def test_a_folder_of_a_stopped_run_is_taken(tmp_path: Path) -> None:
     (tmp_path / UNFINISHED_METRICS).write_text('{"epoch": 1}\n')
     check_folder(tmp_path, overwrite=False)
     assert (tmp_path / UNFINISHED_METRICS).read_text() == '{"epoch": 1}\n'
-    begin_run(tmp_path)
+    begin_run(tmp_path, [])
     assert (tmp_path / UNFINISHED_METRICS).read_text() == ""
 
 
@@ -331,7 +285,7 @@ def test_a_folder_of_a_finished_run_is_kept_unless_overwritten(tmp_path: Path) -
         check_folder(tmp_path, overwrite=False)
     check_folder(tmp_path, overwrite=True)
     assert {(tmp_path / name).read_text() for name in names} == {"old"}
-    begin_run(tmp_path)  # what was finished stays until the new run is
+    begin_run(tmp_path, [])  # what was finished stays until the new run is
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         **dict.fromkeys((*names, "notes.txt"), "old"),
         UNFINISHED_METRICS: "",
@@ -348,7 +302,7 @@ def test_a_folder_that_cannot_be_written_is_refused(inside: str, tmp_path: Path)
         check_folder(folder, overwrite=False)
     # and still when the file came after the check
     with pytest.raises(SettingsError, match=r"cannot write in .*file.* \(.*\); give another --out"):
-        begin_run(folder)
+        begin_run(folder, [])
     assert (tmp_path / "file").read_text() == "mine"
 
 

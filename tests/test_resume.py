@@ -184,7 +184,9 @@ def test_a_killed_extension_leaves_the_old_file_and_goes_on(
         partial = partial_path(config.out)
         kept.append(committed(partial) if partial.exists() else 0)
         if point == writes // 2:
-            training = TrainConfig("mlp:4", config.data, tmp_path / "run", config.out, epochs=1)
+            training = TrainConfig(
+                student="mlp:4", data=config.data, out=tmp_path / "run", cache=config.out, epochs=1
+            )
             train(replace(training, device="cpu"))
         dump(more)
         assert config.out.read_bytes() == config.out.with_name("fresh.h5").read_bytes()

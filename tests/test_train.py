@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from softcache.cache import Cache
 from softcache.cache.reader import partial_path
+from softcache.checkpoint import NAME
 from softcache.data import open_source, to_float
 from softcache.dump import DumpConfig, dump
 from softcache.errors import (
@@ -41,8 +42,9 @@ from softcache.learner import UNFINISHED_METRICS
 from softcache.loader import ShuffledBatches
 from softcache.loss import soft_loss
 from softcache.models import build
-from softcache.targets import soft_targets, soften
-from softcache.train import MAX_LEARNING_RATE, TrainConfig, train
+from softcache.targets import soften, tempered_targets
+from softcache.train import TrainConfig, train
+from softcache.train_settings import MAX_LEARNING_RATE
 from softcache.views import EXTRA_STREAM, Views, parse_augment
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 
@@ -235,15 +237,15 @@ def test_the_cache_trains_like_the_live_teacher(
     teacher = import_callable(f"{teacher_file}:teacher", what="teacher")().eval()
     source = open_source(config.datas[0])
 
-    def live(cache: Cache, temperature: float, device: torch.device) -> Targets:
-        def targets(view: Views, rows: npt.NDArray[np.int64]) -> Tensor:
+    def live(cache: Cache, temperatures: list[float], device: torch.device) -> Targets:
+        def targets(view: Views, rows: npt.NDArray[np.int64]) -> dict[float, Tensor]:
             with torch.no_grad():
                 logits: Tensor = teacher(to_float(source.fetch(rows.tolist())[0]))
-            return soften(logits, temperature)
+            return {t: soften(logits, t) for t in temperatures}
 
         return targets
 
-    monkeypatch.setattr("softcache.join.soft_targets", live)
+    monkeypatch.setattr("softcache.join.tempered_targets", live)
     train(replace(config, out=tmp_path / "live"))
     from_cache, from_teacher = metrics(config.out), metrics(tmp_path / "live")
     assert len(from_cache) * 5 == 100  # steps
@@ -289,10 +291,10 @@ def test_each_sample_is_seen_in_its_view_with_that_views_targets(
     assert max(soft(config.out)) < NOTHING
 
     def exchanged(*arguments: Any) -> Targets:
-        targets = soft_targets(*arguments)
+        targets = tempered_targets(*arguments)
         return lambda view, rows: targets(1 - view, rows)
 
-    monkeypatch.setattr("softcache.join.soft_targets", exchanged)
+    monkeypatch.setattr("softcache.join.tempered_targets", exchanged)
     train(replace(config, overwrite=True))
     assert min(soft(config.out)) > 100 * NOTHING
 
@@ -316,10 +318,10 @@ def test_reordered_data_are_joined_by_content(
     )
 
     def by_place(*arguments: Any) -> Targets:
-        targets = soft_targets(*arguments)
+        targets = tempered_targets(*arguments)
         return lambda view, rows: targets(view, np.argsort(order)[rows])
 
-    monkeypatch.setattr("softcache.join.soft_targets", by_place)
+    monkeypatch.setattr("softcache.join.tempered_targets", by_place)
     train(replace(config, overwrite=True))
     assert min(soft(config.out)) > 100 * NOTHING
 
@@ -1029,7 +1031,7 @@ def test_a_student_that_fails_in_mid_run_stops_it(
     with pytest.raises(ModelError, match=message):
         train(replace(config, student=f"{student_file}:student"))
     assert [line["step"] for line in metrics(config.out, UNFINISHED_METRICS)] == [5]
-    assert [path.name for path in config.out.iterdir()] == [UNFINISHED_METRICS]
+    assert sorted(path.name for path in config.out.iterdir()) == [NAME, UNFINISHED_METRICS]
 
 
 def test_a_learning_rate_that_is_too_high_stops_with_the_step(config: TrainConfig) -> None:
@@ -1069,7 +1071,7 @@ def test_ctrl_c_stops_in_one_line_with_exit_code_130(
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert output == ""
-    assert errors == f"Error: stopped; {config.out} has the metrics so far, but no new student\n"
+    assert errors == "Error: stopped; the same command goes on from the last checkpoint\n"
     assert [line["step"] for line in metrics(config.out, UNFINISHED_METRICS)] == [5]
 
 
@@ -1078,7 +1080,7 @@ def test_a_stopped_run_may_be_run_again(
 ) -> None:
     config = replace(config, student=f"{student_file}:student")
     student_does(7, "interrupt")
-    with pytest.raises(Interrupted, match=r"stopped; .*run has the metrics so far, but no new st"):
+    with pytest.raises(Interrupted, match=r"stopped; the same command goes on from the last chec"):
         train(config)
     student_does(0, "")
     train(config)
@@ -1089,7 +1091,7 @@ def test_a_stopped_run_may_be_run_again(
 STOPS = {
     "raise": (ModelError, r"student raised ValueError"),
     "nan": (ModelError, r"the loss is nan at step 7"),
-    "interrupt": (Interrupted, r"stopped; .*run has the metrics so far, but no new student"),
+    "interrupt": (Interrupted, r"stopped; the same command goes on from the last checkpoint"),
 }
 
 
@@ -1134,6 +1136,7 @@ def test_a_killed_overwriting_run_keeps_the_finished_one_byte_for_byte(
         process.kill()
     found = contents(config.out)
     assert found.pop(UNFINISHED_METRICS)
+    assert found.pop(NAME)
     assert found == before
 
 

@@ -108,7 +108,6 @@ def main() -> None:
                 run = train_once(
                     replace(config, seed=seed),
                     part,
-                    options.temperature,
                     eval_source,
                     stop_after=options.steps if short else None,
                 )
@@ -133,13 +132,13 @@ class LiveData(JoinedData):
         said = self.teacher.log_probs(found.inputs, self.temperature).clone()
         if self.noise:
             said = torch.log_softmax(said + self.noise * torch.randn_like(said), dim=-1)
-        return found._replace(targets=said)
+        return found._replace(targets={self.temperature: said})
 
 
 def make_ways(source: Source, cache: Cache, teacher: Ensemble) -> dict[str, JoinedData]:
     """The same data, which differ in nothing but where their soft targets come from."""
     temperature = cache.header.temperature
-    part = join(source, cache, augment=None, temperature=temperature, device=teacher.device)
+    part = join(source, cache, augment=None, temperatures=[temperature], device=teacher.device)
     asked = vars(part) | {"targets": None, "teacher": teacher, "temperature": temperature}
     return {
         "cache": part,
@@ -151,7 +150,6 @@ def make_ways(source: Source, cache: Cache, teacher: Ensemble) -> dict[str, Join
 def train_once(
     config: TrainConfig,
     part: JoinedData,
-    temperature: float,
     eval_source: Source,
     stop_after: int | None,
 ) -> Run:
@@ -160,7 +158,7 @@ def train_once(
     errors = None
     start = time.perf_counter()
     with recorded_losses(stop_after) as losses, suppress(Enough):
-        evaluation = fit(config, accelerator, [part], temperature, eval_source)[0].evaluation
+        evaluation = fit(config, accelerator, [part], eval_source)[0].evaluation
         assert evaluation is not None  # fit evaluates, since it has eval_source
         errors = evaluation.errors
     return Run(torch.stack(losses).double().numpy(), errors, time.perf_counter() - start)

@@ -81,7 +81,7 @@ def measure(spec: str, source: ArraySource, options: argparse.Namespace, folder:
     accelerator = make_accelerator(options.device, "no")
     teacher = load_teachers(config, source, augmentation_of(config, source))
     part = join(
-        source, cache, augment=None, temperature=config.temperature, device=accelerator.device
+        source, cache, augment=None, temperatures=[config.temperature], device=accelerator.device
     )
     live = LiveData(**vars(part) | {"targets": None}, teacher=teacher, temperature=4.0)
     training = TrainConfig(
@@ -92,15 +92,16 @@ def measure(spec: str, source: ArraySource, options: argparse.Namespace, folder:
         epochs=1,
         batch_size=options.batch_size,
         alpha=1.0,
+        temperature=config.temperature,
         device=options.device,
     )
 
     def trained(data: JoinedData) -> float:
         start = time.perf_counter()
-        fit(training, accelerator, [data], config.temperature, None)
+        fit(training, accelerator, [data], None)
         return time.perf_counter() - start
 
-    learner = make_learners(training, accelerator, part, options.steps)[0]
+    learner = make_learners(training, accelerator, [part], options.steps)[0]
     raw = torch.from_numpy(source.inputs[: options.batch_size])
     inputs = to_float(raw).to(accelerator.device)
     labels = torch.zeros(len(inputs), dtype=torch.int64, device=accelerator.device)
@@ -111,7 +112,7 @@ def measure(spec: str, source: ArraySource, options: argparse.Namespace, folder:
     def student_alone() -> float:
         start = time.perf_counter()
         for _ in range(options.steps):
-            learner.step(inputs, labels, targets, config.temperature)
+            learner.step(inputs, labels, targets)
         float(learner.losses[-1][0])  # waits for the device
         return time.perf_counter() - start
 

@@ -112,9 +112,12 @@ def measure(
 
     def run(name: str, targets: TargetsOf) -> Callable[[], float]:
         def steps_per_second() -> float:
-            part = JoinedData(source, every, every, every, augmentation, classes, cache, targets)
+            part = JoinedData(
+                source, every, every, every, augmentation, classes, cache,
+                lambda views, rows: {TEMPERATURE: targets(views, rows)},
+            )  # fmt: skip
             start = time.perf_counter()
-            fit(config, accelerator, [part], TEMPERATURE, None)
+            fit(config, accelerator, [part], None)
             seconds = time.perf_counter() - start
             losses[name] = json.loads((config.out / UNFINISHED_METRICS).read_text())["total"]
             return steps / seconds

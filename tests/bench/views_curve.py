@@ -47,7 +47,7 @@ class LiveData(JoinedData):
         assert self.teacher is not None
         with torch.inference_mode():
             said = self.teacher.log_probs(found.inputs, self.temperature)
-        return found._replace(targets=said.clone())
+        return found._replace(targets={self.temperature: said.clone()})
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class InconsistentData(JoinedData):
             assert isinstance(theirs, torch.Tensor)
             share = torch.from_numpy(self.augmentation.shares(view, samples)).float()[:, None]
             said = (said.exp() * (1 - share) + theirs.exp() * share).log()
-        return found._replace(targets=said)
+        return found._replace(targets={self.temperature: said})
 
 
 def main() -> None:
@@ -164,6 +164,7 @@ def student(way: str, views: int, seed: int, options: argparse.Namespace, folder
         epochs=options.epochs,
         learning_rate=options.lr,
         alpha=1.0,
+        temperature=temperature,
         seed=seed,
         device="cpu",
     )
@@ -173,7 +174,7 @@ def student(way: str, views: int, seed: int, options: argparse.Namespace, folder
             source,
             replace(cache, header=replace(cache.header, views=views)),
             augment=None,
-            temperature=temperature,
+            temperatures=[temperature],
             device=accelerator.device,
             rotate=not way.startswith("in step"),
         )
@@ -186,7 +187,7 @@ def student(way: str, views: int, seed: int, options: argparse.Namespace, folder
                 **vars(alone), plain=open_cache(folder / "plain.h5"), temperature=temperature
             )
         )
-    learner = fit(config, accelerator, [part], temperature, None)[0]
+    learner = fit(config, accelerator, [part], None)[0]
     return held_out(learner, teacher, test, temperature)
 
 

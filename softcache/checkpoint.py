@@ -1,0 +1,193 @@
+"""The state of a run on its way, in one safetensors file: a stopped run goes on as if it had not been.
+
+Tensors are named by learner and part; everything else is JSON in the file's metadata. Nothing in it
+is run when it is read. On a CPU the weights at the end are those of a run without a stop, to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from softcache.errors import SettingsError
+from softcache.evaluate import Evaluation
+from softcache.learner import Learner, replace_file
+
+NAME = "checkpoint.safetensors"
+STATE = "softcache"  # the one key of the file's metadata
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a run is: batches of an epoch that are done, epochs counted from 0."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+@dataclass
+class Checkpoint:
+    """The file of a run, and when it was last written."""
+
+    path: Path
+    settings: Mapping[str, Any]  # what a run goes on only with, as JSON knows it
+    minutes: float
+    written: float = field(default_factory=time.monotonic)
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint within an epoch."""
+        return time.monotonic() - self.written >= 60 * self.minutes
+
+    def save(self, learners: Sequence[Learner], place: Place) -> None:
+        """Write the state of all learners; the file before is there until this one is whole."""
+        tensors: dict[str, Tensor] = {}
+        facts = []
+        for number, learner in enumerate(learners):
+            found, fact = _state(learner)
+            facts.append(fact)
+            tensors |= {f"{number}.{name}": tensor for name, tensor in found.items()}
+        scaler = getattr(learners[0].accelerator, "scaler", None)
+        state = {
+            "settings": self.settings,
+            "epoch": place.epoch,
+            "batch": place.batch,
+            "learners": facts,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        data = save(tensors, metadata={STATE: json.dumps(state)})
+        replace_file(self.path, lambda path: path.write_bytes(data))
+        self.written = time.monotonic()
+
+    def load(self, learners: Sequence[Learner]) -> Place:
+        """Bring the learners to where the file says they were."""
+        with open_checkpoint(self.path) as file:
+            state = json.loads(file.metadata()[STATE])
+            names = list(file.keys())
+            for number, (learner, facts) in enumerate(
+                zip(learners, state["learners"], strict=True)
+            ):
+                prefix = f"{number}."
+                own = {
+                    name.removeprefix(prefix): file.get_tensor(name)
+                    for name in names
+                    if name.startswith(prefix)
+                }
+                _restore(learner, own, facts)
+            scaler = getattr(learners[0].accelerator, "scaler", None)
+            if scaler is not None and state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
+        return Place(state["epoch"], state["batch"])
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def check_checkpoint(path: Path, settings: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Whether there is a checkpoint of this run to go on from.
+
+    Raises:
+        SettingsError: it is one of another run, and `overwrite` is not set.
+    """
+    if not path.exists():
+        return False
+    advice = "use the same, give another --out, or --overwrite to start again"
+    try:
+        with open_checkpoint(path) as file:
+            begun = json.loads(file.metadata()[STATE])["settings"]
+    except (SettingsError, ValueError, KeyError, TypeError) as error:
+        if overwrite:
+            return False
+        raise SettingsError(f"{path} cannot be read ({error}); {advice}") from error
+    for name, wanted in json.loads(json.dumps(settings)).items():
+        if begun.get(name) != wanted:
+            if overwrite:
+                return False
+            raise SettingsError(
+                f"{path.parent} was begun with {name} {_short(begun.get(name))}, now it is "
+                f"{_short(wanted)}; {advice}"
+            )
+    return True
+
+
+def open_checkpoint(path: Path) -> Any:  # noqa: ANN401  # safetensors has no type for it
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise SettingsError(f"{path} is no checkpoint: {error}") from error
+
+
+def _state(learner: Learner) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything about a learner that its next step depends on, or its metrics."""
+    tensors = _prefixed("model", learner.accelerator.unwrap_model(learner.model).state_dict())
+    if learner.average is not None:
+        tensors |= _prefixed("average", learner.average.state_dict())
+    if learner.best is not None:
+        tensors |= _prefixed("best", learner.best)
+    for number, values in learner.optimizer.state_dict()["state"].items():
+        present = {name: value for name, value in values.items() if value is not None}
+        tensors |= _prefixed(f"optimizer.{number}", present)
+    tensors |= {f"random.{i}": state for i, state in enumerate(learner.random)}
+    if learner.losses:
+        tensors["losses"] = torch.stack(learner.losses)
+    evaluation = learner.evaluation
+    facts = {
+        "schedule": {
+            name: value
+            for name, value in learner.schedule.state_dict().items()
+            if name != "lr_lambdas"
+        },
+        "rates": [group["lr"] for group in learner.optimizer.param_groups],
+        "steps": learner.steps,
+        "history": learner.history,
+        "evaluation": evaluation and [evaluation.errors, evaluation.samples],
+        "stopped": learner.stopped,
+        "failed": learner.failed,
+    }
+    return {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
+    }, facts
+
+
+def _restore(learner: Learner, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    learner.accelerator.unwrap_model(learner.model).load_state_dict(_under("model", tensors))
+    if learner.average is not None:
+        learner.average.load_state_dict(_under("average", tensors))
+    learner.best = _under("best", tensors) or None
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _under("optimizer", tensors).items():
+        number, _, key = name.partition(".")
+        state.setdefault(int(number), {})[key] = tensor
+    groups = learner.optimizer.state_dict()["param_groups"]
+    learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    learner.schedule.load_state_dict(dict(facts["schedule"]) | {"lr_lambdas": [None] * len(groups)})
+    for group, rate in zip(learner.optimizer.param_groups, facts["rates"], strict=True):
+        group["lr"] = rate
+    learner.random = [tensors[f"random.{i}"] for i in range(len(learner.random))]
+    device = learner.accelerator.device
+    learner.losses = list(tensors["losses"].to(device)) if "losses" in tensors else []
+    learner.steps, learner.history = facts["steps"], list(facts["history"])
+    learner.evaluation = Evaluation(*facts["evaluation"]) if facts["evaluation"] else None
+    learner.stopped, learner.failed = facts["stopped"], facts["failed"]
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{prefix}."
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 160 else f"{text[:160]}…"
