@@ -13,6 +13,8 @@ import torch
 
 from softcache import choose
 from softcache.cache import Cache, Dense, Header, open_cache
+from softcache.cache.encodings import DTYPES, ArraySpec
+from softcache.cache.header import BASE_VERSION, INPUTS, VERSION
 from softcache.cache.reader import partial_path
 from softcache.cache.writer import Stored, create
 from softcache.data import Source, open_source, to_float
@@ -57,6 +59,8 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         else {"asked": config.encoding}
         | ({"max_kl": config.max_kl} if config.encoding == "auto" else {}),
         teachers=teacher.provenance,
+        must_understand=(INPUTS,) if config.embed_inputs else (),
+        version=VERSION if config.embed_inputs else BASE_VERSION,
         evaluation=None,
         software=software(),
         block_rows=1,
@@ -181,7 +185,24 @@ def begin(
         range(draft.first_view, draft.first_view + draft.views),
         draft.first_sample + chosen,
     )
-    create(config.out, replace(header, evaluation=evaluation), arrays, config.batch_size)
+    inputs = inputs_spec(source) if config.embed_inputs else None
+    create(config.out, replace(header, evaluation=evaluation), arrays, config.batch_size, inputs)
+
+
+def inputs_spec(source: Source) -> ArraySpec:
+    """What one raw sample of the source is, as the file keeps it.
+
+    Raises:
+        SettingsError: its type has no place in the format.
+    """
+    array = source.fetch([0])[0].numpy()
+    dtype = array.dtype.newbyteorder("<").str
+    if dtype not in DTYPES:
+        raise SettingsError(
+            f"--embed-inputs: samples of {source.name} are {array.dtype}; expected uint8 or float32, or "
+            f"another of {', '.join(sorted(DTYPES))}"
+        )
+    return ArraySpec(INPUTS, dtype, "samples", array.shape[1:])
 
 
 def choose_encoding(

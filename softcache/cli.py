@@ -139,6 +139,9 @@ def main(traceback: bool) -> None:
 @click.option("--precision", default="fp32", help="Of the teacher: fp32, tf32, bf16 or fp16.")
 @click.option("--compile", is_flag=True, help="torch.compile the teacher.")
 @click.option("--workers", type=int, default=0, help="Processes that load data.")
+@click.option(
+    "--embed-inputs", is_flag=True, help="Keep the samples in the cache: train needs no --data."
+)
 @click.option("--overwrite", is_flag=True, help="Make a finished or begun cache anew.")
 def dump(**options: Any) -> None:
     """Write a teacher's soft targets for every sample into one file.

@@ -16,7 +16,7 @@ import gzip
 import inspect
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,9 @@ import xxhash
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from softcache.cache import Cache
+from softcache.cache.header import INPUTS
+from softcache.cache.reader import open_trainable
 from softcache.errors import DataError, SettingsError
 from softcache.imports import call, import_callable
 
@@ -140,6 +143,33 @@ class ArraySource:
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
         at = np.asarray(indices, np.int64)
         return torch.from_numpy(self.inputs[at]), self.labels[at]
+
+
+class CacheSource:
+    """The samples that a cache was made with --embed-inputs holds itself."""
+
+    def __init__(self, cache: Cache) -> None:
+        if not cache.header.embeds_inputs:
+            raise SettingsError(
+                f"{cache.path} holds soft targets alone; name its samples, {cache.header.data}, with --data, "
+                "or dump it with --embed-inputs"
+            )
+        self.cache, self.name = cache, cache.header.data
+        self.class_names = tuple(cache.class_names)
+
+    def __reduce__(self) -> tuple[Callable[[Path], CacheSource], tuple[Path]]:
+        return _reopen, (self.cache.path,)  # a map of a file has no copy in another process
+
+    def __len__(self) -> int:
+        return self.cache.header.samples
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        at = np.asarray(indices, np.int64)
+        return torch.from_numpy(self.cache.arrays[INPUTS][at]), self.cache.labels[at]
+
+
+def _reopen(path: Path) -> CacheSource:
+    return CacheSource(open_trainable(path))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 from softcache import fidelity
 from softcache.begin import begin, check_out, draft_header, load_teachers, with_batch_size
 from softcache.cache import Cache, Header, Sampled, open_cache
+from softcache.cache.header import INPUTS
 from softcache.cache.merge import copy_view
 from softcache.cache.reader import partial_path
 from softcache.cache.summary import rows_to_look_at, summarize
@@ -160,7 +161,9 @@ def fill(
             asked.append(task)
             samples = header.first_sample + np.arange(task.batch.start, task.batch.stop)
             drawn = header.first_view + task.view
-            yield make_request(augmentation, samples.tolist(), drawn, samples)
+            request = make_request(augmentation, samples.tolist(), drawn, samples)
+            # with view 0, as labels and keys are
+            yield replace(request, raw=header.embeds_inputs and task.view == 0)
 
     def store(item: tuple[Task, Batch, HostCopy]) -> None:
         task, batch, copied = item
@@ -168,6 +171,8 @@ def fill(
         low, high = task.own.start - task.batch.start, task.own.stop - task.batch.start
         rows = {name: values[low:high] for name, values in as_arrays(copied.wait()).items()}
         samples = {"labels": batch.labels.numpy()[low:high], "keys": keys[low:high]}
+        if len(batch.raw):
+            samples[INPUTS] = batch.raw.numpy()[low:high]
         writer.write(task.view, task.own.start, rows, samples)
 
     batches = loader(

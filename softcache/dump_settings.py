@@ -42,6 +42,7 @@ class DumpConfig:
     precision: str = "fp32"
     compile: bool = False
     workers: int = 0
+    embed_inputs: bool = False  # the samples themselves go into the cache
     overwrite: bool = False
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from softcache import choose
-from softcache.begin import draft_header, load_teachers, take_encoding
+from softcache.begin import draft_header, inputs_spec, load_teachers, take_encoding
 from softcache.cache import Encoding, Header, open_cache
 from softcache.data import open_source
 from softcache.dump_settings import DumpConfig
@@ -42,6 +42,9 @@ def dry_run(config: DumpConfig) -> str:
         if array.axis == "rows"
     )
     size = rows * row_bytes + draft.samples * 16 + common
+    if config.embed_inputs:
+        one = inputs_spec(source)
+        size += draft.samples * np.dtype(one.dtype).itemsize * math.prod(one.shape)
     shard, shards = config.shard
     part = f" (shard {shard} of {shards} of {draft.data_samples:,})" if shards > 1 else ""
     return (

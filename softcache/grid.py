@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from softcache.errors import SettingsError
-from softcache.train_settings import STUDENT_FIELDS, StudentConfig
+from softcache.train_settings import OPTIONS, STUDENT_FIELDS, StudentConfig
 
-OPTIONS = {"lr": "learning_rate"}  # an option whose name is not that of its field
 TABLE = "student"  # of a TOML file, one for each student
 
 Variant = dict[str, Any]
@@ -73,10 +72,10 @@ def field_of(option: str) -> str:
     Raises:
         SettingsError: it is no setting of a student.
     """
-    name = OPTIONS.get(option, option.replace("-", "_"))
+    fields = {short: field for field, short in OPTIONS.items()}
+    name = fields.get(option, option.replace("-", "_"))
     if name not in STUDENT_FIELDS:
-        shown = {field: option for option, field in OPTIONS.items()}
-        known = ", ".join(shown.get(name, name).replace("_", "-") for name in STUDENT_FIELDS)
+        known = ", ".join(OPTIONS.get(name, name).replace("_", "-") for name in STUDENT_FIELDS)
         raise SettingsError(f"{option!r} is no setting of a student; expected one of {known}")
     return name
 

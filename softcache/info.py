@@ -28,7 +28,8 @@ def describe(cache: Cache) -> str:
         "cache": f"{cache.path}, format {header.version[0]}.{header.version[1]}",
         "content": known["content_id"] or f"unfinished, {known['coverage']:.1%} of the blocks",
         "samples": f"{header.samples:,} of {header.data}, {header.views:,} view(s), "
-        f"augmented by {header.augment or 'nothing'}, seed {header.seed}",
+        f"augmented by {header.augment or 'nothing'}, seed {header.seed}"
+        + (", embedded" if header.embeds_inputs else ""),
         "classes": f"{header.classes:,}: {_first(cache.class_names)}",
         "temperature": f"{header.temperature:g}",
         "encoding": f"{header.encoding.name}, {header.bytes_per_row:,} bytes a row",

@@ -26,6 +26,7 @@ class Request:
     view: Views = 0
     samples: npt.NDArray[np.int64] | None = None  # (B,) their numbers in the draws; else indices
     partners: Sequence[int] = ()  # (B,) places of those that mixup mixes in, or nothing
+    raw: bool = False  # also as the source has them
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -41,6 +42,7 @@ class Batch(NamedTuple):
     keys: Tensor  # (B,) int64, the bits of sample_keys(); empty where they were not asked for
     partners: Tensor  # (B, *shape), inputs of the partners; empty without
     partner_labels: Tensor  # (B,) int64, their labels; empty without
+    raw: Tensor  # (B, *shape), inputs as the source has them; empty where they were not asked for
 
 
 def loader(
@@ -222,6 +224,7 @@ class _Batches(Dataset[Batch]):
             torch.from_numpy(keys.view(np.int64)),
             partners,
             torch.from_numpy(partner_labels),
+            inputs if request.raw else torch.empty(0),
         )
 
 

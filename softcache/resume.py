@@ -17,7 +17,7 @@ RESUME_SAMPLES = 256  # how many samples a resumed dump compares with those it b
 # what decides the values of a cache: a dump goes on only with the same
 SETTINGS = (
     "data", "data_samples", "first_sample", "samples", "classes", "teachers", "temperature",
-    "precision", "choice", "first_view", "views", "augment", "seed",
+    "precision", "choice", "first_view", "views", "augment", "seed", "must_understand",
 )  # fmt: skip
 
 
@@ -103,4 +103,8 @@ def _difference(name: str, begun: object, wanted: object) -> str:
             if old.get(key) != new[key]
         ]
         return f"another teacher ({'; '.join(changed)})"
+    if name == "must_understand":
+        return (
+            f"{'inputs' if begun else 'nothing'} embedded, now {'inputs' if wanted else 'nothing'}"
+        )
     return f"{name} {begun!r}, now it is {wanted!r}"

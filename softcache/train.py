@@ -20,7 +20,7 @@ from softcache import __version__
 from softcache.cache import Cache, Sampled, TopK
 from softcache.cache.reader import open_trainable
 from softcache.checkpoint import NAME, Checkpoint, Place, check_checkpoint
-from softcache.data import Source, open_source
+from softcache.data import CacheSource, Source, open_source
 from softcache.errors import DataError, Interrupted, ModelError, SettingsError
 from softcache.evaluate import Evaluation, data_digest
 from softcache.join import JoinedData, join, labels_alone, together
@@ -59,9 +59,10 @@ def train(config: TrainConfig) -> list[Learner]:
         SoftcacheError: the settings, the cache, the data or a student are not as they should be.
     """
     accelerator = make_accelerator(config.device, config.mixed_precision)
-    sources = [open_source(spec) for spec in config.datas]
-    eval_source = open_source(config.eval_data) if config.eval_data else None
     caches = [open_trainable(path) for path in config.caches]
+    sources: list[Source] = [open_source(spec) for spec in config.datas]
+    sources = sources or [CacheSource(cache) for cache in caches]
+    eval_source = open_source(config.eval_data) if config.eval_data else None
     check_losses(config, caches)
     settings = lasting_settings(config, sources, caches, eval_source)
     checkpoint = Checkpoint(config.out / NAME, settings, config.checkpoint_minutes)

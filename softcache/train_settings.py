@@ -17,6 +17,7 @@ MAX_LEARNING_RATE = 1e6
 LEARNING_RATES = {"adamw": 2e-3, "sgd": 0.05}
 WEIGHT_DECAYS = {"adamw": 0.01, "sgd": 5e-4}
 SCHEDULES = ("cosine", "constant")
+OPTIONS = {"learning_rate": "lr"}  # a setting whose option has another name
 CUT = 40  # characters of a setting in the name of a folder
 
 
@@ -198,7 +199,7 @@ class TrainConfig(StudentConfig):
 def short_name(settings: Mapping[str, Any]) -> str:
     """The settings in a few characters that may stand in the name of a folder."""
     parts = [
-        public_name(value) if name == "student" else f"{name}={value}"[:CUT]
+        public_name(value) if name == "student" else f"{OPTIONS.get(name, name)}={value}"[:CUT]
         for name, value in settings.items()
     ]
     return "".join(c if c.isalnum() or c in "-=.," else "-" for c in " ".join(parts)).strip("-.")

@@ -22,6 +22,7 @@ from softcache.cache.reader import partial_path
 from softcache.cli import main
 from softcache.dump import DumpConfig
 from softcache.errors import ModelError
+from softcache.grid import make_variants
 from softcache.train import TrainConfig
 from tests.conftest import Run, make_arrays
 
@@ -79,7 +80,8 @@ class Place:
 
     def train(self, *more: str | Path, cache: str | Path = "") -> Arguments:
         """A run from the finished cache; options in `more` override those before."""
-        options = ["--student", "mlp:4", "--out", str(self.folder / "run"), "--epochs", "1"]
+        options = ["--out", str(self.folder / "run"), "--epochs", "1"]
+        options += [] if "--student" in more else ["--student", "mlp:4"]
         data = [] if "--data" in more else ["--data", self.data]
         return ["train", cache or self.cache.path, *options, *data, *more]
 
@@ -465,7 +467,7 @@ def test_a_cache_that_has_not_completed_is_told_by_its_final_name(
     ("arguments", "message"),
     [
         (["dump"], "Missing option '--teacher'"),
-        (["train", "cache.h5"], "Missing option '--student'"),
+        (["train", "cache.h5"], "Missing option '--out'"),
         (["info"], "Missing argument 'CACHE'"),
         (["dump", "--temperature", "warm"], "'warm' is not a valid float"),
         (["train", "--schedule", "steps"], "'steps' is not one of 'cosine', 'constant'"),
@@ -584,9 +586,13 @@ def test_an_option_has_the_default_of_its_setting(
     options.pop("dry_run", None)  # what to do, and no setting of it
     if command == "dump":  # one option for two settings
         options["first_view"], options["views"] = options["views"]
+    if command == "train":  # several options for what the students are
+        students, grid, tables = (options.pop(name) for name in ("student", "grid", "tables"))
+        options["student"], options["variants"] = make_variants(students, grid, tables)
+        assert options["variants"] == [{"student": options["student"]}]
     parsed = config(**options)
     for field in dataclasses.fields(config):
-        if field.default is not dataclasses.MISSING:
+        if field.default is not dataclasses.MISSING and field.name != "variants":
             assert (getattr(parsed, field.name) or None) == (field.default or None), field.name
 
 

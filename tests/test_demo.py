@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -11,6 +12,7 @@ from click.testing import CliRunner, Result
 from softcache.cli import main
 from softcache.demo import demo_commands
 from softcache.errors import SettingsError
+from softcache.grid import make_variants
 from softcache.models import build, parameter_count
 from softcache.train import TrainConfig
 
@@ -41,7 +43,15 @@ def test_the_command_lines_are_those_of_the_whole_job(data: Path, tmp_path: Path
     assert dump["eval_data"] == train["eval_data"] == f"idx:{data}/mnist@test"
     assert train["seed"] == 3
     assert train["baseline"]
-    TrainConfig(**train)
+    assert train_config(train).names() == [""]
+
+
+def train_config(options: dict[str, Any]) -> TrainConfig:
+    """As the command itself makes it."""
+    student, variants = make_variants(
+        options.pop("student"), options.pop("grid"), options.pop("tables")
+    )
+    return TrainConfig(student=student, variants=variants, **options)
 
 
 def test_a_command_line_that_does_not_parse_would_be_noticed() -> None:
@@ -59,7 +69,7 @@ def test_the_student_has_a_tenth_of_the_teachers_parameters(data: Path, tmp_path
     teacher = dump["teacher"] if isinstance(dump["teacher"], str) else dump["teacher"][0]
     sizes = [
         parameter_count(build(spec, input_shape=(1, 28, 28), classes=10))
-        for spec in (teacher, train["student"])
+        for spec in (teacher, *train["student"])
     ]
     assert 10 * sizes[1] <= sizes[0]
 

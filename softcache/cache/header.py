@@ -42,8 +42,10 @@ from softcache.errors import FormatError, SettingsError
 
 MAGIC = b"\x89SFTC\r\n\x1a"
 PREAMBLE = struct.Struct("<8sQQQ")  # magic, offset, length, digest of the JSON
-VERSION = (1, 0)
-KNOWN_FEATURES: frozenset[str] = frozenset()
+VERSION = (1, 1)  # the newest that is read
+BASE_VERSION = (1, 0)  # that of a cache without any feature, which older readers read too
+INPUTS = "inputs"  # a feature, and the array that it adds: the samples themselves
+KNOWN_FEATURES = frozenset({INPUTS})
 MAX_HEADER = 1 << 20  # bytes of JSON
 MAX_USER_BLOCK = 8 << 20  # bytes
 MAX_FILE = 1 << 60  # bytes
@@ -109,7 +111,12 @@ class Header:
     arrays: tuple[Array, ...]
     summary: JSON | None = None
     must_understand: tuple[str, ...] = ()
-    version: tuple[int, int] = VERSION
+    version: tuple[int, int] = BASE_VERSION
+
+    @property
+    def embeds_inputs(self) -> bool:
+        """Whether the samples themselves are in the file."""
+        return INPUTS in self.must_understand
 
     @property
     def blocks(self) -> int:
@@ -298,12 +305,14 @@ def expected_arrays(
     classes: int,
     name_bytes: int,
     fingerprinted: int,
+    inputs: ArraySpec | None = None,
 ) -> list[tuple[ArraySpec, tuple[int, ...]]]:
     """Every array of a cache with its whole shape: those of the encoding, then the common ones."""
     specs = [
         *encoding.arrays(classes),
         ArraySpec("labels", "<i8", "samples", positions),
         ArraySpec("keys", "<u8", "samples", ()),
+        *([inputs] if inputs else []),
         ArraySpec("class_names", f"|S{name_bytes}", "shared", (classes,)),
         ArraySpec("fingerprinted", "<i8", "shared", (fingerprinted,)),
         ArraySpec("fingerprints", "<f4", "shared", (views, fingerprinted, FINGERPRINT)),
@@ -343,6 +352,7 @@ def _check_layout(header: Header, file_bytes: int) -> None:
             classes=header.classes,
             name_bytes=name_bytes,
             fingerprinted=fingerprinted.shape[0] if fingerprinted and fingerprinted.shape else 1,
+            inputs=_inputs(header, found),
         )
     except SettingsError as error:
         raise FormatError(str(error)) from error
@@ -376,6 +386,19 @@ def _check_layout(header: Header, file_bytes: int) -> None:
             raise FormatError(
                 f"array {array.name} ends at {end:,}, past the file's end at {file_bytes:,}"
             )
+
+
+def _inputs(header: Header, found: Mapping[str, Array]) -> ArraySpec | None:
+    """What the array of the inputs must be: of any numbers, and any shape of a sample."""
+    array = found.get(INPUTS)
+    if not header.embeds_inputs:
+        return None
+    if array is None or array.dtype not in DTYPES:
+        said = "is not there" if array is None else f"is {array.dtype}"
+        raise FormatError(
+            f"array {INPUTS} {said}; expected numbers, since must_understand names it"
+        )
+    return ArraySpec(INPUTS, array.dtype, "samples", array.shape[1:])
 
 
 def digest_arrays(views: int, blocks: int) -> dict[str, tuple[ArraySpec, tuple[int, ...]]]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from softcache.cache.header import VERSION, Header
+from softcache.cache.encodings import ArraySpec
+from softcache.cache.header import INPUTS, Header
 from softcache.cache.reader import (
     Cache,
     Damage,
@@ -28,7 +29,7 @@ from softcache.errors import FormatError, SettingsError
 # what decides the values of a cache: only caches that agree in it can become one
 SETTINGS = (
     "data", "data_samples", "classes", "positions", "teachers", "temperature", "precision",
-    "encoding", "augment", "seed",
+    "encoding", "augment", "seed", "must_understand",
 )  # fmt: skip
 
 Advance = Callable[[int], None]
@@ -130,7 +131,7 @@ def plan(parts: Sequence[Cache]) -> tuple[Header, dict[str, npt.NDArray[Any]]]:
         samples=sum(shard[0].header.samples for shard in shards),
         evaluation=next((p.header.evaluation for p in parts if p.header.evaluation), None),
         summary=None,
-        version=VERSION,
+        version=max(part.header.version for part in parts),
     )
     shared = {a.name: shards[0][0].arrays[a.name] for a in first.arrays if a.axis == "shared"}
     return header, shared | {"fingerprinted": fingerprinted, "fingerprints": fingerprints}
@@ -214,7 +215,11 @@ def _begin(out: Path, header: Header, shared: Values, unit: int) -> None:
     """
     partial = partial_path(out)
     if not partial.exists():
-        create(out, header, shared, unit)
+        inputs = None
+        if header.embeds_inputs:
+            embedded = header.array(INPUTS)
+            inputs = ArraySpec(INPUTS, embedded.dtype, "samples", embedded.shape[1:])
+        create(out, header, shared, unit, inputs)
         return
     begun = open_cache(partial, unfinished=True)
     fields = (*SETTINGS, "views", "samples", "first_view", "first_sample")

@@ -284,13 +284,17 @@ def block_damage(cache: Cache, view: int | None, block: int) -> str | None:
     """What is wrong with a block of rows of a view, or with one of labels and keys (None)."""
     if view is None:
         good = cache.sample_digest(block) == cache.arrays["sample_digests"][block]
-        return None if good else "labels and keys"
+        return None if good else _what_samples_have(cache)
     if cache.block_digest(view, block) != cache.arrays["digests"][view, block]:
         return "soft targets"
     ids, samples = cache.arrays.get("ids"), cache.header.block_range(block)
     if ids is not None and ids[view, samples.start : samples.stop].max() >= cache.header.classes:
         return "class ids beyond the last class"
     return None
+
+
+def _what_samples_have(cache: Cache) -> str:
+    return "labels, keys and inputs" if cache.header.embeds_inputs else "labels and keys"
 
 
 def _runs(wanted: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from softcache.cache.encodings import Axis
+from softcache.cache.encodings import ArraySpec, Axis
 from softcache.cache.header import (
     MAX_BLOCKS,
     PREAMBLE,
@@ -72,7 +72,9 @@ def block_rows(views: int, samples: int, row_bytes: int, batch: int = 1) -> int:
     return min(samples, rows)
 
 
-def create(path: Path, draft: Header, shared: Values, batch: int = 1) -> None:
+def create(
+    path: Path, draft: Header, shared: Values, batch: int = 1, inputs: ArraySpec | None = None
+) -> None:
     """Allocate the unfinished file for `path`: every byte is reserved, no row is there.
 
     Args:
@@ -80,6 +82,7 @@ def create(path: Path, draft: Header, shared: Values, batch: int = 1) -> None:
         shared: whole arrays that all rows share, among them class_names |S (C,),
             fingerprinted int64 (F,) and fingerprints float32 (views, F, FINGERPRINT).
         batch: how many rows will come at a time.
+        inputs: what one sample is, if the draft says that the samples are embedded.
 
     Raises:
         SoftcacheError: the file cannot be made, for want of space or of permission.
@@ -89,7 +92,7 @@ def create(path: Path, draft: Header, shared: Values, batch: int = 1) -> None:
     with _explained(partial, "create"):
         try:
             try:
-                header = _allocate(unborn, draft, shared, batch)
+                header = _allocate(unborn, draft, shared, batch, inputs)
             except RuntimeError as error:  # so h5py says at close that the disk took no more
                 number = re.search(r"errno = (\d+)", str(error))
                 raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
@@ -120,7 +123,9 @@ def create(path: Path, draft: Header, shared: Values, batch: int = 1) -> None:
             raise
 
 
-def _allocate(path: Path, draft: Header, shared: Values, batch: int) -> Header:
+def _allocate(
+    path: Path, draft: Header, shared: Values, batch: int, inputs: ArraySpec | None
+) -> Header:
     """Make the empty HDF5 file, and say where its arrays lie."""
     import h5py
     from h5py import h5d, h5f, h5p, h5s, h5t
@@ -133,6 +138,7 @@ def _allocate(path: Path, draft: Header, shared: Values, batch: int) -> Header:
         classes=draft.classes,
         name_bytes=shared["class_names"].dtype.itemsize,
         fingerprinted=len(shared["fingerprinted"]),
+        inputs=inputs,
     )
     row_bytes = sum(
         np.dtype(spec.dtype).itemsize * int(np.prod(shape[2:], dtype=np.int64))

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=20.0)
     parser.add_argument("--small", default="cnn:8,16x2,32x3", help="the student of few parameters")
     parser.add_argument("--hard-epochs", type=int, default=12)
-    parser.add_argument("--epochs", type=int, default=24, help="of the distilled students")
+    parser.add_argument("--epochs", type=int, default=36, help="of the distilled students")
     parser.add_argument("--small-epochs", type=int, default=16, help="of the small student")
     parser.add_argument("--missing-epochs", type=int, default=12, help="of those without 3s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])

@@ -25,7 +25,7 @@ from softcache.cache import Basis, Cache, Dense, Header, Quantized, Sampled, Top
 from softcache.cache import writer as writer_module
 from softcache.cache.reader import digest_of, open_trainable, partial_path, verify
 from softcache.cache.writer import Writer, create
-from softcache.data import Source, open_source
+from softcache.data import CacheSource, Source, open_source, sample_keys
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.replay import check_replay
 from softcache.targets import as_arrays, make_encoder
@@ -177,9 +177,9 @@ def test_no_integer_of_the_header_is_beyond_a_double(path: Path) -> None:
 def test_a_newer_minor_version_may_hold_any_integer_of_64_bits_and_more(
     path: Path, number: int
 ) -> None:
-    newer: dict[Place, Any] = {("version",): [1, 1], ("unheard_of",): number}
+    newer: dict[Place, Any] = {("version",): [1, 2], ("unheard_of",): number}
     path.write_bytes(with_values(tiny_cache(), newer))
-    assert open_cache(path).header.version == (1, 1)
+    assert open_cache(path).header.version == (1, 2)
 
 
 @pytest.mark.must("F5")
@@ -275,7 +275,7 @@ def test_a_feature_that_must_be_understood_and_is_unknown(path: Path, minor: int
 def test_unknown_fields_are_refused_in_our_own_version_and_ignored_in_a_newer(path: Path) -> None:
     raw = with_values(tiny_cache(), {("unheard_of",): 1})
     refused(raw, path.parent, "the header has unknown fields: 'unheard_of'")
-    path.write_bytes(with_values(raw, {("version",): [1, 1]}))
+    path.write_bytes(with_values(raw, {("version",): [1, 2]}))
     assert verify(open_cache(path)) == []
 
 
@@ -374,6 +374,43 @@ def test_arrays_are_those_of_the_encoding_and_of_every_cache(path: Path) -> None
                 # fingerprinted says how many fingerprints are expected: either may be the wrong one
                 name = "fingerprint(ed|s)" if array["name"] == "fingerprinted" else array["name"]
                 refused(raw, path.parent, rf"array {name} is .*; expected ")
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> bytes:
+    """A cache that holds its samples."""
+    path = Path(__file__).parent.parent / "files" / "1.1" / "embedded.h5"
+    return path.read_bytes()
+
+
+@pytest.mark.must("F25")
+def test_embedded_inputs_are_those_of_the_keys(embedded: bytes, tmp_path: Path) -> None:
+    (tmp_path / "c.h5").write_bytes(embedded)
+    cache = open_cache(tmp_path / "c.h5")
+    assert cache.header.version == (1, 1)
+    source = CacheSource(cache)
+    inputs, labels = source.fetch(range(len(source)))
+    np.testing.assert_array_equal(sample_keys(inputs), cache.keys)
+    np.testing.assert_array_equal(labels, cache.labels)
+
+
+@pytest.mark.must("F25")
+def test_what_is_named_as_embedded_must_be_there_and_nothing_else(
+    embedded: bytes, tmp_path: Path
+) -> None:
+    fields = header_of(embedded)
+    at = next(i for i, array in enumerate(fields["arrays"]) if array["name"] == "inputs")
+    array = fields["arrays"][at]
+    others = [*fields["arrays"][:at], *fields["arrays"][at + 1 :]]
+    for arrays, message in (
+        (others, "array inputs is not there; expected numbers, since must_understand names it"),
+        ([*others, array | {"dtype": "|S1"}], r"array inputs is \|S1; expected numbers"),
+        ([*others, array | {"axis": "rows"}], "array inputs is .* by rows; expected"),
+        ([*others, array | {"shape": [47, *array["shape"][1:]]}], "array inputs is .*; expected"),
+    ):
+        refused(with_fields(embedded, fields | {"arrays": arrays}), tmp_path, message)
+    unnamed = with_fields(embedded, fields | {"must_understand": []})
+    refused(unnamed, tmp_path, "unknown: 'inputs'")
 
 
 @pytest.mark.must("F24")

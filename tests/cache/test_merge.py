@@ -273,6 +273,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "precision": ({"precision": "bf16"}, r"has precision bf16, \S*a\.h5 has fp32"),
     "encoding": ({"encoding": "quantized"}, r"has encoding Quantized\(\), \S*a\.h5 has Dense\(\)"),
     "augment": ({"augment": "shift:2"}, r"has augment shift:2, \S*a\.h5 has shift:1,mixup"),
+    "must_understand": ({"embed_inputs": True}, r"has must_understand \('inputs',\), .* has \(\)"),
     "seed": ({"seed": 4}, r"b\.h5 has seed 4, \S*a\.h5 has 3; only parts of one dump can be merged"),
     "weights of teachers": (
         {"teacher": ["models.py:teacher", "models.py:other"], "teacher_weight": [3, 1]},

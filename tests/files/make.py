@@ -1,13 +1,13 @@
 """Writes the caches of this release that are checked in, and what they decode to.
 
-`python -m tests.files.make` in the project's folder wrote 1.0/ with softcache 0.1.0. Files of an older
-release are never written again: a release that changes the format adds a folder of its own.
+`python -m tests.files.make` in the project's folder wrote 1.0/ and 1.1/ with softcache 0.1.0. Files that
+are there are never written again: a release that changes the format adds a folder of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from softcache.cache import Cache, Sampled
-from softcache.cache.header import VERSION
 from softcache.dump import DumpConfig, dump
 
 HERE = Path(__file__).parent
@@ -49,33 +48,38 @@ def second_teacher() -> nn.Module:
 
 
 def main() -> None:
-    folder = HERE / f"{VERSION[0]}.{VERSION[1]}"
-    if any(folder.glob("*.h5")):
-        raise SystemExit(f"{folder} holds files already; they are never written again")
-    folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as work:
-        os.chdir(work)  # so that no path of this machine can reach a header
+    one, two = (f"tests.files.make:{name}" for name in ("teacher", "second_teacher"))
+    plain = DumpConfig(
+        teacher=one,
+        data="npz:images.npz",
+        temperature=2.0,
+        views=2,
+        augment="shift:1,flip",
+        seed=5,
+        out=Path(),
+    )
+    both = replace(plain, teacher=[one, two], teacher_weight=[1, 3], augment="shift:1,mixup")
+    bare = replace(plain, data="npz:unlabelled.npz", temperature=1.0, views=1, augment=None)
+    folders = {
+        "1.0": {name: replace(plain, encoding=encoding) for name, encoding in ENCODINGS.items()}
+        | {"two-teachers": replace(both, first_view=2, shard=(1, 2)), "unlabelled": bare},
+        "1.1": {"embedded": replace(plain, embed_inputs=True)},
+    }
+    # in a folder of its own, so that no path of this machine can reach a header
+    with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):
         random = np.random.Generator(np.random.PCG64(0))
         images = random.integers(0, 256, (SAMPLES, 1, SIDE, SIDE), dtype=np.uint8)
         labels = random.integers(0, CLASSES, SAMPLES)
         np.savez("images.npz", x=images, y=labels)
         np.savez("unlabelled.npz", x=images)
-        one, two = (f"tests.files.make:{name}" for name in ("teacher", "second_teacher"))
-        plain = DumpConfig(
-            teacher=one,
-            data="npz:images.npz",
-            temperature=2.0,
-            views=2,
-            augment="shift:1,flip",
-            seed=5,
-            out=Path(),
-        )
-        for name, encoding in ENCODINGS.items():
-            write(folder, name, replace(plain, encoding=encoding))
-        both = replace(plain, teacher=[one, two], teacher_weight=[1, 3], augment="shift:1,mixup")
-        write(folder, "two-teachers", replace(both, first_view=2, shard=(1, 2)))
-        bare = replace(plain, data="npz:unlabelled.npz", temperature=1.0, views=1, augment=None)
-        write(folder, "unlabelled", bare)
+        for version, configs in folders.items():
+            folder = HERE / version
+            if any(folder.glob("*.h5")):
+                print(f"{folder} holds files already; they are never written again")
+                continue
+            folder.mkdir(exist_ok=True)
+            for name, config in configs.items():
+                write(folder, name, config)
 
 
 def write(folder: Path, name: str, config: DumpConfig) -> None:
@@ -97,6 +101,8 @@ def expected(cache: Cache) -> dict[str, npt.NDArray[Any]]:
         "labels": np.array(cache.labels),
         "keys": np.array(cache.keys),
     }
+    if header.embeds_inputs:
+        found["inputs"] = np.array(cache.arrays["inputs"])
     if not isinstance(header.encoding, Sampled):
         found["other"] = np.stack(
             [cache.rows(view, every, OTHER_TEMPERATURE) for view in range(header.views)]

@@ -1,0 +1,342 @@
+"""A run that was stopped goes on as if it had not been: the same weights to the bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from softcache import checkpoint
+from softcache.cache import Cache
+from softcache.checkpoint import NAME, Checkpoint, Place
+from softcache.dump import DumpConfig, dump
+from softcache.errors import Interrupted, SettingsError
+from softcache.learner import Learner
+from softcache.train import TrainConfig, train
+from tests.conftest import Run
+
+STEPS = 15  # of a run: 3 epochs of 5
+
+STUDENT = """
+from torch import nn
+
+def student():
+    layers = nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 5)
+    return nn.Sequential(nn.Flatten(), *layers)
+"""
+
+
+@pytest.fixture
+def config(cache: Cache, data_file: Path, tmp_path: Path) -> TrainConfig:
+    """A student with dropout and norms, and a checkpoint after every step."""
+    (tmp_path / "dropout.py").write_text(STUDENT)
+    return TrainConfig(
+        student=f"{tmp_path / 'dropout.py'}:student",
+        data=f"npz:{data_file}",
+        eval_data=f"npz:{data_file}@test",
+        cache=cache.path,
+        out=tmp_path / "run",
+        epochs=3,
+        batch_size=64,
+        checkpoint_minutes=0.0,
+        device="cpu",
+    )
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "sgd": {"optimizer": "sgd", "clip": 1.0},
+    "averaged": {"ema": 0.9, "accumulate": 3},
+    "patient": {"patience": 1, "learning_rate": 0.05},
+    "augmented": {"extra_augment": "shift:2,cutout:3"},
+    "with a twin": {"baseline": True},
+    "several": {"variants": [{"alpha": 0.5}, {"temperature": 2.0, "loss": "js"}, {"seed": 3}]},
+    "loaded by processes": {"workers": 2},
+}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder, by its path in it."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C as a student begins its n-th step, the checkpoint before it written."""
+    taken, steps = Learner.step, iter(range(1, 10**6))
+
+    def stopping(self: Learner, *arguments: Any) -> None:
+        if next(steps) == step:
+            raise KeyboardInterrupt
+        taken(self, *arguments)
+
+    monkeypatch.setattr(Learner, "step", stopping)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_stopped_run_comes_to_the_same_files(
+    name: str, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, **SETTINGS[name])
+    train(config)
+    whole = files(config.out)
+    assert not any(NAME in path for path in whole)
+    again = replace(config, out=tmp_path / "again" / "run")
+    stops = random.Random(name).sample(range(2, STEPS), 3)
+    for step in stops:
+        with monkeypatch.context() as patched:
+            stop_at(patched, step)
+            try:
+                train(again)
+            except Interrupted:
+                assert (again.out / NAME).exists()
+            else:
+                break  # a patient one may be done before
+    else:
+        train(again)
+    assert files(again.out) == whole
+
+
+@pytest.mark.parametrize("part", ["random", "optimizer", "average", "schedule"])
+def test_a_part_that_is_not_restored_would_be_noticed(
+    part: str, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, ema=0.9)
+    train(config)
+    whole = files(config.out)
+    again = replace(config, out=tmp_path / "again")
+    with monkeypatch.context() as patched:
+        stop_at(patched, 8)
+        with pytest.raises(Interrupted):
+            train(again)
+
+    restore = checkpoint._restore
+
+    def forgetful(learner: Learner, *found: Any) -> None:
+        kept = copy.deepcopy(getattr(learner, part))
+        restore(learner, *found)
+        if part == "random":
+            learner.random = kept
+        else:
+            getattr(learner, part).load_state_dict(kept.state_dict())
+
+    monkeypatch.setattr(checkpoint, "_restore", forgetful)
+    train(again)
+    assert files(again.out)["student.safetensors"] != whole["student.safetensors"]
+
+
+def test_kill_9_at_any_time_costs_nothing(config: TrainConfig, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "softcache", "train", str(config.cache), f"--student={config.student}",
+        f"--data={config.data}", f"--eval-data={config.eval_data}", "--epochs=3",
+        "--batch-size=64", "--checkpoint-minutes=0", "--device=cpu",
+    ]  # fmt: skip
+    # in a process too: how many threads there are tells in the last bit
+    subprocess.run([*command, f"--out={config.out}"], check=True, stdout=subprocess.DEVNULL)
+    whole = files(config.out)
+    again = replace(config, out=tmp_path / "again" / "run")
+    command.append(f"--out={again.out}")
+    draw, kills = random.Random(4), 0
+    while not (again.out / "metrics.jsonl").exists():
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as job:
+            while job.poll() is None and not (again.out / "metrics.jsonl.partial").exists():
+                time.sleep(0.002)
+            if kills < 3:
+                time.sleep(draw.uniform(0, 0.15))
+                job.send_signal(signal.SIGKILL)
+                kills += 1
+            assert job.stderr is not None
+            errors = job.stderr.read()
+        assert job.returncode in (0, -signal.SIGKILL), errors
+    assert kills == 3
+    assert files(again.out) == whole
+
+
+def test_the_place_is_told(config: TrainConfig, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        stop_at(patched, 8)
+        with pytest.raises(
+            Interrupted, match="stopped; the same command goes on from the last che"
+        ):
+            train(config)
+    found = run(
+        "train", config.cache, "--student", config.student, "--data", config.data, "--eval-data",
+        config.eval_data, "--out", config.out, "--epochs", 3, "--batch-size", 64, "--device", "cpu",
+        check=True,
+    )  # fmt: skip
+    assert f"going on with {config.out}, epoch 2, batch 2" in found.stdout
+
+
+def test_how_often_is_as_asked(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[Place] = []
+    save = Checkpoint.save
+
+    def noted(self: Checkpoint, learners: list[Learner], place: Place) -> None:
+        places.append(place)
+        save(self, learners, place)
+
+    monkeypatch.setattr(Checkpoint, "save", noted)
+    train(replace(config, checkpoint_minutes=10.0))
+    assert places == [Place(1), Place(2)]
+    places.clear()
+    train(replace(config, out=config.out.with_name("often")))
+    assert len(places) == STEPS + 2
+
+
+# what a checkpoint is not for
+
+
+@pytest.fixture
+def stopped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    with monkeypatch.context() as patched:
+        stop_at(patched, 8)
+        with pytest.raises(Interrupted):
+            train(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"epochs": 4},
+            "was begun with epochs 3, now it is 4; use the same, give another --out, or",
+        ),
+        ({"batch_size": 32}, "was begun with batch_size 64, now it is 32"),
+        ({"seed": 1}, "was begun with seed 0, now it is 1"),
+        ({"learning_rate": 0.1}, r"was begun with students \[\{.*"),
+        ({"eval_data": None}, "was begun with eval_data .*, now it is null"),
+    ],
+)
+def test_other_settings_do_not_go_on(
+    change: dict[str, Any], message: str, stopped: TrainConfig
+) -> None:
+    before = files(stopped.out)
+    with pytest.raises(SettingsError, match=message):
+        train(replace(stopped, **change))
+    assert files(stopped.out) == before
+    train(replace(stopped, **change, overwrite=True))
+    assert not (stopped.out / NAME).exists()
+
+
+def test_another_cache_does_not_go_on(
+    stopped: TrainConfig, dump_config: DumpConfig, tmp_path: Path
+) -> None:
+    other = dump(replace(dump_config, temperature=2.0, out=tmp_path / "other.h5"))
+    with pytest.raises(SettingsError, match=r"was begun with cache \[\[.*\]\], now it is \[\["):
+        train(replace(stopped, cache=other.path))
+
+
+def test_changed_code_of_the_student_does_not_go_on(stopped: TrainConfig) -> None:
+    path = Path(stopped.student.removesuffix(":student"))
+    path.write_text(path.read_text().replace("0.3", "0.4"))
+    with pytest.raises(SettingsError, match="was begun with students"):
+        train(stopped)
+
+
+def test_workers_and_how_often_may_change(stopped: TrainConfig, tmp_path: Path) -> None:
+    train(replace(stopped, workers=1, checkpoint_minutes=5.0))
+    train(replace(stopped, out=tmp_path / "whole"))
+    assert (stopped.out / "student.safetensors").read_bytes() == (
+        tmp_path / "whole" / "student.safetensors"
+    ).read_bytes()
+
+
+def damage_header(path: Path) -> None:
+    path.write_bytes(b"\xff" * 100)
+
+
+def damage_state(path: Path) -> None:
+    save_file(load_file(path), path, metadata={"softcache": "{"})
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("damage", [damage_header, damage_state, truncate])
+def test_a_checkpoint_that_cannot_be_read_is_told(
+    damage: Callable[[Path], None], stopped: TrainConfig
+) -> None:
+    damage(stopped.out / NAME)
+    with pytest.raises(SettingsError, match=r"checkpoint\.safetensors cannot be read \(.*--overwr"):
+        train(stopped)
+    train(replace(stopped, overwrite=True))
+
+
+def test_nothing_in_a_checkpoint_is_run_or_pickled(stopped: TrainConfig) -> None:
+    raw = (stopped.out / NAME).read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    assert json.loads(header.pop("__metadata__")["softcache"])["epoch"] == 1
+    assert {entry["dtype"] for entry in header.values()} <= {"F32", "I64", "U8"}
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, turn = Path.write_bytes, iter(range(100))
+
+    def full(self: Path, data: bytes) -> int:
+        if NAME in self.name and next(turn) == 7:
+            write(self, data[: len(data) // 2])
+            raise OSError(28, "No space left on device", str(self))
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(config)
+    monkeypatch.undo()
+    train(config)
+    train(replace(config, out=config.out.with_name("whole")))
+    assert (
+        files(config.out)["student.safetensors"]
+        == (files(config.out.with_name("whole"))["student.safetensors"])
+    )
+
+
+# failures among several
+
+
+def test_a_student_that_fails_leaves_the_others(
+    config: TrainConfig, run: Run, tmp_path: Path
+) -> None:
+    several = [
+        "train", config.cache, "--student", "mlp:4", "--data", config.data, "--out", tmp_path / "grid",
+        "--epochs", 2, "--batch-size", 64, "--device", "cpu", "--grid", "lr=1e-3,1e6",
+        "--student", "cnn:4,4", "--weight-decay", 1e3,
+    ]  # fmt: skip
+    found = run(*several)
+    assert found.returncode == 1
+    last = found.stderr.splitlines()[-1]
+    assert last.startswith("Error: 2 of 4 students failed: distilled mlp-4-lr=1000000.0: the loss")
+    assert "lower --lr" in last
+    done = {path.parent.name for path in (tmp_path / "grid").glob("*/student.safetensors")}
+    assert done == {"mlp-4-lr=0.001", "cnn-4,4-lr=0.001"}
+    alone = replace(
+        config, student="mlp:4", learning_rate=1e-3, out=tmp_path / "alone", epochs=2, eval_data=None,
+        weight_decay=1e3,
+    )  # fmt: skip
+    train(alone)
+    together = load_file(tmp_path / "grid" / "mlp-4-lr=0.001" / "student.safetensors")
+    for name, tensor in load_file(alone.out / "student.safetensors").items():
+        assert torch.equal(tensor, together[name])
+    assert np.isfinite(
+        json.loads((alone.out / "metrics.jsonl").read_text().splitlines()[-1])["total"]
+    )
