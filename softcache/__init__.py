@@ -1,3 +1,46 @@
-"""Run the teacher once: its softened class probabilities in one file, any number of students."""
+"""Run the teacher once: its softened class probabilities in one file, any number of students.
+
+cache = softcache.open("cache.h5")
+data = softcache.SoftLabelDataset(dataset, cache)
+loss = softcache.distillation_loss(logits, targets, labels, temperature=4.0, alpha=0.9).total
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from softcache.errors import SoftcacheError
+
+if TYPE_CHECKING:
+    from softcache.api import SoftCache, SoftLabelDataset, open
+    from softcache.loss import SparseTargets, distillation_loss
+    from softcache.targets import to_dense
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "SoftCache",
+    "SoftLabelDataset",
+    "SoftcacheError",
+    "SparseTargets",
+    "distillation_loss",
+    "open",
+    "to_dense",
+]
+
+# torch takes seconds to import: each name is looked up when it is first used
+_PLACES = {
+    "SoftCache": "softcache.api",
+    "SoftLabelDataset": "softcache.api",
+    "SparseTargets": "softcache.loss",
+    "distillation_loss": "softcache.loss",
+    "open": "softcache.api",
+    "to_dense": "softcache.targets",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  # whatever it is
+    if name not in _PLACES:
+        raise AttributeError(f"module 'softcache' has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)

@@ -387,6 +387,53 @@ def repair(cache: Path) -> None:
 
 
 @main.command()
+@click.argument("run", type=PATH)
+@click.option("--onnx", is_flag=True, help="RUN/student.onnx (softcache[onnx]).")
+@click.option("--pt2", is_flag=True, help="RUN/student.pt2, an exported program of torch.")
+@click.option("--student", metavar="SPEC", help="Where its code is, if it is not a built-in one.")
+def export(run: Path, **options: Any) -> None:
+    """Write the student of a run in formats for serving, each checked against the student.
+
+    They take (B, *shape) float32, images in [0, 1], and give (B, classes) logits, for any B.
+    """
+    from softcache.export import export
+
+    for path in export(run, **options):
+        click.echo(f"{path}: {path.stat().st_size:,} bytes, gives the student's logits")
+
+
+@main.command()
+@click.argument("runs", type=PATH, nargs=-1, required=True)
+@click.option("--eval-data", metavar="SPEC", help="Test error and calibration on these.")
+@click.option("--cache", type=PATH, help="KL to the teacher on the samples of this cache.")
+@click.option("--data", metavar="SPEC", help="These samples, if the cache does not hold them.")
+@click.option("--student", metavar="SPEC", help="Where their code is, if not built-in.")
+def compare(runs: tuple[Path, ...], **options: Any) -> None:
+    """Show students side by side: size, multiply-adds, latency on the CPU, error, calibration."""
+    from softcache.compare import compare
+
+    click.echo(compare(runs, **options))
+
+
+@main.command()
+@click.argument("places", type=PATH, nargs=-1, required=True, metavar="CACHE|RUN...")
+@click.option("-o", "--out", type=PATH, default=Path("report.html"), help="The page to write.")
+@click.option("--data", metavar="SPEC", help="Samples of the cache, if it does not hold them.")
+@click.option("--eval-data", metavar="SPEC", help="Measure students on these.")
+@click.option("--student", metavar="SPEC", help="Where their code is, if not built-in.")
+def report(places: tuple[Path, ...], out: Path, **options: Any) -> None:
+    """Write one HTML page, with all pictures in it, about caches and finished runs.
+
+    Of a cache: what the teacher sees in each class, how sure it is, its calibration, the samples it is
+    least sure of. Of runs: curves, gains over hard labels, accuracy against cost, and measured answers
+    to why it works. Needs softcache[report].
+    """
+    from softcache.page import report
+
+    click.echo(f"{report(places, out, **options)}: open it in a browser")
+
+
+@main.command()
 @click.option("--data-dir", type=PATH, default=Path("data"), help="The project's data folder.")
 @click.option("--out", type=PATH, default=Path("runs/demo"), help="Where the demo writes.")
 @click.option("--seed", type=int, default=0, help="Of the student.")

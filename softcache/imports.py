@@ -76,3 +76,17 @@ def call(make: Callable[..., Any], *, what: str, **arguments: object) -> Any:  #
             f"{what}: the callable raised {type(error).__name__}: {' '.join(str(error).split())}; it "
             f"is called with {', '.join(arguments) or 'no arguments'}"
         ) from error
+
+
+def needed(module: str, *, extra: str, what: str) -> Any:  # noqa: ANN401  # a module
+    """A module that comes with an extra of softcache.
+
+    Raises:
+        SettingsError: it is not there.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SettingsError(
+            f"{what} needs {module} ({error}); pip install 'softcache[{extra}]'"
+        ) from error

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
+from softcache.card import model_card
 from softcache.data import Source
 from softcache.errors import ModelError, SettingsError
 from softcache.evaluate import Evaluation, evaluate
@@ -56,6 +57,7 @@ class Learner:
     best: dict[str, Tensor] | None = None  # weights at the fewest errors, if it may stop early
     stopped: str | None = None  # why it takes no more steps
     failed: bool = False
+    board: Any = None  # of TensorBoard, if it is asked for
 
     @property
     def parameters(self) -> int:
@@ -143,6 +145,10 @@ class Learner:
                 errors += self.evaluation.errors
             with (self.folder / UNFINISHED_METRICS).open("a") as file:
                 file.write(json.dumps(line) + "\n")
+            if self.board is not None:
+                for name, value in line.items():
+                    self.board.add_scalar(name, value, epoch + 1)
+                self.board.flush()
         else:
             line = {"epoch": epoch + 1}
         if patience is not None:
@@ -178,7 +184,7 @@ class Learner:
                 self.evaluation = Evaluation(line["errors"], line["samples"])
 
     def save(self, facts: dict[str, Any]) -> None:
-        """Write student.safetensors and config.json, and give the metrics their name."""
+        """Write student.safetensors, config.json and a model card, and give the metrics their name."""
         state = {
             name: tensor.cpu().contiguous().clone()
             for name, tensor in self.result.state_dict().items()
@@ -189,6 +195,10 @@ class Learner:
             facts |= {"errors": self.evaluation.errors, "samples": self.evaluation.samples}
         text = json.dumps(facts, indent=2) + "\n"
         replace_file(self.folder / "config.json", lambda path: path.write_text(text))
+        card = model_card(facts)
+        replace_file(
+            self.folder / "README.md", lambda path: path.write_text(card, encoding="utf-8")
+        )
         (self.folder / UNFINISHED_METRICS).replace(self.folder / "metrics.jsonl")
 
     def _loss(self, inputs: Tensor, labels: Labels, soft: Targets | None) -> Loss:

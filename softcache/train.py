@@ -23,6 +23,7 @@ from softcache.checkpoint import NAME, Checkpoint, Place, check_checkpoint
 from softcache.data import CacheSource, Source, open_source
 from softcache.errors import DataError, Interrupted, ModelError, SettingsError
 from softcache.evaluate import Evaluation, data_digest
+from softcache.imports import needed
 from softcache.join import JoinedData, join, labels_alone, together
 from softcache.learner import Learner, begin_run, check_folder, make_accelerator, make_learner
 from softcache.loader import Request, ShuffledBatches, joint_loader
@@ -59,6 +60,8 @@ def train(config: TrainConfig) -> list[Learner]:
         SoftcacheError: the settings, the cache, the data or a student are not as they should be.
     """
     accelerator = make_accelerator(config.device, config.mixed_precision)
+    if config.tensorboard:
+        needed("tensorboard", extra="tensorboard", what="--tensorboard")
     caches = [open_trainable(path) for path in config.caches]
     sources: list[Source] = [open_source(spec) for spec in config.datas]
     sources = sources or [CacheSource(cache) for cache in caches]
@@ -124,7 +127,7 @@ def fit(
     learners = make_learners(config, accelerator, parts, steps)
     place = checkpoint.load(learners) if checkpoint and going_on else Place()
     if accelerator.is_main_process:
-        begin(learners, checkpoint, place, going_on)
+        begin(learners, checkpoint, place, going_on=going_on, boards=config.tensorboard)
     batch_loader = joint_loader(
         [(part.source, part.augmentation) for part in parts],
         batches,
@@ -189,7 +192,12 @@ def attempt(
 
 
 def begin(
-    learners: Sequence[Learner], checkpoint: Checkpoint | None, place: Place, going_on: bool
+    learners: Sequence[Learner],
+    checkpoint: Checkpoint | None,
+    place: Place,
+    *,
+    going_on: bool,
+    boards: bool,
 ) -> None:
     """Make the folders, with the metrics of the epochs that are done."""
     if checkpoint and going_on:
@@ -200,6 +208,15 @@ def begin(
         checkpoint.remove()
     for learner in learners:
         begin_run(learner.folder, learner.history)
+        if boards:
+            learner.board = open_board(learner.folder / "tensorboard", place.epoch + 1)
+
+
+def open_board(folder: Path, epoch: int) -> Any:  # noqa: ANN401  # a SummaryWriter
+    """Logs for TensorBoard from `epoch` on; what was logged of it before a stop does not count."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=epoch)
 
 
 def shuffled(
@@ -437,6 +454,7 @@ def run_facts(
         "input_shape": list(parts[0].input_shape()),
         "classes": parts[0].classes,
         "class_names": list(caches[0].class_names if caches else parts[0].source.class_names),
+        "embedded": not config.datas,  # the samples came from the cache itself
         # of an unfinished cache the content, and so its id, will yet change
         "content_ids": [cache.content_id() if cache.complete else None for cache in caches],
         "temperature": temperature_of(student, caches),

@@ -1,0 +1,120 @@
+"""A student in the formats in which models are served: ONNX, and an exported program of torch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from softcache.errors import ModelError, SettingsError
+from softcache.imports import needed
+from softcache.learner import replace_file
+from softcache.runs import open_run
+
+TOLERANCE = 1e-4  # of the largest logit
+TRIED = (1, 2, 7)  # samples in a batch
+
+Infer = Callable[[Tensor], Tensor]
+
+
+def export(folder: Path, *, onnx: bool, pt2: bool, student: str | None = None) -> list[Path]:
+    """Write RUN/student.onnx, RUN/student.pt2 or both; each is run and compared with the student first.
+
+    They take (B, *shape) float32, images in [0, 1], and give (B, C) logits, for any B.
+
+    Args:
+        student: where its code is, if it is not a built-in one.
+
+    Raises:
+        SettingsError: no format is named, or the extra softcache[onnx] is not there.
+        ModelError: the student cannot be exported, or what came out gives other logits.
+    """
+    if not onnx and not pt2:
+        raise SettingsError("no format; say --onnx, --pt2 or both")
+    run = open_run(folder)
+    model = run.model(student)
+    written = []
+    for wanted, name, write in ((onnx, "student.onnx", _to_onnx), (pt2, "student.pt2", _to_pt2)):
+        if wanted:
+            path = folder / name
+
+            def make(unfinished: Path, write: Callable[..., Infer] = write) -> None:
+                example = torch.rand(2, *run.input_shape)
+                check(write(model, example, unfinished), model, run.input_shape, unfinished.name)
+
+            replace_file(path, make)
+            written.append(path)
+    return written
+
+
+def check(infer: Infer, model: nn.Module, input_shape: tuple[int, ...], name: str) -> None:
+    """Raise ModelError unless `infer` gives the model's logits for batches of several sizes."""
+    generator = torch.Generator().manual_seed(0)
+    for batch in TRIED:
+        inputs = torch.rand(batch, *input_shape, generator=generator)
+        with torch.inference_mode():
+            wanted = model(inputs)
+        found = infer(inputs)
+        if found.shape != wanted.shape:
+            raise ModelError(
+                f"{name} gives {tuple(found.shape)} for a batch of {batch}, the student "
+                f"{tuple(wanted.shape)}; the batch's size must not stand in its code"
+            )
+        worst, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
+        if not worst <= TOLERANCE * max(1.0, scale):
+            raise ModelError(
+                f"{name} gives logits that differ by {worst:.2g} from the student's, whose largest is "
+                f"{scale:.2g}; its code may depend on values in a way that cannot be exported"
+            )
+
+
+def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> Infer:
+    needed("onnxscript", extra="onnx", what="--onnx")
+    runtime = needed("onnxruntime", extra="onnx", what="--onnx")
+    with _explained("ONNX"):
+        torch.onnx.export(
+            model,
+            (example,),
+            path,
+            dynamo=True,
+            input_names=["inputs"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            verbose=False,
+        )
+    session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    return lambda inputs: torch.from_numpy(session.run(None, {"inputs": inputs.numpy()})[0])
+
+
+def _to_pt2(model: nn.Module, example: Tensor, path: Path) -> Infer:
+    # it warns of weights that are shared, which is nothing to whoever exports
+    with _explained("an exported program"), warnings.catch_warnings(action="ignore"):
+        program = torch.export.export(
+            model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
+        with path.open("wb") as file:
+            torch.export.save(program, file)
+        with path.open("rb") as file:
+            loaded = torch.export.load(file).module()
+    return lambda inputs: loaded(inputs).detach()
+
+
+class _explained:  # reads as a word in a with statement
+    """What torch raises while it exports becomes one line."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            said = " ".join(str(error).split())[:300]
+            raise ModelError(
+                f"the student cannot be exported as {self.what}: {type(error).__name__}: {said}"
+            ) from error

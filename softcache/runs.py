@@ -1,0 +1,91 @@
+"""What `softcache train` left in a folder: facts, metrics, weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from softcache.errors import ModelError, SettingsError
+from softcache.learner import WEIGHTS
+from softcache.models import build, load_weights
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    facts: dict[str, Any]  # config.json
+    metrics: list[dict[str, Any]]  # a line an epoch
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.facts["input_shape"])
+
+    @property
+    def classes(self) -> int:
+        return int(self.facts["classes"])
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / WEIGHTS
+
+    def model(self, spec: str | None = None) -> nn.Module:
+        """The student with its weights, in eval mode.
+
+        Args:
+            spec: where its code is, if it is not a built-in one: config.json names files without folders.
+
+        Raises:
+            SettingsError, ModelError: it cannot be built, or its weights do not fit.
+        """
+        named = str(self.facts["settings"]["student"])
+        try:
+            model = build(spec or named, input_shape=self.input_shape, classes=self.classes)
+        except (SettingsError, ModelError) as error:
+            if spec is not None:
+                raise
+            raise ModelError(
+                f"{self.folder}: the student {named} cannot be built here ({error}); say where its code "
+                "is with --student"
+            ) from error
+        load_weights(model, self.weights)
+        return model.eval()
+
+
+def open_run(folder: Path) -> Run:
+    """Read the facts and the metrics of a finished run.
+
+    Raises:
+        SettingsError: it is no folder of a finished run.
+    """
+    if not (folder / WEIGHTS).is_file():
+        begun = any(folder.glob("metrics.jsonl.partial"))
+        several = sorted(path.parent.name for path in folder.glob(f"*/{WEIGHTS}"))
+        why = (
+            "its training has not finished: run the same command again"
+            if begun
+            else f"it has no {WEIGHTS}"
+            + (f"; the runs in it are {', '.join(several[:5])}" if several else "")
+        )
+        raise SettingsError(f"{folder} is no finished run: {why}; name a folder of softcache train")
+    try:
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        found = Run(folder, facts, [json.loads(line) for line in lines])
+        if not isinstance(facts["settings"]["student"], str) or not found.input_shape:
+            raise KeyError("student")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"{folder}: config.json or metrics.jsonl cannot be read ({type(error).__name__}: {error}); "
+            "train it again"
+        ) from error
+    return found

@@ -1,0 +1,180 @@
+"""Students side by side: their figures against known ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from softcache.cache import Cache
+from softcache.compare import Compared, compare, measure_all
+from softcache.dump import DumpConfig, dump
+from softcache.errors import ModelError, SettingsError
+from softcache.measure import (
+    best_temperature,
+    calibration,
+    gradient_similarity,
+    latencies,
+    multiply_adds,
+)
+from softcache.models import build
+from softcache.runs import open_run
+from softcache.train import TrainConfig, train
+from tests.conftest import Run
+
+
+@pytest.fixture
+def folders(cache: Cache, data_file: Path, tmp_path: Path) -> list[Path]:
+    """Two runs of the tiny cache."""
+    config = TrainConfig(
+        student="mlp:8", variants=[{"student": "mlp:8"}, {"student": "cnn:4"}], cache=cache.path,
+        data=f"npz:{data_file}", eval_data=f"npz:{data_file}@test", out=tmp_path / "runs", epochs=2,
+        device="cpu",
+    )  # fmt: skip
+    train(config)
+    return [tmp_path / "runs" / name for name in ("mlp-8", "cnn-4")]
+
+
+# figures
+
+
+def test_multiply_adds_are_those_of_the_layers() -> None:
+    assert multiply_adds(build("mlp:8", input_shape=(1, 8, 8), classes=5), (1, 8, 8)) == 64 * 8 + 40
+    convolution = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 36, 2))
+    assert multiply_adds(convolution, (3, 6, 6)) == 36 * 4 * 3 * 9 + 4 * 36 * 2
+
+
+def test_the_calibration_error_by_hand() -> None:
+    # of 4 samples at 0.8, 2 are right: |0.5 - 0.8|; of 2 at 0.6, all: |1 - 0.6|
+    rows = torch.tensor([[0.8, 0.2]] * 4 + [[0.4, 0.6]] * 2).log()
+    labels = torch.tensor([0, 0, 1, 1, 1, 1])
+    found = calibration(rows, labels, bins=10)
+    assert found.samples.sum() == 6
+    assert found.error == pytest.approx((4 * 0.3 + 2 * 0.4) / 6, abs=1e-6)
+
+
+def test_a_model_that_says_what_is_so_is_calibrated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(50_000, 6, generator=generator)
+    rows = torch.log_softmax(logits, -1)
+    labels = torch.multinomial(rows.exp(), 1, generator=generator)[:, 0]
+    assert calibration(rows, labels).error < 0.01
+    assert calibration(torch.log_softmax(3 * logits, -1), labels).error > 0.1
+    assert best_temperature(logits, labels) == pytest.approx(1.0, rel=0.06)
+    assert best_temperature(3 * logits, labels) == pytest.approx(3.0, rel=0.06)
+
+
+def test_latency_is_of_the_model_and_the_batch() -> None:
+    models = {"small": nn.Linear(8, 8), "large": nn.Sequential(*[nn.Linear(512, 512)] * 40)}
+    shapes = {"small": (8,), "large": (512,)}
+    found = latencies(models, shapes, 64)
+    assert found["large"] > 5 * found["small"] > 0
+
+
+def test_gradients_are_more_alike_under_soft_targets(
+    dump_config: DumpConfig, tmp_path: Path
+) -> None:
+    from softcache.compare import open_part
+
+    part = open_part(dump(replace(dump_config, embed_inputs=True)).path, None)
+    torch.manual_seed(0)
+    model = build("mlp:16", input_shape=(1, 8, 8), classes=5).eval()
+    found = gradient_similarity(model, part, 4.0, batches=4)
+    assert set(found) == {"soft", "hard"}
+    assert all(-1 <= value <= 1 for value in found.values())
+    assert found["soft"] > found["hard"]
+
+
+# the table
+
+
+def test_the_table_says_what_was_measured(
+    folders: list[Path], cache: Cache, data_file: Path, run: Run
+) -> None:
+    said = run(
+        "compare", *folders, "--eval-data", f"npz:{data_file}@test", "--cache", cache.path, "--data",
+        f"npz:{data_file}", check=True,
+    ).stdout  # fmt: skip
+    lines = said.splitlines()
+    assert len(lines) == 5
+    for folder, line in zip(folders, lines[2:4], strict=True):
+        facts = open_run(folder).facts
+        assert f"{facts['parameters']:,}" in line
+        assert f"{facts['errors'] / facts['samples']:.2%}" in line
+        assert "-  " not in line  # KL and calibration are there too
+    assert lines[4].startswith("* no other is as good in error, parameters and latency")
+
+
+def test_kl_is_that_of_the_last_weights(folders: list[Path], cache: Cache, data_file: Path) -> None:
+    (found,) = measure_all(
+        {"mlp": open_run(folders[0])}, eval_data=None, cache=cache.path, data=f"npz:{data_file}",
+        student=None,
+    )  # fmt: skip
+    model = open_run(folders[0]).model()
+    images = np.load(data_file)["x_train"]
+    with torch.no_grad():
+        log_q = torch.log_softmax(model(torch.from_numpy(images) / 255) / 4.0, -1).double().numpy()
+    log_p = cache.rows(0, np.arange(300)).astype(np.float64)
+    expected = (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+    assert found.kl == pytest.approx(expected, rel=1e-4)
+    assert found.calibration is None
+    assert found.error == open_run(folders[0]).facts["errors"] / 100
+
+
+@pytest.mark.parametrize(
+    ("other", "beats"),
+    [
+        ((0.2, 10, 2.0), False),
+        ((0.3, 11, 2.0), True),
+        ((0.3, 9, 3.0), False),
+        ((0.2, 10, 1.0), False),
+    ],
+)
+def test_the_front_is_of_those_that_no_other_beats(
+    other: tuple[float, int, float], beats: bool
+) -> None:
+    def made(error: float, parameters: int, seconds: float) -> Compared:
+        return Compared("x", parameters, 1, 1, {1: seconds, 64: 1.0}, error, None, math.nan)
+
+    assert made(0.2, 10, 2.0).beats(made(*other)) == beats
+
+
+# what cannot be compared
+
+
+def test_folders_that_are_no_runs_are_told(folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(
+        SettingsError, match=r"runs is no finished run: .*the runs in it are cnn-4, mlp"
+    ):
+        compare([tmp_path / "runs"])
+    (folders[0] / "config.json").write_text("{}")
+    with pytest.raises(
+        SettingsError, match=r"mlp-8: config\.json or metrics\.jsonl cannot be read"
+    ):
+        compare(folders)
+    (folders[1] / "student.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ModelError, match=r"student\.safetensors cannot be read"):
+        compare([folders[1]])
+
+
+def test_code_of_the_users_own_is_named(cache: Cache, data_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "far" / "mine.py"
+    path.parent.mkdir()
+    path.write_text(
+        "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))\n"
+    )
+    config = TrainConfig(
+        student=f"{path}:net", cache=cache.path, data=f"npz:{data_file}", out=tmp_path / "own",
+        epochs=1, device="cpu",
+    )  # fmt: skip
+    train(config)
+    with pytest.raises(
+        ModelError, match=r"student mine\.py:net cannot be built here .* with --student"
+    ):
+        compare([config.out])
+    assert "own" in compare([config.out], student=f"{path}:net")
