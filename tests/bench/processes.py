@@ -42,7 +42,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--teacher", default="resnet:20,16")
-    parser.add_argument("--data", default="idx:data/mnist")
+    parser.add_argument("--data", default="idx:data/mnist@test")
     parser.add_argument("--views", type=int, default=1)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--repeats", type=int, default=3)
