@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from softcache.optimizer import learning_rate_factor
-from tests.test_learner import STEPS, WARMUP, a_batch, a_learner
+from softcache.data import ArraySource
+from softcache.errors import SettingsError
+from softcache.evaluate import Evaluation
+from softcache.learner import Learner, begin_run
+from softcache.loss import MixedLabels, SparseTargets, distillation_loss, hard_loss
+from softcache.optimizer import learning_rate_factor, make_optimizer
+from softcache.train_settings import LEARNING_RATES, WEIGHT_DECAYS, StudentConfig
+from tests.test_learner import STEPS, WARMUP, a_batch, a_learner, parameters
+
+ANY_SOURCE = ArraySource("any", np.zeros((1, 8), np.float32), np.zeros(1, np.int64))
 
 # the learning rate
 
@@ -68,3 +81,169 @@ def test_biases_and_norms_are_not_decayed(tmp_path: Path) -> None:
         for p in group["params"]
     }
     assert decays == {(5, 8): 0.1, (5,): 0.0}
+
+
+# what moves it
+
+
+def steps(folder: Path, count: int = 6, model: nn.Module | None = None, **settings: Any) -> Learner:
+    """A learner after some steps on the same batch."""
+    torch.manual_seed(0)
+    learner = a_learner(folder, model or nn.Linear(8, 5), **settings)
+    for _ in range(count):
+        learner.step(*a_batch())
+    return learner
+
+
+def test_sgd_is_nesterovs_with_the_same_groups(tmp_path: Path) -> None:
+    learner = steps(tmp_path, optimizer="sgd", momentum=0.8)
+    torch.manual_seed(0)
+    model = nn.Linear(8, 5)
+    inputs, labels, targets = a_batch()
+    groups = [
+        {"params": [model.weight], "weight_decay": 0.1},
+        {"params": [model.bias], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.8, nesterov=True)
+    for step in range(6):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * learning_rate_factor("cosine", step, STEPS, WARMUP)
+        loss = distillation_loss(model(inputs), targets, labels, temperature=1.0, alpha=0.5).total
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    torch.testing.assert_close(parameters(learner), parameters_of(model))
+
+
+def parameters_of(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_settings_left_out_are_the_optimizers_own(optimizer: str) -> None:
+    config = StudentConfig(student="mlp:1", optimizer=optimizer)
+    made = make_optimizer(nn.Linear(2, 2), config)
+    assert made.param_groups[0]["lr"] == LEARNING_RATES[optimizer]
+    assert made.param_groups[0]["weight_decay"] == WEIGHT_DECAYS[optimizer]
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    made = make_optimizer(model, StudentConfig(student="mlp:1"))
+    assert sum(len(group["params"]) for group in made.param_groups) == 2
+
+
+def test_a_batch_in_parts_is_the_whole_batch(tmp_path: Path) -> None:
+    whole = steps(tmp_path)
+    for parts in (2, 5, 100):  # of 12 samples, at least 2 in each
+        found = steps(tmp_path, accumulate=parts)
+        torch.testing.assert_close(parameters(found), parameters(whole))
+        torch.testing.assert_close(found.losses, whole.losses)
+
+
+def test_sparse_targets_and_mixed_labels_come_in_parts_too(tmp_path: Path) -> None:
+    inputs, labels, targets = a_batch()
+    head, ids = targets.topk(2, dim=-1)
+    rest = torch.log((1 - head.exp().sum(-1)) / 3)
+    sparse = SparseTargets(ids, head, rest, 5)
+    mixed = MixedLabels(labels, labels.flip(0), torch.full((12,), 0.25))
+    found = []
+    for parts in (1, 3):
+        torch.manual_seed(0)
+        learner = a_learner(tmp_path, nn.Linear(8, 5), accumulate=parts)
+        learner.step(inputs, mixed, sparse)
+        found.append(parameters(learner))
+    torch.testing.assert_close(*found)
+
+
+def test_the_gradient_is_clipped_to_its_norm(tmp_path: Path) -> None:
+    norms = []
+    for clip in (None, 0.01):
+        learner = a_learner(tmp_path, nn.Linear(8, 5), optimizer="sgd", clip=clip)
+        learner.step(*a_batch())
+        grads = [p.grad for p in learner.model.parameters() if p.grad is not None]
+        norms.append(float(torch.cat([g.flatten() for g in grads]).norm()))
+    assert norms[0] > 0.1
+    assert norms[1] == pytest.approx(0.01, rel=1e-4)
+
+
+def test_the_average_follows_the_weights_and_is_what_counts(tmp_path: Path) -> None:
+    learner = a_learner(tmp_path, nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5)), ema=0.9)
+    expected: dict[str, Tensor] = {}
+    for step in range(30):
+        learner.step(*a_batch())
+        keep = min(0.9, (1 + step) / (10 + step)) if step else 0.0
+        for name, tensor in learner.model.state_dict().items():
+            if tensor.is_floating_point():
+                before = expected.get(name, torch.zeros_like(tensor))
+                expected[name] = keep * before + (1 - keep) * tensor
+    for name, tensor in expected.items():
+        torch.testing.assert_close(learner.result.state_dict()[name], tensor)
+    assert learner.result.state_dict()["1.num_batches_tracked"] == 30
+    assert learner.result is not learner.model
+
+
+def test_smoothed_labels_are_part_of_a_uniform_one(tmp_path: Path) -> None:
+    logits = torch.randn(4, 5, generator=torch.Generator())
+    labels = torch.tensor([0, 1, -1, 4])
+    plain, uniform = hard_loss(logits, labels), -torch.log_softmax(logits, -1)[labels >= 0].mean()
+    found = hard_loss(logits, labels, 0.2)
+    torch.testing.assert_close(found, 0.8 * plain + 0.2 * uniform)
+
+
+# when it stops
+
+
+def counted(learner: Learner, errors: list[int], patience: int) -> list[float]:
+    """Epochs with these errors; a weight after each."""
+    weights = []
+    for epoch, count in enumerate(errors):
+        if learner.stopped:
+            break
+        learner.step(*a_batch())
+        with patch.object(Learner, "_evaluate", lambda *_, count=count: Evaluation(count, 100)):
+            learner.finish_epoch(epoch, ANY_SOURCE, 0, patience)
+        weights.append(float(parameters(learner)[0]))
+    return weights
+
+
+def test_a_patient_run_stops_and_goes_back_to_its_best(tmp_path: Path) -> None:
+    learner = a_learner(tmp_path, nn.Linear(8, 5))
+    begin_run(tmp_path, [])
+    weights = counted(learner, [50, 30, 40, 30, 35, 10], patience=3)
+    assert len(weights) == 5
+    assert learner.stopped == "no fewer errors in 3 epoch(s)"
+    learner.use_best()
+    assert float(parameters(learner)[0]) == weights[1]
+    assert learner.evaluation == Evaluation(30, 100)
+
+
+def test_a_run_that_gets_better_goes_on(tmp_path: Path) -> None:
+    learner = a_learner(tmp_path, nn.Linear(8, 5))
+    begin_run(tmp_path, [])
+    weights = counted(learner, [50, 49, 49, 48, 48, 47], patience=2)
+    assert len(weights) == 6
+    assert learner.stopped is None
+    learner.use_best()
+    assert float(parameters(learner)[0]) == weights[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "lion"}, "optimizer 'lion' is unknown; expected one of adamw, sgd"),
+        ({"loss": "l1"}, "loss 'l1' is unknown"),
+        ({"momentum": 1.0}, r"momentum is 1\.0; expected a number from 0 up, less than 1"),
+        ({"ema": -0.1}, r"ema is -0\.1; expected"),
+        ({"label_smoothing": 1.0}, r"label smoothing is 1\.0; expected"),
+        ({"warmup": 2.0}, r"warmup is 2\.0; expected"),
+        ({"clip": 0.0}, r"clip is 0\.0; expected a number above 0"),
+        ({"clip": math.nan}, "clip is nan; expected a number above 0"),
+        ({"accumulate": 0}, "accumulate is 0; expected 1 or more"),
+        ({"seed": -1}, "seed is -1; expected 0 or more"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        StudentConfig(student="mlp:1", **settings)
