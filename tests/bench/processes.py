@@ -2,15 +2,14 @@
 
 Each process has one thread. The time is from the allocation of the file to its final name, so that
 starting Python does not count. "blocks in turn" is how softcache hands out work; "equal split" gives
-each process one run of blocks of a view instead. Both are timed with processes alike, and with one of
-two slowed down by a busy neighbour on its core. Then one of several processes is killed with SIGKILL
+each process one run of blocks of a view instead. Both are timed with processes alike, and with a teacher
+that is three times as slow in one of two. Then one of several processes is killed with SIGKILL
 in the middle, and another number of processes goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import os
 import signal
@@ -18,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
@@ -27,9 +25,21 @@ from tests.bench import alternate, machine, open_arrays, ratios, spread, work_fo
 from tests.bench.dump_overhead import make_weights
 
 WRAPPED = """
-import sys
+import os, sys, time
 import softcache.dump
 from softcache.cli import main
+from softcache.teacher import Ensemble
+
+ask = Ensemble.log_probs
+
+def slow(*arguments, **named):
+    start = time.perf_counter()
+    found = ask(*arguments, **named)
+    time.sleep(2 * (time.perf_counter() - start))
+    return found
+
+if os.environ.get("BENCH_SLOW") == os.environ.get("RANK", "0"):
+    Ensemble.log_probs = slow
 softcache.dump.RUNS_OF_A_PROCESS = int(sys.argv.pop(1))
 main(prog_name="softcache")
 """
@@ -69,8 +79,8 @@ def main() -> None:
             {
                 "blocks in turn": lambda: job.run(2),
                 "equal split": lambda: job.run(2, EQUAL),
-                "blocks in turn, a busy core": lambda: job.run(2, busy=True),
-                "equal split, a busy core": lambda: job.run(2, EQUAL, busy=True),
+                "blocks in turn, one is slow": lambda: job.run(2, slow="1"),
+                "equal split, one is slow": lambda: job.run(2, EQUAL, slow="1"),
             },
             options.repeats,
         )
@@ -108,31 +118,31 @@ class Job:
     def partial(self) -> Path:
         return self.out.with_name(f"{self.out.name}.partial")
 
-    def start(self, processes: int, runs: int) -> subprocess.Popen[bytes]:
+    def start(self, processes: int, runs: int, slow: str = "none") -> subprocess.Popen[bytes]:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command = [sys.executable, *(launch if processes > 1 else [])]
         return subprocess.Popen(
             [*command, *self.program, str(runs), *self.arguments],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd()), "BENCH_SLOW": slow},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
 
-    def run(self, processes: int, runs: int = SHARED, *, busy: bool = False) -> float:
+    def run(self, processes: int, runs: int = SHARED, *, slow: str = "none") -> float:
         """Seconds of the dump; its digest is noted, and the file removed."""
-        with busy_core() if busy else contextlib.nullcontext():
-            job = self.start(processes, runs)
-            while not self.partial.exists() and not self.out.exists() and job.poll() is None:
-                time.sleep(WAIT)
-            start = time.perf_counter()
-            while not self.out.exists() and job.poll() is None:
-                time.sleep(WAIT)
-            seconds = time.perf_counter() - start
+        job = self.start(processes, runs, slow)
+        while not self.partial.exists() and not self.out.exists() and job.poll() is None:
+            time.sleep(WAIT)
+        start = time.perf_counter()
+        while not self.out.exists() and job.poll() is None:
+            time.sleep(WAIT)
+        seconds = time.perf_counter() - start
         if job.wait():
             raise SystemExit(f"{processes} processes: exit {job.returncode}")
         self.digests.add(hashlib.sha256(self.out.read_bytes()).hexdigest())
         self.out.unlink()
-        if processes == 1 and not busy:
+        if processes == 1:
             self.seconds = seconds
         return seconds
 
@@ -150,21 +160,6 @@ def descendants(process: int) -> list[int]:
     """The processes that it started itself."""
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     return [int(child) for child in children]
-
-
-@contextlib.contextmanager
-def busy_core() -> Iterator[None]:
-    """Half of the machine's cores have something else to do."""
-    busy: Sequence[subprocess.Popen[bytes]] = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        for _ in range(max(1, (os.cpu_count() or 2) // 2))
-    ]
-    try:
-        yield
-    finally:
-        for one in busy:
-            one.kill()
-            one.wait()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,104 @@
+"""Four students in one run against four runs of one: the same students, the same files.
+
+Each run is a process of its own, as people start it; the weights must come out the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file
+from tabulate import tabulate
+
+from softcache.dump import DumpConfig, dump
+from tests.bench import alternate, first_samples, machine, ratios, spread, work_folder
+
+STUDENTS = ("cnn:8,16x2,32x2", "cnn:8,16,32", "cnn:4,8x2,16x2", "mlp:64")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--teacher", default="cnn:16,32")
+    parser.add_argument("--data", default="idx:data/mnist")
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--augment", nargs="+", default=["none", "shift:2,mixup"])
+    parser.add_argument("--students", nargs="+", default=STUDENTS)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path)
+    options = parser.parse_args()
+    lines = []
+    with work_folder(options.folder) as folder:
+        for augment in options.augment:
+            lines.append(measure(augment, options, folder))
+            print(f"{augment}: done", flush=True)
+    headers = ("augment", "four runs, s", "one run, s", "one / four", "min", "max")
+    print(f"\n{len(options.students)} students, {options.epochs} epochs; {machine()}")
+    print(tabulate(lines, headers=headers, disable_numparse=True))
+
+
+def measure(augment: str, options: argparse.Namespace, folder: Path) -> list[str]:
+    """A line of the table."""
+    data = first_samples(options.data, options.samples, folder)
+    cache = dump(
+        DumpConfig(
+            teacher=options.teacher,
+            data=data,
+            temperature=4.0,
+            classes=10,
+            augment=None if augment == "none" else augment,
+            out=folder / "students.h5",
+            overwrite=True,
+        )
+    )
+
+    def run(out: str, *students: str) -> None:
+        command = [sys.executable, "-m", "softcache", "train", str(cache.path), "--data", data]
+        command += [f"--student={student}" for student in students]
+        command += [f"--epochs={options.epochs}", f"--out={folder / out}", "--overwrite"]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def four() -> float:
+        start = time.perf_counter()
+        for number, student in enumerate(options.students):
+            run(f"alone-{number}", student)
+        return time.perf_counter() - start
+
+    def one() -> float:
+        start = time.perf_counter()
+        run("together", *options.students)
+        return time.perf_counter() - start
+
+    seconds = alternate({"four": four, "one": one}, options.repeats)
+    check_same(folder, options.students)
+    found = ratios(seconds["one"], seconds["four"])
+    return [
+        augment,
+        *(f"{statistics.median(seconds[way]):.1f}" for way in ("four", "one")),
+        *spread(found),
+    ]
+
+
+def check_same(folder: Path, students: list[str]) -> None:
+    """The four that were trained together are those that were trained alone."""
+    together = sorted((folder / "together").glob("*/student.safetensors"))
+    alone = [load_file(folder / f"alone-{n}" / "student.safetensors") for n in range(len(students))]
+    for path in together:
+        found = load_file(path)
+        same = any(
+            set(found) == set(other) and all(bool((found[n] == other[n]).all()) for n in found)
+            for other in alone
+        )
+        if not same:
+            raise SystemExit(f"{path.parent.name} is another student than the one trained alone")
+
+
+if __name__ == "__main__":
+    main()
