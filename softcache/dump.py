@@ -115,7 +115,8 @@ def finish(
     config: DumpConfig, source: Source, teacher: Ensemble, augmentation: Augmentation
 ) -> None:
     """Measure what was stored, and give the file its name."""
-    with Writer(config.out) as writer:
+    # as it began, the job checked what was there; all else its processes have written since
+    with Writer(config.out, recheck=False) as writer:
         with progress("summary", rows_to_look_at(writer.cache), "rows") as advance:
             summary = summarize(writer.cache, advance)
         found = fidelity.measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ Encoder = Callable[[Tensor, int, Indices], Stored]
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the row's largest coefficient tried as its range
 SAMPLED_STREAM = 1 << 32  # of the random numbers, apart from those of augmentation
 _BYTES_OF_NARROW = 16
+# picking a row is slow, seconds, if it takes so long and its bytes come at less than so many a second
+SLOW_ROW, SLOW_BYTES = 20e-6, 5e8
+SLOW_BATCHES = 100  # after a slow one
 _PART_ELEMENTS = 1 << 19  # float32 of log-probabilities: 2 MB
 
 
@@ -190,16 +194,11 @@ def tempered_targets(
     if isinstance(header.encoding, Sampled):
         for temperature in temperatures:
             check_sampled(header.temperature, temperature)
-    arrays = {
-        a.name: as_tensor(cache.arrays[a.name]).flatten(0, 1)  # (views · samples, ...)
-        for a in header.arrays
-        if a.axis == "rows"
-    }
+    gather = make_gather(cache)
     shared = {name: tensor.to(device) for name, tensor in shared_tensors(cache).items()}
 
     def fetch(views: Views, rows: Indices) -> dict[float, Targets]:
-        at = torch.from_numpy(views * header.samples + rows)
-        picked = {name: torch.index_select(array, 0, at) for name, array in arrays.items()}
+        picked = gather(views * header.samples + rows)
         if "ids" in picked:
             picked["ids"] = class_ids(picked["ids"], header.classes)
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in picked.items()}
@@ -215,6 +214,35 @@ def tempered_targets(
         }
 
     return fetch
+
+
+def make_gather(cache: Cache) -> Callable[[Indices], dict[str, Tensor]]:
+    """A function that picks rows (B,), counted through all views, of all arrays that have rows.
+
+    Of a file larger than memory each row would wait for the disk on its own. Where picking has become
+    slow, the system is asked for all rows of a batch at once, so that they come side by side.
+    """
+    arrays = {
+        a: as_tensor(cache.arrays[a.name]).flatten(0, 1)  # (views · samples, ...)
+        for a in cache.header.arrays
+        if a.axis == "rows"
+    }
+    row_seconds = SLOW_ROW + cache.header.bytes_per_row / SLOW_BYTES
+    slow_batches = 0  # for which rows are still to be asked for
+
+    def gather(at: Indices) -> dict[str, Tensor]:
+        nonlocal slow_batches
+        if slow_batches:
+            slow_batches -= 1
+            for array in arrays:
+                cache.ask_for(array, at)
+        start, rows = time.perf_counter(), torch.from_numpy(at)
+        picked = {a.name: torch.index_select(array, 0, rows) for a, array in arrays.items()}
+        if time.perf_counter() - start > row_seconds * len(at):
+            slow_batches = SLOW_BATCHES
+        return picked
+
+    return gather
 
 
 def shared_tensors(cache: Cache) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from softcache.cache import Array as CacheArray
 from softcache.cache import Cache
 from softcache.dump import DumpConfig, dump
-from softcache.targets import soft_targets, soften, to_dense
+from softcache.targets import make_gather, soft_targets, soften, to_dense
 
 Array = npt.NDArray[np.float64]
 MakeCache = Callable[..., Cache]
@@ -177,3 +178,29 @@ def test_the_file_stays_as_it_is(make_cache: MakeCache, logits: Array) -> None:
     targets = targets_of(cache, np.arange(SAMPLES), 4.0)
     targets.zero_()  # what a student does with its batch is its own affair
     assert cache.path.read_bytes() == before
+
+
+def test_rows_of_a_slow_file_are_asked_for_and_come_the_same(
+    make_cache: MakeCache, logits: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache(logits, 2.0)
+    asked: list[list[int]] = []
+    ask = Cache.ask_for
+
+    def noted(self: Cache, array: CacheArray, rows: npt.NDArray[np.int64]) -> None:
+        asked.append(rows.tolist())
+        ask(self, array, rows)
+
+    monkeypatch.setattr(Cache, "ask_for", noted)
+    rows = np.array([2, 0, 2, 1])
+    quick = make_gather(cache)
+    wanted = quick(rows)
+    quick(rows)
+    assert asked == []  # what is in memory is not asked for
+    monkeypatch.setattr("softcache.targets.SLOW_ROW", -1.0)
+    slow = make_gather(cache)
+    for _ in range(3):
+        found = slow(rows)
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name], tensor)
+    assert asked == [rows.tolist()] * 2  # from the second batch on

@@ -31,6 +31,7 @@ class Cache:
     header: Header
     header_bytes: bytes
     arrays: Mapping[str, npt.NDArray[Any]]
+    buffer: mmap.mmap | None = None  # the file, of which they are parts
 
     @property
     def complete(self) -> bool:
@@ -88,6 +89,16 @@ class Cache:
             )
         return self.header.encoding.decode(stored, own, wanted, classes)
 
+    def ask_for(self, array: Array, rows: npt.NDArray[np.int64]) -> None:
+        """Let the system read rows (B,), counted through all views, before they are wanted."""
+        if self.buffer is None or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        page, size = mmap.PAGESIZE, array.row_bytes
+        for row in rows.tolist():
+            start = array.offset + row * size
+            first = start - start % page
+            self.buffer.madvise(mmap.MADV_WILLNEED, first, start + size - first)
+
     def content_id(self) -> str:
         """SHA-256 over the header and all digests: one line that names every byte."""
         digest = hashlib.sha256(self.header_bytes)
@@ -140,7 +151,7 @@ def open_cache(path: Path | str, *, unfinished: bool = False) -> Cache:
         raise FormatError(f"{path}: {error}") from error
     except OSError as error:
         raise FormatError(f"{path}: {_cannot_open(path, error)}") from error
-    cache = Cache(path, header, text, arrays)
+    cache = Cache(path, header, text, arrays, buffer)
     if not unfinished and not cache.complete:
         total = header.blocks * (header.views + 1)
         there = total - cache.missing_blocks()

@@ -11,22 +11,31 @@ from softcache.cache.reader import Cache
 
 SUMMARY_VALUES = 1 << 27  # how many probabilities are looked at, at the most
 CHUNK_VALUES = 1 << 22  # and at once
+RUN = 32  # rows side by side: of a file larger than memory, each row apart costs a read of its own
 
 
 def rows_to_look_at(cache: Cache) -> int:
     header = cache.header
-    return max(1, min(header.views * header.samples, SUMMARY_VALUES // header.classes))
+    count = max(1, min(header.views * header.samples, SUMMARY_VALUES // header.classes))
+    return count - count % _run(count)
+
+
+def _run(count: int) -> int:
+    """How many of `count` rows stand side by side; few rows stand alone."""
+    return max(1, min(RUN, count // (8 * RUN)))
 
 
 def summarize(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
-    """Of rows spread evenly through views and samples; `advance` counts them as they are done.
+    """Of runs of rows spread evenly through views and samples; `advance` counts rows as they are done.
 
     entropy: the mean in nats, at the cache's temperature. agreement: the share of labelled rows
     whose top class is the label, None without labels. rows: how many rows were looked at.
     """
     header = cache.header
     total, count = header.views * header.samples, rows_to_look_at(cache)
-    rows = (np.arange(count) * (total / count)).astype(np.int64)
+    run = _run(count)
+    starts = (np.arange(0, count, run) * (total / count)).astype(np.int64)
+    rows = (starts[:, None] + np.arange(run)).reshape(-1)
     entropy = agreed = labelled = 0.0
     chunk = max(1, CHUNK_VALUES // header.classes)
     for start in range(0, count, chunk):

@@ -190,10 +190,11 @@ def _allocate(
 class Writer:
     """Fills an unfinished cache, block by block; a context manager, which commits at its end.
 
-    Blocks that were committed before are checked as it opens, and those found bad are missing.
+    Blocks that were committed before are checked as it opens, and those found bad are missing; not with
+    `recheck` unset, for who has just written them all.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, recheck: bool = True) -> None:
         self.path = path
         self.cache: Cache = open_cache(partial_path(path), unfinished=True)
         self.header: Header = self.cache.header
@@ -210,8 +211,9 @@ class Writer:
             **{view: digests != 0 for view, digests in enumerate(self.cache.arrays["digests"])},
         }
         try:
-            with _explained(path, "write"):
-                self._recheck()
+            if recheck:
+                with _explained(path, "write"):
+                    self._recheck()
         except BaseException:
             os.close(self._file)
             raise

@@ -217,3 +217,21 @@ def test_a_measure_that_makes_no_sense_is_left_out(cache: Cache, change: dict[st
     """A header may say anything."""
     assert pooled_fidelity([measured(cache, FIDELITY), measured(cache, FIDELITY)]) is not None
     assert pooled_fidelity([measured(cache, FIDELITY | change)] * 2) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "run"), [(60, 1), (512, 2), (1000, 3), (134_217, 32), (10**9, 32)]
+)
+def test_many_rows_stand_in_runs_that_reach_from_first_to_last(
+    rows: int, run: int, cache: Cache
+) -> None:
+    """As one dense file would be read: no row twice, none beyond the last."""
+    header = replace(cache.header, views=1, samples=rows, classes=5)
+    count = rows_to_look_at(replace(cache, header=header))
+    assert summary._run(count) == run
+    assert count % run == 0
+    spread = rows / count
+    starts = (np.arange(0, count, run) * spread).astype(np.int64)
+    assert starts[0] == 0
+    assert rows - spread * run <= starts[-1] + run <= rows
+    assert (np.diff(starts) >= run).all()
