@@ -103,6 +103,7 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
             device=device,
             precision=config.precision,
             compiled=config.compile,
+            output=config.teacher_output,
         )
         for spec, path in zip(specs, weights, strict=True)
     ]

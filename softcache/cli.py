@@ -105,6 +105,12 @@ def main(traceback: bool) -> None:
 @click.option(
     "--teacher-weight", type=float, multiple=True, help="Share of each teacher in the average."
 )
+@click.option(
+    "--teacher-output",
+    type=click.Choice(["logits", "probabilities", "log_probabilities"]),
+    default="logits",
+    help="What the teacher gives, at temperature 1.",
+)
 @click.option("--data", required=True, metavar="SPEC", help="The samples; see below.")
 @click.option("--temperature", type=float, default=4.0, help="T of softmax(logits / T).")
 @click.option("--out", required=True, type=PATH, metavar="FILE", help="The cache to write.")
@@ -153,8 +159,11 @@ def dump(**options: Any) -> None:
 
     \b
     A teacher is one of
-      FILE.py:CALLABLE, package.module:CALLABLE   returns a torch nn.Module
+      FILE.py:CALLABLE, package.module:CALLABLE   returns a torch nn.Module, or a function
+                                                  of numpy inputs (B, ...) that gives (B, classes)
       FILE.pt2                                    an exported program
+      FILE.onnx                                   through onnxruntime
+      FILE.npy, FILE.npz, FILE.pt                 a matrix: what it said of every sample, in order
       mlp:800,800                                 hidden sizes
       cnn:32x2,64x2                               widths, each with how many layers
       resnet:20,16                                depth and first width

@@ -10,9 +10,8 @@ from pathlib import Path
 from softcache import choose
 from softcache.cache.encodings import MAX_TEMPERATURE
 from softcache.errors import SettingsError
-from softcache.teacher import (
-    PRECISIONS,
-)
+from softcache.other_teachers import MATRICES, OUTPUTS
+from softcache.teacher import PRECISIONS
 
 AUTO = 0  # as a batch size
 
@@ -27,6 +26,7 @@ class DumpConfig:
     out: Path
     weights: Path | Sequence[Path] | None = None
     teacher_weight: Sequence[float] = ()
+    teacher_output: str = "logits"  # what the teachers give, of OUTPUTS
     eval_data: str | None = None
     views: int = 1
     first_view: int = 0
@@ -65,6 +65,16 @@ class DumpConfig:
         ):
             if getattr(self, name) < low:
                 raise SettingsError(f"{name} is {getattr(self, name)}; expected {low} or more")
+        if self.teacher_output not in OUTPUTS:
+            raise SettingsError(
+                f"teacher output {self.teacher_output!r} is unknown; expected {', '.join(OUTPUTS)}"
+            )
+        matrices = [spec for spec in self.teachers_and_weights[0] if spec.endswith(MATRICES)]
+        if matrices and (self.augment or self.eval_data):
+            raise SettingsError(
+                f"teacher {matrices[0]} is a matrix, which knows its samples as they are and no others; "
+                "leave --augment, --views and --eval-data out"
+            )
         if self.precision not in PRECISIONS:
             raise SettingsError(
                 f"precision {self.precision!r} is unknown; expected {', '.join(PRECISIONS)}"

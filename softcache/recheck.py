@@ -55,6 +55,7 @@ def ask_again(
         out=path,
         classes=header.classes,
         device=device,
+        teacher_output=str(header.teachers[0].get("output", "logits")),
         precision=header.precision.removesuffix(COMPILED),
         compile=header.precision.endswith(COMPILED),
     )

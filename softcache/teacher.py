@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
+from softcache.imports import call, import_callable
 from softcache.models import (
     build,
     load_weights,
@@ -26,6 +27,7 @@ from softcache.models import (
     public_name,
     read_weights,
 )
+from softcache.other_teachers import Matrix, NumpyTeacher, as_logits, is_other, open_other
 from softcache.targets import soften
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,6 +98,7 @@ class Teacher:
     device: torch.device
     precision: str
     provenance: dict[str, Any]
+    output: str = "logits"  # what the model gives, of OUTPUTS
 
     def logits(self, inputs: Tensor, samples: npt.NDArray[np.int64] | None = None) -> Tensor:
         """Logits (B, C) float32 of float inputs (B, *shape), on the teacher's device.
@@ -109,8 +112,11 @@ class Teacher:
         numbers = np.arange(len(inputs)) if samples is None else samples
         which = f"samples {numbers[0]} to {numbers[-1]}"
         try:
-            with torch.inference_mode(), self._autocast():
-                logits = self._run(inputs.to(self.device))
+            if isinstance(self.model, Matrix):
+                logits: Any = self.model.rows(numbers).to(self.device)
+            else:
+                with torch.inference_mode(), self._autocast():
+                    logits = self._run(inputs.to(self.device))
         except Exception as error:  # a user's model may fail in any way
             raise ModelError(
                 f"teacher {self.spec} raised {type(error).__name__} on {which}, inputs "
@@ -144,7 +150,7 @@ class Teacher:
             raise ModelError(
                 f"teacher {self.spec} returns shape {tuple(logits.shape)} for {which}; {expected}"
             )
-        logits = logits.detach().float()
+        logits = as_logits(logits.detach().float(), self.output, self.spec)
         if not bool(logits.isfinite().all()):
             row = int((~logits.isfinite()).any(-1).nonzero()[0, 0])
             column = int((~logits[row].isfinite()).nonzero()[0, 0])
@@ -175,12 +181,14 @@ def load_teacher(
     device: torch.device,
     precision: str,
     compiled: bool = False,
+    output: str = "logits",
 ) -> Teacher:
     """Build the teacher, load its weights, and try it on one sample.
 
     Args:
         sample: (1, *shape) float, tells the built-in architectures their input's shape.
         classes: how many are declared; None to take what the teacher gives.
+        output: what it gives, of OUTPUTS.
 
     Raises:
         SettingsError: an unknown specification, a built-in architecture without weights, or a
@@ -194,23 +202,45 @@ def load_teacher(
     width = classes
     if spec.startswith(BUILT_IN) and weights is not None:
         width = width or _width_of(weights)
-    model = build(spec, input_shape=sample.shape[1:], classes=width or 2)
-    if weights is not None:
-        load_weights(model, weights)
+    facts: dict[str, Any]
+    if is_other(spec):
+        if weights is not None:
+            raise SettingsError(f"teacher {spec} has its weights in it; leave --weights out")
+        model, facts = open_other(spec)
+    else:
+        model = build_teacher(spec, input_shape=sample.shape[1:], classes=width or 2)
+        if weights is not None:
+            load_weights(model, weights)
+        facts = {"parameters": parameter_count(model), "sha256": state_sha256(model)}
     model = model.to(device).eval()
     provenance = {
         "name": public_name(spec),
         "weights": weights.name if weights else None,
-        "parameters": parameter_count(model),
-        "sha256": state_sha256(model),
+        **facts,
+        **({} if output == "logits" else {"output": output}),
     }
     if compiled:
         model.compile()
-    teacher = Teacher(spec, model, width, device, precision, provenance)
+    teacher = Teacher(spec, model, width, device, precision, provenance, output)
     found = teacher.logits(sample).shape[1]
     if found < 2:
         raise ModelError(f"teacher {spec} gives {found} class; expected 2 or more")
     return dataclasses.replace(teacher, classes=found)
+
+
+def build_teacher(spec: str, *, input_shape: Sequence[int], classes: int) -> nn.Module:
+    """The model that `spec` names; a callable of the user's own may also return a function of numpy."""
+    if ":" in spec and not spec.startswith(BUILT_IN):
+        found = call(import_callable(spec, what="model"), what=f"model {spec}")
+        if callable(found) and not isinstance(found, nn.Module):
+            return NumpyTeacher(found)
+        if isinstance(found, nn.Module):
+            return found
+        raise ModelError(
+            f"model {spec} returned {type(found).__name__}; expected a torch nn.Module, or a function "
+            "from numpy inputs (B, ...) to (B, classes)"
+        )
+    return build(spec, input_shape=input_shape, classes=classes)
 
 
 def make_ensemble(teachers: Sequence[Teacher], weights: Sequence[float]) -> Ensemble:

@@ -39,7 +39,12 @@ def summarize(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> 
     entropy = agreed = labelled = 0.0
     chunk = max(1, CHUNK_VALUES // header.classes)
     for start in range(0, count, chunk):
-        view, sample = np.divmod(rows[start : start + chunk], header.samples)
+        some = rows[start : start + chunk]
+        if count < total:
+            for array in header.arrays:
+                if array.axis == "rows":
+                    cache.ask_for(array, some)
+        view, sample = np.divmod(some, header.samples)
         for one in np.unique(view):
             samples = sample[view == one]
             log_probs = cache.rows(int(one), samples).astype(np.float64)  # (B, C)
