@@ -411,6 +411,22 @@ def export(run: Path, **options: Any) -> None:
         click.echo(f"{path}: {path.stat().st_size:,} bytes, gives the student's logits")
 
 
+@main.command("export-labels")
+@click.argument("cache", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, metavar="FILE.npy")
+@click.option("--temperature", type=float, help="[default: the cache's]")
+@click.option("--view", type=int, default=0)
+@click.option("--log-probabilities", is_flag=True, help="Instead of probabilities.")
+def export_labels(cache: Path, out: Path, **options: Any) -> None:
+    """Write the soft targets of one view as an .npy matrix (samples, classes) float32.
+
+    The other way, softcache dump --teacher FILE.npy makes a cache of a matrix.
+    """
+    from softcache.export_labels import export_labels
+
+    click.echo(export_labels(cache, out, **options))
+
+
 @main.command()
 @click.argument("runs", type=PATH, nargs=-1, required=True)
 @click.option("--eval-data", metavar="SPEC", help="Test error and calibration on these.")

@@ -133,7 +133,9 @@ def test_what_is_not_what_it_says_is_told(
 
 
 def test_neither_module_nor_function_is_told(functions: Path, dump_config: DumpConfig) -> None:
-    with pytest.raises(ModelError, match=r"returned int; expected a torch nn\.Module, or a function"):
+    with pytest.raises(
+        ModelError, match=r"returned int; expected a torch nn\.Module, or a function"
+    ):
         dump(config(dump_config, f"{functions}:nothing"))
 
 
