@@ -385,11 +385,7 @@ def test_a_partial_of_other_rows_is_refused(
     part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the same settings, and of other rows: a machine rounds otherwise than the next."""
-    parts = [part("a", **views(0, 2)), part("b", **views(2, 4))]
-    stop_after(monkeypatch, writes=2)
-    with pytest.raises(KeyboardInterrupt):
-        merge(parts, tmp_path / "merged.h5")
-    monkeypatch.undo()
+    parts = stopped_merge(part, tmp_path, monkeypatch)
     array = parts[0].header.array("log_probs")
     other = damaged(parts[0], array.offset)
     digest = other.block_digest(0, 0).to_bytes(8, "little")
@@ -404,13 +400,19 @@ def test_a_partial_of_other_rows_is_refused(
 def test_a_part_that_was_damaged_after_it_was_copied_stops_nothing(
     part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = [part("a", **views(0, 2)), part("b", **views(2, 4))]
-    stop_after(monkeypatch, writes=2)
-    with pytest.raises(KeyboardInterrupt):
-        merge(parts, tmp_path / "merged.h5")
-    monkeypatch.undo()
+    parts = stopped_merge(part, tmp_path, monkeypatch)
     bad = damaged(parts[0], parts[0].header.array("log_probs").offset)
     check_same(merge([bad, parts[1]], tmp_path / "merged.h5"), part("whole"))
+
+
+def stopped_merge(part: Part, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Cache]:
+    """Two parts, of which two blocks are in the file that they are to become."""
+    parts = [part("a", **views(0, 2)), part("b", **views(2, 4))]
+    with monkeypatch.context() as patched:
+        stop_after(patched, writes=2)
+        with pytest.raises(KeyboardInterrupt):
+            merge(parts, folder / "merged.h5")
+    return parts
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, *, writes: int) -> None:
