@@ -117,7 +117,8 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     An item is (input, label, log-probabilities): the input as the teacher saw it in the view of this
     epoch, float; the label int64, -1 where there is none or two samples of different labels are mixed;
-    (C,) float32 log softmax(z / temperature). Samples are joined by their content, once, at the start.
+    (C,) float32 log softmax(z / temperature). Samples are joined by their content, once, at the start; item i
+    is sample i of the data set (of a shard, the i-th of its samples in the data set's order).
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             device=CPU,
             rotate=rotate,
         )
+        self._rows = np.argsort(self._joined.places)  # of the cache, in the order of the data set
 
     def __len__(self) -> int:
         return len(self._joined)
@@ -168,7 +170,7 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """A batch at a time, as torch's DataLoader asks for it where this is defined."""
         part = self._joined
-        request = part.request(np.asarray(indices, np.int64), self.epoch)
+        request = part.request(self._rows[np.asarray(indices, np.int64)], self.epoch)
         (batch,) = loader(part.source, [request], augmentation=part.augmentation)
         inputs, labels, targets = part.training_batch(batch, self.epoch, CPU)
         if isinstance(labels, MixedLabels):

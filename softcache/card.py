@@ -11,7 +11,9 @@ from tabulate import tabulate
 
 from softcache.train_settings import OPTIONS, TrainConfig
 
-LEFT_OUT = {"out", "overwrite", "verify", "tensorboard", "device", "workers", "checkpoint_minutes"}
+LEFT_OUT = {
+    "out", "overwrite", "verify", "tensorboard", "device", "workers", "checkpoint_minutes", "baseline",
+}  # fmt: skip
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -66,7 +68,7 @@ def again(facts: Mapping[str, Any]) -> str:
         if isinstance(value, bool):
             words.append(option if value else option.replace("--", "--no-"))
         else:
-            words += [option, f"{value:g}" if isinstance(value, float) else str(value)]
+            words += [option, str(value)]
     return shlex.join([*words, "--out", settings["out"]])
 
 

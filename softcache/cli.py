@@ -207,12 +207,21 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     from softcache.grid import read_toml
 
     options, students = read_toml(value)
-    names = {option: p.name for p in ctx.command.params for option in p.opts}
-    known = {n.removeprefix("--").replace("-", "_"): name for n, name in names.items()}
-    for key in options:
+    known = {
+        name.removeprefix("--").replace("-", "_"): option
+        for option in ctx.command.params
+        if isinstance(option, click.Option)
+        for name in option.opts
+    }
+    found: dict[str, Any] = {}
+    for key, given in options.items():
         if key not in known:
             raise SettingsError(f"--config {value}: {key!r} is no option of softcache train")
-    ctx.default_map = {str(known[key]): option for key, option in options.items()}
+        several = [str(one) for one in (given if isinstance(given, list) else [given])]
+        # as text, so that it is read as the command line is
+        as_text = given if isinstance(given, bool) else str(given)
+        found[str(known[key].name)] = several if known[key].multiple else as_text
+    ctx.default_map = found
     return students
 
 
@@ -237,7 +246,8 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     is_eager=True,
     callback=read_config,
     metavar="TOML",
-    help="These options in a file, and students with settings of their own in [[student]] tables.",
+    help="These options in a file, and students in [[student]] tables, whose settings are stronger "
+    "than the options.",
 )
 @click.option(
     "--data",
@@ -299,7 +309,9 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
 )
 @click.option("--tensorboard", is_flag=True, help="Logs for TensorBoard (softcache[tensorboard]).")
 @click.option("--verify/--no-verify", default=True, help="Check all digests of CACHE first.")
-@click.option("--overwrite", is_flag=True, help="Replace a finished run in DIR.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace a finished run in DIR, or one begun otherwise."
+)
 def train(**options: Any) -> None:
     """Train students from CACHE; without CACHE, train a model on the labels alone.
 
@@ -399,7 +411,12 @@ def repair(cache: Path) -> None:
 @click.argument("run", type=PATH)
 @click.option("--onnx", is_flag=True, help="RUN/student.onnx (softcache[onnx]).")
 @click.option("--pt2", is_flag=True, help="RUN/student.pt2, an exported program of torch.")
-@click.option("--student", metavar="SPEC", help="Where its code is, if it is not a built-in one.")
+@click.option(
+    "--student",
+    multiple=True,
+    metavar="SPEC",
+    help="Where its code is, if it is not a built-in one.",
+)
 def export(run: Path, **options: Any) -> None:
     """Write the student of a run in formats for serving, each checked against the student.
 
@@ -432,7 +449,9 @@ def export_labels(cache: Path, out: Path, **options: Any) -> None:
 @click.option("--eval-data", metavar="SPEC", help="Test error and calibration on these.")
 @click.option("--cache", type=PATH, help="KL to the teacher on the samples of this cache.")
 @click.option("--data", metavar="SPEC", help="These samples, if the cache does not hold them.")
-@click.option("--student", metavar="SPEC", help="Where their code is, if not built-in.")
+@click.option(
+    "--student", multiple=True, metavar="SPEC", help="Where code of students is, if not built-in."
+)
 def compare(runs: tuple[Path, ...], **options: Any) -> None:
     """Show students side by side: size, multiply-adds, latency on the CPU, error, calibration."""
     from softcache.compare import compare
@@ -445,7 +464,9 @@ def compare(runs: tuple[Path, ...], **options: Any) -> None:
 @click.option("-o", "--out", type=PATH, default=Path("report.html"), help="The page to write.")
 @click.option("--data", metavar="SPEC", help="Samples of the cache, if it does not hold them.")
 @click.option("--eval-data", metavar="SPEC", help="Measure students on these.")
-@click.option("--student", metavar="SPEC", help="Where their code is, if not built-in.")
+@click.option(
+    "--student", multiple=True, metavar="SPEC", help="Where code of students is, if not built-in."
+)
 def report(places: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Write one HTML page, with all pictures in it, about caches and finished runs.
 

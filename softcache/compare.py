@@ -21,9 +21,10 @@ from softcache.measure import (
     outputs,
 )
 from softcache.models import parameter_count
-from softcache.runs import Run, open_run
+from softcache.runs import Run, expand, open_run
 
 BATCHES = (1, 64)
+NOISE = 0.1  # of a latency
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,17 @@ class Compared:
     kl: float | None
 
     def beats(self, other: Compared) -> bool:
-        """At least as good in error, parameters and latency, and better in one."""
-        mine, theirs = (
-            (one.error or 0.0, one.parameters, one.seconds[BATCHES[0]]) for one in (self, other)
-        )
-        return all(a <= b for a, b in zip(mine, theirs, strict=True)) and mine != theirs
+        """At least as good in error, parameters and latency, and better in one.
+
+        Latencies that differ by less than NOISE count as the same.
+        """
+        pairs = [
+            (self.error or 0.0, other.error or 0.0, 0.0),
+            (self.parameters, other.parameters, 0.0),
+            (self.seconds[BATCHES[0]], other.seconds[BATCHES[0]], NOISE),
+        ]
+        as_good = all(mine <= theirs * (1 + noise) for mine, theirs, noise in pairs)
+        return as_good and any(mine * (1 + noise) < theirs for mine, theirs, noise in pairs)
 
 
 def compare(
@@ -53,7 +60,7 @@ def compare(
     eval_data: str | None = None,
     cache: Path | None = None,
     data: str | None = None,
-    student: str | None = None,
+    student: Sequence[str] = (),
 ) -> str:
     """A table of students; * marks those that no other beats in error, parameters and latency.
 
@@ -67,7 +74,7 @@ def compare(
     Raises:
         SoftcacheError: a folder is no finished run, or data or cache do not fit it.
     """
-    runs = {str(folder): open_run(folder) for folder in folders}
+    runs = {str(folder): open_run(folder) for folder in expand(folders)}
     if not runs:
         raise SettingsError("no run; name folders of softcache train")
     found = measure_all(runs, eval_data=eval_data, cache=cache, data=data, student=student)
@@ -102,7 +109,7 @@ def measure_all(
     eval_data: str | None,
     cache: Path | None,
     data: str | None,
-    student: str | None,
+    student: Sequence[str],
 ) -> list[Compared]:
     """The figures of every run, in the order given."""
     models = {name: run.model(student) for name, run in runs.items()}

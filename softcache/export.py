@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ TRIED = (1, 2, 7)  # samples in a batch
 Infer = Callable[[Tensor], Tensor]
 
 
-def export(folder: Path, *, onnx: bool, pt2: bool, student: str | None = None) -> list[Path]:
+def export(folder: Path, *, onnx: bool, pt2: bool, student: Sequence[str] = ()) -> list[Path]:
     """Write RUN/student.onnx, RUN/student.pt2 or both; each is run and compared with the student first.
 
     They take (B, *shape) float32, images in [0, 1], and give (B, C) logits, for any B.
@@ -74,7 +74,8 @@ def check(infer: Infer, model: nn.Module, input_shape: tuple[int, ...], name: st
 def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> Infer:
     needed("onnxscript", extra="onnx", what="--onnx")
     runtime = needed("onnxruntime", extra="onnx", what="--onnx")
-    with _explained("ONNX"):
+    # torch warns of its own affairs, which are nothing to whoever exports
+    with _explained("ONNX"), warnings.catch_warnings(action="ignore"):
         torch.onnx.export(
             model,
             (example,),
@@ -91,7 +92,6 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> Infer:
 
 
 def _to_pt2(model: nn.Module, example: Tensor, path: Path) -> Infer:
-    # it warns of weights that are shared, which is nothing to whoever exports
     with _explained("an exported program"), warnings.catch_warnings(action="ignore"):
         program = torch.export.export(
             model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)

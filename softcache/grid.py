@@ -113,8 +113,9 @@ def read_toml(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"--config {path} cannot be read: {error}") from error
     tables = found.pop(TABLE, [])
-    if isinstance(tables, str):  # one student, named as the option is
-        found[TABLE] = tables
+    listed = isinstance(tables, list) and all(isinstance(table, str) for table in tables)
+    if isinstance(tables, str) or listed:
+        found |= {TABLE: tables} if tables else {}  # named as the option is
         tables = []
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise SettingsError(

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from softcache.card import model_card
 from softcache.data import Source
-from softcache.errors import ModelError, SettingsError
+from softcache.errors import ModelError, SettingsError, SoftcacheError
 from softcache.evaluate import Evaluation, evaluate
 from softcache.loss import Labels, Loss, MixedLabels, SparseTargets, Targets, distillation_loss
 from softcache.models import parameter_count
@@ -120,6 +120,14 @@ class Learner:
             )
         return losses
 
+    def check_weights(self, epoch: int) -> None:
+        """Raise ModelError if a weight is not finite: the last step may break what no loss has seen."""
+        for name, tensor in self.result.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ModelError(
+                    f"{self.name}: {name} is not finite after epoch {epoch + 1}; lower --lr, or --clip 1"
+                )
+
     def finish_epoch(
         self, epoch: int, eval_source: Source | None, workers: int, patience: int | None = None
     ) -> None:
@@ -129,9 +137,10 @@ class Learner:
             patience: epochs without fewer errors after which it stops.
 
         Raises:
-            ModelError: a loss of this epoch is not finite.
+            ModelError: a loss of this epoch or a weight after it is not finite.
         """
         losses = self.mean_losses(epoch)
+        self.check_weights(epoch)
         self.steps += len(self.losses)
         self.losses.clear()
         errors = torch.zeros(1, dtype=torch.int64, device=self.accelerator.device)
@@ -338,12 +347,25 @@ def begin_run(folder: Path, history: list[dict[str, Any]]) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all.
+
+    Raises:
+        SoftcacheError: the disk is full, or fails.
+    """
     unfinished = path.with_name(f".{path.name}.partial")
-    write(unfinished)
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    try:
+        write(unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise SoftcacheError(
+                f"cannot write {path}: {error.strerror or error}; make room there or give another place, "
+                "and run the same command again"
+            ) from error
+        raise
 
 
 def random_state(device: torch.device) -> list[Tensor]:

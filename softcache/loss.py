@@ -77,7 +77,19 @@ def distillation_loss(
         alpha: weight of the soft targets, in [0, 1].
         loss: what stands in the place of the KL: a name of LOSSES, `dkd:8` with its beta.
         label_smoothing: share of the label that is spread over all classes, in [0, 1).
+
+    Raises:
+        SettingsError: a number is out of range, the shapes differ, or the loss is not defined here.
     """
+    if not 0 < temperature < math.inf or not 0 <= alpha <= 1:
+        raise SettingsError(
+            f"temperature is {temperature}, alpha {alpha}; expected a number above 0, and one from 0 to 1"
+        )
+    if targets is not None and targets.shape != logits.shape:
+        raise SettingsError(
+            f"targets have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}; expected the same, "
+            "(samples, classes)"
+        )
     zero = logits.new_zeros((), dtype=torch.float32)
     soft = zero if targets is None else soft_loss(logits, targets, temperature, loss, labels)
     hard = hard_loss(logits, labels, label_smoothing) if alpha < 1 else zero

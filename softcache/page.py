@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ from softcache.info import describe
 from softcache.join import join_samples
 from softcache.learner import replace_file
 from softcache.measure import best_temperature, calibration, gradient_similarity
-from softcache.runs import Run, open_run
+from softcache.runs import Run, expand, open_run
 from softcache.targets import soft_targets, to_dense
 
 MOST_ROWS = 20_000  # of a cache that are looked at
@@ -70,7 +71,7 @@ def report(
     *,
     data: str | None = None,
     eval_data: str | None = None,
-    student: str | None = None,
+    student: Sequence[str] = (),
 ) -> Path:
     """Write a page about caches and runs, which `places` may name in any order.
 
@@ -90,7 +91,7 @@ def report(
     missing = [place for place in places if not place.exists()]
     if missing:
         raise FormatError(f"{missing[0]}: no such file or folder; name a cache or a finished run")
-    folders = [place.resolve() for place in places if place.is_dir()]
+    folders = [place.resolve() for place in expand([p for p in places if p.is_dir()])]
     runs = {name: open_run(folder) for name, folder in short_names(folders).items()}
     source = open_source(data) if data else None
     sections = []
@@ -261,7 +262,7 @@ def runs_section(
     caches: Sequence[Cache],
     data: str | None,
     eval_data: str | None,
-    student: str | None,
+    student: Sequence[str],
 ) -> Section:
     """Curves, each student against its hard-label twin, accuracy against cost, and why it works."""
     found = Section("What the students learned")
@@ -304,7 +305,7 @@ def runs_table(runs: dict[str, Run], measured: Sequence[Compared]) -> Table:
     errors = {one.name: one.error for one in measured}
     rows = []
     for one in measured:
-        twin, own = errors.get(f"{one.name}/baseline"), one.error
+        twin, own = errors.get(twin_of(one.name, runs) or ""), one.error
         gain = "" if twin is None or own is None else f"{100 * (twin - own):+.2f} points"
         facts = runs[one.name].facts
         rows.append(
@@ -330,12 +331,29 @@ def runs_table(runs: dict[str, Run], measured: Sequence[Compared]) -> Table:
     return Table("Students", headers, rows)
 
 
+def twin_of(name: str, runs: dict[str, Run]) -> str | None:
+    """The run on hard labels that differs from this one in nothing but what it listens to."""
+    listens = {"alpha", "temperature", "loss", "out"}
+
+    def rest(run: Run) -> dict[str, Any]:
+        return {k: v for k, v in run.facts["settings"].items() if k not in listens}
+
+    return next(
+        (
+            other
+            for other, run in runs.items()
+            if run.facts["alpha"] == 0 < runs[name].facts["alpha"] and rest(run) == rest(runs[name])
+        ),
+        None,
+    )
+
+
 def add_reasons(
     section: Section,
     runs: dict[str, Run],
     caches: Sequence[Cache],
     data: str | None,
-    student: str | None,
+    student: Sequence[str],
 ) -> None:
     """Why it works: how much a soft target says, and how alike the gradients of batches are."""
     if not caches or not (data or caches[0].header.embeds_inputs):
@@ -357,7 +375,7 @@ def add_reasons(
         )
     section.tables.append(
         Table(
-            "Why it works: cosine similarity between the gradients of batches of 64",
+            "How alike the gradients of different batches are (cosine similarity, batches of 64)",
             ("student", "soft targets", "hard labels"),
             rows,
         )
@@ -365,6 +383,7 @@ def add_reasons(
     if entropy is not None:
         section.notes.append(
             f"A soft target of {cache.path.name} has {entropy:.3f} nats of entropy at T = "
-            f"{cache.header.temperature:g}, a hard one 0: so much more is said of each sample. Where "
-            "gradients of different batches are alike, each step is worth more."
+            f"{cache.header.temperature:g}, a hard one 0: so much more is said of each sample. Where the "
+            "gradients of batches are more alike under soft targets than under hard ones, one batch tells "
+            "what another would, and each step is worth more."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from softcache.errors import ModelError, SettingsError
 from softcache.learner import WEIGHTS
-from softcache.models import build, load_weights
+from softcache.models import build, load_weights, public_name
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,18 @@ class Run:
     def weights(self) -> Path:
         return self.folder / WEIGHTS
 
-    def model(self, spec: str | None = None) -> nn.Module:
+    def model(self, specs: Sequence[str] = ()) -> nn.Module:
         """The student with its weights, in eval mode.
 
         Args:
-            spec: where its code is, if it is not a built-in one: config.json names files without folders.
+            specs: where code is, if it is not built-in: config.json names files without folders. The one of
+                this student's name is taken.
 
         Raises:
             SettingsError, ModelError: it cannot be built, or its weights do not fit.
         """
         named = str(self.facts["settings"]["student"])
+        spec = next((spec for spec in specs if public_name(spec) == named), None)
         try:
             model = build(spec or named, input_shape=self.input_shape, classes=self.classes)
         except (SettingsError, ModelError) as error:
@@ -61,6 +64,15 @@ class Run:
         return model.eval()
 
 
+def expand(folders: Sequence[Path]) -> list[Path]:
+    """Folders that hold several finished runs stand for these."""
+    found: list[Path] = []
+    for folder in folders:
+        inside = sorted(path.parent for path in folder.glob(f"*/{WEIGHTS}"))
+        found += inside if inside and not (folder / WEIGHTS).exists() else [folder]
+    return found
+
+
 def open_run(folder: Path) -> Run:
     """Read the facts and the metrics of a finished run.
 
@@ -69,13 +81,8 @@ def open_run(folder: Path) -> Run:
     """
     if not (folder / WEIGHTS).is_file():
         begun = any(folder.glob("metrics.jsonl.partial"))
-        several = sorted(path.parent.name for path in folder.glob(f"*/{WEIGHTS}"))
-        why = (
-            "its training has not finished: run the same command again"
-            if begun
-            else f"it has no {WEIGHTS}"
-            + (f"; the runs in it are {', '.join(several[:5])}" if several else "")
-        )
+        unfinished = "its training has not finished: run the same command again"
+        why = unfinished if begun else f"it has no {WEIGHTS}"
         raise SettingsError(f"{folder} is no finished run: {why}; name a folder of softcache train")
     try:
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -91,13 +91,14 @@ def train(config: TrainConfig) -> list[Learner]:
         done = [learner for learner in learners if not learner.failed]
         for learner in done:
             learner.use_best()
-            learner.save(run_facts(config, learner.config, parts, eval_source))
+            learner.save(run_facts(config, learner, parts, eval_source))
         checkpoint.remove()
         print(final_table(done, caches, eval_source))
         if failed:
             raise ModelError(
                 f"{len(failed)} of {len(learners)} students failed: "
                 + "; ".join(str(learner.stopped) for learner in failed)
+                + f". The others are finished in {config.out}"
             )
     return learners
 
@@ -163,10 +164,12 @@ def fit(
             for learner in in_training(learners):
                 evaluation = epoch, eval_source, config.workers, config.patience
                 attempt(config, learner, learner.finish_epoch, *evaluation)
-            if not in_training(learners):
+            over = not in_training(learners)
+            if checkpoint and accelerator.is_main_process:
+                # after the last one too: what cannot be saved now can be with the same command
+                checkpoint.save(learners, Place(config.epochs if over else epoch + 1))
+            if over:
                 break
-            if checkpoint and accelerator.is_main_process and epoch + 1 < config.epochs:
-                checkpoint.save(learners, Place(epoch + 1))
     return learners
 
 
@@ -202,7 +205,8 @@ def begin(
     """Make the folders, with the metrics of the epochs that are done."""
     if checkpoint and going_on:
         print(
-            f"going on with {checkpoint.path.parent}, epoch {place.epoch + 1}, batch {place.batch}"
+            f"going on with {checkpoint.path.parent}, epoch {place.epoch + 1}, batch {place.batch} (remove "
+            f"{checkpoint.path.name} to start again)"
         )
     elif checkpoint:
         checkpoint.remove()
@@ -435,17 +439,17 @@ def code_digests(student: StudentConfig) -> list[str]:
 
 def run_facts(
     config: TrainConfig,
-    student: StudentConfig,
+    learner: Learner,
     parts: Sequence[JoinedData],
     eval_source: Source | None,
 ) -> dict[str, Any]:
     """What config.json says of a run: the settings, and whose soft targets it learned from."""
-    settings = dataclasses.asdict(config) | public_settings(student)
+    settings = dataclasses.asdict(config) | public_settings(learner.config)
     settings |= {
         "data": [part.source.name for part in parts],
         "eval_data": eval_source.name if eval_source else None,
         "cache": [path.name for path in config.caches],
-        "out": config.out.name,
+        "out": learner.folder.name,
     }
     del settings["variants"]
     caches = [part.cache for part in parts if part.cache]
@@ -457,7 +461,7 @@ def run_facts(
         "embedded": not config.datas,  # the samples came from the cache itself
         # of an unfinished cache the content, and so its id, will yet change
         "content_ids": [cache.content_id() if cache.complete else None for cache in caches],
-        "temperature": temperature_of(student, caches),
+        "temperature": learner.temperature,
         "teachers": [dict(teacher) for teacher in caches[0].header.teachers] if caches else [],
         "teacher_evaluation": teacher_evaluation(caches, eval_source),
         "settings": settings,

@@ -185,7 +185,15 @@ class TrainConfig(StudentConfig):
         """
         if len(self.variants) == 1:
             return [""]
-        settings = [dataclasses.asdict(student) for student in self.students]
+        settings = [
+            dataclasses.asdict(student)
+            | {
+                "alpha": self.soft_weight(student),
+                "learning_rate": student.highest_rate,
+                "weight_decay": student.decay,
+            }
+            for student in self.students
+        ]
         differ = [n for n in settings[0] if len({repr(one[n]) for one in settings}) > 1]
         names = [short_name({name: one[name] for name in differ}) for one in settings]
         for place, name in enumerate(names):

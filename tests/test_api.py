@@ -142,6 +142,19 @@ def test_mixed_samples_of_two_labels_count_as_unlabelled(dump_config: DumpConfig
     np.testing.assert_array_equal(labels[labels >= 0], own[labels >= 0])
 
 
+def test_items_are_numbered_as_in_the_data_set(views: Cache) -> None:
+    own = Own()
+    order = np.random.default_rng(0).permutation(SAMPLES)
+    own.images, own.labels = own.images[order], own.labels[order]
+    found, plain = (
+        softcache.SoftLabelDataset(data, views.path, rotate=False) for data in (own, None)
+    )
+    for item in (0, 7, 299):
+        assert int(found[item][1]) == int(own.labels[item])
+        for one, other in zip(found[item], plain[int(order[item])], strict=True):
+            assert torch.equal(one, other)
+
+
 def test_other_samples_are_refused(views: Cache) -> None:
     other = Own()
     other.images = other.images.copy()

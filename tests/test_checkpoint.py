@@ -23,7 +23,7 @@ from softcache import checkpoint
 from softcache.cache import Cache
 from softcache.checkpoint import NAME, Checkpoint, Place
 from softcache.dump import DumpConfig, dump
-from softcache.errors import Interrupted, SettingsError
+from softcache.errors import Interrupted, ModelError, SettingsError, SoftcacheError
 from softcache.learner import Learner
 from softcache.train import TrainConfig, train
 from tests.conftest import Run
@@ -193,10 +193,10 @@ def test_how_often_is_as_asked(config: TrainConfig, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Checkpoint, "save", noted)
     train(replace(config, checkpoint_minutes=10.0))
-    assert places == [Place(1), Place(2)]
+    assert places == [Place(1), Place(2), Place(3)]
     places.clear()
     train(replace(config, out=config.out.with_name("often")))
-    assert len(places) == STEPS + 2
+    assert len(places) == STEPS + 3
 
 
 # what a checkpoint is not for
@@ -300,8 +300,10 @@ def test_a_full_disk_keeps_the_checkpoint_before(
         return write(self, data)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    message = r"cannot write .*checkpoint\.safetensors: No space left on device; make room there or"
+    with pytest.raises(SoftcacheError, match=message):
         train(config)
+    assert not list(config.out.glob(".*"))
     monkeypatch.undo()
     train(config)
     train(replace(config, out=config.out.with_name("whole")))
@@ -309,6 +311,40 @@ def test_a_full_disk_keeps_the_checkpoint_before(
         files(config.out)["student.safetensors"]
         == (files(config.out.with_name("whole"))["student.safetensors"])
     )
+
+
+def test_what_could_not_be_saved_is_saved_by_the_same_command(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk at the very end, after one of two students."""
+    config = replace(config, variants=[{"seed": 0}, {"seed": 1}])
+    train(config)
+    whole = files(config.out)
+    again = replace(config, out=tmp_path / "again" / "run")
+    save, turn = Learner.save, iter(range(10))
+
+    def full(self: Learner, facts: dict[str, Any]) -> None:
+        if next(turn) == 1:
+            raise SoftcacheError("no room")
+        save(self, facts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Learner, "save", full)
+        with pytest.raises(SoftcacheError, match="no room"):
+            train(again)
+    monkeypatch.setattr(Learner, "step", None)  # not one more step is taken
+    train(again)
+    assert files(again.out) == whole
+
+
+def test_weights_that_are_not_finite_are_not_saved(config: TrainConfig, tmp_path: Path) -> None:
+    """One step, whose loss is finite, and which breaks the weights."""
+    broken = replace(
+        config, student="cnn:4", epochs=1, batch_size=300, learning_rate=1e6, weight_decay=1e35, warmup=0.0
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"is not finite after epoch 1; lower --lr, or --clip 1"):
+        train(broken)
+    assert not (config.out / "student.safetensors").exists()
 
 
 # failures among several

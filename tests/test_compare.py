@@ -23,7 +23,7 @@ from softcache.measure import (
     multiply_adds,
 )
 from softcache.models import build
-from softcache.runs import open_run
+from softcache.runs import expand, open_run
 from softcache.train import TrainConfig, train
 from tests.conftest import Run
 
@@ -113,7 +113,7 @@ def test_the_table_says_what_was_measured(
 def test_kl_is_that_of_the_last_weights(folders: list[Path], cache: Cache, data_file: Path) -> None:
     (found,) = measure_all(
         {"mlp": open_run(folders[0])}, eval_data=None, cache=cache.path, data=f"npz:{data_file}",
-        student=None,
+        student=(),
     )  # fmt: skip
     model = open_run(folders[0]).model()
     images = np.load(data_file)["x_train"]
@@ -147,11 +147,16 @@ def test_the_front_is_of_those_that_no_other_beats(
 # what cannot be compared
 
 
+def test_a_folder_of_runs_stands_for_them(folders: list[Path], tmp_path: Path) -> None:
+    assert expand([tmp_path / "runs", folders[0]]) == [*sorted(folders), folders[0]]
+    assert "runs/cnn-4" in compare([tmp_path / "runs"])
+
+
 def test_folders_that_are_no_runs_are_told(folders: list[Path], tmp_path: Path) -> None:
     with pytest.raises(
-        SettingsError, match=r"runs is no finished run: .*the runs in it are cnn-4, mlp"
+        SettingsError, match=r"is no finished run: it has no student\.safetensors; nam"
     ):
-        compare([tmp_path / "runs"])
+        compare([tmp_path])
     (folders[0] / "config.json").write_text("{}")
     with pytest.raises(
         SettingsError, match=r"mlp-8: config\.json or metrics\.jsonl cannot be read"
@@ -177,4 +182,4 @@ def test_code_of_the_users_own_is_named(cache: Cache, data_file: Path, tmp_path:
         ModelError, match=r"student mine\.py:net cannot be built here .* with --student"
     ):
         compare([config.out])
-    assert "own" in compare([config.out], student=f"{path}:net")
+    assert "own" in compare([config.out], student=[f"{path}:net"])

@@ -81,6 +81,7 @@ def test_tables_have_students_of_their_own_or_stand_for_all(tmp_path: Path) -> N
         ((["a"], ["student=mlp:4"], []), "give several --student instead"),
         (([], [], [{"student": 3}]), "student is 3; expected a"),
         (([], [], [{"student": "a", "lr": True}]), "learning rate is True; expected a number"),
+        (([], [], [{"student": "a", "lr": [1, 2]}]), "expected a number"),
         (([], [], [{"student": "a", "sed": 1}]), "'sed' is no setting of a student"),
     ],
 )
@@ -106,6 +107,14 @@ def test_a_file_has_options_and_students(tmp_path: Path) -> None:
     options, tables = read_toml(path)
     assert options == {"epochs": 3, "batch_size": 64}
     assert tables == [{"student": "mlp:4"}, {"lr": 0.1}]
+
+
+@pytest.mark.parametrize("text", ['student = "mlp:4"', 'student = ["mlp:4"]'])
+def test_students_may_be_named_as_the_option_is(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    options, tables = read_toml(tmp_path / "run.toml")
+    assert tables == []
+    assert options["student"] in ("mlp:4", ["mlp:4"])
 
 
 @pytest.mark.parametrize(

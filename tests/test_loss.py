@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from softcache.errors import SettingsError
 from softcache.loss import Loss, MixedLabels, distillation_loss, hard_loss, soft_loss
 
 Array = npt.NDArray[np.float64]
@@ -387,3 +388,28 @@ def test_mixed_labels_are_weighed_against_the_teacher_as_plain_ones_are(
     soft, hard = soft_oracle(student, teacher, 4.0), mixed_oracle(student, mixed())
     expected = alpha * 16 * soft + (1 - alpha) * hard
     assert float(loss.total) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, r"temperature is 0\.0, alpha 0\.7; expected a number above 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"alpha": 2.0}, r"alpha 2\.0; expected .* from 0 to 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(
+    options: dict[str, float], message: str, student: Array
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        distillation_loss(
+            torch.tensor(student), None, torch.zeros(BATCH, dtype=torch.int64),
+            **({"temperature": 4.0, "alpha": 0.7} | options),  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def test_other_shapes_are_told(student: Array, teacher: Array) -> None:
+    with pytest.raises(
+        SettingsError, match=r"targets have shape \(6, 4\), logits \(6, 5\); expected th"
+    ):
+        loss_of(student, teacher[:, :4])

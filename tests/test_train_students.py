@@ -71,7 +71,7 @@ def test_a_file_of_options_and_students(
 ) -> None:
     (tmp_path / "run.toml").write_text(
         f"""
-data = ["{config.data}"]
+data = "{config.data}"
 epochs = 1
 batch-size = 64
 
@@ -104,6 +104,7 @@ lr = 0.01
             "[[student]]\nlr = 'x'\nstudent = 'mlp:8'",
             "Error: learning rate is 'x'; expected a number",
         ),
+        ("epochs = 1.9", "Error: Invalid value for '--epochs': '1.9' is not a valid integer"),
         ("epochs = 'many'", "Error: Invalid value for '--epochs': 'many' is not a valid integer"),
         ("[[student]\n", "Error: --config run.toml cannot be read: "),
     ],

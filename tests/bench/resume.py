@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from softcache.demo import TEACHER
 from softcache.dump import DumpConfig, dump
 from softcache.learner import UNFINISHED_METRICS
 from tests.bench import first_samples, machine, work_folder
@@ -36,7 +37,7 @@ def main() -> None:
         data = first_samples(options.data, options.samples, folder)
         cache = dump(
             DumpConfig(
-                teacher="cnn:8,16", data=data, temperature=4.0, classes=10, views=2, augment="shift:2",
+                teacher=TEACHER, weights=Path("data/teacher.safetensors"), data=data, temperature=4.0, classes=10, views=2, augment="shift:2",
                 out=folder / "resume.h5", overwrite=True,
             )
         )  # fmt: skip

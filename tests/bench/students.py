@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from tabulate import tabulate
 
+from softcache.demo import TEACHER
 from softcache.dump import DumpConfig, dump
 from tests.bench import alternate, first_samples, machine, ratios, spread, work_folder
 
@@ -25,9 +26,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--teacher", default="cnn:16,32")
+    parser.add_argument("--teacher", default=TEACHER)
+    parser.add_argument("--weights", type=Path, default=Path("data/teacher.safetensors"))
     parser.add_argument("--data", default="idx:data/mnist")
-    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--augment", nargs="+", default=["none", "shift:2,mixup"])
     parser.add_argument("--students", nargs="+", default=STUDENTS)
     parser.add_argument("--epochs", type=int, default=2)
@@ -50,6 +52,7 @@ def measure(augment: str, options: argparse.Namespace, folder: Path) -> list[str
     cache = dump(
         DumpConfig(
             teacher=options.teacher,
+            weights=options.weights,
             data=data,
             temperature=4.0,
             classes=10,
