@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from softcache.card import model_card
 from softcache.data import Source
 from softcache.errors import ModelError, SettingsError, SoftcacheError
 from softcache.evaluate import Evaluation, evaluate
@@ -192,8 +191,8 @@ class Learner:
             if "samples" in line:
                 self.evaluation = Evaluation(line["errors"], line["samples"])
 
-    def save(self, facts: dict[str, Any]) -> None:
-        """Write student.safetensors, config.json and a model card, and give the metrics their name."""
+    def save(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Write student.safetensors and config.json, which it returns, and name the metrics."""
         state = {
             name: tensor.cpu().contiguous().clone()
             for name, tensor in self.result.state_dict().items()
@@ -204,11 +203,8 @@ class Learner:
             facts |= {"errors": self.evaluation.errors, "samples": self.evaluation.samples}
         text = json.dumps(facts, indent=2) + "\n"
         replace_file(self.folder / "config.json", lambda path: path.write_text(text))
-        card = model_card(facts)
-        replace_file(
-            self.folder / "README.md", lambda path: path.write_text(card, encoding="utf-8")
-        )
         (self.folder / UNFINISHED_METRICS).replace(self.folder / "metrics.jsonl")
+        return facts
 
     def _loss(self, inputs: Tensor, labels: Labels, soft: Targets | None) -> Loss:
         with self._own_randomness():

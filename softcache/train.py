@@ -19,13 +19,21 @@ from accelerate import Accelerator
 from softcache import __version__
 from softcache.cache import Cache, Sampled, TopK
 from softcache.cache.reader import open_trainable
+from softcache.card import model_card
 from softcache.checkpoint import NAME, Checkpoint, Place, check_checkpoint
 from softcache.data import CacheSource, Source, open_source
 from softcache.errors import DataError, Interrupted, ModelError, SettingsError
 from softcache.evaluate import Evaluation, data_digest
 from softcache.imports import needed
 from softcache.join import JoinedData, join, labels_alone, together
-from softcache.learner import Learner, begin_run, check_folder, make_accelerator, make_learner
+from softcache.learner import (
+    Learner,
+    begin_run,
+    check_folder,
+    make_accelerator,
+    make_learner,
+    replace_file,
+)
 from softcache.loader import Request, ShuffledBatches, joint_loader
 from softcache.loss import parse_loss
 from softcache.models import build, file_sha256, load_weights, public_name
@@ -91,7 +99,7 @@ def train(config: TrainConfig) -> list[Learner]:
         done = [learner for learner in learners if not learner.failed]
         for learner in done:
             learner.use_best()
-            learner.save(run_facts(config, learner, parts, eval_source))
+            write_card(learner.folder, learner.save(run_facts(config, learner, parts, eval_source)))
         checkpoint.remove()
         print(final_table(done, caches, eval_source))
         if failed:
@@ -393,6 +401,11 @@ def class_count(config: TrainConfig, source: Source) -> int:
             f"data {source.name} does not say how many classes it has; add --classes"
         )
     return int(labels.max()) + 1
+
+
+def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
+    card = model_card(facts)
+    replace_file(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
 
 
 def lasting_settings(

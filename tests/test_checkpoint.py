@@ -323,10 +323,10 @@ def test_what_could_not_be_saved_is_saved_by_the_same_command(
     again = replace(config, out=tmp_path / "again" / "run")
     save, turn = Learner.save, iter(range(10))
 
-    def full(self: Learner, facts: dict[str, Any]) -> None:
+    def full(self: Learner, facts: dict[str, Any]) -> dict[str, Any]:
         if next(turn) == 1:
             raise SoftcacheError("no room")
-        save(self, facts)
+        return save(self, facts)
 
     with monkeypatch.context() as patched:
         patched.setattr(Learner, "save", full)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from softcache.data import ArraySource
-from softcache.errors import ModelError, SettingsError
+from softcache.errors import ModelError, SettingsError, SoftcacheError
 from softcache.learner import (
     UNFINISHED_METRICS,
     Learner,
@@ -253,7 +253,7 @@ def test_a_file_stays_as_it_was_if_its_writer_fails(tmp_path: Path) -> None:
         unfinished.write_text("half of the ne")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SoftcacheError, match="disk full; make room there or give another place"):
         replace_file(path, write)
     assert path.read_text() == "old"
 

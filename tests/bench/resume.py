@@ -37,8 +37,8 @@ def main() -> None:
         data = first_samples(options.data, options.samples, folder)
         cache = dump(
             DumpConfig(
-                teacher=TEACHER, weights=Path("data/teacher.safetensors"), data=data, temperature=4.0, classes=10, views=2, augment="shift:2",
-                out=folder / "resume.h5", overwrite=True,
+                teacher=TEACHER, weights=Path("data/teacher.safetensors"), data=data, temperature=4.0,
+                classes=10, views=2, augment="shift:2", out=folder / "resume.h5", overwrite=True,
             )
         )  # fmt: skip
         command = [
