@@ -111,13 +111,20 @@ class Learner:
         """
         mine = torch.stack(self.losses)  # (steps, 3)
         losses: Tensor = self.accelerator.reduce(mine, reduction="mean").cpu()
+        self._check_finite(losses, epoch)
+        return losses
+
+    def check_losses(self, epoch: int) -> None:
+        """Raise ModelError if one of this process's own losses is not finite; nobody is waited for."""
+        self._check_finite(torch.stack(self.losses).cpu(), epoch)
+
+    def _check_finite(self, losses: Tensor, epoch: int) -> None:
         broken = (~losses[:, 0].isfinite()).nonzero()
         if len(broken):
             raise ModelError(
                 f"{self.name}: the loss is {losses[broken[0, 0], 0]} at step "
                 f"{self.steps + int(broken[0, 0]) + 1} (epoch {epoch + 1}); lower --lr, or --clip 1"
             )
-        return losses
 
     def check_weights(self, epoch: int) -> None:
         """Raise ModelError if a weight is not finite: the last step may break what no loss has seen."""

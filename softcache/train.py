@@ -167,7 +167,7 @@ def fit(
                 advance(1)
                 if checkpoint and accelerator.is_main_process and checkpoint.due():
                     for learner in in_training(learners):
-                        attempt(config, learner, learner.mean_losses, epoch)
+                        attempt(config, learner, learner.check_losses, epoch)
                     checkpoint.save(learners, Place(epoch, at))
             for learner in in_training(learners):
                 evaluation = epoch, eval_source, config.workers, config.patience

@@ -158,7 +158,11 @@ def test_several_processes_train_as_one_does(place: Path) -> None:
     reference(place)
     losses = []
     for processes in (1, 2, 3):
-        options = f"--student models.py:student --data npz:data.npz --epochs 2 --out run{processes}"
+        # with a checkpoint at every step, and a decision that all must take alike
+        options = (
+            f"--student models.py:student --data npz:data.npz --epochs 2 --out run{processes} "
+        )
+        options += "--checkpoint-minutes 0 --patience 5 --eval-data npz:data.npz"
         found = run(place, command(processes, "train", "one.h5", *options.split()))
         assert found.returncode == 0, found.stderr
         lines = (place / f"run{processes}" / "metrics.jsonl").read_text().splitlines()

@@ -242,6 +242,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "views": ({"views": 1}, "views 2, now it is 1"),
     "augment": ({"augment": "shift:2"}, "augment 'shift:1,mixup', now it is 'shift:2'"),
     "seed": ({"seed": 1}, "seed 3, now it is 1"),
+    "must_understand": ({"embed_inputs": True}, "nothing embedded, now inputs; use the same"),
     "weights": ({"teacher": "retrained/models.py:teacher"}, "another teacher (sha256 '"),
     "two teachers": ({"teacher": ["models.py:teacher"] * 2}, "1 teachers, now 2; use the same"),
     "evaluation": ({"eval_data": "npz:copy.npz"}, "evaluation data none, now they are npz:copy.npz"),

@@ -193,6 +193,7 @@ def test_rows_of_a_slow_file_are_asked_for_and_come_the_same(
 
     monkeypatch.setattr(Cache, "ask_for", noted)
     rows = np.array([2, 0, 2, 1])
+    monkeypatch.setattr("softcache.targets.SLOW_ROW", 10.0)
     quick = make_gather(cache)
     wanted = quick(rows)
     quick(rows)

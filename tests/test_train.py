@@ -908,6 +908,7 @@ def test_the_folder_holds_all_that_is_needed_to_use_the_student(
     config = replace(config, eval_data=f"npz:{data_file}@test", temperature=2.0)
     train(config)
     assert sorted(path.name for path in config.out.iterdir()) == [
+        "README.md",
         "config.json",
         "metrics.jsonl",
         "student.safetensors",

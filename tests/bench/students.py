@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from tabulate import tabulate
 
@@ -96,7 +97,7 @@ def check_same(folder: Path, students: list[str]) -> None:
     for path in together:
         found = load_file(path)
         same = any(
-            set(found) == set(other) and all(bool((found[n] == other[n]).all()) for n in found)
+            set(found) == set(other) and all(torch.equal(found[n], other[n]) for n in found)
             for other in alone
         )
         if not same:
