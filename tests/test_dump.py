@@ -747,7 +747,7 @@ CHANGES: dict[str, tuple[Callable[[DumpConfig, Path], DumpConfig], str]] = {
     "seed": (lambda config, _: replace(config, seed=1), "seed 0, now it is 1"),
     "must_understand": (
         lambda config, _: replace(config, embed_inputs=True),
-        "nothing embedded, now inputs; use the same",
+        "nothing embedded, now inputs",
     ),
 }
 
