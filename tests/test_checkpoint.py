@@ -123,7 +123,7 @@ def test_a_part_that_is_not_restored_would_be_noticed(
     again = replace(config, out=tmp_path / "again")
     with monkeypatch.context() as patched:
         stop_at(patched, 8)
-        with pytest.raises(Interrupted):
+        with pytest.raises(Interrupted, match="the same command goes on"):
             train(again)
 
     restore = checkpoint._restore
@@ -206,7 +206,7 @@ def test_how_often_is_as_asked(config: TrainConfig, monkeypatch: pytest.MonkeyPa
 def stopped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     with monkeypatch.context() as patched:
         stop_at(patched, 8)
-        with pytest.raises(Interrupted):
+        with pytest.raises(Interrupted, match="the same command goes on"):
             train(config)
     return config
 

@@ -410,7 +410,7 @@ def stopped_merge(part: Part, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     parts = [part("a", **views(0, 2)), part("b", **views(2, 4))]
     with monkeypatch.context() as patched:
         stop_after(patched, writes=2)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="Ctrl-C"):
             merge(parts, folder / "merged.h5")
     return parts
 
@@ -421,7 +421,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, *, writes: int) -> None:
 
     def stopping(self: cache_writer.Writer, *arguments: Any) -> None:
         if next(turn) == writes:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("Ctrl-C")
         write(self, *arguments)
 
     monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)
