@@ -17,7 +17,7 @@ from softcache.cache.encodings import DTYPES, ArraySpec
 from softcache.cache.header import BASE_VERSION, INPUTS, VERSION
 from softcache.cache.reader import partial_path
 from softcache.cache.writer import Stored, create
-from softcache.data import Source, open_source, to_float
+from softcache.data import Source, check_class_names, open_source, to_float
 from softcache.dump_settings import AUTO, DumpConfig
 from softcache.errors import SettingsError, SoftcacheError
 from softcache.evaluate import data_digest, evaluate
@@ -107,6 +107,8 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
         )
         for spec, path in zip(specs, weights, strict=True)
     ]
+    for teacher in loaded:
+        check_class_names(source, teacher.class_names, f"teacher {teacher.spec}")
     return make_ensemble(loaded, config.teacher_weight)
 
 
@@ -176,8 +178,9 @@ def begin(
     else:
         header, arrays = choose_encoding(config, draft, source, teacher, augmentation)
     known = finished.header.evaluation if finished else None
-    evaluation = known or evaluate_teacher(config.eval_data, teacher, config.workers)
-    names = source.class_names or tuple(str(label) for label in range(teacher.classes))
+    evaluation = known or evaluate_teacher(config.eval_data, teacher, config.workers, source)
+    names = source.class_names or teacher.class_names
+    names = names or tuple(str(label) for label in range(teacher.classes))
     arrays["class_names"] = np.array([name.encode() for name in names])
     arrays["fingerprinted"] = chosen = fingerprinted_rows(draft.samples)
     arrays["fingerprints"] = steady_fingerprints(
@@ -246,11 +249,15 @@ def take_encoding(draft: Header, like: Cache) -> tuple[Header, Stored]:
     return replace(draft, encoding=like.header.encoding, choice=like.header.choice), arrays
 
 
-def evaluate_teacher(spec: str | None, teacher: Ensemble, workers: int) -> dict[str, Any] | None:
+def evaluate_teacher(
+    spec: str | None, teacher: Ensemble, workers: int, of_dump: Source
+) -> dict[str, Any] | None:
     """The teacher's own errors, for the header."""
     if spec is None:
         return None
     source = open_source(spec)
+    check_class_names(source, of_dump.class_names, of_dump.name)
+    check_class_names(source, teacher.class_names, "the teacher")
     found = evaluate(
         lambda inputs: teacher.log_probs(inputs, 1.0),
         source,

@@ -112,6 +112,11 @@ def _provenance(facts: Mapping[str, Any], taught: bool) -> list[str]:
     return lines
 
 
+def _input_kind(facts: Mapping[str, Any]) -> str:
+    dtype = facts.get("input_dtype", "float32")
+    return f"{dtype}, images in [0, 1]" if dtype == "float32" else f"{dtype}, as the data give them"
+
+
 def _usage(facts: Mapping[str, Any]) -> str:
     shape = tuple(facts["input_shape"])
     return f"""```python
@@ -120,5 +125,5 @@ from softcache.models import build
 
 model = build({facts["settings"]["student"]!r}, input_shape={shape}, classes={facts["classes"]})
 model.load_state_dict(load_file("student.safetensors"))
-logits = model.eval()(inputs)  # (B, {", ".join(map(str, shape))}) float32, images in [0, 1]
+logits = model.eval()(inputs)  # (B, {", ".join(map(str, shape))}) {_input_kind(facts)}
 ```"""

@@ -120,6 +120,8 @@ def dump(**options: Any) -> None:
       FILE.pt2                                    an exported program
       FILE.onnx                                   through onnxruntime
       FILE.npy, FILE.npz, FILE.pt                 a matrix: what it said of every sample, in order
+      hf:ID_OR_FOLDER                             of transformers, images or texts (softcache[hf])
+      timm:NAME                                   of timm (softcache[timm])
       mlp:800,800                                 hidden sizes
       cnn:32x2,64x2                               widths, each with how many layers
       resnet:20,16                                depth and first width
@@ -127,7 +129,14 @@ def dump(**options: Any) -> None:
       idx:DIR           IDX files under MNIST's own names, plain or gzipped
       npz:FILE          arrays x and y, or x_SPLIT and y_SPLIT
       folder:DIR        images, one sub-folder per class
+      hfds:ID_OR_FOLDER of Hugging Face's datasets: hub, save_to_disk, Parquet (softcache[data])
+      csv:, parquet:FILE  a table of numbers, ?label=COLUMN&inputs=A,B (softcache[data])
       FILE.py:CALLABLE  returns a map-style torch Dataset
+    Options stand behind a ?, with & between them, such as
+      folder:DIR?size=256              the shorter side to 256, and the middle; also size=192x256
+      hfds:ID?input=COLUMN&label=COLUMN&name=CONFIG@test[:1000]
+      hf:vit?pretrained=false&hidden_size=192     a student of random weights (--student)
+      hf:FOLDER?tokenizer=ID_OR_FOLDER            or processor=, where they lie elsewhere
     An augmentation is one or more, with commas, of
       FILE.py:CALLABLE  your own, first: one raw sample in, one out; randomness is seeded
       shift:PIXELS      moved by up to so many pixels each way
@@ -343,6 +352,9 @@ def repair(cache: Path) -> None:
 @click.option("--onnx", is_flag=True, help="RUN/student.onnx (softcache[onnx]).")
 @click.option("--pt2", is_flag=True, help="RUN/student.pt2, an exported program of torch.")
 @click.option(
+    "--hf", is_flag=True, help="RUN/student-hf, a folder for transformers, of a student of hf:."
+)
+@click.option(
     "--student",
     multiple=True,
     metavar="SPEC",
@@ -351,12 +363,14 @@ def repair(cache: Path) -> None:
 def export(run: Path, **options: Any) -> None:
     """Write the student of a run in formats for serving, each checked against the student.
 
-    They take (B, *shape) float32, images in [0, 1], and give (B, classes) logits, for any B.
+    ONNX and pt2 take (B, *shape) float32, images in [0, 1], and give (B, classes) logits, for any B.
     """
     from softcache.export import export
 
     for path in export(run, **options):
-        click.echo(f"{path}: {path.stat().st_size:,} bytes, gives the student's logits")
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        size = sum(file.stat().st_size for file in files)
+        click.echo(f"{path}: {size:,} bytes, gives the student's logits")
 
 
 @main.command("export-labels")

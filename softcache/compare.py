@@ -113,8 +113,10 @@ def measure_all(
 ) -> list[Compared]:
     """The figures of every run, in the order given."""
     models = {name: run.model(student) for name, run in runs.items()}
-    shapes = {name: run.input_shape for name, run in runs.items()}
-    seconds = {batch: latencies(models, shapes, batch) for batch in BATCHES}
+    seconds = {
+        batch: latencies(models, {name: run.example(batch) for name, run in runs.items()})
+        for batch in BATCHES
+    }
     source = open_source(eval_data) if eval_data else None
     part = open_part(cache, data) if cache else None
     found = []
@@ -132,7 +134,7 @@ def measure_all(
             Compared(
                 name,
                 parameter_count(model),
-                multiply_adds(model, run.input_shape),
+                multiply_adds(model, run.example(1)),
                 run.weights.stat().st_size,
                 {batch: seconds[batch][name] for batch in BATCHES},
                 error,

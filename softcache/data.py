@@ -2,12 +2,14 @@
 
 A source is opened from a specification:
 
-    idx:DIR            a folder of IDX files under MNIST's own names, plain or gzipped
-    npz:FILE           arrays x and y, or x_SPLIT and y_SPLIT
-    folder:DIR         images, one sub-folder per class (needs softcache[vision])
-    FILE.py:CALLABLE   a callable that returns any map-style torch Dataset
+    idx:DIR              a folder of IDX files under MNIST's own names, plain or gzipped
+    npz:FILE             arrays x and y, or x_SPLIT and y_SPLIT
+    folder:DIR           images, one sub-folder per class (needs softcache[vision])
+    hfds:ID_OR_FOLDER    a data set of Hugging Face (needs softcache[data])
+    csv:, parquet:FILE   a table of numbers (needs softcache[data])
+    FILE.py:CALLABLE     a callable that returns any map-style torch Dataset
 
-`@SPLIT` at the end names a split; the default is train.
+`@SPLIT` at the end names a split; the default is train. Options stand behind a `?` before it.
 """
 
 from __future__ import annotations
@@ -28,15 +30,21 @@ import xxhash
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from softcache import images
 from softcache.cache import Cache
 from softcache.cache.header import INPUTS
 from softcache.cache.reader import open_trainable
 from softcache.errors import DataError, SettingsError
 from softcache.imports import call, import_callable
+from softcache.specs import check_options, query_of, split_options
+from softcache.tables import read_table
 
 DEFAULT_SPLIT = "train"
 UNLABELLED = -1
-FORMS = "idx:DIR, npz:FILE, folder:DIR or FILE.py:CALLABLE, each with @SPLIT at the end if wanted"
+FORMS = (
+    "idx:DIR, npz:FILE, folder:DIR, hfds:ID_OR_FOLDER, csv:FILE, parquet:FILE or FILE.py:CALLABLE, each "
+    "with @SPLIT at the end if wanted"
+)
 
 
 class Source(Protocol):
@@ -69,22 +77,55 @@ def open_source(spec: str) -> Source:
     kind, _, rest = where.partition(":")
     if not rest:
         raise SettingsError(f"data {spec!r} is no data specification; expected {FORMS}")
-    source = _open(kind, Path(rest), where, split)
+    source = _open(kind, rest, where, split)
     if len(source) == 0:
         raise DataError(f"data {spec} holds no samples; expected at least one")
     return source
 
 
-def _open(kind: str, path: Path, where: str, split: str) -> Source:
+def _open(kind: str, rest: str, where: str, split: str) -> Source:
+    if kind.endswith(".py"):
+        return _open_dataset(where, split or DEFAULT_SPLIT)
+    place, options = split_options(rest)
+    if kind == "hfds":
+        from softcache.hub_data import open_hub_data
+
+        return open_hub_data(place, split, options)
+    path = Path(place)
+    if kind == "folder":
+        check_options(options, images.OPTIONS, where)
+        return _open_folder(path, split, options)
+    if kind in ("csv", "parquet"):
+        return _open_table(kind, path, split, options)
+    check_options(options, (), where)
     if kind == "idx":
         return _open_idx(path, split or DEFAULT_SPLIT)
     if kind == "npz":
         return _open_npz(path, split or DEFAULT_SPLIT)
-    if kind == "folder":
-        return _open_folder(path, split)
-    if kind.endswith(".py"):
-        return _open_dataset(where, split or DEFAULT_SPLIT)
     raise SettingsError(f"data {where!r} is of unknown kind {kind!r}; expected {FORMS}")
+
+
+def check_class_names(source: Source, names: Sequence[str], whose: str) -> None:
+    """Raise DataError if the classes of a source are not those of `names`, in their order.
+
+    Where one of them names no classes, or only numbers them, there is nothing to compare.
+    """
+    mine = source.class_names
+    numbered = all(name.isdecimal() for name in (*mine, *names))
+    if not mine or not names or numbered or tuple(mine) == tuple(names):
+        return
+    pairs = zip((*mine, "none"), (*names, "none"), strict=False)
+    at, (own, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise DataError(
+        f"{source.name} has {len(mine)} classes, and {whose} {len(names)}; class {at} is {own!r} in the one "
+        f"and {theirs!r} in the other: labels would be compared with other classes. Give both the same "
+        "classes, in the same order"
+    )
+
+
+def all_class_names(cache: Cache) -> tuple[str, ...]:
+    """Every class of a cache by name."""
+    return tuple(name.decode("utf-8", "replace") for name in cache.arrays["class_names"])
 
 
 def to_float(inputs: Tensor) -> Tensor:
@@ -181,21 +222,16 @@ class FolderSource:
     class_names: tuple[str, ...]
     files: tuple[str, ...] = field(repr=False)
     labels: npt.NDArray[np.int64] = field(repr=False)
+    pixels: images.Pixels
 
     def __len__(self) -> int:
         return len(self.files)
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        images = [_read_image(self.folder / self.files[i]) for i in indices]
-        sizes = {image.shape for image in images}
-        if len(sizes) > 1:
-            odd = next(i for i, image in enumerate(images) if image.shape != images[0].shape)
-            raise DataError(
-                f"{self.files[indices[odd]]} in {self.folder} has shape {images[odd].shape}, "
-                f"{self.files[indices[0]]} has {images[0].shape}; all images of a folder must have "
-                "one size: resize them, or give your own Dataset as FILE.py:CALLABLE"
-            )
-        return torch.from_numpy(np.stack(images)), self.labels[np.asarray(indices, np.int64)]
+        names = [self.files[i] for i in indices]
+        arrays = [images.read_image(self.folder / name, self.pixels) for name in names]
+        inputs = images.same_shape(arrays, names, str(self.folder))
+        return torch.from_numpy(inputs), self.labels[np.asarray(indices, np.int64)]
 
 
 @dataclass(frozen=True)
@@ -365,21 +401,15 @@ def _array_source(
     return ArraySource(name, inputs, labels.astype(np.int64))
 
 
-_IMAGE_SUFFIXES = {
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".webp",
-    ".ppm",
-    ".pgm",
-}
+def _open_table(kind: str, path: Path, split: str, options: dict[str, str]) -> ArraySource:
+    if split:
+        raise SettingsError(f"{kind}:{path}@{split}: a table has no splits; name a file for each")
+    inputs, labels, names = read_table(kind, path, options)
+    return ArraySource(f"{kind}:{path.name}{query_of(options)}", inputs, labels, names)
 
 
-def _open_folder(folder: Path, split: str) -> FolderSource:
+def _open_folder(folder: Path, split: str, options: dict[str, str]) -> FolderSource:
+    pixels = images.parse_pixels(options, f"folder:{folder}")
     if split or (folder / DEFAULT_SPLIT).is_dir():
         folder = folder / (split or DEFAULT_SPLIT)
     if not folder.is_dir():
@@ -390,7 +420,7 @@ def _open_folder(folder: Path, split: str) -> FolderSource:
         found = sorted(
             f"{name}/{file.name}"
             for file in (folder / name).iterdir()
-            if file.suffix.lower() in _IMAGE_SUFFIXES
+            if file.suffix.lower() in images.SUFFIXES
         )
         files += found
         labels += [label] * len(found)
@@ -398,25 +428,10 @@ def _open_folder(folder: Path, split: str) -> FolderSource:
         raise DataError(f"folder:{folder} holds no images; expected one sub-folder per class")
     root = folder.parent if folder.name == (split or DEFAULT_SPLIT) else folder
     return FolderSource(
-        f"folder:{root.resolve().name}@{split or DEFAULT_SPLIT}",
+        f"folder:{root.resolve().name}{query_of(options)}@{split or DEFAULT_SPLIT}",
         folder,
         tuple(names),
         tuple(files),
         np.array(labels, np.int64),
+        pixels,
     )
-
-
-def _read_image(path: Path) -> npt.NDArray[Any]:
-    """A grey image of 8 or 16 bits as (1, H, W), any other as RGB (3, H, W) of 8 bits."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise SettingsError("folder: needs Pillow; pip install 'softcache[vision]'") from error
-    try:
-        with Image.open(path) as image:
-            deep = image.mode.startswith("I;16")  # convert() would cut 16 bits off at 255
-            grey = deep or image.mode == "L"
-            pixels = np.array(image if grey else image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError, UnidentifiedImageError) as error:
-        raise DataError(f"{path} cannot be read as an image ({_one_line(error)})") from error
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
+from softcache.hub_models import HubModel, Tokenize, build_hub, save_hub
 from softcache.imports import needed
 from softcache.learner import replace_file
-from softcache.runs import open_run
+from softcache.runs import Run, open_run
 
 TOLERANCE = 1e-4  # of the largest logit
 TRIED = (1, 2, 7)  # samples in a batch
@@ -20,10 +23,13 @@ TRIED = (1, 2, 7)  # samples in a batch
 Infer = Callable[[Tensor], Tensor]
 
 
-def export(folder: Path, *, onnx: bool, pt2: bool, student: Sequence[str] = ()) -> list[Path]:
-    """Write RUN/student.onnx, RUN/student.pt2 or both; each is run and compared with the student first.
+def export(
+    folder: Path, *, onnx: bool, pt2: bool, hf: bool = False, student: Sequence[str] = ()
+) -> list[Path]:
+    """Write RUN/student.onnx, RUN/student.pt2, RUN/student-hf; each is run and compared with the student first.
 
-    They take (B, *shape) float32, images in [0, 1], and give (B, C) logits, for any B.
+    The first two take (B, *shape) float32, images in [0, 1], and give (B, C) logits, for any B. RUN/student-hf
+    is a folder that transformers loads, with preprocessing and the names of the classes.
 
     Args:
         student: where its code is, if it is not a built-in one.
@@ -32,35 +38,55 @@ def export(folder: Path, *, onnx: bool, pt2: bool, student: Sequence[str] = ()) 
         SettingsError: no format is named, or the extra softcache[onnx] is not there.
         ModelError: the student cannot be exported, or what came out gives other logits.
     """
-    if not onnx and not pt2:
-        raise SettingsError("no format; say --onnx, --pt2 or both")
+    if not (onnx or pt2 or hf):
+        raise SettingsError("no format; say --onnx, --pt2 or --hf")
     run = open_run(folder)
     model = run.model(student)
+    if isinstance(model, HubModel) and isinstance(model.prepare, Tokenize) and (onnx or pt2):
+        raise SettingsError(
+            f"{folder} is a student of texts, whose tokenizer is no part of ONNX or pt2; use --hf"
+        )
     written = []
     for wanted, name, write in ((onnx, "student.onnx", _to_onnx), (pt2, "student.pt2", _to_pt2)):
         if wanted:
             path = folder / name
 
             def make(unfinished: Path, write: Callable[..., Infer] = write) -> None:
-                example = torch.rand(2, *run.input_shape)
-                check(write(model, example, unfinished), model, run.input_shape, unfinished.name)
+                infer = write(model, run.example(2), unfinished)
+                check(infer, model, [run.example(batch) for batch in TRIED], unfinished.name)
 
             replace_file(path, make)
             written.append(path)
+    if hf:
+        written.append(_to_hf(run, model, folder / "student-hf"))
     return written
 
 
-def check(infer: Infer, model: nn.Module, input_shape: tuple[int, ...], name: str) -> None:
-    """Raise ModelError unless `infer` gives the model's logits for batches of several sizes."""
-    generator = torch.Generator().manual_seed(0)
-    for batch in TRIED:
-        inputs = torch.rand(batch, *input_shape, generator=generator)
+def _to_hf(run: Run, model: nn.Module, folder: Path) -> Path:
+    if not isinstance(model, HubModel):
+        raise SettingsError(
+            f"{run.folder} is no student of hf:, which --hf writes; say --onnx or --pt2"
+        )
+    names = tuple(run.facts["class_names"])
+    with tempfile.TemporaryDirectory(dir=run.folder) as unfinished:
+        place = Path(unfinished) / folder.name
+        save_hub(model, place, names if len(names) == run.classes else ())
+        examples = [run.example(batch) for batch in TRIED]
+        check(build_hub(f"hf:{place}", None).eval(), model, examples, folder.name)
+        if folder.exists():
+            shutil.rmtree(folder)
+        place.rename(folder)
+    return folder
+
+
+def check(infer: Infer, model: nn.Module, examples: Sequence[Tensor], name: str) -> None:
+    """Raise ModelError unless `infer` gives the model's logits for batches (B, *shape) of several sizes."""
+    for inputs in examples:
         with torch.inference_mode():
-            wanted = model(inputs)
-        found = infer(inputs)
+            wanted, found = model(inputs), infer(inputs)
         if found.shape != wanted.shape:
             raise ModelError(
-                f"{name} gives {tuple(found.shape)} for a batch of {batch}, the student "
+                f"{name} gives {tuple(found.shape)} for a batch of {len(inputs)}, the student "
                 f"{tuple(wanted.shape)}; the batch's size must not stand in its code"
             )
         worst, scale = float((found - wanted).abs().max()), float(wanted.abs().max())

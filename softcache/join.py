@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Cache
-from softcache.data import Source, check_labels
+from softcache.data import Source, check_labels, to_float
 from softcache.errors import DataError, SettingsError
 from softcache.loader import Batch, Request, augmented, loader, make_request, sequential_batches
 from softcache.loss import LOWEST, Labels, MixedLabels, SparseTargets, Targets
@@ -57,9 +57,13 @@ class JoinedData:
         return len(self.places)
 
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of one input, after the user's own transform."""
+        """The shape of one input."""
+        return tuple(self.first_input().shape[1:])
+
+    def first_input(self) -> Tensor:
+        """The first sample as float (1, *shape), after the user's own transform."""
         raw, first = self.source.fetch([int(self.places[0])])[0], self.numbers[:1]
-        return tuple(self.augmentation.transformed(raw, self.views(0, first), first).shape[1:])
+        return to_float(self.augmentation.transformed(raw, self.views(0, first), first))
 
     def views(self, epoch: int, numbers: Indices) -> Views:
         """The view in which each sample is seen in an epoch, one for all or (B,).

@@ -103,18 +103,16 @@ def divergence_from_teacher(
     return total / count
 
 
-def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
-    """Of one sample, in matrix products and convolutions."""
+def multiply_adds(model: nn.Module, sample: Tensor) -> int:
+    """Of one sample (1, *shape), in matrix products and convolutions."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(1, *input_shape))
+        model(sample)
     return int(counter.get_total_flops()) // 2
 
 
-def latencies(
-    models: Mapping[str, nn.Module], input_shapes: Mapping[str, Sequence[int]], batch: int
-) -> dict[str, float]:
-    """Median seconds of a batch on the CPU; the models take turns, so that all see the same machine."""
-    inputs = {name: torch.rand(batch, *input_shapes[name]) for name in models}
+def latencies(models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """Median seconds of a batch (B, *shape) on the CPU; the models take turns, so that all see the same
+    machine."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
         for turn in range(RUNS + 3):

@@ -3,10 +3,12 @@
     mlp:800,800            fully connected, ReLU, hidden sizes 800 and 800
     cnn:32x2,64x2          convolutions with batch normalization: 2 of width 32, then 2 of width 64
     resnet:20,16           the residual network of CIFAR, depth 20, first width 16
+    hf:ID_OR_FOLDER        an image or text classifier of transformers, see hub_models.py
+    timm:NAME              an image classifier of timm
     FILE.py:CALLABLE       or package.module:CALLABLE, returns an nn.Module
     FILE.pt2               an exported program
 
-Input shape and number of classes of the built-in ones come from the data.
+Input shape and number of classes of the built-in ones come from the data, as do the classes of hf: and timm:.
 """
 
 from __future__ import annotations
@@ -21,9 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
+from softcache.hub_models import build_hub, is_hub, public_hub_name
 from softcache.imports import call, import_callable
 
-FORMS = "mlp:SIZES, cnn:WIDTHS, resnet:DEPTH,WIDTH, FILE.py:CALLABLE, package.module:CALLABLE or FILE.pt2"
+FORMS = (
+    "mlp:SIZES, cnn:WIDTHS, resnet:DEPTH,WIDTH, hf:ID_OR_FOLDER, timm:NAME, FILE.py:CALLABLE, "
+    "package.module:CALLABLE or FILE.pt2"
+)
 
 
 def build(spec: str, *, input_shape: Sequence[int], classes: int) -> nn.Module:
@@ -49,6 +55,8 @@ def build(spec: str, *, input_shape: Sequence[int], classes: int) -> nn.Module:
                 f"model {spec!r}: expected resnet:DEPTH,WIDTH with a depth of 6n + 2 (8, 14, 20, …)"
             )
         return resnet(_image_channels(spec, input_shape), sizes[0], sizes[1], classes)
+    if is_hub(spec):
+        return build_hub(spec, classes)
     if spec.endswith(".pt2"):
         return _load_exported(Path(spec))
     if not rest:
@@ -63,6 +71,8 @@ def build(spec: str, *, input_shape: Sequence[int], classes: int) -> nn.Module:
 
 def public_name(spec: str) -> str:
     """The specification without folders: what may be written into a shared file."""
+    if is_hub(spec):
+        return public_hub_name(spec)
     place, colon, rest = spec.rpartition(":")
     return f"{Path(place).name}:{rest}" if colon else Path(spec).name
 

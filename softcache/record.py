@@ -96,6 +96,7 @@ def run_facts(
     return {
         "softcache": __version__,
         "input_shape": list(parts[0].input_shape()),
+        "input_dtype": str(parts[0].first_input().dtype).removeprefix("torch."),
         "classes": parts[0].classes,
         "class_names": list(caches[0].class_names if caches else parts[0].source.class_names),
         "embedded": not config.datas,  # the samples came from the cache itself

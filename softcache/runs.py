@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
+from softcache.hub_models import is_hub
 from softcache.learner import WEIGHTS
 from softcache.models import build, load_weights, public_name
 
@@ -34,6 +36,19 @@ class Run:
     @property
     def classes(self) -> int:
         return int(self.facts["classes"])
+
+    def example(self, batch: int, seed: int = 0) -> Tensor:
+        """Inputs of no meaning, (batch, *shape), of the type that the student takes.
+
+        Floats in [0, 1]; code points of letters for a model of texts; otherwise ids of 1.
+        """
+        shape, draws = (batch, *self.input_shape), torch.Generator().manual_seed(seed)
+        dtype = getattr(torch, self.facts.get("input_dtype", "float32"))
+        if dtype.is_floating_point:
+            return torch.rand(shape, generator=draws, dtype=dtype)
+        if is_hub(self.facts["settings"]["student"]):
+            return torch.randint(ord("a"), ord("z") + 1, shape, generator=draws, dtype=dtype)
+        return torch.ones(shape, dtype=dtype)
 
     @property
     def weights(self) -> Path:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
+from softcache.hub_models import build_hub, is_hub, is_random
 from softcache.imports import call, import_callable
 from softcache.models import (
     build,
@@ -54,6 +55,11 @@ class Ensemble:
     @property
     def classes(self) -> int:
         return self.teachers[0].classes or 0
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the teachers call their classes; empty if they only number them."""
+        return next((t.class_names for t in self.teachers if t.class_names), ())
 
     @property
     def provenance(self) -> tuple[dict[str, Any], ...]:
@@ -162,6 +168,11 @@ class Teacher:
         return logits
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the model calls its classes; empty if it only numbers them."""
+        return tuple(getattr(self.model, "class_names", ()))
+
+    @property
     def _is_low(self) -> bool:
         return self.precision != "fp32"
 
@@ -197,7 +208,7 @@ def load_teacher(
     """
     if precision == "tf32" and device.type != "cuda":
         raise SettingsError(f"precision tf32 needs a GPU; {device} has none, use fp32 or bf16")
-    if spec.startswith(BUILT_IN) and weights is None:
+    if (spec.startswith(BUILT_IN) or is_random(spec)) and weights is None:
         raise SettingsError(f"teacher {spec} would be untrained; name its --weights")
     width = classes
     if spec.startswith(BUILT_IN) and weights is not None:
@@ -208,7 +219,7 @@ def load_teacher(
             raise SettingsError(f"teacher {spec} has its weights in it; leave --weights out")
         model, facts = open_other(spec)
     else:
-        model = build_teacher(spec, input_shape=sample.shape[1:], classes=width or 2)
+        model = build_teacher(spec, input_shape=sample.shape[1:], classes=width)
         if weights is not None:
             load_weights(model, weights)
         facts = {"parameters": parameter_count(model), "sha256": state_sha256(model)}
@@ -228,8 +239,10 @@ def load_teacher(
     return dataclasses.replace(teacher, classes=found)
 
 
-def build_teacher(spec: str, *, input_shape: Sequence[int], classes: int) -> nn.Module:
+def build_teacher(spec: str, *, input_shape: Sequence[int], classes: int | None) -> nn.Module:
     """The model that `spec` names; a callable of the user's own may also return a function of numpy."""
+    if is_hub(spec):
+        return build_hub(spec, classes if is_random(spec) else None)
     if ":" in spec and not spec.startswith(BUILT_IN):
         found = call(import_callable(spec, what="model"), what=f"model {spec}")
         if callable(found) and not isinstance(found, nn.Module):
@@ -240,7 +253,7 @@ def build_teacher(spec: str, *, input_shape: Sequence[int], classes: int) -> nn.
             f"model {spec} returned {type(found).__name__}; expected a torch nn.Module, or a function "
             "from numpy inputs (B, ...) to (B, classes)"
         )
-    return build(spec, input_shape=input_shape, classes=classes)
+    return build(spec, input_shape=input_shape, classes=classes or 2)
 
 
 def make_ensemble(teachers: Sequence[Teacher], weights: Sequence[float]) -> Ensemble:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from softcache.cache import Cache, Sampled, TopK
 from softcache.cache.reader import open_trainable
 from softcache.checkpoint import NAME, Checkpoint, Place, check_checkpoint
-from softcache.data import CacheSource, Source, open_source
+from softcache.data import CacheSource, Source, all_class_names, check_class_names, open_source
 from softcache.errors import DataError, Interrupted, ModelError, SettingsError
 from softcache.imports import needed
 from softcache.join import JoinedData, join, labels_alone, together
@@ -59,6 +59,12 @@ def train(config: TrainConfig) -> list[Learner]:
     sources: list[Source] = [open_source(spec) for spec in config.datas]
     sources = sources or [CacheSource(cache) for cache in caches]
     eval_source = open_source(config.eval_data) if config.eval_data else None
+    if eval_source is not None:
+        for known, whose in (
+            *((source.class_names, source.name) for source in sources),
+            *((all_class_names(cache), str(cache.path)) for cache in caches),
+        ):
+            check_class_names(eval_source, known, whose)
     check_losses(config, caches)
     settings = lasting_settings(config, sources, caches, eval_source)
     checkpoint = Checkpoint(config.out / NAME, settings, config.checkpoint_minutes)

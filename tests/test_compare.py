@@ -44,9 +44,12 @@ def folders(cache: Cache, data_file: Path, tmp_path: Path) -> list[Path]:
 
 
 def test_multiply_adds_are_those_of_the_layers() -> None:
-    assert multiply_adds(build("mlp:8", input_shape=(1, 8, 8), classes=5), (1, 8, 8)) == 64 * 8 + 40
+    assert (
+        multiply_adds(build("mlp:8", input_shape=(1, 8, 8), classes=5), torch.zeros(1, 1, 8, 8))
+        == 64 * 8 + 40
+    )
     convolution = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 36, 2))
-    assert multiply_adds(convolution, (3, 6, 6)) == 36 * 4 * 3 * 9 + 4 * 36 * 2
+    assert multiply_adds(convolution, torch.zeros(1, 3, 6, 6)) == 36 * 4 * 3 * 9 + 4 * 36 * 2
 
 
 def test_the_calibration_error_by_hand() -> None:
@@ -71,8 +74,8 @@ def test_a_model_that_says_what_is_so_is_calibrated() -> None:
 
 def test_latency_is_of_the_model_and_the_batch() -> None:
     models = {"small": nn.Linear(8, 8), "large": nn.Sequential(*[nn.Linear(512, 512)] * 40)}
-    shapes = {"small": (8,), "large": (512,)}
-    found = latencies(models, shapes, 64)
+    inputs = {"small": torch.rand(64, 8), "large": torch.rand(64, 512)}
+    found = latencies(models, inputs)
     assert found["large"] > 5 * found["small"] > 0
 
 

@@ -173,7 +173,7 @@ def test_what_has_no_form_is_refused_with_the_forms(spec: str) -> None:
         open_source(spec)
 
 
-@pytest.mark.parametrize("spec", ["csv:table.csv", "https://example.org/x", "torch.nn:Linear"])
+@pytest.mark.parametrize("spec", ["tsv:table.tsv", "https://example.org/x", "torch.nn:Linear"])
 def test_an_unknown_kind_is_refused_with_the_forms(spec: str) -> None:
     with pytest.raises(SettingsError, match=r"of unknown kind '.+'; expected idx:DIR, npz:FILE"):
         open_source(spec)

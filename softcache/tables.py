@@ -1,0 +1,133 @@
+"""Tables of numbers, CSV and Parquet, as samples; and labels of a column of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from softcache.errors import DataError, SettingsError
+from softcache.imports import needed
+from softcache.specs import check_options
+
+UNLABELLED = -1
+OPTIONS = ("label", "inputs", "classes")
+LABEL = "label"  # the column that is taken if none is named
+
+Labels = tuple[npt.NDArray[np.int64], tuple[str, ...]]
+
+Column = Any  # of Arrow
+Table = Any  # of Arrow
+Module = Any
+
+
+def read_table(
+    kind: str, path: Path, options: Mapping[str, str]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], tuple[str, ...]]:
+    """Inputs (N, columns) float32, labels (N,) and names of classes of a table.
+
+    Options: label=COLUMN (`label=` for none), inputs=A,B (all others by default), classes=X,Y
+    (the names of the classes in order, if labels are words).
+
+    Raises:
+        SettingsError: a column is not there, or no label is named.
+        DataError: the file is no such table, or a column holds something else than numbers.
+    """
+    spec = f"{kind}:{path}"
+    check_options(options, OPTIONS, spec)
+    table = _read(kind, path)
+    label = _label_column(table.column_names, options, spec)
+    inputs = options["inputs"].split(",") if "inputs" in options else table.column_names
+    inputs = [name for name in inputs if name != label]
+    for name in [*inputs, *([label] if label else [])]:
+        if table.column_names.count(name) != 1:
+            raise SettingsError(
+                f"{spec} has {'no column' if name not in table.column_names else 'two columns'} {name!r}; "
+                f"it has {', '.join(table.column_names)}"
+            )
+    if not inputs or not len(table):
+        raise DataError(f"{spec} has {len(table)} rows and {len(inputs)} columns of inputs")
+    columns = [_numbers(table.column(name), f"{spec}: column {name!r}") for name in inputs]
+    if label is None:
+        return np.stack(columns, 1), np.full(len(table), UNLABELLED, np.int64), ()
+    known = tuple(options["classes"].split(",")) if options.get("classes") else ()
+    labels, names = class_labels(table.column(label), known, f"{spec}: column {label!r}")
+    return np.stack(columns, 1), labels, names
+
+
+def class_labels(column: Column, known: tuple[str, ...], where: str) -> Labels:
+    """Labels (N,) of an Arrow column of whole numbers or of words; what is null has no label.
+
+    Args:
+        known: the classes in order; else the words that occur, sorted.
+
+    Raises:
+        DataError: the column holds something else, or a word that is no class.
+    """
+    arrow = needed("pyarrow", extra="data", what="a table")
+    compute = needed("pyarrow.compute", extra="data", what="a table")
+    if arrow.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type):
+        words = [word.as_py() for word in compute.unique(column)]
+        names = known or tuple(sorted(word for word in words if word is not None))
+        odd = sorted(word for word in words if word is not None and word not in names)
+        if odd:
+            raise DataError(f"{where} has {odd[0]!r}; expected one of {', '.join(names)[:200]}")
+        places = compute.index_in(column, value_set=arrow.array(names, column.type))
+        return _filled(places, compute), names
+    kinds = arrow.types
+    if not (kinds.is_integer(column.type) or kinds.is_boolean(column.type)):
+        numbers = _numbers(column, where)
+        if not (numbers == numbers.round()).all():
+            raise DataError(
+                f"{where} has {numbers[numbers != numbers.round()][0]}; no class number"
+            )
+    return _filled(column.cast(arrow.int64()), compute), known
+
+
+def _filled(column: Column, compute: Module) -> npt.NDArray[np.int64]:
+    filled = compute.fill_null(column, UNLABELLED)
+    return np.asarray(filled.to_numpy(), np.int64)
+
+
+def _read(kind: str, path: Path) -> Table:
+    reader = needed(f"pyarrow.{kind}", extra="data", what=f"a table of {kind}:")
+    if not path.is_file():
+        raise DataError(f"{kind}:{path}: no such file")
+    try:
+        return reader.read_csv(path) if kind == "csv" else reader.read_table(path)
+    except Exception as error:  # Arrow raises many kinds for a damaged file
+        raise DataError(
+            f"{kind}:{path} cannot be read as a table ({' '.join(str(error).split())[:300]})"
+        ) from error
+
+
+def _label_column(columns: list[str], options: Mapping[str, str], spec: str) -> str | None:
+    if "label" in options:
+        return options["label"] or None
+    if LABEL in columns:
+        return LABEL
+    raise SettingsError(
+        f"{spec} has columns {', '.join(columns)}; say which is the label with ?label=COLUMN, or ?label= "
+        "if there is none"
+    )
+
+
+def _numbers(column: Column, where: str) -> npt.NDArray[np.float32]:
+    arrow = needed("pyarrow", extra="data", what="a table")
+    kinds = arrow.types
+    if kinds.is_boolean(column.type):
+        column = column.cast(arrow.int8())
+    if not (kinds.is_integer(column.type) or kinds.is_floating(column.type)):
+        raise DataError(
+            f"{where} holds {column.type}; expected numbers: choose the columns with ?inputs=A,B, texts are "
+            "for hfds:"
+        )
+    if column.null_count:
+        row = next(i for i, value in enumerate(column) if not value.is_valid)
+        raise DataError(f"{where} has no value in row {row}; expected a number in each")
+    return np.asarray(column.to_numpy(), np.float32)
