@@ -18,6 +18,7 @@ from softcache.errors import SettingsError
 from softcache.join import join
 from softcache.loader import loader
 from softcache.loss import MixedLabels, Targets
+from softcache.pull import local_copy
 from softcache.targets import soft_targets, to_dense
 from softcache.verify import check_damage
 
@@ -101,12 +102,13 @@ def open(path: str | Path, *, verify: bool = False) -> SoftCache:
     """Open a cache; nothing of it is read but header and digests.
 
     Args:
+        path: or a URL, which is pulled into the cache folder first.
         verify: check every byte against its digest first.
 
     Raises:
         FormatError: it breaks a rule of the format, is unfinished, or is damaged.
     """
-    cache = open_trainable(path)
+    cache = open_trainable(local_copy(path))
     if verify:
         check_damage(cache)
     return SoftCache(cache)

@@ -13,14 +13,15 @@ import torch
 
 from softcache import choose
 from softcache.cache import Cache, Dense, Header, open_cache
+from softcache.cache.allocate import Stored, create
 from softcache.cache.encodings import DTYPES, ArraySpec
 from softcache.cache.header import BASE_VERSION, INPUTS, VERSION
 from softcache.cache.reader import partial_path
-from softcache.cache.writer import Stored, create
 from softcache.data import Source, check_class_names, open_source, to_float
 from softcache.dump_settings import AUTO, DumpConfig
-from softcache.errors import SettingsError, SoftcacheError
+from softcache.errors import ModelError, SettingsError, SoftcacheError
 from softcache.evaluate import data_digest, evaluate
+from softcache.other_teachers import Matrix
 from softcache.replay import fingerprinted_rows, software, steady_fingerprints
 from softcache.resume import check_same
 from softcache.teacher import (
@@ -104,10 +105,16 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
             precision=config.precision,
             compiled=config.compile,
             output=config.teacher_output,
+            softened=config.teacher_temperature,
         )
         for spec, path in zip(specs, weights, strict=True)
     ]
     for teacher in loaded:
+        if isinstance(teacher.model, Matrix) and len(teacher.model.values) != len(source):
+            raise ModelError(
+                f"teacher {teacher.spec} has {len(teacher.model.values):,} rows, {source.name} has "
+                f"{len(source):,} samples; expected a row for each sample of the data, in its order"
+            )
         check_class_names(source, teacher.class_names, f"teacher {teacher.spec}")
     return make_ensemble(loaded, config.teacher_weight)
 

@@ -13,7 +13,7 @@ import click
 
 from softcache import __version__
 from softcache.errors import Interrupted, SoftcacheError
-from softcache.options import BatchSize, Shard, ViewRange, read_config
+from softcache.options import BatchSize, Numbers, Shard, ViewRange, read_config
 
 # torch takes seconds to import: each command imports what it needs when it runs
 
@@ -65,7 +65,10 @@ def main(traceback: bool) -> None:
     "--teacher-output",
     type=click.Choice(["logits", "probabilities", "log_probabilities"]),
     default="logits",
-    help="What the teacher gives, at temperature 1.",
+    help="What the teacher gives.",
+)
+@click.option(
+    "--teacher-temperature", type=float, default=1.0, help="At which that was softened already."
 )
 @click.option("--data", required=True, metavar="SPEC", help="The samples; see below.")
 @click.option("--temperature", type=float, default=4.0, help="T of softmax(logits / T).")
@@ -119,7 +122,7 @@ def dump(**options: Any) -> None:
                                                   of numpy inputs (B, ...) that gives (B, classes)
       FILE.pt2                                    an exported program
       FILE.onnx                                   through onnxruntime
-      FILE.npy, FILE.npz, FILE.pt                 a matrix: what it said of every sample, in order
+      FILE.npy, FILE.npz, FILE.pt                 a matrix: see softcache import
       hf:ID_OR_FOLDER                             of transformers, images or texts (softcache[hf])
       timm:NAME                                   of timm (softcache[timm])
       mlp:800,800                                 hidden sizes
@@ -166,7 +169,7 @@ def dump(**options: Any) -> None:
 
 
 @main.command()
-@click.argument("cache", type=PATH, nargs=-1)
+@click.argument("cache", nargs=-1, metavar="[CACHE|URL]...")
 @click.option(
     "--student",
     multiple=True,
@@ -255,6 +258,8 @@ def dump(**options: Any) -> None:
 def train(**options: Any) -> None:
     """Train students from CACHE; without CACHE, train a model on the labels alone.
 
+    What is named by a URL is pulled first, into the folder softcache of $XDG_CACHE_HOME (~/.cache).
+
     Of several caches, every batch is drawn from all samples alike: labelled and unlabelled ones, or
     the shards of a dump. FILE.partial, which a dump has not completed, gives its complete views.
 
@@ -270,23 +275,66 @@ def train(**options: Any) -> None:
       dkd:BETA     decoupled KD: KL of label against others + BETA KL among the others
     """
     from softcache.grid import make_variants
+    from softcache.pull import local_copy
     from softcache.train import TrainConfig, train
 
+    few = None if options["rotate"] else options["epochs"]
+    options["cache"] = [local_copy(place, most_views=few) for place in options["cache"]]
     students, grid, tables = (options.pop(name) for name in ("student", "grid", "tables"))
     options["student"], options["variants"] = make_variants(students, grid, tables)
     train(TrainConfig(**options))
 
 
 @main.command()
-@click.argument("cache", type=PATH)
+@click.argument("cache", metavar="CACHE|URL")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def info(cache: Path, as_json: bool) -> None:
-    """Show what a cache says of itself; its rows are not read."""
+def info(cache: str, as_json: bool) -> None:
+    """Show what a cache says of itself; its rows are not read, of a URL not even fetched."""
     from softcache.cache import open_cache
     from softcache.info import describe, facts
 
-    found = open_cache(cache, unfinished=True)
-    click.echo(json.dumps(facts(found), indent=2) if as_json else describe(found))
+    if "://" in cache:
+        from softcache.remote import open_remote
+
+        remote = open_remote(cache)
+        found, name = remote.with_names(), remote.file.shown
+    else:
+        found, name = open_cache(cache, unfinished=True), cache
+    click.echo(json.dumps(facts(found), indent=2) if as_json else describe(found, name))
+
+
+@main.command()
+@click.argument("source", metavar="URL|PATH")
+@click.option("-o", "--out", type=PATH, required=True, metavar="FILE", help="The cache to write.")
+@click.option("--views", type=Numbers(), metavar="A:B", help="Only views A to B - 1.")
+@click.option("--samples", type=Numbers(), metavar="A:B", help="Only samples A to B - 1.")
+@click.option("--expect", metavar="CONTENT_ID", help="Fail if the cache is not this one.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE, or a pull that was begun otherwise.")
+def pull(source: str, **options: Any) -> None:
+    """Fetch a cache, or a part of it, from a server or a disk.
+
+    URL is http://, https:// (softcache[remote]), s3:// (softcache[s3]), gs:// (softcache[gcs]), hf://
+    (softcache[hub]) or a path. Byte ranges are fetched side by side, and every block is checked
+    against its digest as it lands. Run again after any stop, the same command goes on.
+    """
+    from softcache.pull import pull
+    from softcache.report import cache_line
+
+    click.echo(cache_line(pull(source, **options)))
+
+
+@main.command()
+@click.argument("cache", type=PATH)
+@click.argument("url")
+@click.option("--overwrite", is_flag=True, help="Replace another file that is there.")
+def push(cache: Path, url: str, overwrite: bool) -> None:
+    """Put a cache to a URL (s3://, gs://, hf://) or a path, with a card (README.md) beside it.
+
+    It is verified before, and its header and digests are read back after.
+    """
+    from softcache.push import push
+
+    click.echo(push(cache, url, overwrite=overwrite))
 
 
 @main.command()
@@ -373,16 +421,50 @@ def export(run: Path, **options: Any) -> None:
         click.echo(f"{path}: {size:,} bytes, gives the student's logits")
 
 
+@main.command("import")
+@click.argument("source", metavar="SOURCE")
+@click.option("--data", required=True, metavar="SPEC", help="The samples, as in dump.")
+@click.option("--out", required=True, type=PATH, metavar="FILE", help="The cache to write.")
+@click.option(
+    "--holds",
+    "teacher_output",
+    type=click.Choice(["logits", "probabilities", "log_probabilities"]),
+    default="logits",
+    help="What SOURCE holds.",
+)
+@click.option(
+    "--softened", "teacher_temperature", type=float, default=1.0, help="At which temperature."
+)
+@click.option("--temperature", type=float, help="Of the cache.  [default: that of SOURCE]")
+@click.option("--encoding", metavar="SPEC", help="As in dump.  [default: dense; of hfds: topk]")
+@click.option("--classes", type=int, help="How many there are, if the data do not say.")
+@click.option("--overwrite", is_flag=True, help="Make a finished or begun cache anew.")
+def import_labels(**options: Any) -> None:
+    """Make a cache of soft targets that you already have; a row for each sample, in the data's order.
+
+    \b
+    SOURCE is one of
+      FILE.npy, FILE.npz, FILE.pt                     a matrix (samples, classes)
+      hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN   the largest k of each row, of Hugging Face's
+                                                      datasets (softcache[data])
+    """
+    from softcache.import_labels import import_labels
+    from softcache.report import cache_line
+
+    click.echo(cache_line(import_labels(**options)))
+
+
 @main.command("export-labels")
 @click.argument("cache", type=PATH)
-@click.option("-o", "--out", type=PATH, required=True, metavar="FILE.npy")
+@click.option("-o", "--out", type=PATH, required=True, metavar="FILE.npy|FILE.parquet")
 @click.option("--temperature", type=float, help="[default: the cache's]")
 @click.option("--view", type=int, default=0)
 @click.option("--log-probabilities", is_flag=True, help="Instead of probabilities.")
 def export_labels(cache: Path, out: Path, **options: Any) -> None:
-    """Write the soft targets of one view as an .npy matrix (samples, classes) float32.
+    """Write the soft targets of one view: an .npy matrix (samples, classes) float32, or Parquet.
 
-    The other way, softcache dump --teacher FILE.npy makes a cache of a matrix.
+    A row of Parquet (softcache[data]) holds sample, label, key and the list of probabilities. The other
+    way, softcache import makes a cache of a matrix.
     """
     from softcache.export_labels import export_labels
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from softcache import choose
 from softcache.cache.encodings import MAX_TEMPERATURE
 from softcache.errors import SettingsError
-from softcache.other_teachers import MATRICES, OUTPUTS
+from softcache.other_teachers import OUTPUTS, is_matrix
 from softcache.teacher import PRECISIONS
 
 AUTO = 0  # as a batch size
@@ -27,6 +27,7 @@ class DumpConfig:
     weights: Path | Sequence[Path] | None = None
     teacher_weight: Sequence[float] = ()
     teacher_output: str = "logits"  # what the teachers give, of OUTPUTS
+    teacher_temperature: float = 1.0  # at which that was softened
     eval_data: str | None = None
     views: int = 1
     first_view: int = 0
@@ -69,7 +70,11 @@ class DumpConfig:
             raise SettingsError(
                 f"teacher output {self.teacher_output!r} is unknown; expected {', '.join(OUTPUTS)}"
             )
-        matrices = [spec for spec in self.teachers_and_weights[0] if spec.endswith(MATRICES)]
+        if not 0 < self.teacher_temperature <= MAX_TEMPERATURE:
+            raise SettingsError(
+                f"teacher temperature is {self.teacher_temperature}; expected a number above 0, up to 1e6"
+            )
+        matrices = [spec for spec in self.teachers_and_weights[0] if is_matrix(spec)]
         if matrices and (self.augment or self.eval_data):
             raise SettingsError(
                 f"teacher {matrices[0]} is a matrix, which knows its samples as they are and no others; "

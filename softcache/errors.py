@@ -31,6 +31,10 @@ class ModelError(SoftcacheError):
     """A teacher or a student cannot be built, loaded, or run."""
 
 
+class RemoteError(SoftcacheError):
+    """A server cannot be reached, or does not give what it should."""
+
+
 class Interrupted(SoftcacheError):
     """The user stopped the work; what was done is kept."""
 

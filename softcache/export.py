@@ -26,10 +26,10 @@ Infer = Callable[[Tensor], Tensor]
 def export(
     folder: Path, *, onnx: bool, pt2: bool, hf: bool = False, student: Sequence[str] = ()
 ) -> list[Path]:
-    """Write RUN/student.onnx, RUN/student.pt2, RUN/student-hf; each is run and compared with the student first.
+    """Write RUN/student.onnx, .pt2 or RUN/student-hf; each is run and compared with the student first.
 
-    The first two take (B, *shape) float32, images in [0, 1], and give (B, C) logits, for any B. RUN/student-hf
-    is a folder that transformers loads, with preprocessing and the names of the classes.
+    The files take (B, *shape) float32, images in [0, 1], and give (B, C) logits, for any B. The folder
+    is one that transformers loads, with preprocessing and the names of the classes.
 
     Args:
         student: where its code is, if it is not a built-in one.

@@ -20,12 +20,12 @@ def facts(cache: Cache) -> dict[str, Any]:
     }
 
 
-def describe(cache: Cache) -> str:
-    """The same in a few lines."""
+def describe(cache: Cache, name: str | None = None) -> str:
+    """The same in a few lines; `name` is what the file is called, if not by its path."""
     header = cache.header
     known = facts(cache)
     lines = {
-        "cache": f"{cache.path}, format {header.version[0]}.{header.version[1]}",
+        "cache": f"{name or cache.path}, format {header.version[0]}.{header.version[1]}",
         "content": known["content_id"] or f"unfinished, {known['coverage']:.1%} of the blocks",
         "samples": f"{header.samples:,} of {header.data}, {header.views:,} view(s), "
         f"augmented by {header.augment or 'nothing'}, seed {header.seed}"

@@ -11,6 +11,21 @@ import click
 from softcache.errors import SettingsError
 
 
+class Numbers(click.ParamType[tuple[int, int]]):
+    """`8:16`, as (first, how many)."""
+
+    name = "range"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        found = re.fullmatch(r"(\d{1,15}):(\d{1,15})", str(value))
+        first, end = (int(found[1]), int(found[2])) if found else (0, 0)
+        if end <= first:
+            self.fail(f"{value!r}: expected A:B, from A up to B without it, such as 0:10000")
+        return first, end - first
+
+
 class ViewRange(click.ParamType[tuple[int, int]]):
     """`16` or `8:16`, as (first view, how many)."""
 

@@ -3,10 +3,12 @@
 FILE.onnx              through onnxruntime (softcache[onnx])
 FILE.py:CALLABLE       returns a function: numpy (B, *shape) float32 -> (B, C)
 FILE.npy, .npz, .pt    a row for each sample of the data, in its order
+hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN     the largest log-probabilities of each sample
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
+from softcache.hub_data import load
 from softcache.imports import needed
 from softcache.models import file_sha256, read_weights
+from softcache.specs import public_place, query_of, split_options
 
 OUTPUTS = ("logits", "probabilities", "log_probabilities")
 MATRICES = (".npy", ".npz", ".pt")
@@ -63,18 +67,62 @@ class Matrix(nn.Module):
         raise ModelError("a matrix knows the samples of its data alone; leave --eval-data out")
 
 
+class TopRows(Matrix):
+    """The k largest log-probabilities of every sample; what they leave is spread over the other classes."""
+
+    def __init__(
+        self, ids: npt.NDArray[np.int64], log_probs: npt.NDArray[np.float32], classes: int
+    ) -> None:
+        super().__init__(log_probs)
+        self.ids, self.classes = ids, classes
+
+    def rows(self, samples: npt.NDArray[np.int64]) -> Tensor:
+        """The rows of samples (B,), (B, C) float32 log-probabilities."""
+        top = super().rows(samples).double()  # (B, k)
+        others = self.classes - top.shape[1]
+        rest = 1 - top.exp().sum(-1, keepdim=True)  # (B, 1)
+        wrong = (rest < -TOLERANCE).nonzero()
+        if len(wrong):
+            raise ModelError(
+                f"the log-probabilities of sample {samples[int(wrong[0, 0])]} come to a sum of "
+                f"{1 - float(rest[wrong[0, 0], 0]):.4g}; expected at most 1"
+            )
+        even = (rest.clamp(min=0) / max(1, others)).clamp(min=TINY).log()
+        dense = even.expand(-1, self.classes).clone()
+        return dense.scatter(1, torch.from_numpy(self.ids[samples]), top).float()
+
+
+def public_rows_name(spec: str) -> str:
+    """The specification of hfds: without folders."""
+    where, mark, split = spec.removeprefix("hfds:").rpartition("@")
+    place, options = split_options(where or split)
+    return f"hfds:{public_place(place)}{query_of(options)}{mark}{split if where else ''}"
+
+
+def is_matrix(spec: str) -> bool:
+    """Whether a specification names rows that were computed before."""
+    return spec.endswith(MATRICES) or spec.startswith("hfds:")
+
+
 def is_other(spec: str) -> bool:
     """Whether the specification names a file of one of these kinds."""
-    return spec.endswith((".onnx", *MATRICES))
+    return spec.endswith(".onnx") or is_matrix(spec)
 
 
-def open_other(spec: str) -> tuple[nn.Module, dict[str, Any]]:
+def open_other(spec: str, classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """The teacher of a file, and what its provenance says of its size and content.
 
+    Args:
+        classes: how many there are, for rows that hold only some.
+
     Raises:
-        SettingsError: no such file, or the extra softcache[onnx] is not there.
+        SettingsError: no such file, or an extra is not there.
         ModelError: it is not what its name says.
     """
+    if spec.startswith("hfds:"):
+        rows = open_top_rows(spec, classes)
+        digest = hashlib.sha256(rows.ids.tobytes() + rows.values.tobytes()).hexdigest()
+        return rows, {"parameters": 0, "sha256": digest}
     path = Path(spec)
     if not path.is_file():
         raise SettingsError(f"teacher {spec}: no such file")
@@ -113,6 +161,55 @@ def read_matrix(path: Path) -> npt.NDArray[Any]:
             f"teacher {path} holds {found.dtype} {found.shape}; expected numbers (samples, classes)"
         )
     return matrix
+
+
+def open_top_rows(spec: str, classes: int | None) -> TopRows:
+    """Columns of class ids and log-probabilities of a Hugging Face data set, k of each in every row.
+
+    Raises:
+        SettingsError: the columns or the number of classes are not named.
+        ModelError: the rows are not all of k, an id is no class, or stands there twice.
+    """
+    where, _, split = spec.removeprefix("hfds:").rpartition("@")
+    place, options = split_options(where or split)
+    if set(options) - {"ids", "log_probs", "name"} or not {"ids", "log_probs"} <= set(options):
+        raise SettingsError(
+            f"teacher {spec}: expected hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN@SPLIT"
+        )
+    if classes is None:
+        raise SettingsError(f"teacher {spec} holds some classes of each row; add --classes")
+    table = load(place, split if where else "", options.get("name"))
+    columns = []
+    for column in (options["ids"], options["log_probs"]):
+        if column not in table.column_names:
+            raise SettingsError(
+                f"teacher {spec} has no column {column!r}; it has {', '.join(table.column_names)}"
+            )
+        try:
+            values = np.array(table.with_format("numpy")[column][:])
+        except ValueError:  # rows of different lengths
+            values = np.empty(0, object)
+        if values.ndim != 2 or values.dtype.kind not in "iuf":
+            raise ModelError(
+                f"teacher {spec}: column {column!r} is {values.dtype} {values.shape}; expected k numbers in "
+                "every row. Lists of lists, as of the tokens of a text, are not classes of a sample"
+            )
+        columns.append(values)
+    ids, log_probs = columns[0].astype(np.int64), columns[1].astype(np.float32)
+    if ids.shape != log_probs.shape or ids.shape[1] > classes:
+        raise ModelError(
+            f"teacher {spec}: ids {ids.shape} and log-probabilities {log_probs.shape} of {classes} classes; "
+            "expected as many of each, and no more than classes"
+        )
+    if ids.size and (ids.min() < 0 or ids.max() >= classes):
+        raise ModelError(f"teacher {spec} has class id {ids.max()}; expected 0 to {classes - 1}")
+    ordered = np.sort(ids, axis=1)
+    twice = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(1))
+    if len(twice):
+        raise ModelError(
+            f"teacher {spec} names a class twice in row {twice[0]}; expected each once"
+        )
+    return TopRows(ids, log_probs, classes)
 
 
 def _only_one(arrays: dict[str, npt.NDArray[Any]], path: Path) -> npt.NDArray[Any]:

@@ -28,7 +28,14 @@ from softcache.models import (
     public_name,
     read_weights,
 )
-from softcache.other_teachers import Matrix, NumpyTeacher, as_logits, is_other, open_other
+from softcache.other_teachers import (
+    Matrix,
+    NumpyTeacher,
+    as_logits,
+    is_other,
+    open_other,
+    public_rows_name,
+)
 from softcache.targets import soften
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,6 +112,7 @@ class Teacher:
     precision: str
     provenance: dict[str, Any]
     output: str = "logits"  # what the model gives, of OUTPUTS
+    softened: float = 1.0  # the temperature at which that was softened
 
     def logits(self, inputs: Tensor, samples: npt.NDArray[np.int64] | None = None) -> Tensor:
         """Logits (B, C) float32 of float inputs (B, *shape), on the teacher's device.
@@ -156,7 +164,8 @@ class Teacher:
             raise ModelError(
                 f"teacher {self.spec} returns shape {tuple(logits.shape)} for {which}; {expected}"
             )
-        logits = as_logits(logits.detach().float(), self.output, self.spec)
+        # softmax(z / T): the logits are T times the logarithm, but for a constant
+        logits = as_logits(logits.detach().float(), self.output, self.spec) * self.softened
         if not bool(logits.isfinite().all()):
             row = int((~logits.isfinite()).any(-1).nonzero()[0, 0])
             column = int((~logits[row].isfinite()).nonzero()[0, 0])
@@ -193,6 +202,7 @@ def load_teacher(
     precision: str,
     compiled: bool = False,
     output: str = "logits",
+    softened: float = 1.0,
 ) -> Teacher:
     """Build the teacher, load its weights, and try it on one sample.
 
@@ -200,6 +210,7 @@ def load_teacher(
         sample: (1, *shape) float, tells the built-in architectures their input's shape.
         classes: how many are declared; None to take what the teacher gives.
         output: what it gives, of OUTPUTS.
+        softened: the temperature at which that was softened.
 
     Raises:
         SettingsError: an unknown specification, a built-in architecture without weights, or a
@@ -217,7 +228,7 @@ def load_teacher(
     if is_other(spec):
         if weights is not None:
             raise SettingsError(f"teacher {spec} has its weights in it; leave --weights out")
-        model, facts = open_other(spec)
+        model, facts = open_other(spec, classes)
     else:
         model = build_teacher(spec, input_shape=sample.shape[1:], classes=width)
         if weights is not None:
@@ -225,14 +236,15 @@ def load_teacher(
         facts = {"parameters": parameter_count(model), "sha256": state_sha256(model)}
     model = model.to(device).eval()
     provenance = {
-        "name": public_name(spec),
+        "name": public_rows_name(spec) if spec.startswith("hfds:") else public_name(spec),
         "weights": weights.name if weights else None,
         **facts,
         **({} if output == "logits" else {"output": output}),
+        **({} if softened == 1 else {"temperature": float(softened)}),
     }
     if compiled:
         model.compile()
-    teacher = Teacher(spec, model, width, device, precision, provenance, output)
+    teacher = Teacher(spec, model, width, device, precision, provenance, output, softened)
     found = teacher.logits(sample).shape[1]
     if found < 2:
         raise ModelError(f"teacher {spec} gives {found} class; expected 2 or more")

@@ -19,6 +19,7 @@ import pytest
 import xxhash
 
 from softcache.begin import draft_header, load_teachers
+from softcache.cache import allocate as cache_allocate
 from softcache.cache import open_cache
 from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
@@ -100,7 +101,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StopAt:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 7 rows, each committed when it is whole: they end where no batch does."""
-    monkeypatch.setattr(cache_writer, "block_rows", lambda *layout: 7)
+    monkeypatch.setattr(cache_allocate, "block_rows", lambda *layout: 7)
     monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)
 
 

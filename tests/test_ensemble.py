@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from softcache.cache import Cache, open_cache
+from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
 from softcache.choose import FIT_VIEWS, needs_rows
@@ -410,7 +411,7 @@ def test_a_dump_stopped_again_and_again_ends_in_the_same_bytes(
     encoded: DumpConfig, stop_at: StopAt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # blocks of 3 to 30 rows, which end where no batch does, each committed when it is whole
-    monkeypatch.setattr(cache_writer, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(cache_allocate, "BLOCK_BYTES", 700)
     monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)
     whole = dump(replace(encoded, out=tmp_path / "whole.h5")).path.read_bytes()
     kept = []

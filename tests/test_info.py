@@ -14,7 +14,7 @@ import pytest
 
 from softcache import __version__
 from softcache.cache import Cache, open_cache
-from softcache.cache import writer as writer_module
+from softcache.cache import allocate as cache_allocate
 from softcache.dump import DumpConfig, dump
 from softcache.errors import ModelError
 from softcache.info import describe, facts
@@ -42,7 +42,7 @@ def teacher():
 @pytest.fixture
 def unfinished(dump_config: DumpConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     """A dump that stopped after two of its three blocks."""
-    monkeypatch.setattr(writer_module, "BLOCK_BYTES", 1000)  # 100 rows of 5 float16
+    monkeypatch.setattr(cache_allocate, "BLOCK_BYTES", 1000)  # 100 rows of 5 float16
     (tmp_path / "stopping.py").write_text(STOPPING)
     config = dataclasses.replace(
         dump_config, teacher=f"{tmp_path / 'stopping.py'}:teacher", eval_data=None, batch_size=100

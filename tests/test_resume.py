@@ -20,7 +20,8 @@ from torch import Tensor
 
 from softcache import choose
 from softcache.begin import draft_header, load_teachers
-from softcache.cache import Cache, open_cache
+from softcache.cache import Cache, disk, open_cache
+from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as cache_writer
 from softcache.cache.merge import merge
 from softcache.cache.reader import partial_path
@@ -49,7 +50,7 @@ Work = Callable[[], object]
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DumpConfig:
     """Of two views, in blocks of a few rows, each committed when it is whole."""
-    monkeypatch.setattr(cache_writer, "BLOCK_BYTES", 10 * BLOCK_ROWS)
+    monkeypatch.setattr(cache_allocate, "BLOCK_BYTES", 10 * BLOCK_ROWS)
     monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)
     return replace(exact_config(tmp_path), views=2, out=tmp_path / "cache.h5")
 
@@ -367,14 +368,15 @@ def test_the_command_line_adds_views_and_makes_parts(
 
 def at_each_write(note: Callable[[], None], work: Work) -> None:
     """Do some work, and before each of its writes to a cache something else."""
-    real = cache_writer._pwrite
+    real = disk.pwrite
 
     def noted(file: int, values: bytes, offset: int) -> None:
         note()
         real(file, values, offset)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_writer, "_pwrite", noted)
+        for module in (cache_allocate, cache_writer):
+            patch.setattr(module, "pwrite", noted)
         work()
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from softcache.cache import allocate as cache_allocate
 from softcache.cache import open_cache
-from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
 from softcache.dump import DumpConfig, dump
 from softcache.errors import FormatError, ModelError
@@ -103,7 +103,7 @@ def unfinished(dumped: DumpConfig, monkeypatch: pytest.MonkeyPatch, models: Path
     """Let the dump stop after so many rows; the file it leaves."""
 
     def unfinished(rows: int) -> Path:
-        monkeypatch.setattr(cache_writer, "block_rows", lambda *layout: 7)  # ends in mid-batch
+        monkeypatch.setattr(cache_allocate, "block_rows", lambda *layout: 7)  # ends in mid-batch
         monkeypatch.setenv("TEACHER_ROWS", str(rows))
         with pytest.raises(ModelError, match="raised ValueError on samples"):
             dump(dumped)

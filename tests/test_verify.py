@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from softcache.cache import Cache, open_cache
+from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
 from softcache.dump import DumpConfig, dump
@@ -25,7 +26,7 @@ def two_views(dump_config: DumpConfig) -> DumpConfig:
 @pytest.fixture
 def blocks(two_views: DumpConfig, monkeypatch: pytest.MonkeyPatch) -> Cache:
     """A cache of 2 views in blocks of 20 samples."""
-    monkeypatch.setattr(cache_writer, "block_rows", lambda *layout: 20)
+    monkeypatch.setattr(cache_allocate, "block_rows", lambda *layout: 20)
     return dump(two_views)
 
 

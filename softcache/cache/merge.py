@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from softcache.cache.allocate import Values, create
 from softcache.cache.encodings import ArraySpec
 from softcache.cache.header import INPUTS, Header
 from softcache.cache.reader import (
@@ -23,7 +24,7 @@ from softcache.cache.reader import (
     shared_digest,
 )
 from softcache.cache.summary import pooled_fidelity, summarize
-from softcache.cache.writer import Values, Writer, create
+from softcache.cache.writer import Writer
 from softcache.errors import FormatError, SettingsError
 
 # what decides the values of a cache: only caches that agree in it can become one

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Cache, Dense, Header, open_cache
+from softcache.cache.allocate import create
 from softcache.cache.header import FINGERPRINT
-from softcache.cache.writer import Writer, create
+from softcache.cache.writer import Writer
 from softcache.data import ArraySource, open_source
 
 WRITE_ROWS = 4096  # of write_cache(), at a time

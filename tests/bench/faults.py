@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from softcache.cache import Header, open_cache, writer
+from softcache.cache import Header, allocate, open_cache, writer
 from softcache.cache.header import PREAMBLE
 from softcache.cache.reader import partial_path, verify
 from softcache.cli import main as softcache
@@ -338,7 +338,7 @@ def _child(command: Sequence[str], fault: Fault | None, output: int, calls: int)
         os.dup2(output, 2)
         torch.set_num_threads(1)
         # commits must come of what was written, not of how long it took
-        writer.BLOCK_BYTES, writer.COMMIT_SECONDS = BLOCK_BYTES, 0.0
+        allocate.BLOCK_BYTES, writer.COMMIT_SECONDS = BLOCK_BYTES, 0.0
         disk = Disk(fault)
         disk.install()
         if fault is not None and fault.mode.startswith("limit"):

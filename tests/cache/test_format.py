@@ -23,8 +23,9 @@ import xxhash
 import softcache
 from softcache.cache import Basis, Cache, Dense, Header, Quantized, Sampled, TopK, open_cache
 from softcache.cache import writer as writer_module
+from softcache.cache.allocate import create
 from softcache.cache.reader import digest_of, open_trainable, partial_path, verify
-from softcache.cache.writer import Writer, create
+from softcache.cache.writer import Writer
 from softcache.data import CacheSource, Source, open_source, sample_keys
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.replay import check_replay

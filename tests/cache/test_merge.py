@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softcache.cache import Cache, open_cache
+from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as cache_writer
 from softcache.cache.merge import SETTINGS, merge
 from softcache.cache.reader import partial_path, verify
@@ -93,7 +94,7 @@ def write_other_data(folder: Path) -> None:
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DumpConfig:
     """In blocks of a few rows, each committed when it is whole; no part ends where a block does."""
-    monkeypatch.setattr(cache_writer, "BLOCK_BYTES", 10 * BLOCK_ROWS)
+    monkeypatch.setattr(cache_allocate, "BLOCK_BYTES", 10 * BLOCK_ROWS)
     monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)
     return exact_config(tmp_path)
 
@@ -236,7 +237,7 @@ def test_any_cuts_come_to_the_same(
         return
     random.Random(seed).shuffle(parts)
     with pytest.MonkeyPatch.context() as patch:  # the blocks of the parts stay as they are
-        patch.setattr(cache_writer, "BLOCK_BYTES", block_bytes)
+        patch.setattr(cache_allocate, "BLOCK_BYTES", block_bytes)
         check_same(merge(parts, tmp_path / "merged.h5"), part("whole", encoding=encoding))
 
 
@@ -343,7 +344,7 @@ def test_a_basis_fitted_apart_is_refused_with_advice_that_helps(
     again = part("again", encoding="basis:4,2", shard=(1, 2), like=one.path)
     found = merge([one, again], tmp_path / "merged.h5")
     monkeypatch.undo()
-    monkeypatch.setattr(cache_writer, "BLOCK_BYTES", 10 * BLOCK_ROWS)
+    monkeypatch.setattr(cache_allocate, "BLOCK_BYTES", 10 * BLOCK_ROWS)
     np.testing.assert_array_equal(
         found.arrays["codes"], part("whole", encoding="basis:4,2").arrays["codes"]
     )

@@ -14,6 +14,7 @@ import pytest
 import xxhash
 
 from softcache.cache import Header, open_cache
+from softcache.cache.allocate import create
 from softcache.cache.reader import (
     Damage,
     digest_of,
@@ -22,7 +23,7 @@ from softcache.cache.reader import (
     partial_path,
     verify,
 )
-from softcache.cache.writer import Writer, create, forget
+from softcache.cache.writer import Writer, forget
 from softcache.errors import FormatError, SettingsError
 from tests.cache.test_header import Place, tiny_cache, with_preamble, with_values
 from tests.cache.test_writer import (

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from softcache.cache import Cache, Dense, Header, Sampled
+from softcache.cache.allocate import create
 from softcache.cache.header import FINGERPRINT
 from softcache.cache.reader import block_damage, open_cache, partial_path
-from softcache.cache.writer import Writer, create
+from softcache.cache.writer import Writer
 from softcache.targets import soft_targets
 
 CLASSES = 256  # 512 bytes a row

@@ -17,10 +17,12 @@ import numpy.typing as npt
 import pytest
 
 from softcache.cache import Dense, Header, open_cache
+from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as writer_module
+from softcache.cache.allocate import block_rows, create
 from softcache.cache.header import MAX_BLOCKS
 from softcache.cache.reader import partial_path, verify
-from softcache.cache.writer import Writer, block_rows, create, forget
+from softcache.cache.writer import Writer, forget
 from softcache.errors import DataError, FormatError, SoftcacheError
 
 VIEWS, SAMPLES, CLASSES = 2, 30, 5
@@ -97,7 +99,7 @@ def begin(
     """Allocate a tiny unfinished cache of several blocks."""
     row_bytes = 2 * CLASSES * int(np.prod(positions))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer_module, "BLOCK_BYTES", rows_of_a_block * row_bytes)
+        patch.setattr(cache_allocate, "BLOCK_BYTES", rows_of_a_block * row_bytes)
         create(path, draft(positions), shared_values())
 
 
@@ -273,7 +275,7 @@ def test_every_array_begins_at_a_cache_line_whatever_lies_before_it(
 def test_an_array_that_lies_astride_is_refused_as_the_file_is_made(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer_module, "ALIGNMENT", 1)
+    monkeypatch.setattr(cache_allocate, "ALIGNMENT", 1)
     names = np.array([b"xyz"] * CLASSES)
     with pytest.raises(FormatError, match=r"array \w+ begins at [\d,]+; expected a multiple of 8"):
         create(path, draft(), shared_values() | {"class_names": names})

@@ -1,0 +1,62 @@
+"""A cache of soft targets that somebody has already, in the layouts that people use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from softcache.cache import Cache
+from softcache.data import open_source
+from softcache.dump import DumpConfig, dump
+from softcache.errors import SettingsError
+from softcache.other_teachers import is_matrix, open_top_rows
+
+
+def import_labels(
+    source: str,
+    *,
+    data: str,
+    out: Path,
+    teacher_output: str = "logits",
+    teacher_temperature: float = 1.0,
+    temperature: float | None = None,
+    encoding: str | None = None,
+    classes: int | None = None,
+    overwrite: bool = False,
+) -> Cache:
+    """Make a cache of a matrix, or of the top classes of each row: a dump that asks no teacher.
+
+    Args:
+        source: FILE.npy, .npz or .pt, or hfds:… with columns of ids and log-probabilities.
+        teacher_output: what a matrix holds, of OUTPUTS.
+        teacher_temperature: at which it was softened.
+        temperature: of the cache; by default the same.
+        encoding: by default dense; of top classes, as many exact entries as there are.
+
+    Raises:
+        SettingsError: the source is no such file.
+        SoftcacheError: as dump().
+    """
+    if not is_matrix(source):
+        raise SettingsError(
+            f"{source}: expected FILE.npy, FILE.npz, FILE.pt or hfds:ID_OR_FOLDER; a model is for dump"
+        )
+    if encoding is None:
+        encoding = "dense"
+        if source.startswith("hfds:"):
+            classes = classes or len(open_source(data).class_names) or None
+            rows = open_top_rows(source, classes)
+            k = rows.values.shape[1]
+            encoding = f"topk:{k}" if k < rows.classes else "dense"
+    return dump(
+        DumpConfig(
+            teacher=source,
+            data=data,
+            temperature=temperature or teacher_temperature,
+            out=out,
+            teacher_output=teacher_output,
+            teacher_temperature=teacher_temperature,
+            encoding=encoding,
+            classes=classes,
+            overwrite=overwrite,
+        )
+    )
