@@ -58,15 +58,18 @@ def http_server(folder: Path) -> Iterator[Served]:
             if not file.is_file():
                 self.send_error(404)
                 return
-            whole = file.read_bytes()
+            size = file.stat().st_size
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            start, body, status = 0, whole, 200
+            start, end, status = 0, size if with_body else 0, 200
             if asked and served.ranges:
-                start, end = int(asked[1]), min(int(asked[2]) + 1, len(whole))
-                body, status = whole[start:end], 206
+                start, end, status = int(asked[1]), min(int(asked[2]) + 1, size), 206
                 served.asked.append((start, end - start))
-            given = served.answer(start, body) if with_body and status == 206 else body
+            with file.open("rb") as opened:
+                opened.seek(start)
+                body = opened.read(end - start)
+            given = served.answer(start, body) if with_body else body
             said = len(body) if given is None else len(given)
+            said = said if with_body else size
             self.send_response(status)
             if not with_body and served.size_said is not None:
                 said = served.size_said
@@ -75,7 +78,7 @@ def http_server(folder: Path) -> Iterator[Served]:
                 self.send_header("Accept-Ranges", "bytes")
             if status == 206:
                 last = start + len(body) - 1
-                self.send_header("Content-Range", f"bytes {start}-{last}/{len(whole)}")
+                self.send_header("Content-Range", f"bytes {start}-{last}/{size}")
             self.end_headers()
             if with_body:
                 self.wfile.write(body[: len(body) // 2] if given is None else given)

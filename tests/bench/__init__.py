@@ -103,11 +103,16 @@ def random_log_probs(samples: int, classes: int, temperature: float, seed: int) 
 
 
 def write_cache(
-    path: Path, rows: Callable[[range], Tensor], samples: int, classes: int, temperature: float
+    path: Path,
+    rows: Callable[[range], Tensor],
+    samples: int,
+    classes: int,
+    temperature: float,
+    views: int = 1,
 ) -> Cache:
-    """A dense cache of one view; `rows` gives the log-probabilities (B, C) of a range of samples."""
+    """A dense cache; `rows` gives the log-probabilities (B, C) of a range of samples, in every view."""
     header = Header(
-        views=1,
+        views=views,
         samples=samples,
         first_view=0,
         first_sample=0,
@@ -134,7 +139,7 @@ def write_cache(
     shared = {
         "class_names": np.array([str(number).encode() for number in range(classes)]),
         "fingerprinted": np.zeros(1, np.int64),
-        "fingerprints": np.zeros((1, 1, FINGERPRINT), np.float32),
+        "fingerprints": np.zeros((views, 1, FINGERPRINT), np.float32),
     }
     create(path, header, shared)
     with Writer(path) as writer:
@@ -143,6 +148,7 @@ def write_cache(
             keys = np.arange(part.start, part.stop, dtype=np.uint64)
             labels = np.full(len(part), -1, np.int64)
             half = rows(part).half().numpy()
-            writer.write(0, start, {"log_probs": half}, {"labels": labels, "keys": keys})
+            for view in range(views):
+                writer.write(view, start, {"log_probs": half}, {"labels": labels, "keys": keys})
         writer.finish({"entropy": 0.0, "agreement": None, "rows": 1})  # nobody asks
     return open_cache(path)
