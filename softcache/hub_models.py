@@ -44,12 +44,28 @@ class HubModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.prepare, self.class_names = model, prepare, class_names
+        hooks: Any = self  # torch has no types for them
+        hooks.register_state_dict_post_hook(_own_names)
+        hooks.register_load_state_dict_pre_hook(_wrapped_names)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Raw inputs (B, *shape) to logits (B, C)."""
         prepared = self.prepare(inputs)
         found = self.model(**prepared) if isinstance(prepared, Mapping) else self.model(prepared)
         return found if isinstance(found, Tensor) else found.logits
+
+
+def _own_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Weights have the names that their library gives them: without `model.` before each."""
+    inner = f"{prefix}model."
+    for name in [name for name in state if name.startswith(inner)]:
+        state[prefix + name.removeprefix(inner)] = state.pop(name)
+
+
+def _wrapped_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """The way back, before they are loaded."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}model.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 class Tokenize(nn.Module):
@@ -336,7 +352,10 @@ def _build_timm(
     if classes is not None:
         given.setdefault("num_classes", classes)
     model = timm.create_model(place, pretrained=pretrained, **given)
-    settings = timm.data.resolve_model_data_config(model)
+    settings = dict(timm.data.resolve_model_data_config(model))
+    if isinstance(given.get("img_size"), int):  # which timm's data config does not know of
+        side = given["img_size"]
+        settings["input_size"] = (settings["input_size"][0], side, side)
     steps = steps_of_timm(settings, f"model {spec}")
     return HubModel(model, Preprocess(steps, settings["input_size"][0]))
 

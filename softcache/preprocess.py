@@ -31,6 +31,9 @@ class Steps:
     resize: int | tuple[int, int] | None = None  # the shorter side, or height and width
     interpolation: str = "bilinear"  # of MODES, antialiased
     crop: tuple[int, int] | None = None  # of the centre, height and width
+    round_crop: bool = (
+        False  # half a pixel to the even one, as torchvision; else down, as transformers
+    )
     scale: float = 1.0  # of values in [0, 1]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -61,7 +64,7 @@ class Preprocess(nn.Module):
         if steps.resize is not None:
             images = resize(images, steps.resize, steps.interpolation)
         if steps.crop is not None:
-            images = center_crop(images, steps.crop)
+            images = center_crop(images, steps.crop, rounded=steps.round_crop)
         if steps.scale != 1.0:
             images = images * steps.scale
         if steps.mean:
@@ -84,7 +87,7 @@ def resize(images: Tensor, size: int | tuple[int, int], interpolation: str) -> T
     return found.clamp(0, 1) if interpolation == "bicubic" else found  # which overshoots
 
 
-def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
+def center_crop(images: Tensor, size: tuple[int, int], *, rounded: bool = False) -> Tensor:
     """The middle of images (B, C, H, W), with zeros around it where they are smaller."""
     height, width = images.shape[-2:]
     more = max(size[0] - height, 0), max(size[1] - width, 0)
@@ -92,7 +95,8 @@ def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
         top, left = -(-more[0] // 2), -(-more[1] // 2)
         images = functional.pad(images, (left, more[1] - left, top, more[0] - top))
         height, width = images.shape[-2:]
-    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    halves = (height - size[0]) / 2, (width - size[1]) / 2
+    top, left = (round(half) if rounded else int(half) for half in halves)
     return images[..., top : top + size[0], left : left + size[1]]
 
 
@@ -149,6 +153,7 @@ def steps_of_timm(settings: Mapping[str, Any], who: str) -> Steps:
         resize=resized,
         interpolation=_interpolation(settings.get("interpolation") or "bilinear", who),
         crop=(height, width),
+        round_crop=True,
         mean=_channels(settings["mean"]),
         std=_channels(settings["std"]),
     )
