@@ -146,7 +146,7 @@ def load(place: str, split: str, config: str | None = None) -> Table:
 
 def _slice(datasets: Module, found: Table, split: str, named: bool) -> Table:
     """A split such as `train[:1000]` of what lies in a folder."""
-    base = re.split(r"[\[+]", split)[0]
+    base = split.partition("[")[0]
     if isinstance(found, datasets.DatasetDict):
         if base not in found:
             raise SettingsError(f"the folder has no split {base!r}; it has {', '.join(found)}")

@@ -135,10 +135,11 @@ def build_hub(spec: str, classes: int | None) -> HubModel:
     except (ModelError, SettingsError):
         raise
     except Exception as error:  # the libraries raise many kinds
-        here = "" if Path(rest).expanduser().exists() else f"; there is no folder {rest} here"
+        gone = isinstance(error, OSError) and not Path(rest).expanduser().exists()
+        here = f"; there is no folder {rest} here" if gone else ""
         raise ModelError(
             f"model {spec} cannot be built ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:400]}){here if kind == 'hf' else ''}"
+            f"{' '.join(str(error).split())[:400]}){here}"
         ) from error
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def encode(texts: Sequence[str], length: int) -> Tensor:
-    """Texts as code points (B, length) int32; longer ones are cut, shorter ones end in zeros."""
+    """Texts as code points (B, length) int64; longer ones are cut, shorter ones end in zeros."""
     points = np.array(texts, f"<U{length}").reshape(-1, 1).view("<i4")  # (B, length)
-    return torch.from_numpy(points.astype(np.int32, copy=False))
+    return torch.from_numpy(points.astype(np.int64))
 
 
 def decode(points: Tensor) -> list[str]:

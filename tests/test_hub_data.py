@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from softcache.data import open_source
+from softcache.errors import DataError, SettingsError
+from softcache.text import decode
+from tests.hub import BREEDS, save_pets, save_reviews
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pets(tmp_path_factory.mktemp("data") / "pets", train=12, test=4)
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_reviews(tmp_path_factory.mktemp("data") / "reviews", train=12, test=4)
+
+
+def saved(folder: Path, **columns: Any) -> str:
+    """The specification of a data set of these columns."""
+    datasets.Dataset.from_dict(columns).save_to_disk(str(folder))
+    return f"hfds:{folder}"
+
+
+def test_images_of_a_saved_folder_have_labels_and_names(pets: Path) -> None:
+    source = open_source(f"hfds:{pets}?size=24")
+    inputs, labels = source.fetch([3, 0])
+    assert inputs.shape == (2, 3, 24, 24)
+    assert inputs.dtype == torch.uint8
+    known = datasets.load_from_disk(str(pets))["train"]
+    assert labels.tolist() == [known[3]["label"], known[0]["label"]]
+    assert source.class_names == BREEDS
+    assert source.name == "hfds:pets?size=24@train"
+    assert len(open_source(f"hfds:{pets}?size=24@test")) == 4
+
+
+def test_images_of_different_sizes_are_named(pets: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"sample \d+ in hfds:pets@train has shape .*; sample 0|add \?"
+    ):
+        open_source(f"hfds:{pets}").fetch(range(12))
+
+
+def test_texts_are_code_points_of_the_longest(reviews: Path) -> None:
+    source = open_source(f"hfds:{reviews}")
+    known = datasets.load_from_disk(str(reviews))["train"]["text"]
+    inputs = source.fetch(range(12))[0]
+    assert inputs.shape == (12, max(map(len, known)))
+    assert decode(inputs) == list(known)
+    short = open_source(f"hfds:{reviews}?length=7").fetch(range(12))[0]
+    assert decode(short) == [text[:7].rstrip("\0") for text in known]
+
+
+def test_columns_of_numbers_are_inputs(tmp_path: Path) -> None:
+    values = np.arange(12.0).reshape(4, 3)
+    spec = saved(tmp_path / "n", x=values.tolist(), y=["b", "a", None, "b"])
+    source = open_source(f"{spec}?input=x&label=y")
+    inputs, labels = source.fetch(range(4))
+    np.testing.assert_array_equal(inputs.numpy(), values)
+    assert labels.tolist() == [1, 0, -1, 1]
+    assert source.class_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("split", "samples"),
+    [("train[:5]", 5), ("train[50%:]", 6), ("test[-1:]", 1), ("test", 4)],
+)
+def test_splits_are_cut_as_the_library_cuts_them(pets: Path, split: str, samples: int) -> None:
+    source = open_source(f"hfds:{pets}?size=8@{split}")
+    assert len(source) == samples
+    assert source.name.endswith(f"@{split}")
+
+
+def test_a_parquet_file_is_a_data_set(reviews: Path, tmp_path: Path) -> None:
+    datasets.load_from_disk(str(reviews))["train"].to_parquet(str(tmp_path / "r.parquet"))
+    source = open_source(f"hfds:{tmp_path / 'r.parquet'}?length=9@train[:3]")
+    assert len(source) == 3
+    whole = open_source(f"hfds:{reviews}?length=9").fetch(range(3))
+    assert torch.equal(source.fetch(range(3))[0], whole[0])
+    assert source.class_names == ("bad", "good")
+
+
+def test_a_source_goes_to_another_process(pets: Path) -> None:
+    source = open_source(f"hfds:{pets}?size=8")
+    again = pickle.loads(pickle.dumps(source))
+    assert torch.equal(again.fetch([1])[0], source.fetch([1])[0])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("?input=picture", "has no column 'picture'; it has image, label"),
+        ("?label=kind", "has no column 'kind'; it has image, label"),
+        ("?input=label", r"column 'label' holds ClassLabel\(.*expected images, texts or numbers"),
+        ("?inputs=image", "unknown option 'inputs'; expected input, label"),
+        ("@validation", "the folder has no split 'validation'; it has train, test"),
+    ],
+)
+def test_what_is_not_there_is_named(pets: Path, spec: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        open_source(f"hfds:{pets}{spec}")
+
+
+def test_what_could_be_either_must_be_named(tmp_path: Path) -> None:
+    spec = saved(tmp_path / "two", question=["a"], answer=["b"], label=[0])
+    with pytest.raises(
+        SettingsError, match=r"has columns question, answer, label; say which holds"
+    ):
+        open_source(spec)
+    assert len(open_source(f"{spec}?input=answer")) == 1
+    spec = saved(tmp_path / "labels", text=["a"], label=[0], labels=[1])
+    with pytest.raises(
+        SettingsError, match=r"labels in columns label, labels; say which with \?label"
+    ):
+        open_source(spec)
+    assert open_source(f"{spec}?label=").fetch([0])[1].tolist() == [-1]
+
+
+def test_a_sample_without_input_is_named(tmp_path: Path) -> None:
+    spec = saved(tmp_path / "gap", text=["a", None], label=[0, 1])
+    with pytest.raises(DataError, match="sample 1 has no text"):
+        open_source(spec).fetch([0, 1])
+
+
+def test_numbers_of_different_shapes_are_named(tmp_path: Path) -> None:
+    spec = saved(tmp_path / "odd", x=[[1.0, 2.0], [1.0]], label=[0, 1])
+    with pytest.raises(
+        DataError, match="x of samples 0 to 1 have different shapes, or are no numbers"
+    ):
+        open_source(spec).fetch([0, 1])
+
+
+@pytest.mark.parametrize("length", ["0", "x", "-1"])
+def test_an_odd_length_is_refused(reviews: Path, length: str) -> None:
+    with pytest.raises(SettingsError, match=rf"length '{length}'; expected a number from 1 up"):
+        open_source(f"hfds:{reviews}?length={length}")
+
+
+def test_what_cannot_be_loaded_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        DataError, match=r"hfds:no/such@train cannot be loaded \(\w+: .*; expected the"
+    ):
+        open_source("hfds:no/such")
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(
+        SettingsError, match=r"x\.txt: expected a folder or one of \.parquet, \.csv"
+    ):
+        open_source(f"hfds:{tmp_path / 'x.txt'}")
+
+
+def test_a_missing_extra_is_named(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        SettingsError, match=r"hfds: needs datasets .*pip install 'softcache\[data\]'"
+    ):
+        open_source(f"hfds:{pets}")
