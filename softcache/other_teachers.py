@@ -9,6 +9,7 @@ hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN     the largest log-probabilities 
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from softcache.specs import public_place, query_of, split_options
 OUTPUTS = ("logits", "probabilities", "log_probabilities")
 MATRICES = (".npy", ".npz", ".pt")
 TINY = 1e-38  # what a probability of 0 counts as: its logarithm is finite in float32
+FLAGS = "--teacher-output (of softcache import: --holds)"
 TOLERANCE = 0.01  # of a sum of probabilities
 
 
@@ -151,6 +153,11 @@ def read_matrix(path: Path) -> npt.NDArray[Any]:
             found = _only_one({name: t.numpy() for name, t in tensors.items()}, path)
     except ModelError:
         raise
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"teacher {path} holds more than tensors, which is never loaded; "
+            "save the matrix alone, best as .npy"
+        ) from error
     except Exception as error:  # numpy and torch raise many kinds for a broken file
         raise ModelError(
             f"teacher {path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -248,13 +255,25 @@ def _open_onnx(path: Path) -> tuple[nn.Module, int]:
     return NumpyTeacher(lambda batch: session.run([output], {name: batch})[0]), parameters
 
 
+def _are_probabilities(said: Tensor) -> bool:
+    """Whether so many rows are distributions that they cannot be logits which happen to look so."""
+    if len(said) < 8 or said.shape[1] < 2 or bool((said < 0).any()):
+        return False
+    return bool(((said.sum(-1) - 1).abs() <= 1e-4).all())
+
+
 def as_logits(said: Tensor, output: str, who: str) -> Tensor:
     """What a teacher gives, (B, C), as logits at T = 1.
 
     Raises:
-        ModelError: it is not what `output` says.
+        ModelError: it is not what `output` says, or probabilities under the name of logits.
     """
     if output == "logits":
+        if _are_probabilities(said):
+            raise ModelError(
+                f"teacher {who} gives rows that are not negative and sum to 1: probabilities, not logits, "
+                f"and a softmax of them would flatten every target; say {FLAGS} probabilities"
+            )
         return said
     sums = said.sum(-1) if output == "probabilities" else said.logsumexp(-1).exp()
     wrong = ~((sums - 1).abs() <= TOLERANCE)
@@ -264,8 +283,8 @@ def as_logits(said: Tensor, output: str, who: str) -> Tensor:
         row = int(wrong.nonzero()[0, 0])
         raise ModelError(
             f"teacher {who} gives a row that is no {output.replace('_', '-')}: its sum is "
-            f"{float(sums[row]):.4g}, its least value {float(said[row].min()):.4g}; say what it gives with "
-            "--teacher-output"
+            f"{float(sums[row]):.4g}, its least value {float(said[row].min()):.4g}; "
+            f"say what it gives with {FLAGS}"
         )
     if output == "probabilities":
         return said.clamp(min=TINY).log()

@@ -277,9 +277,9 @@ BAD_INPUTS: dict[str, tuple[Make, int, str]] = {
         r"model 'abc' is no model specification; expected mlp:SIZES, .*",
     ),
     "an unknown kind of data": (
-        lambda p: p.dump("teacher", "--data", "csv:file"),
+        lambda p: p.dump("teacher", "--data", "sql:file"),
         2,
-        r"data 'csv:file' is of unknown kind 'csv'; expected idx:DIR, .*",
+        r"data 'sql:file' is of unknown kind 'sql'; expected idx:DIR, .*",
     ),
     "no kind of data": (
         lambda p: p.train("--data", "data"),

@@ -121,6 +121,11 @@ def test_a_probability_of_zero_is_finite(functions: Path, dump_config: DumpConfi
             "gives a row that is no log-probabilities: its sum is",
         ),
         ("halves", "probabilities", r"its sum is 0\.5,"),
+        (
+            "probabilities",
+            "logits",
+            r"sum to 1: probabilities, not logits, .*; say --teacher-output",
+        ),
         ("fails", "logits", r"raised ValueError on samples 0 to 0, .*: no more"),
     ],
 )
@@ -249,6 +254,14 @@ def test_pickles_are_not_opened(dump_config: DumpConfig, tmp_path: Path) -> None
     np.save(tmp_path / "said.npy", np.array([[{}, {}]], dtype=object), allow_pickle=True)
     with pytest.raises(ModelError, match=r"said\.npy cannot be read: ValueError"):
         dump(config(dump_config, tmp_path / "said.npy", eval_data=None))
+
+
+def test_a_pickle_of_torch_is_not_opened(dump_config: DumpConfig, tmp_path: Path) -> None:
+    torch.save(Path("said"), tmp_path / "said.pt")
+    with pytest.raises(
+        ModelError, match=r"said\.pt holds more than tensors, which is never loaded"
+    ):
+        dump(config(dump_config, tmp_path / "said.pt", eval_data=None))
 
 
 @pytest.mark.parametrize("changes", [{"augment": "shift:1"}, {"eval_data": "npz:x"}])
