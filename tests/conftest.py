@@ -41,6 +41,17 @@ def make_arrays(samples: int = SAMPLES, seed: int = 0) -> tuple[np.ndarray, np.n
     return images, labels
 
 
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes a module one that is not installed, whatever other tests have loaded of it."""
+
+    def hide(module: str) -> None:
+        for name in [module, *(name for name in sys.modules if name.startswith(f"{module}."))]:
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return hide
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """On busy cores, steps as small as these are ten times slower with two threads."""

@@ -468,7 +468,7 @@ def test_a_cache_that_has_not_completed_is_told_by_its_final_name(
     [
         (["dump"], "Missing option '--teacher'"),
         (["train", "cache.h5"], "Missing option '--out'"),
-        (["info"], "Missing argument 'CACHE'"),
+        (["info"], r"Missing argument 'CACHE\|URL'"),
         (["dump", "--temperature", "warm"], "'warm' is not a valid float"),
         (["train", "--schedule", "steps"], "'steps' is not one of 'cosine', 'constant'"),
         (["train", "--epoch", "3"], "No such option '?--epoch'?"),

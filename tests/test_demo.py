@@ -37,8 +37,8 @@ def test_the_command_lines_are_those_of_the_whole_job(data: Path, tmp_path: Path
     commands = demo_commands(data, tmp_path / "runs", seed=3)
     dump, info, train = (parse(command).params for command in commands)
     assert [command[0] for command in commands] == ["dump", "info", "train"]
-    assert dump["out"] == info["cache"] == tmp_path / "runs" / "mnist.h5"
-    assert train["cache"] == (dump["out"],)
+    assert dump["out"] == Path(info["cache"]) == tmp_path / "runs" / "mnist.h5"
+    assert train["cache"] == (str(dump["out"]),)
     assert (dump["data"],) == train["data"] == (f"idx:{data}/mnist",)
     assert dump["eval_data"] == train["eval_data"] == f"idx:{data}/mnist@test"
     assert train["seed"] == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -97,12 +98,12 @@ def test_a_student_that_cannot_be_exported_is_told(
 
 
 def test_a_format_must_be_named(folder: Path) -> None:
-    with pytest.raises(SettingsError, match="no format; say --onnx, --pt2 or both"):
+    with pytest.raises(SettingsError, match="no format; say --onnx, --pt2 or --hf"):
         export(folder, onnx=False, pt2=False)
 
 
-def test_without_the_extra_it_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+def test_without_the_extra_it_is_named(folder: Path, without: Callable[[str], None]) -> None:
+    without("onnxruntime")
     with pytest.raises(SettingsError, match=r"--onnx needs onnxruntime .*'softcache\[onnx\]'"):
         export(folder, onnx=True, pt2=False)
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pickle
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +161,8 @@ def test_what_cannot_be_loaded_is_told_in_one_line(
         open_source(f"hfds:{tmp_path / 'x.txt'}")
 
 
-def test_a_missing_extra_is_named(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
+def test_a_missing_extra_is_named(pets: Path, without: Callable[[str], None]) -> None:
+    without("datasets")
     with pytest.raises(
         SettingsError, match=r"hfds: needs datasets .*pip install 'softcache\[data\]'"
     ):

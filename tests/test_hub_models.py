@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -254,8 +255,8 @@ def test_what_is_saved_is_loaded_again_with_its_preprocessing(vit: Path, tmp_pat
 # timm
 
 
-def test_a_missing_timm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
+def test_a_missing_timm_is_named(without: Callable[[str], None]) -> None:
+    without("timm")
     with pytest.raises(SettingsError, match=r"pip install 'softcache\[timm\]'"):
         build_hub("timm:resnet18", 3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,10 +186,10 @@ def test_a_broken_onnx_file_is_told(dump_config: DumpConfig, tmp_path: Path) -> 
 
 
 def test_without_the_extra_it_is_named(
-    dump_config: DumpConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dump_config: DumpConfig, tmp_path: Path, without: Callable[[str], None]
 ) -> None:
     (tmp_path / "t.onnx").write_bytes(b"")
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    without("onnxruntime")
     with pytest.raises(SettingsError, match=r"an ONNX teacher needs .*'softcache\[onnx\]'"):
         dump(config(dump_config, tmp_path / "t.onnx"))
 

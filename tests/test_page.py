@@ -6,6 +6,7 @@ import html.parser
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def test_names_are_as_short_as_tells_them_apart(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_reported_is_told(
-    embedded: Cache, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    embedded: Cache, run_folder: Path, tmp_path: Path, without: Callable[[str], None]
 ) -> None:
     out = tmp_path / "r.html"
     with pytest.raises(
@@ -176,7 +177,7 @@ def test_what_cannot_be_reported_is_told(
         page.report([tmp_path], out)
     with pytest.raises(SettingsError, match="nothing to report of"):
         page.report([], out)
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    without("matplotlib")
     with pytest.raises(
         SettingsError, match=r"needs matplotlib .*; pip install 'softcache\[report\]'"
     ):

@@ -35,7 +35,7 @@ class Own(Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(self.images[index]), int(self.labels[index])
 
 
-@pytest.mark.parametrize(("name", "code"), zip(NEEDED, EXAMPLES, strict=True), ids=[*NEEDED])
+@pytest.mark.parametrize(("name", "code"), [*zip(NEEDED, EXAMPLES, strict=True)], ids=[*NEEDED])
 def test_an_example_teaches_the_student(
     name: str,
     code: str,

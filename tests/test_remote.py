@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -232,9 +232,13 @@ def test_an_unknown_kind_of_url_is_refused() -> None:
     ],
 )
 def test_a_missing_extra_is_named(
-    place: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+    place: str,
+    module: str,
+    extra: str,
+    without: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
+    without(module)
     monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
     with pytest.raises(SettingsError, match=rf"pip install 'softcache\[{extra}\]'"):
         open_file(place)
@@ -259,7 +263,7 @@ def test_work_side_by_side_comes_in_order_and_stops_at_the_first_error() -> None
 
 
 def test_a_local_file_needs_no_library_of_http(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
+    cache: Cache, without: Callable[[str], None]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    without("aiohttp")
     assert open_remote(str(cache.path)).content_id == open_cache(cache.path).content_id()

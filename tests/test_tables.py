@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +110,8 @@ def test_what_is_no_table_is_named(tmp_path: Path) -> None:
         open_source(f"parquet:{tmp_path / 'x.parquet'}")
 
 
-def test_a_missing_extra_is_named(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(table: str, without: Callable[[str], None]) -> None:
     kind = table.partition(":")[0]
-    monkeypatch.setitem(sys.modules, f"pyarrow.{kind}", None)
+    without(f"pyarrow.{kind}")
     with pytest.raises(SettingsError, match=r"pip install 'softcache\[data\]'"):
         open_source(f"{table}?label=kind")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,9 +202,9 @@ def test_tensorboard_has_the_metrics(config: TrainConfig) -> None:
 
 
 def test_tensorboard_that_is_not_there_is_told_before_the_work(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, without: Callable[[str], None]
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tensorboard", None)
+    without("tensorboard")
     with pytest.raises(SettingsError, match=r"--tensorboard needs .*'softcache\[tensorboard\]'"):
         train(replace(config, tensorboard=True))
     assert not config.out.exists()
