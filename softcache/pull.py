@@ -250,18 +250,19 @@ def fill(writer: Writer, remote: RemoteCache, part: Part) -> None:
 def pieces(writer: Writer, remote: RemoteCache, part: Part) -> Iterator[Piece]:
     """Runs of blocks that hold missing rows, about PART bytes each."""
     header = remote.header
-    together = max(1, PART // max(1, header.block_rows * header.bytes_per_row))
     first = part.samples.start // header.block_rows
     end = -(-part.samples.stop // header.block_rows)
     for view in part.views:
         missing = writer.missing(view - part.views.start)
+        with_samples = view == part.views.start
+        together = max(1, PART // piece_bytes(header, Piece(view, 0, 1, with_samples)))
         block = first
         while block < end:
             stop = block
             while stop < min(end, block + together) and _lacks(missing, header, stop, part):
                 stop += 1
             if stop > block:
-                yield Piece(view, block, stop, view == part.views.start)
+                yield Piece(view, block, stop, with_samples)
             block = max(stop, block + 1)
 
 

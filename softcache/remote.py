@@ -27,6 +27,7 @@ from softcache.imports import needed
 
 FIRST_READ = 1 << 16  # bytes: preamble and, of most caches, the whole header
 PART = 4 << 20  # bytes of one request
+MAX_HELD = 1 << 30  # bytes of a block, or of what is no row, which are held in memory
 THREADS = 8
 TRIES = 4
 WAIT = 0.5  # seconds before the second try, twice as many before each other
@@ -244,6 +245,7 @@ def open_remote(place: str) -> RemoteCache:
         if len(text) < length:
             text = file.read(offset, min(length, MAX_HEADER))
         header = parse_header(text, digest, file.size)
+        _check_held(header)
     except FormatError as error:
         raise FormatError(f"{file.shown}: {error}") from None
     rows, samples = header.array("digests"), header.array("sample_digests")
@@ -261,6 +263,27 @@ def open_remote(place: str) -> RemoteCache:
             "and put it there again"
         )
     return found
+
+
+def held(header: Header) -> dict[str, int]:
+    """Bytes of a cache that a pull holds in memory at a time."""
+    samples = sum(array.row_bytes for array in header.arrays if array.axis == "samples")
+    beside = (array.nbytes for array in header.arrays if array.axis not in ("rows", "samples"))
+    return {
+        "arrays beside the rows": sum(beside),
+        "the structure of HDF5": sum(stop - start for start, stop in gaps(header)),
+        "one block": header.block_rows * (header.bytes_per_row + samples),
+    }
+
+
+def _check_held(header: Header) -> None:
+    """Refuse what no softcache writes, before a server can fill the memory with it."""
+    for what, size in held(header).items():
+        if size > MAX_HELD:
+            raise FormatError(
+                f"{what}: {size:,} bytes, which have to be read into memory; expected at most "
+                f"{MAX_HELD:,}, as softcache writes it: do not trust this file"
+            )
 
 
 def _read_array(file: RemoteFile, array: Array, start: int, count: int) -> npt.NDArray[Any]:

@@ -19,7 +19,8 @@ from softcache.cache.merge import merge
 from softcache.cache.reader import partial_path, verify
 from softcache.dump import DumpConfig, dump
 from softcache.errors import FormatError, Interrupted, RemoteError, SettingsError
-from softcache.pull import cache_folder, local_copy, pull
+from softcache.pull import Arrays, Piece, cache_folder, fetch, local_copy, pull
+from softcache.remote import RemoteCache
 from softcache.train import TrainConfig, train
 from tests.servers import Served, http_server
 
@@ -135,6 +136,23 @@ def test_views_that_are_not_asked_for_are_not_fetched(served: Served, tmp_path: 
         if start + length > array.offset and start < array.offset + array.nbytes:
             assert rows[0] <= start
             assert start + length <= rows[1]
+
+
+def test_embedded_inputs_count_in_what_is_held_at_a_time(
+    config: DumpConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dump(replace(config, embed_inputs=True))
+    monkeypatch.setattr("softcache.pull.PART", 40 * BLOCK)  # bytes: of the rows, more than a block
+    fetched: list[tuple[int, int]] = []
+
+    def counted(remote: RemoteCache, piece: Piece) -> tuple[Arrays, Arrays]:
+        fetched.append((piece.view, piece.stop - piece.first))
+        return fetch(remote, piece)
+
+    monkeypatch.setattr("softcache.pull.fetch", counted)
+    pull(str(config.out), tmp_path / "copy.h5")
+    assert max(blocks for view, blocks in fetched if view == 0) == 1, "samples of 64 bytes"
+    assert max(blocks for view, blocks in fetched if view == 1) > 1
 
 
 def test_parts_merge_into_the_whole_again(served: Served, tmp_path: Path) -> None:

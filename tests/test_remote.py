@@ -14,6 +14,7 @@ from softcache.cli import main
 from softcache.errors import FormatError, RemoteError, SettingsError
 from softcache.pull import pull
 from softcache.remote import open_file, open_remote, public_url, side_by_side, without_secrets
+from tests.conftest import SAMPLES
 from tests.servers import Served, http_server
 
 SECRET = "hunter2"
@@ -106,6 +107,28 @@ def test_wrong_bytes_of_the_header_are_found(served: Served) -> None:
     served.answer = lambda start, body: body[:40] + b"!" + body[41:] if start == 0 else body
     with pytest.raises(FormatError, match=r"tiny\.h5: the header does not match its digest"):
         open_remote(url(served))
+
+
+@pytest.mark.parametrize("what", ["arrays beside the rows", "the structure of HDF5", "one block"])
+def test_a_header_that_would_fill_the_memory_is_refused(
+    served: Served, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    size = remote.held(open_remote(url(served)).header)[what]
+    monkeypatch.setattr(remote, "held", lambda header: {"a": size - 1, what: size})
+    monkeypatch.setattr(remote, "MAX_HELD", size - 1)
+    with pytest.raises(
+        FormatError, match=rf"tiny\.h5: {what}: {size:,} bytes, .* at most {size - 1:,}"
+    ):
+        open_remote(url(served))
+
+
+def test_what_is_held_is_all_but_the_rows(cache: Cache) -> None:
+    header = cache.header
+    sizes = remote.held(header)
+    blocks = sum(a.nbytes for a in header.arrays if a.axis in ("rows", "samples"))
+    assert sizes["one block"] * SAMPLES == blocks * header.block_rows
+    rest = sizes["arrays beside the rows"] + sizes["the structure of HDF5"] + header.user_block
+    assert rest + blocks == header.file_bytes
 
 
 @pytest.mark.parametrize(

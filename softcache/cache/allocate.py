@@ -32,7 +32,10 @@ from softcache.cache.header import (
 from softcache.cache.reader import hdf5_digest, partial_path, raw_bytes, shared_digest
 from softcache.errors import FormatError
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20  # of rows
+BLOCK_INPUTS = (
+    8 << 20
+)  # bytes of embedded inputs of a block: whoever pulls it holds a few in memory
 LEAST_ROWS, BLOCKS_OF_A_VIEW = (
     1024,
     64,
@@ -46,12 +49,16 @@ Stored = dict[str, npt.NDArray[Any]]
 Values = Mapping[str, npt.NDArray[Any]]
 
 
-def block_rows(views: int, samples: int, row_bytes: int, batch: int = 1) -> int:
+def block_rows(
+    views: int, samples: int, row_bytes: int, batch: int = 1, input_bytes: int = 0
+) -> int:
     """Rows of a block: about 1 MiB; fewer, where a small file would have too few blocks to share
-    out; more, where there would be too many. Batches and blocks do not straddle each other."""
+    out, or the inputs that it embeds are large; more, where there would be too many. Batches and
+    blocks do not straddle each other."""
     fewest = -(-views * samples // (MAX_BLOCKS // 2))
     shared_out = max(LEAST_ROWS, samples // BLOCKS_OF_A_VIEW)
-    rows = max(1, fewest, min(BLOCK_BYTES // row_bytes, shared_out))
+    inputs_fit = BLOCK_INPUTS // max(1, input_bytes)
+    rows = max(1, fewest, min(BLOCK_BYTES // row_bytes, shared_out, inputs_fit))
     if rows >= batch:
         rows -= rows % batch if rows - rows % batch >= fewest else 0
     else:
@@ -166,14 +173,16 @@ def _allocate(
         fingerprinted=len(shared["fingerprinted"]),
         inputs=inputs,
     )
-    row_bytes = sum(
-        np.dtype(spec.dtype).itemsize * int(np.prod(shape[2:], dtype=np.int64))
-        for spec, shape in wanted
-        if spec.axis == "rows"
+    row_bytes, input_bytes = (
+        sum(
+            np.dtype(spec.dtype).itemsize * int(np.prod(shape[leading:], dtype=np.int64))
+            for spec, shape in wanted
+            if spec.axis == axis
+        )
+        for axis, leading in (("rows", 2), ("samples", 1))
     )
-    header = dataclasses.replace(
-        draft, block_rows=block_rows(draft.views, draft.samples, row_bytes, batch)
-    )
+    rows = block_rows(draft.views, draft.samples, row_bytes, batch, input_bytes)
+    header = dataclasses.replace(draft, block_rows=rows)
     wanted += digest_arrays(header.views, header.blocks).values()
     user_block = USER_BLOCK
     while user_block < 2 * (len(header.to_bytes()) + HEADER_ROOM):

@@ -230,6 +230,13 @@ def test_a_block_is_about_a_mebibyte_one_row_at_least(
 
 
 @pytest.mark.parametrize(
+    ("input_bytes", "rows"), [(784, 7710), (3 * 32 * 32, 2730), (3 * 224 * 224, 55), (1 << 30, 10)]
+)
+def test_a_block_holds_no_more_inputs_than_a_pull_can_hold(input_bytes: int, rows: int) -> None:
+    assert block_rows(16, 1_281_167, 136, input_bytes=input_bytes) == rows
+
+
+@pytest.mark.parametrize(
     ("batch", "rows"),
     [(1, 1024), (256, 1024), (100, 1000), (1000, 1000), (3000, 1500), (1031, 1031)],
 )
