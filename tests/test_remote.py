@@ -262,7 +262,9 @@ def test_a_missing_extra_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     without(module)
-    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+    loaded = sys.modules["fsspec.registry"]._registry
+    for kind in list(loaded):
+        monkeypatch.delitem(loaded, kind)
     with pytest.raises(SettingsError, match=rf"pip install 'softcache\[{extra}\]'"):
         open_file(place)
 
