@@ -294,6 +294,8 @@ def _read_array(file: RemoteFile, array: Array, start: int, count: int) -> npt.N
 
 def _said(error: Exception) -> str:
     """A library's error without secrets."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # fsspec says so of a server that is down or wants a password, too
     text = without_secrets(str(error))[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
