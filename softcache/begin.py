@@ -17,7 +17,7 @@ from softcache.cache.allocate import Stored, create
 from softcache.cache.encodings import DTYPES, ArraySpec
 from softcache.cache.header import BASE_VERSION, INPUTS, VERSION
 from softcache.cache.reader import partial_path
-from softcache.data import Source, check_class_names, open_source, to_float
+from softcache.data import Source, check_class_names, open_source
 from softcache.dump_settings import AUTO, DumpConfig
 from softcache.errors import ModelError, SettingsError, SoftcacheError
 from softcache.evaluate import data_digest, evaluate
@@ -31,6 +31,7 @@ from softcache.teacher import (
     load_teacher,
     make_ensemble,
 )
+from softcache.util.tensors import to_float
 from softcache.views import Augmentation, public_spec
 
 

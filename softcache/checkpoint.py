@@ -20,7 +20,8 @@ from torch import Tensor
 
 from softcache.errors import SettingsError
 from softcache.evaluate import Evaluation
-from softcache.learner import Learner, replace_file
+from softcache.learner import Learner
+from softcache.util.files import replace_file
 
 NAME = "checkpoint.safetensors"
 STATE = "softcache"  # the one key of the file's metadata

@@ -370,7 +370,7 @@ def merge(caches: tuple[Path, ...], out: Path) -> None:
     """
     from softcache.cache import open_cache
     from softcache.cache.merge import merge
-    from softcache.progress import progress
+    from softcache.util.progress import progress
 
     parts = [open_cache(path) for path in caches]
     total = sum(part.header.views * part.header.samples for part in parts)

@@ -35,12 +35,14 @@ from softcache.cache import Cache
 from softcache.cache.header import INPUTS
 from softcache.cache.reader import open_trainable
 from softcache.errors import DataError, SettingsError
-from softcache.imports import call, import_callable
-from softcache.specs import check_options, query_of, split_options
 from softcache.tables import read_table
+from softcache.util.callables import call_user, import_callable
+from softcache.util.spec import check_options, query_of, split_options
 
 DEFAULT_SPLIT = "train"
+
 UNLABELLED = -1
+
 FORMS = (
     "idx:DIR, npz:FILE, folder:DIR, hfds:ID_OR_FOLDER, csv:FILE, parquet:FILE or FILE.py:CALLABLE, each "
     "with @SPLIT at the end if wanted"
@@ -126,16 +128,6 @@ def check_class_names(source: Source, names: Sequence[str], whose: str) -> None:
 def all_class_names(cache: Cache) -> tuple[str, ...]:
     """Every class of a cache by name."""
     return tuple(name.decode("utf-8", "replace") for name in cache.arrays["class_names"])
-
-
-def to_float(inputs: Tensor) -> Tensor:
-    """Unsigned integer images as float32 in [0, 1], the largest value of their type being 1.
-
-    Floats become float32; other integers (ids of tokens, say) stay as they are.
-    """
-    if inputs.dtype in (torch.uint8, torch.uint16):
-        return inputs.float() / torch.iinfo(inputs.dtype).max
-    return inputs.float() if inputs.dtype.is_floating_point else inputs
 
 
 def sample_keys(inputs: Tensor) -> npt.NDArray[np.uint64]:
@@ -307,7 +299,7 @@ def _open_dataset(where: str, split: str) -> DatasetSource:
             f"{split!r}; give it one, or leave @{split} out"
         )
     arguments = {"split": split} if takes_split else {}
-    dataset = call(make, what=f"data {where}", **arguments)
+    dataset = call_user(make, what=f"data {where}", **arguments)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise DataError(
             f"data {where} returned {type(dataset).__name__}; expected a map-style Dataset, with "
@@ -321,6 +313,7 @@ def _open_dataset(where: str, split: str) -> DatasetSource:
 
 
 _IDX_STEMS = {"train": "train", "test": "t10k"}
+
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 

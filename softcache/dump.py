@@ -23,11 +23,11 @@ from softcache.errors import Interrupted
 from softcache.loader import Batch, Request, augmented, loader, make_request
 from softcache.pipeline import Behind, Stopwatch, ahead
 from softcache.processes import ProcessGroup, join_processes
-from softcache.progress import progress
 from softcache.replay import check_replay
 from softcache.resume import check_same
 from softcache.targets import HostCopy, as_arrays, make_encoder, shared_tensors
 from softcache.teacher import Ensemble
+from softcache.util.progress import progress
 from softcache.views import Augmentation, parse_augment
 
 __all__ = ["DumpConfig", "dump"]

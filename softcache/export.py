@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
 from softcache.hub_models import HubModel, Tokenize, build_hub, save_hub
-from softcache.imports import needed
-from softcache.learner import replace_file
 from softcache.runs import Run, open_run
+from softcache.util.extras import import_extra
+from softcache.util.files import replace_file
 
 TOLERANCE = 1e-4  # of the largest logit
 TRIED = (1, 2, 7)  # samples in a batch
@@ -98,8 +98,8 @@ def check(infer: Infer, model: nn.Module, examples: Sequence[Tensor], name: str)
 
 
 def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> Infer:
-    needed("onnxscript", extra="onnx", what="--onnx")
-    runtime = needed("onnxruntime", extra="onnx", what="--onnx")
+    import_extra("onnxscript", extra="onnx", what="--onnx")
+    runtime = import_extra("onnxruntime", extra="onnx", what="--onnx")
     # torch warns of its own affairs, which are nothing to whoever exports
     with _explained("ONNX"), warnings.catch_warnings(action="ignore"):
         torch.onnx.export(

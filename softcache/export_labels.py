@@ -11,9 +11,9 @@ import numpy.typing as npt
 from softcache.cache import Cache
 from softcache.cache.reader import open_trainable
 from softcache.errors import SettingsError
-from softcache.imports import needed
-from softcache.learner import replace_file
-from softcache.progress import progress
+from softcache.util.extras import import_extra
+from softcache.util.files import replace_file
+from softcache.util.progress import progress
 
 CHUNK_VALUES = 1 << 22
 
@@ -82,8 +82,8 @@ def write_parquet(
     parts: Iterable[tuple[Indices, npt.NDArray[np.float32]]],
 ) -> None:
     """Rows (B,) of a cache and their values (B, C), part by part, as Parquet with the column `name`."""
-    arrow = needed("pyarrow", extra="data", what="Parquet")
-    parquet = needed("pyarrow.parquet", extra="data", what="Parquet")
+    arrow = import_extra("pyarrow", extra="data", what="Parquet")
+    parquet = import_extra("pyarrow.parquet", extra="data", what="Parquet")
     header = cache.header
     schema = arrow.schema(
         [

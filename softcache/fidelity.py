@@ -14,7 +14,6 @@ from softcache.cache import Cache, Sampled
 from softcache.data import Source
 from softcache.loader import augmented, loader, make_request
 from softcache.loss import SparseTargets, Targets
-from softcache.progress import progress
 from softcache.targets import (
     class_ids,
     decode,
@@ -24,6 +23,7 @@ from softcache.targets import (
     to_dense,
 )
 from softcache.teacher import Ensemble
+from softcache.util.progress import progress
 from softcache.views import Augmentation
 
 ROWS = 1024

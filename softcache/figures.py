@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from softcache.imports import needed
 from softcache.measure import Calibration
+from softcache.util.extras import import_extra
 
 Floats = npt.NDArray[np.float64]
 
@@ -27,7 +27,7 @@ STYLE = {
 
 def draw(size: tuple[float, float], paint: Callable[[Any], None]) -> bytes:
     """What `paint` draws on a figure of `size` inches."""
-    matplotlib = needed("matplotlib", extra="report", what="softcache report")
+    matplotlib = import_extra("matplotlib", extra="report", what="softcache report")
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -171,7 +171,7 @@ def thumbnail(image: npt.NDArray[Any]) -> bytes | None:
         if image.dtype.kind != "f" or image.min() < 0 or image.max() > 1:
             return None
         image = (255 * image).round().astype(np.uint8)
-    pillow = needed("PIL.Image", extra="report", what="softcache report")
+    pillow = import_extra("PIL.Image", extra="report", what="softcache report")
     out = io.BytesIO()
     pillow.fromarray(image).save(out, format="png")
     return out.getvalue()

@@ -17,9 +17,9 @@ from softcache import text
 from softcache.errors import DataError, SettingsError, SoftcacheError
 from softcache.images import OPTIONS as IMAGE_OPTIONS
 from softcache.images import Pixels, as_array, parse_pixels, same_shape
-from softcache.imports import needed
-from softcache.specs import check_options, public_place, query_of
 from softcache.tables import UNLABELLED, class_labels
+from softcache.util.extras import import_extra
+from softcache.util.spec import check_options, public_place, query_of
 
 OPTIONS = ("input", "label", "name", "length", "classes", *IMAGE_OPTIONS)
 FILES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
@@ -118,7 +118,7 @@ def load(place: str, split: str, config: str | None = None) -> Table:
         SettingsError: it has no such split.
         DataError: it cannot be loaded.
     """
-    datasets = needed("datasets", extra="data", what="hfds:")
+    datasets = import_extra("datasets", extra="data", what="hfds:")
     path, wanted = Path(place).expanduser(), split or "train"
     shown, quiet = datasets.is_progress_bar_enabled(), datasets.disable_progress_bars
     quiet()
@@ -247,7 +247,7 @@ def _length(part: Table, column: str, options: Mapping[str, str], spec: str) -> 
                 f"{spec}: length {options['length']!r}; expected a number from 1 up"
             )
         return int(options["length"])
-    compute = needed("pyarrow.compute", extra="data", what="hfds:")
+    compute = import_extra("pyarrow.compute", extra="data", what="hfds:")
     longest = 1
     for batch in part.with_format("arrow").iter(10_000):
         longest = max(longest, compute.max(compute.utf8_length(batch.column(column))).as_py() or 1)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from softcache import text
 from softcache.errors import ModelError, SettingsError
-from softcache.imports import needed
 from softcache.preprocess import Preprocess, Steps, steps_of_processor, steps_of_timm
-from softcache.specs import public_place, query_of, split_options
+from softcache.util.extras import import_extra
+from softcache.util.spec import public_place, query_of, split_options
 
 KINDS = ("hf:", "timm:")
 TASKS = {"ImageClassification": "image", "SequenceClassification": "text"}
@@ -156,7 +156,7 @@ def save_hub(model: HubModel, folder: Path, class_names: tuple[str, ...] = ()) -
         config: Config = model.model.config
         config.id2label = dict(enumerate(class_names))
         config.label2id = {name: number for number, name in enumerate(class_names)}
-    with _quiet(needed("transformers", extra="hf", what="a model of hf:")):
+    with _quiet(import_extra("transformers", extra="hf", what="a model of hf:")):
         save(folder)
     if isinstance(model.prepare, Tokenize):
         model.prepare.tokenizer.save_pretrained(folder)
@@ -191,7 +191,7 @@ def processor_settings(steps: Steps) -> dict[str, Any]:
 def _build_hf(
     spec: str, place: str, options: dict[str, str], classes: int | None, pretrained: bool
 ) -> HubModel:
-    library = needed("transformers", extra="hf", what=f"model {spec}")
+    library = import_extra("transformers", extra="hf", what=f"model {spec}")
     with _quiet(library):
         return _build_quietly(library, spec, place, options, classes, pretrained)
 
@@ -348,7 +348,7 @@ def _tokenize(library: Library, model: nn.Module, place: str | None, spec: str) 
 def _build_timm(
     spec: str, place: str, options: dict[str, str], classes: int | None, pretrained: bool
 ) -> HubModel:
-    timm = needed("timm", extra="timm", what=f"model {spec}")
+    timm = import_extra("timm", extra="timm", what=f"model {spec}")
     given = {name: _value(value) for name, value in options.items()}
     if classes is not None:
         given.setdefault("num_classes", classes)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from softcache.errors import DataError, SettingsError
-from softcache.imports import needed
+from softcache.util.extras import import_extra
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 OPTIONS = ("size", "mode")
@@ -60,7 +60,7 @@ def read_image(path: Path, pixels: Pixels) -> npt.NDArray[Any]:
         SettingsError: Pillow is not there.
         DataError: the file is no image.
     """
-    image = needed("PIL.Image", extra="vision", what="reading images")
+    image = import_extra("PIL.Image", extra="vision", what="reading images")
     try:
         with image.open(path) as opened:
             return as_array(opened, pixels)

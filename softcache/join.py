@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Cache
-from softcache.data import Source, check_labels, to_float
+from softcache.data import Source, check_labels
 from softcache.errors import DataError, SettingsError
 from softcache.loader import Batch, Request, augmented, loader, make_request, sequential_batches
 from softcache.loss import LOWEST, Labels, MixedLabels, SparseTargets, Targets
-from softcache.progress import progress
 from softcache.replay import check_replay, replayed
 from softcache.targets import tempered_targets, to_dense
-from softcache.views import ROTATION_STREAM, Augmentation, Views, parse_augment, uniform
+from softcache.util.counter_rng import uniform
+from softcache.util.progress import progress
+from softcache.util.tensors import to_float
+from softcache.views import ROTATION_STREAM, Augmentation, Views, parse_augment
 
 BATCH = 1000
 

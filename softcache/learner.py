@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,14 +19,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from softcache.data import Source
-from softcache.errors import ModelError, SettingsError, SoftcacheError
+from softcache.errors import ModelError, SettingsError
 from softcache.evaluate import Evaluation, evaluate
 from softcache.loss import Labels, Loss, MixedLabels, SparseTargets, Targets, distillation_loss
 from softcache.models import parameter_count
 from softcache.optimizer import make_average, make_optimizer, make_schedule
 from softcache.train_settings import StudentConfig
+from softcache.util.files import replace_file
 
 UNFINISHED_METRICS = "metrics.jsonl.partial"  # until the student is there
+
 WEIGHTS = "student.safetensors"
 
 
@@ -347,28 +349,6 @@ def begin_run(folder: Path, history: list[dict[str, Any]]) -> None:
         raise SettingsError(
             f"cannot write in {folder} ({error.strerror}); give another --out"
         ) from error
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        SoftcacheError: the disk is full, or fails.
-    """
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        write(unfinished)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise SoftcacheError(
-                f"cannot write {path}: {error.strerror or error}; make room there or give another place, "
-                "and run the same command again"
-            ) from error
-        raise
 
 
 def random_state(device: torch.device) -> list[Tensor]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from softcache.data import Source, sample_keys, to_float
+from softcache.data import Source, sample_keys
 from softcache.errors import SoftcacheError
+from softcache.util.tensors import to_float
 from softcache.views import Augmentation, Views
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from softcache.data import Source, check_labels, to_float
+from softcache.data import Source, check_labels
 from softcache.errors import DataError
 from softcache.join import JoinedData
 from softcache.loader import loader, sequential_batches
 from softcache.loss import hard_loss, soft_loss
+from softcache.util.tensors import to_float
 
 BATCH = 500
 BINS = 15  # of confidence

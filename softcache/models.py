@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
 from softcache.hub_models import build_hub, is_hub, public_hub_name
-from softcache.imports import call, import_callable
+from softcache.util.callables import call_user, import_callable
 
 FORMS = (
     "mlp:SIZES, cnn:WIDTHS, resnet:DEPTH,WIDTH, hf:ID_OR_FOLDER, timm:NAME, FILE.py:CALLABLE, "
@@ -61,7 +61,7 @@ def build(spec: str, *, input_shape: Sequence[int], classes: int) -> nn.Module:
         return _load_exported(Path(spec))
     if not rest:
         raise SettingsError(f"model {spec!r} is no model specification; expected {FORMS}")
-    model = call(import_callable(spec, what="model"), what=f"model {spec}")
+    model = call_user(import_callable(spec, what="model"), what=f"model {spec}")
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"model {spec} returned {type(model).__name__}; expected a torch nn.Module"

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
 from softcache.hub_data import load
-from softcache.imports import needed
 from softcache.models import file_sha256, read_weights
-from softcache.specs import public_place, query_of, split_options
+from softcache.util.extras import import_extra
+from softcache.util.spec import public_place, query_of, split_options
 
 OUTPUTS = ("logits", "probabilities", "log_probabilities")
 MATRICES = (".npy", ".npz", ".pt")
@@ -228,8 +228,8 @@ def _only_one(arrays: dict[str, npt.NDArray[Any]], path: Path) -> npt.NDArray[An
 
 
 def _open_onnx(path: Path) -> tuple[nn.Module, int]:
-    runtime = needed("onnxruntime", extra="onnx", what="an ONNX teacher")
-    onnx = needed("onnx", extra="onnx", what="an ONNX teacher")
+    runtime = import_extra("onnxruntime", extra="onnx", what="an ONNX teacher")
+    onnx = import_extra("onnx", extra="onnx", what="an ONNX teacher")
     try:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

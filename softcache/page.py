@@ -23,13 +23,13 @@ from softcache.cache.reader import open_trainable
 from softcache.compare import BATCHES, Compared, measure_all, open_part
 from softcache.data import CacheSource, Source, open_source
 from softcache.errors import FormatError, SettingsError
-from softcache.imports import needed
 from softcache.info import describe
 from softcache.join import join_samples
-from softcache.learner import replace_file
 from softcache.measure import best_temperature, calibration, gradient_similarity
 from softcache.runs import Run, expand, open_run
 from softcache.targets import soft_targets, to_dense
+from softcache.util.extras import import_extra
+from softcache.util.files import replace_file
 
 MOST_ROWS = 20_000  # of a cache that are looked at
 MOST_VALUES = 1 << 28  # of the probabilities that are held at once
@@ -85,8 +85,8 @@ def report(
     """
     if not places:
         raise SettingsError("nothing to report of; name caches, or folders of softcache train")
-    jinja = needed("jinja2", extra="report", what="softcache report")
-    needed("matplotlib", extra="report", what="softcache report")
+    jinja = import_extra("jinja2", extra="report", what="softcache report")
+    import_extra("matplotlib", extra="report", what="softcache report")
     caches = [open_trainable(place) for place in places if place.is_file()]
     missing = [place for place in places if not place.exists()]
     if missing:

@@ -24,8 +24,8 @@ from softcache.cache.reader import digest_of, partial_path
 from softcache.cache.summary import summarize
 from softcache.cache.writer import Writer
 from softcache.errors import FormatError, Interrupted, SettingsError, SoftcacheError
-from softcache.progress import progress
 from softcache.remote import PART, RemoteCache, is_url, open_remote, side_by_side
+from softcache.util.progress import progress
 
 SOURCE = ".source"  # behind the name of an unfinished pull: the content id of what is pulled
 

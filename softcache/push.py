@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 from softcache.cache import Cache, open_cache
 from softcache.errors import FormatError, RemoteError, SettingsError
 from softcache.info import describe
-from softcache.progress import progress
 from softcache.remote import (
     RemoteCache,
     file_system,
@@ -18,6 +17,7 @@ from softcache.remote import (
     public_url,
     without_secrets,
 )
+from softcache.util.progress import progress
 from softcache.verify import check_damage
 
 READ_ONLY = ("http", "https")

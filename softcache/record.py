@@ -13,10 +13,11 @@ from softcache.card import model_card
 from softcache.data import Source
 from softcache.evaluate import Evaluation, data_digest
 from softcache.join import JoinedData
-from softcache.learner import Learner, replace_file
+from softcache.learner import Learner
 from softcache.models import file_sha256, public_name
 from softcache.report import Row, models_table
 from softcache.train_settings import STUDENT_FIELDS, StudentConfig, TrainConfig
+from softcache.util.files import replace_file
 
 # what may change between a run that was stopped and the one that goes on
 MAY_CHANGE = (

@@ -23,7 +23,7 @@ from softcache.cache import Cache
 from softcache.cache.header import MAX_HEADER, PREAMBLE, Array, Header, parse_header, parse_preamble
 from softcache.cache.reader import SHOWN_CLASSES, gaps, shared_digest
 from softcache.errors import FormatError, RemoteError, SettingsError
-from softcache.imports import needed
+from softcache.util.extras import import_extra
 
 FIRST_READ = 1 << 16  # bytes: preamble and, of most caches, the whole header
 PART = 4 << 20  # bytes of one request
@@ -137,7 +137,7 @@ def file_system(place: str) -> tuple[FileSystem, str]:
     Raises:
         SettingsError: it is of no known kind, or an extra is not there.
     """
-    fsspec = needed("fsspec", extra="remote", what="a URL")
+    fsspec = import_extra("fsspec", extra="remote", what="a URL")
     scheme = place.partition("://")[0] if is_url(place) else "file"
     if scheme not in EXTRAS:
         raise SettingsError(
@@ -302,7 +302,7 @@ def _said(error: Exception) -> str:
 
 def _http_options() -> dict[str, Any]:
     """Of fsspec's HTTP: whole bytes as they lie in the file, and never more of them than were asked for."""
-    aiohttp = needed("aiohttp", extra="remote", what="http://")
+    aiohttp = import_extra("aiohttp", extra="remote", what="http://")
 
     class Bounded(aiohttp.ClientResponse):  # type: ignore[misc, name-defined]  # a module found late
         """A response that is no longer than the range that was asked for."""

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from softcache.errors import DataError, SettingsError
-from softcache.imports import needed
-from softcache.specs import check_options
+from softcache.util.extras import import_extra
+from softcache.util.spec import check_options
 
 UNLABELLED = -1
 OPTIONS = ("label", "inputs", "classes")
@@ -67,8 +67,8 @@ def class_labels(column: Column, known: tuple[str, ...], where: str) -> Labels:
     Raises:
         DataError: the column holds something else, or a word that is no class.
     """
-    arrow = needed("pyarrow", extra="data", what="a table")
-    compute = needed("pyarrow.compute", extra="data", what="a table")
+    arrow = import_extra("pyarrow", extra="data", what="a table")
+    compute = import_extra("pyarrow.compute", extra="data", what="a table")
     if arrow.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type):
@@ -95,7 +95,7 @@ def _filled(column: Column, compute: Module) -> npt.NDArray[np.int64]:
 
 
 def _read(kind: str, path: Path) -> Table:
-    reader = needed(f"pyarrow.{kind}", extra="data", what=f"a table of {kind}:")
+    reader = import_extra(f"pyarrow.{kind}", extra="data", what=f"a table of {kind}:")
     if not path.is_file():
         raise DataError(f"{kind}:{path}: no such file")
     try:
@@ -118,7 +118,7 @@ def _label_column(columns: list[str], options: Mapping[str, str], spec: str) -> 
 
 
 def _numbers(column: Column, where: str) -> npt.NDArray[np.float32]:
-    arrow = needed("pyarrow", extra="data", what="a table")
+    arrow = import_extra("pyarrow", extra="data", what="a table")
     kinds = arrow.types
     if kinds.is_boolean(column.type):
         column = column.cast(arrow.int8())

@@ -25,7 +25,8 @@ from softcache.cache.encodings import (
 )
 from softcache.errors import FormatError
 from softcache.loss import SparseTargets, Targets
-from softcache.views import Views, uniform
+from softcache.util.counter_rng import uniform
+from softcache.views import Views
 
 Indices = npt.NDArray[np.int64]
 Stored = dict[str, Tensor]  # what the file holds of a batch of rows, by array, on any device

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
 from softcache.hub_models import build_hub, is_hub, is_random
-from softcache.imports import call, import_callable
 from softcache.models import (
     build,
     load_weights,
@@ -37,6 +36,7 @@ from softcache.other_teachers import (
     public_rows_name,
 )
 from softcache.targets import soften
+from softcache.util.callables import call_user, import_callable
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILED = ", compiled"  # behind the precision in a header
@@ -256,7 +256,7 @@ def build_teacher(spec: str, *, input_shape: Sequence[int], classes: int | None)
     if is_hub(spec):
         return build_hub(spec, classes if is_random(spec) else None)
     if ":" in spec and not spec.startswith(BUILT_IN):
-        found = call(import_callable(spec, what="model"), what=f"model {spec}")
+        found = call_user(import_callable(spec, what="model"), what=f"model {spec}")
         if callable(found) and not isinstance(found, nn.Module):
             return NumpyTeacher(found)
         if isinstance(found, nn.Module):

@@ -20,7 +20,6 @@ from softcache.cache.reader import open_trainable
 from softcache.checkpoint import NAME, Checkpoint, Place, check_checkpoint
 from softcache.data import CacheSource, Source, all_class_names, check_class_names, open_source
 from softcache.errors import DataError, Interrupted, ModelError, SettingsError
-from softcache.imports import needed
 from softcache.join import JoinedData, join, labels_alone, together
 from softcache.learner import (
     Learner,
@@ -32,9 +31,10 @@ from softcache.learner import (
 from softcache.loader import Request, ShuffledBatches, joint_loader
 from softcache.loss import parse_loss
 from softcache.models import build, load_weights
-from softcache.progress import progress
 from softcache.record import final_table, lasting_settings, run_facts, write_card
 from softcache.train_settings import StudentConfig, TrainConfig
+from softcache.util.extras import import_extra
+from softcache.util.progress import progress
 from softcache.verify import check_damage
 from softcache.views import EXTRA_STREAM, Augmentation, parse_augment
 
@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> list[Learner]:
     """
     accelerator = make_accelerator(config.device, config.mixed_precision)
     if config.tensorboard:
-        needed("tensorboard", extra="tensorboard", what="--tensorboard")
+        import_extra("tensorboard", extra="tensorboard", what="--tensorboard")
     caches = [open_trainable(path) for path in config.caches]
     sources: list[Source] = [open_source(spec) for spec in config.datas]
     sources = sources or [CacheSource(cache) for cache in caches]

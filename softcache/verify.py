@@ -10,7 +10,7 @@ from softcache.cache.reader import Damage, partial_path
 from softcache.cache.reader import verify as find_damage
 from softcache.cache.writer import forget
 from softcache.errors import FormatError
-from softcache.progress import progress
+from softcache.util.progress import progress
 
 
 def verify(path: Path, expect: str | None = None) -> str:

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from softcache.cache.header import FINGERPRINT
 from softcache.errors import DataError, SettingsError
-from softcache.imports import import_callable
+from softcache.util.callables import import_callable
+from softcache.util.counter_rng import Draws, uniform
 
 FORMS = (
     "shift:PIXELS, flip, crop:AREA (the smallest, 0 to 1), jitter:STRENGTH (0 to 1) or cutout:PIXELS, "
     "separated by commas; before them FILE.py:CALLABLE, after them mixup"
 )
+
 # streams of random numbers of one sample, apart from those of its own operations, 0, 1, …
 PARTNER_OPS_STREAM, PARTNER_STREAM, SHARE_STREAM, TRANSFORM_STREAM = (
     1 << 16,
@@ -33,10 +35,13 @@ PARTNER_OPS_STREAM, PARTNER_STREAM, SHARE_STREAM, TRANSFORM_STREAM = (
     1 << 18,
     1 << 19,
 )
+
 PARTNER_TRANSFORM_STREAM, EXTRA_STREAM = 1 << 20, 1 << 21
+
 ROTATION_STREAM = 1 << 40  # which view a sample begins with
+
 Samples = npt.NDArray[np.int64]  # (B,) numbers of samples in the draws
-Draws = npt.NDArray[np.float64]  # (B, n) uniform in [0, 1)
+
 Views = int | npt.NDArray[np.int64]  # one for all samples, or (B,) one for each
 
 
@@ -308,26 +313,3 @@ def fingerprint(inputs: Tensor) -> npt.NDArray[np.float32]:
     signs = [uniform(0, j, places, stream=0, draws=1)[:, 0] < 0.5 for j in range(FINGERPRINT)]
     projected = rows @ np.where(np.stack(signs, -1), 1.0, -1.0) / np.sqrt(rows.shape[1])
     return np.asarray(projected, np.float32)
-
-
-def uniform(
-    seed: int, view: Views, samples: npt.NDArray[np.int64], *, stream: int, draws: int
-) -> Draws:
-    """Random numbers in [0, 1) that depend on their coordinates alone, (B, draws).
-
-    The coordinates go one after the other through the finalizer of SplitMix64 (Steele, Lea and
-    Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, figure 16).
-    """
-    state = np.zeros((len(samples), draws), np.uint64)
-    views = np.broadcast_to(view, len(samples))[:, None]
-    coordinates = (seed, views, samples.astype(np.uint64)[:, None], stream, np.arange(draws))
-    for coordinate in coordinates:
-        state = _mix(state + np.asarray(coordinate).astype(np.uint64))
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))

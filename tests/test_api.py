@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 import softcache
 from softcache.cache import Cache
-from softcache.data import to_float
 from softcache.dump import DumpConfig, dump
 from softcache.errors import DataError, FormatError, SettingsError, SoftcacheError
-from softcache.imports import import_callable
+from softcache.util.callables import import_callable
+from softcache.util.tensors import to_float
 from tests.conftest import SAMPLES, make_arrays
 from tests.test_readme import Own
 

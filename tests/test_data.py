@@ -19,9 +19,10 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from torch import Tensor
 
-from softcache.data import UNLABELLED, ArraySource, check_labels, open_source, sample_keys, to_float
+from softcache.data import UNLABELLED, ArraySource, check_labels, open_source, sample_keys
 from softcache.errors import DataError, SettingsError
 from softcache.loader import loader
+from softcache.util.tensors import to_float
 from tests.conftest import make_arrays
 
 Pixels = npt.NDArray[np.uint8]

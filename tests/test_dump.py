@@ -23,12 +23,13 @@ from softcache.cache import allocate as cache_allocate
 from softcache.cache import open_cache
 from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
-from softcache.data import open_source, to_float
+from softcache.data import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import DataError, Interrupted, ModelError, SettingsError, SoftcacheError
 from softcache.evaluate import data_digest
-from softcache.imports import import_callable
 from softcache.resume import SETTINGS
+from softcache.util.callables import import_callable
+from softcache.util.tensors import to_float
 from softcache.views import Augmentation, parse_augment
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 

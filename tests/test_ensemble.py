@@ -24,14 +24,15 @@ from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
 from softcache.choose import FIT_VIEWS, needs_rows
 from softcache.cli import main
-from softcache.data import open_source, to_float
+from softcache.data import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import ModelError, SettingsError
 from softcache.fidelity import BATCH
-from softcache.imports import import_callable
 from softcache.models import mlp
 from softcache.teacher import Ensemble, Teacher, load_teacher, make_ensemble
 from softcache.train import TrainConfig, train
+from softcache.util.callables import import_callable
+from softcache.util.tensors import to_float
 from softcache.verify import check_damage
 from tests.conftest import SAMPLES, make_arrays
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from softcache import fidelity
 from softcache.begin import load_teachers
 from softcache.cache import Cache, Sampled, open_cache
-from softcache.data import open_source, to_float
+from softcache.data import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.fidelity import (
     describe,
@@ -30,6 +30,7 @@ from softcache.fidelity import (
     temperatures_of,
 )
 from softcache.loss import SparseTargets
+from softcache.util.tensors import to_float
 from softcache.views import Augmentation, parse_augment
 from tests.conftest import SAMPLES
 

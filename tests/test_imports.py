@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from softcache.errors import SettingsError
-from softcache.imports import import_callable
+from softcache.util.callables import import_callable
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from softcache.cache import Cache
 from softcache.data import ArraySource, sample_keys
 from softcache.dump import DumpConfig, dump
 from softcache.errors import DataError, SettingsError
-from softcache.imports import import_callable
 from softcache.join import (
     JoinedData,
     TrainingBatch,
@@ -32,6 +31,7 @@ from softcache.learner import Learner
 from softcache.loss import MixedLabels, SparseTargets, Targets, hard_loss
 from softcache.targets import to_dense
 from softcache.train import TrainConfig, train
+from softcache.util.callables import import_callable
 from tests.conftest import make_arrays
 
 Indices = npt.NDArray[np.int64]

@@ -22,9 +22,9 @@ from softcache.learner import (
     check_folder,
     make_accelerator,
     make_learner,
-    replace_file,
 )
 from softcache.train_settings import StudentConfig
+from softcache.util.files import replace_file
 
 STEPS = 200
 WARMUP = 0.05

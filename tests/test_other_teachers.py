@@ -16,9 +16,9 @@ from torch import nn
 from softcache.cache import Cache
 from softcache.dump import DumpConfig, dump
 from softcache.errors import ModelError, SettingsError
-from softcache.imports import import_callable
 from softcache.other_teachers import as_logits
 from softcache.recheck import ask_again
+from softcache.util.callables import import_callable
 from tests.conftest import Run, make_arrays
 
 FUNCTIONS = """

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from softcache.progress import progress
+from softcache.util.progress import progress
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, which stands still but where a test moves it: nothing is waited for."""
     now = [1000.0]
-    monkeypatch.setattr("softcache.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("softcache.util.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 

@@ -31,7 +31,8 @@ from softcache.loader import augmented, loader, make_request
 from softcache.models import build
 from softcache.replay import check_replay, fingerprinted_rows, fingerprints, replayed
 from softcache.train import TrainConfig, train
-from softcache.views import Augmentation, Views, fingerprint, parse_augment, uniform
+from softcache.util.counter_rng import uniform
+from softcache.views import Augmentation, Views, fingerprint, parse_augment
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 
 AUGMENTATIONS = """

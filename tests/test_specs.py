@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from softcache.errors import SettingsError
-from softcache.specs import check_options, public_place, query_of, split_options
+from softcache.util.spec import check_options, public_place, query_of, split_options
 
 
 def test_options_stand_behind_a_question_mark() -> None:

@@ -26,7 +26,7 @@ from torch.nn import functional
 from softcache.cache import Cache
 from softcache.cache.reader import partial_path
 from softcache.checkpoint import NAME
-from softcache.data import open_source, to_float
+from softcache.data import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import (
     DataError,
@@ -37,7 +37,6 @@ from softcache.errors import (
     SoftcacheError,
 )
 from softcache.evaluate import evaluate
-from softcache.imports import import_callable
 from softcache.learner import UNFINISHED_METRICS
 from softcache.loader import ShuffledBatches
 from softcache.loss import soft_loss
@@ -45,6 +44,8 @@ from softcache.models import build
 from softcache.targets import soften, tempered_targets
 from softcache.train import TrainConfig, train
 from softcache.train_settings import MAX_LEARNING_RATE
+from softcache.util.callables import import_callable
+from softcache.util.tensors import to_float
 from softcache.views import EXTRA_STREAM, Views, parse_augment
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 

@@ -15,11 +15,11 @@ import torch
 from torch.nn import functional
 
 from softcache.cache import open_cache
-from softcache.data import to_float
 from softcache.dump import DumpConfig, dump
 from softcache.errors import DataError, SettingsError
-from softcache.imports import import_callable
 from softcache.train import TrainConfig, train
+from softcache.util.callables import import_callable
+from softcache.util.tensors import to_float
 from tests.conftest import make_arrays
 from tests.test_train import NOTHING, metrics, same_weights, soft
 

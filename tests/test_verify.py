@@ -150,7 +150,7 @@ def test_a_check_counts_every_byte_of_the_rows(
     blocks: Cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # in a log, the last line of progress says how far it came
-    monkeypatch.setattr("softcache.progress.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("softcache.util.progress.LOG_SECONDS", 0.0)
     check_damage(open_cache(blocks.path))
     assert (
         capsys.readouterr().err.splitlines()[-1].startswith("verify: 6,000 of 6,000 bytes (100%), ")

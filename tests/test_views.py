@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from softcache.errors import SettingsError
+from softcache.util.counter_rng import uniform
 from softcache.views import (
     EXTRA_STREAM,
     PARTNER_OPS_STREAM,
@@ -31,7 +32,6 @@ from softcache.views import (
     Views,
     parse_augment,
     public_spec,
-    uniform,
 )
 
 Array = npt.NDArray[np.float64]

@@ -19,13 +19,14 @@ from tabulate import tabulate
 from torch import Tensor
 
 from softcache.cache import open_cache
-from softcache.data import open_source, to_float
+from softcache.data import open_source
 from softcache.demo import TEACHER
 from softcache.dump import DumpConfig, dump
 from softcache.learner import Learner
 from softcache.loader import loader, sequential_batches
 from softcache.models import build, parameter_count
 from softcache.train import TrainConfig, train
+from softcache.util.tensors import to_float
 from tests.bench import machine, open_arrays, work_folder
 from tests.bench.pool import Outcome, run_jobs, shown
 

@@ -21,11 +21,12 @@ from tabulate import tabulate
 
 from softcache.begin import load_teachers
 from softcache.cache import Cache
-from softcache.data import ArraySource, to_float
+from softcache.data import ArraySource
 from softcache.dump import DumpConfig, dump
 from softcache.join import JoinedData, join
 from softcache.learner import make_accelerator
 from softcache.train import TrainConfig, fit, make_learners
+from softcache.util.tensors import to_float
 from tests.bench import alternate, first, machine, open_arrays, ratios, spread, work_folder
 from tests.bench.dump_overhead import augmentation_of, make_weights
 from tests.bench.views_curve import LiveData

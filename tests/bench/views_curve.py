@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from softcache.begin import load_teachers
 from softcache.cache import Cache, open_cache
-from softcache.data import Source, open_source, to_float
+from softcache.data import Source, open_source
 from softcache.dump import DumpConfig, dump
 from softcache.join import JoinedData, TrainingBatch, join, labels_alone
 from softcache.learner import Learner, make_accelerator
@@ -26,6 +26,7 @@ from softcache.loss import soft_loss
 from softcache.targets import soft_targets
 from softcache.teacher import Ensemble
 from softcache.train import TrainConfig, fit
+from softcache.util.tensors import to_float
 from softcache.views import Augmentation
 from tests.bench import first_samples, machine, work_folder
 from tests.bench.frontier import pyplot

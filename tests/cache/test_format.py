@@ -30,7 +30,8 @@ from softcache.data import CacheSource, Source, open_source, sample_keys
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.replay import check_replay
 from softcache.targets import as_arrays, make_encoder
-from softcache.views import Augmentation, parse_augment, uniform
+from softcache.util.counter_rng import uniform
+from softcache.views import Augmentation, parse_augment
 from tests.cache.test_header import (
     GONE,
     WRONG,

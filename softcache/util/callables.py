@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 import zlib
@@ -63,7 +62,7 @@ def _import_module(name: str) -> ModuleType:
         raise
 
 
-def call(make: Callable[..., Any], *, what: str, **arguments: object) -> Any:  # noqa: ANN401
+def call_user(make: Callable[..., Any], *, what: str, **arguments: object) -> Any:  # noqa: ANN401
     """Call a user's callable.
 
     Raises:
@@ -75,18 +74,4 @@ def call(make: Callable[..., Any], *, what: str, **arguments: object) -> Any:  #
         raise SettingsError(
             f"{what}: the callable raised {type(error).__name__}: {' '.join(str(error).split())}; it "
             f"is called with {', '.join(arguments) or 'no arguments'}"
-        ) from error
-
-
-def needed(module: str, *, extra: str, what: str) -> Any:  # noqa: ANN401  # a module
-    """A module that comes with an extra of softcache.
-
-    Raises:
-        SettingsError: it is not there.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise SettingsError(
-            f"{what} needs {module} ({error}); pip install 'softcache[{extra}]'"
         ) from error

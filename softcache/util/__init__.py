@@ -1,0 +1,1 @@
+"""What knows nothing of distillation: files, callables, specifications, progress, random numbers."""
