@@ -14,8 +14,9 @@ from softcache.errors import SoftcacheError
 
 if TYPE_CHECKING:
     from softcache.api import SoftCache, SoftLabelDataset, open
-    from softcache.loss import SparseTargets, distillation_loss
+    from softcache.losses import distillation_loss
     from softcache.targets import to_dense
+    from softcache.types import SparseTargets
 
 __version__ = "0.1.0"
 
@@ -33,8 +34,8 @@ __all__ = [
 _PLACES = {
     "SoftCache": "softcache.api",
     "SoftLabelDataset": "softcache.api",
-    "SparseTargets": "softcache.loss",
-    "distillation_loss": "softcache.loss",
+    "SparseTargets": "softcache.losses",
+    "distillation_loss": "softcache.losses",
     "open": "softcache.api",
     "to_dense": "softcache.targets",
 }

@@ -17,9 +17,9 @@ from softcache.data import CacheSource, DatasetSource, Source, open_source
 from softcache.errors import SettingsError
 from softcache.join import join
 from softcache.loader import loader
-from softcache.loss import MixedLabels, Targets
 from softcache.pull import local_copy
 from softcache.targets import soft_targets, to_dense
+from softcache.types import MixedLabels, Targets
 from softcache.verify import check_damage
 
 CPU = torch.device("cpu")

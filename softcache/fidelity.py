@@ -13,7 +13,6 @@ from torch import Tensor
 from softcache.cache import Cache, Sampled
 from softcache.data import Source
 from softcache.loader import augmented, loader, make_request
-from softcache.loss import SparseTargets, Targets
 from softcache.targets import (
     class_ids,
     decode,
@@ -23,6 +22,7 @@ from softcache.targets import (
     to_dense,
 )
 from softcache.teacher import Ensemble
+from softcache.types import SparseTargets, Targets
 from softcache.util.progress import progress
 from softcache.views import Augmentation
 

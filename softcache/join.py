@@ -16,13 +16,14 @@ from softcache.cache import Cache
 from softcache.data import Source, check_labels
 from softcache.errors import DataError, SettingsError
 from softcache.loader import Batch, Request, augmented, loader, make_request, sequential_batches
-from softcache.loss import LOWEST, Labels, MixedLabels, SparseTargets, Targets
+from softcache.losses import LOWEST
 from softcache.replay import check_replay, replayed
 from softcache.targets import tempered_targets, to_dense
+from softcache.types import Labels, MixedLabels, SparseTargets, Targets, Views
 from softcache.util.counter_rng import uniform
 from softcache.util.progress import progress
 from softcache.util.tensors import to_float
-from softcache.views import ROTATION_STREAM, Augmentation, Views, parse_augment
+from softcache.views import ROTATION_STREAM, Augmentation, parse_augment
 
 BATCH = 1000
 

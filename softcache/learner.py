@@ -21,10 +21,11 @@ from torch.optim.swa_utils import AveragedModel
 from softcache.data import Source
 from softcache.errors import ModelError, SettingsError
 from softcache.evaluate import Evaluation, evaluate
-from softcache.loss import Labels, Loss, MixedLabels, SparseTargets, Targets, distillation_loss
+from softcache.losses import Loss, distillation_loss
 from softcache.models import parameter_count
 from softcache.optimizer import make_average, make_optimizer, make_schedule
 from softcache.train_settings import StudentConfig
+from softcache.types import Labels, MixedLabels, SparseTargets, Targets
 from softcache.util.files import replace_file
 
 UNFINISHED_METRICS = "metrics.jsonl.partial"  # until the student is there

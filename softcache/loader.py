@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from softcache.data import Source, sample_keys
 from softcache.errors import SoftcacheError
+from softcache.types import Views
 from softcache.util.tensors import to_float
-from softcache.views import Augmentation, Views
+from softcache.views import Augmentation
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from softcache.data import Source, check_labels
 from softcache.errors import DataError
 from softcache.join import JoinedData
 from softcache.loader import loader, sequential_batches
-from softcache.loss import hard_loss, soft_loss
+from softcache.losses import hard_loss, soft_loss
 from softcache.util.tensors import to_float
 
 BATCH = 500

@@ -24,9 +24,8 @@ from softcache.cache.encodings import (
     tail_weights,
 )
 from softcache.errors import FormatError
-from softcache.loss import SparseTargets, Targets
+from softcache.types import SparseTargets, Targets, Views
 from softcache.util.counter_rng import uniform
-from softcache.views import Views
 
 Indices = npt.NDArray[np.int64]
 Stored = dict[str, Tensor]  # what the file holds of a batch of rows, by array, on any device

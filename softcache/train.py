@@ -29,7 +29,7 @@ from softcache.learner import (
     make_learner,
 )
 from softcache.loader import Request, ShuffledBatches, joint_loader
-from softcache.loss import parse_loss
+from softcache.losses import parse_loss
 from softcache.models import build, load_weights
 from softcache.record import final_table, lasting_settings, run_facts, write_card
 from softcache.train_settings import StudentConfig, TrainConfig

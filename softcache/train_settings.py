@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.errors import SettingsError
-from softcache.loss import parse_loss
+from softcache.losses import parse_loss
 from softcache.models import public_name
 
 MAX_LEARNING_RATE = 1e6

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from softcache.cache.header import FINGERPRINT
 from softcache.errors import DataError, SettingsError
+from softcache.types import Samples, Views
 from softcache.util.callables import import_callable
 from softcache.util.counter_rng import Draws, uniform
 
@@ -39,10 +40,6 @@ PARTNER_OPS_STREAM, PARTNER_STREAM, SHARE_STREAM, TRANSFORM_STREAM = (
 PARTNER_TRANSFORM_STREAM, EXTRA_STREAM = 1 << 20, 1 << 21
 
 ROTATION_STREAM = 1 << 40  # which view a sample begins with
-
-Samples = npt.NDArray[np.int64]  # (B,) numbers of samples in the draws
-
-Views = int | npt.NDArray[np.int64]  # one for all samples, or (B,) one for each
 
 
 class Op(Protocol):

@@ -26,8 +26,9 @@ from softcache.cache.encodings import (
     encoding_to_json,
 )
 from softcache.errors import FormatError, SettingsError
-from softcache.loss import SparseTargets, Targets, soft_loss
+from softcache.losses import soft_loss
 from softcache.targets import as_arrays, as_tensor, class_ids, decode, make_encoder, to_dense
+from softcache.types import SparseTargets, Targets
 
 Rows = npt.NDArray[np.float64]
 

@@ -29,7 +29,7 @@ from softcache.fidelity import (
     teacher_rows,
     temperatures_of,
 )
-from softcache.loss import SparseTargets
+from softcache.types import SparseTargets
 from softcache.util.tensors import to_float
 from softcache.views import Augmentation, parse_augment
 from tests.conftest import SAMPLES

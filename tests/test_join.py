@@ -28,9 +28,10 @@ from softcache.join import (
 )
 from softcache.join import join as join_data
 from softcache.learner import Learner
-from softcache.loss import MixedLabels, SparseTargets, Targets, hard_loss
+from softcache.losses import hard_loss
 from softcache.targets import to_dense
 from softcache.train import TrainConfig, train
+from softcache.types import MixedLabels, SparseTargets, Targets
 from softcache.util.callables import import_callable
 from tests.conftest import make_arrays
 

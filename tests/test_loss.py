@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from softcache.errors import SettingsError
-from softcache.loss import Loss, MixedLabels, distillation_loss, hard_loss, soft_loss
+from softcache.losses import Loss, distillation_loss, hard_loss, soft_loss
+from softcache.types import MixedLabels
 
 Array = npt.NDArray[np.float64]
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from softcache.errors import SettingsError
-from softcache.loss import LOSSES, MixedLabels, SparseTargets, parse_loss, soft_loss
+from softcache.losses import LOSSES, parse_loss, soft_loss
 from softcache.targets import to_dense
+from softcache.types import MixedLabels, SparseTargets
 
 Array = npt.NDArray[np.float64]
 

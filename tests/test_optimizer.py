@@ -16,9 +16,10 @@ from softcache.data import ArraySource
 from softcache.errors import SettingsError
 from softcache.evaluate import Evaluation
 from softcache.learner import Learner, begin_run
-from softcache.loss import MixedLabels, SparseTargets, distillation_loss, hard_loss
+from softcache.losses import distillation_loss, hard_loss
 from softcache.optimizer import learning_rate_factor, make_optimizer
 from softcache.train_settings import LEARNING_RATES, WEIGHT_DECAYS, StudentConfig
+from softcache.types import MixedLabels, SparseTargets
 from tests.test_learner import STEPS, WARMUP, a_batch, a_learner, parameters
 
 ANY_SOURCE = ArraySource("any", np.zeros((1, 8), np.float32), np.zeros(1, np.int64))

@@ -31,8 +31,9 @@ from softcache.loader import augmented, loader, make_request
 from softcache.models import build
 from softcache.replay import check_replay, fingerprinted_rows, fingerprints, replayed
 from softcache.train import TrainConfig, train
+from softcache.types import Views
 from softcache.util.counter_rng import uniform
-from softcache.views import Augmentation, Views, fingerprint, parse_augment
+from softcache.views import Augmentation, fingerprint, parse_augment
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 
 AUGMENTATIONS = """

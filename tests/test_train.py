@@ -39,14 +39,15 @@ from softcache.errors import (
 from softcache.evaluate import evaluate
 from softcache.learner import UNFINISHED_METRICS
 from softcache.loader import ShuffledBatches
-from softcache.loss import soft_loss
+from softcache.losses import soft_loss
 from softcache.models import build
 from softcache.targets import soften, tempered_targets
 from softcache.train import TrainConfig, train
 from softcache.train_settings import MAX_LEARNING_RATE
+from softcache.types import Views
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
-from softcache.views import EXTRA_STREAM, Views, parse_augment
+from softcache.views import EXTRA_STREAM, parse_augment
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 
 Targets = Callable[[int, npt.NDArray[np.int64]], Any]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from softcache.errors import SettingsError
+from softcache.types import Views
 from softcache.util.counter_rng import uniform
 from softcache.views import (
     EXTRA_STREAM,
@@ -29,7 +30,6 @@ from softcache.views import (
     Jitter,
     Op,
     Shift,
-    Views,
     parse_augment,
     public_spec,
 )

@@ -32,8 +32,8 @@ from torch import Tensor
 from softcache import choose
 from softcache.cache import Encoding, Sampled, TopK
 from softcache.fidelity import divergence, retemper
-from softcache.loss import Targets
 from softcache.targets import as_arrays, as_tensor, class_ids, decode, make_encoder, to_dense
+from softcache.types import Targets
 from tests.bench import alternate, machine, ratios
 
 SPECS = (

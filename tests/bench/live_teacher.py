@@ -32,9 +32,9 @@ from softcache.dump import DumpConfig, dump
 from softcache.join import JoinedData, TrainingBatch, join
 from softcache.learner import Learner, make_accelerator
 from softcache.loader import Batch
-from softcache.loss import Labels, Targets
 from softcache.teacher import Ensemble
 from softcache.train import TrainConfig, fit
+from softcache.types import Labels, Targets
 from softcache.views import Augmentation
 from tests.bench import first_samples, machine, work_folder
 

@@ -25,11 +25,10 @@ from softcache.cache import Cache
 from softcache.data import ArraySource
 from softcache.join import JoinedData
 from softcache.learner import UNFINISHED_METRICS, make_accelerator
-from softcache.loss import Targets
 from softcache.replay import replayed
 from softcache.targets import soft_targets
 from softcache.train import TrainConfig, fit
-from softcache.views import Views
+from softcache.types import Targets, Views
 from tests.bench import (
     alternate,
     first,

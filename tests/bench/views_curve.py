@@ -22,7 +22,7 @@ from softcache.dump import DumpConfig, dump
 from softcache.join import JoinedData, TrainingBatch, join, labels_alone
 from softcache.learner import Learner, make_accelerator
 from softcache.loader import Batch, loader, sequential_batches
-from softcache.loss import soft_loss
+from softcache.losses import soft_loss
 from softcache.targets import soft_targets
 from softcache.teacher import Ensemble
 from softcache.train import TrainConfig, fit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,38 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from softcache.errors import SettingsError
+from softcache.types import Labels, MixedLabels, SparseTargets, Targets
 
 DKD_BETA = 8.0  # of Zhao et al., for CIFAR-100
+
 LOWEST = -1e5  # a log-probability whose exp is 0, and which is finite
-
-
-@dataclass(frozen=True)
-class SparseTargets:
-    """Log-probabilities of a few classes, and one that all the other classes share.
-
-    An id may stand several times in a row, if all but one of its log-probabilities are -inf.
-    """
-
-    ids: Tensor  # (B, k) int64
-    log_probs: Tensor  # (B, k) float32
-    rest: Tensor  # (B,) float32, log-probability of each class that is not among the ids
-    classes: int
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((len(self.ids), self.classes))
-
-
-class MixedLabels(NamedTuple):
-    """Labels of samples into which others are mixed."""
-
-    own: Tensor  # (B,) int64
-    partners: Tensor  # (B,) int64
-    shares: Tensor  # (B,) float32, of the partners
-
-
-Labels = Tensor | MixedLabels  # a tensor: (B,) int64, negative where unlabelled
-Targets = Tensor | SparseTargets  # a tensor: (B, C) float32 log-probabilities
 
 
 class Loss(NamedTuple):
@@ -242,7 +214,6 @@ DIVERGENCES: dict[str, Callable[[Tensor, Targets], Tensor]] = {
     "js": jensen_shannon,
     "mse": mean_squared_error,
 }
-
 
 LOSSES = (*DIVERGENCES, "dkd")
 

@@ -1,0 +1,45 @@
+"""Types that several rooms share: labels, soft targets, indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """Log-probabilities of a few classes, and one that all the other classes share.
+
+    An id may stand several times in a row, if all but one of its log-probabilities are -inf.
+    """
+
+    ids: Tensor  # (B, k) int64
+    log_probs: Tensor  # (B, k) float32
+    rest: Tensor  # (B,) float32, log-probability of each class that is not among the ids
+    classes: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.ids), self.classes))
+
+
+class MixedLabels(NamedTuple):
+    """Labels of samples into which others are mixed."""
+
+    own: Tensor  # (B,) int64
+    partners: Tensor  # (B,) int64
+    shares: Tensor  # (B,) float32, of the partners
+
+
+Labels = Tensor | MixedLabels  # a tensor: (B,) int64, negative where unlabelled
+
+Targets = Tensor | SparseTargets  # a tensor: (B, C) float32 log-probabilities
+
+Samples = npt.NDArray[np.int64]  # (B,) numbers of samples in the draws
+
+Views = int | npt.NDArray[np.int64]  # one for all samples, or (B,) one for each
