@@ -13,10 +13,13 @@ from torch.utils.data import Dataset
 
 from softcache.cache import Cache, Header
 from softcache.cache.reader import open_trainable
-from softcache.data import CacheSource, DatasetSource, Source, open_source
+from softcache.data.embedded import CacheSource
+from softcache.data.loader import loader
+from softcache.data.open import open_source
+from softcache.data.source import Source
+from softcache.data.user_dataset import DatasetSource
 from softcache.errors import SettingsError
-from softcache.join import join
-from softcache.loader import loader
+from softcache.join.match import join
 from softcache.pull import local_copy
 from softcache.targets import soft_targets, to_dense
 from softcache.types import MixedLabels, Targets

@@ -17,12 +17,15 @@ from softcache.cache.allocate import Stored, create
 from softcache.cache.encodings import DTYPES, ArraySpec
 from softcache.cache.header import BASE_VERSION, INPUTS, VERSION
 from softcache.cache.reader import partial_path
-from softcache.data import Source, check_class_names, open_source
+from softcache.data.augment import Augmentation, public_spec
+from softcache.data.class_names import check_class_names
+from softcache.data.open import open_source
+from softcache.data.source import Source
 from softcache.dump_settings import AUTO, DumpConfig
 from softcache.errors import ModelError, SettingsError, SoftcacheError
 from softcache.evaluate import data_digest, evaluate
+from softcache.join.fingerprints import fingerprinted_rows, software, steady_fingerprints
 from softcache.other_teachers import Matrix
-from softcache.replay import fingerprinted_rows, software, steady_fingerprints
 from softcache.resume import check_same
 from softcache.teacher import (
     COMPILED,
@@ -32,7 +35,6 @@ from softcache.teacher import (
     make_ensemble,
 )
 from softcache.util.tensors import to_float
-from softcache.views import Augmentation, public_spec
 
 
 def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Header:

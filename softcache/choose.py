@@ -24,7 +24,8 @@ from softcache.cache import (
     parse_encoding,
 )
 from softcache.cache.encodings import TAIL_TEMPERATURES
-from softcache.data import Source
+from softcache.data.augment import Augmentation
+from softcache.data.source import Source
 from softcache.errors import SettingsError
 from softcache.fidelity import (
     VALUES,
@@ -36,7 +37,6 @@ from softcache.fidelity import (
 )
 from softcache.targets import class_ids, decode, make_encoder
 from softcache.teacher import Ensemble
-from softcache.views import Augmentation
 
 AUTO = "auto"
 ROWS = 4096  # drawn from the whole data set: three quarters to fit, the rest to measure

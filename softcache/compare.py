@@ -10,9 +10,11 @@ import torch
 from tabulate import tabulate
 
 from softcache.cache.reader import open_trainable
-from softcache.data import CacheSource, open_source
+from softcache.data.embedded import CacheSource
+from softcache.data.open import open_source
 from softcache.errors import SettingsError
-from softcache.join import JoinedData, join
+from softcache.join.joined_data import JoinedData
+from softcache.join.match import join
 from softcache.measure import (
     calibration,
     divergence_from_teacher,

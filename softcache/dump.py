@@ -17,18 +17,19 @@ from softcache.cache.merge import copy_view
 from softcache.cache.reader import partial_path
 from softcache.cache.summary import rows_to_look_at, summarize
 from softcache.cache.writer import Writer
-from softcache.data import Source, check_labels, open_source
+from softcache.data.augment import Augmentation, parse_augment
+from softcache.data.loader import Batch, Request, augmented, loader, make_request
+from softcache.data.open import open_source
+from softcache.data.source import Source, check_labels
 from softcache.dump_settings import DumpConfig
 from softcache.errors import Interrupted
-from softcache.loader import Batch, Request, augmented, loader, make_request
+from softcache.join.fingerprints import check_replay
 from softcache.pipeline import Behind, Stopwatch, ahead
 from softcache.processes import ProcessGroup, join_processes
-from softcache.replay import check_replay
 from softcache.resume import check_same
 from softcache.targets import HostCopy, as_arrays, make_encoder, shared_tensors
 from softcache.teacher import Ensemble
 from softcache.util.progress import progress
-from softcache.views import Augmentation, parse_augment
 
 __all__ = ["DumpConfig", "dump"]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from softcache import choose
 from softcache.begin import draft_header, inputs_spec, load_teachers, take_encoding
 from softcache.cache import Encoding, Header, open_cache
-from softcache.data import open_source
+from softcache.data.augment import parse_augment
+from softcache.data.open import open_source
 from softcache.dump_settings import DumpConfig
 from softcache.targets import shared_tensors
-from softcache.views import parse_augment
 
 MOST_CLASSES = 1 << 15  # of more, only the encoding asked for is tried: fitting takes minutes
 

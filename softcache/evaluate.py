@@ -10,9 +10,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from softcache.data import Source, check_labels, sample_keys
+from softcache.data.keys import sample_keys
+from softcache.data.loader import loader, sequential_batches
+from softcache.data.source import Source, check_labels
 from softcache.errors import DataError, ModelError
-from softcache.loader import loader, sequential_batches
 from softcache.util.tensors import to_float
 
 BATCH = 1000

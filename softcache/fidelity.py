@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Cache, Sampled
-from softcache.data import Source
-from softcache.loader import augmented, loader, make_request
+from softcache.data.augment import Augmentation
+from softcache.data.loader import augmented, loader, make_request
+from softcache.data.source import Source
 from softcache.targets import (
     class_ids,
     decode,
@@ -24,7 +25,6 @@ from softcache.targets import (
 from softcache.teacher import Ensemble
 from softcache.types import SparseTargets, Targets
 from softcache.util.progress import progress
-from softcache.views import Augmentation
 
 ROWS = 1024
 PRECISION_ROWS = 256

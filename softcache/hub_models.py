@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from softcache import text
+from softcache.data import text
 from softcache.errors import ModelError, SettingsError
 from softcache.preprocess import Preprocess, Steps, steps_of_processor, steps_of_timm
 from softcache.util.extras import import_extra

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from softcache.cache import Cache
-from softcache.data import open_source
+from softcache.data.open import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import SettingsError
 from softcache.other_teachers import is_matrix, open_top_rows

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from softcache.data import Source
+from softcache.data.source import Source
 from softcache.errors import ModelError, SettingsError
 from softcache.evaluate import Evaluation, evaluate
 from softcache.losses import Loss, distillation_loss

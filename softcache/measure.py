@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from softcache.data import Source, check_labels
+from softcache.data.loader import loader, sequential_batches
+from softcache.data.source import Source, check_labels
 from softcache.errors import DataError
-from softcache.join import JoinedData
-from softcache.loader import loader, sequential_batches
+from softcache.join.joined_data import JoinedData
 from softcache.losses import hard_loss, soft_loss
 from softcache.util.tensors import to_float
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from softcache.errors import ModelError, SettingsError
 from softcache.hub_models import build_hub, is_hub, public_hub_name
 from softcache.util.callables import call_user, import_callable
+from softcache.util.messages import first_line
 
 FORMS = (
     "mlp:SIZES, cnn:WIDTHS, resnet:DEPTH,WIDTH, hf:ID_OR_FOLDER, timm:NAME, FILE.py:CALLABLE, "
@@ -125,7 +126,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise ModelError(
-            f"weights {path} cannot be read: {type(error).__name__} {_first_line(error)}"
+            f"weights {path} cannot be read: {type(error).__name__} {first_line(error)}"
         ) from error
     except Exception as error:  # torch raises pickle's own errors for what weights_only refuses
         raise ModelError(
@@ -236,7 +237,7 @@ def _load_exported(path: Path) -> nn.Module:
     try:
         return _Exported(torch.export.load(path).module())
     except Exception as error:  # a damaged archive fails in many ways
-        raise ModelError(f"model {path} is no exported program: {_first_line(error)}") from error
+        raise ModelError(f"model {path} is no exported program: {first_line(error)}") from error
 
 
 class _Exported(nn.Module):
@@ -275,7 +276,3 @@ def _image_channels(spec: str, input_shape: Sequence[int]) -> int:
             "width); use mlp:SIZES, or a model of your own"
         )
     return input_shape[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from softcache.data.huggingface import load
 from softcache.errors import ModelError, SettingsError
-from softcache.hub_data import load
 from softcache.models import file_sha256, read_weights
 from softcache.util.extras import import_extra
 from softcache.util.spec import public_place, query_of, split_options

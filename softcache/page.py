@@ -21,10 +21,12 @@ from softcache import __version__, figures
 from softcache.cache import Cache, Sampled
 from softcache.cache.reader import open_trainable
 from softcache.compare import BATCHES, Compared, measure_all, open_part
-from softcache.data import CacheSource, Source, open_source
+from softcache.data.embedded import CacheSource
+from softcache.data.open import open_source
+from softcache.data.source import Source
 from softcache.errors import FormatError, SettingsError
 from softcache.info import describe
-from softcache.join import join_samples
+from softcache.join.match import join_samples
 from softcache.measure import best_temperature, calibration, gradient_similarity
 from softcache.runs import Run, expand, open_run
 from softcache.targets import soft_targets, to_dense

@@ -10,11 +10,11 @@ import numpy as np
 from softcache import fidelity
 from softcache.begin import load_teachers
 from softcache.cache import Sampled, open_cache
-from softcache.data import open_source
+from softcache.data.open import open_source
 from softcache.dump_settings import DumpConfig
 from softcache.errors import DataError, SettingsError
-from softcache.join import join_samples
-from softcache.replay import check_replay, replayed
+from softcache.join.fingerprints import check_replay, replayed
+from softcache.join.match import join_samples
 from softcache.teacher import COMPILED
 
 TOLERANCE = 0.02  # of the probability mass, that other hardware or batch sizes may move

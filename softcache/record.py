@@ -10,9 +10,9 @@ from typing import Any
 from softcache import __version__
 from softcache.cache import Cache
 from softcache.card import model_card
-from softcache.data import Source
+from softcache.data.source import Source
 from softcache.evaluate import Evaluation, data_digest
-from softcache.join import JoinedData
+from softcache.join.joined_data import JoinedData
 from softcache.learner import Learner
 from softcache.models import file_sha256, public_name
 from softcache.report import Row, models_table

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from softcache.cache import Cache, Header, open_cache
-from softcache.data import Source, open_source
+from softcache.data.loader import loader
+from softcache.data.open import open_source
+from softcache.data.source import Source
 from softcache.errors import SettingsError
-from softcache.loader import loader
 
 RESUME_SAMPLES = 256  # how many samples a resumed dump compares with those it began with
 # what decides the values of a cache: a dump goes on only with the same

@@ -18,9 +18,15 @@ from accelerate import Accelerator
 from softcache.cache import Cache, Sampled, TopK
 from softcache.cache.reader import open_trainable
 from softcache.checkpoint import NAME, Checkpoint, Place, check_checkpoint
-from softcache.data import CacheSource, Source, all_class_names, check_class_names, open_source
+from softcache.data.augment import EXTRA_STREAM, Augmentation, parse_augment
+from softcache.data.class_names import all_class_names, check_class_names
+from softcache.data.embedded import CacheSource
+from softcache.data.loader import Request, ShuffledBatches, joint_loader
+from softcache.data.open import open_source
+from softcache.data.source import Source
 from softcache.errors import DataError, Interrupted, ModelError, SettingsError
-from softcache.join import JoinedData, join, labels_alone, together
+from softcache.join.joined_data import JoinedData, labels_alone, together
+from softcache.join.match import join
 from softcache.learner import (
     Learner,
     begin_run,
@@ -28,7 +34,6 @@ from softcache.learner import (
     make_accelerator,
     make_learner,
 )
-from softcache.loader import Request, ShuffledBatches, joint_loader
 from softcache.losses import parse_loss
 from softcache.models import build, load_weights
 from softcache.record import final_table, lasting_settings, run_facts, write_card
@@ -36,7 +41,6 @@ from softcache.train_settings import StudentConfig, TrainConfig
 from softcache.util.extras import import_extra
 from softcache.util.progress import progress
 from softcache.verify import check_damage
-from softcache.views import EXTRA_STREAM, Augmentation, parse_augment
 
 __all__ = ["TrainConfig", "fit", "train"]
 

@@ -18,11 +18,11 @@ from softcache import choose
 from softcache.begin import draft_header, load_teachers
 from softcache.cache import Basis, Dense, Encoding, Quantized, Sampled, TopK
 from softcache.choose import Candidate, candidates, check_spec, fit_basis, resolve, spec_of, table
-from softcache.data import open_source
+from softcache.data.augment import parse_augment
+from softcache.data.open import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import SettingsError
 from softcache.fidelity import Pairs, draw_rows
-from softcache.views import parse_augment
 
 CLASSES, WIDTH = 40, 6
 

@@ -19,9 +19,11 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from torch import Tensor
 
-from softcache.data import UNLABELLED, ArraySource, check_labels, open_source, sample_keys
+from softcache.data.keys import sample_keys
+from softcache.data.loader import loader
+from softcache.data.open import open_source
+from softcache.data.source import UNLABELLED, ArraySource, check_labels
 from softcache.errors import DataError, SettingsError
-from softcache.loader import loader
 from softcache.util.tensors import to_float
 from tests.conftest import make_arrays
 

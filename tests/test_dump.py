@@ -23,14 +23,14 @@ from softcache.cache import allocate as cache_allocate
 from softcache.cache import open_cache
 from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
-from softcache.data import open_source
+from softcache.data.augment import Augmentation, parse_augment
+from softcache.data.open import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import DataError, Interrupted, ModelError, SettingsError, SoftcacheError
 from softcache.evaluate import data_digest
 from softcache.resume import SETTINGS
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
-from softcache.views import Augmentation, parse_augment
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 
 Floats = npt.NDArray[np.float64]

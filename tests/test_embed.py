@@ -13,7 +13,7 @@ import torch
 from softcache.cache import open_cache
 from softcache.cache.merge import merge
 from softcache.cache.reader import verify
-from softcache.data import CacheSource
+from softcache.data.embedded import CacheSource
 from softcache.dump import DumpConfig, dump
 from softcache.errors import SettingsError
 from softcache.train import TrainConfig, train

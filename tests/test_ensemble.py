@@ -24,7 +24,7 @@ from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
 from softcache.choose import FIT_VIEWS, needs_rows
 from softcache.cli import main
-from softcache.data import open_source
+from softcache.data.open import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import ModelError, SettingsError
 from softcache.fidelity import BATCH

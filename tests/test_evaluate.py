@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache import evaluate as module
-from softcache.data import ArraySource
+from softcache.data.source import ArraySource
 from softcache.errors import DataError, ModelError
 from softcache.evaluate import Evaluation, data_digest, evaluate
 from tests.conftest import make_arrays

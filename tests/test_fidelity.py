@@ -18,7 +18,8 @@ from torch import Tensor
 from softcache import fidelity
 from softcache.begin import load_teachers
 from softcache.cache import Cache, Sampled, open_cache
-from softcache.data import open_source
+from softcache.data.augment import Augmentation, parse_augment
+from softcache.data.open import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.fidelity import (
     describe,
@@ -31,7 +32,6 @@ from softcache.fidelity import (
 )
 from softcache.types import SparseTargets
 from softcache.util.tensors import to_float
-from softcache.views import Augmentation, parse_augment
 from tests.conftest import SAMPLES
 
 Rows = npt.NDArray[np.float64]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.data import open_source
+from softcache.data.open import open_source
+from softcache.data.text import decode
 from softcache.errors import DataError, SettingsError
-from softcache.text import decode
 from tests.hub import BREEDS, save_pets, save_reviews
 
 

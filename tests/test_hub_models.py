@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from softcache.data.text import encode
 from softcache.dump import DumpConfig, dump
 from softcache.errors import ModelError, SettingsError
 from softcache.hub_models import HubModel, build_hub, public_hub_name, save_hub
 from softcache.models import build, load_weights, public_name
 from softcache.preprocess import Preprocess
-from softcache.text import encode
 from tests.hub import BREEDS, VIT, save_pets, save_tokenizer, save_vit
 
 BERT = (

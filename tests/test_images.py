@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from softcache.data import open_source
+from softcache.data.images import Pixels, as_array, parse_pixels, read_image
+from softcache.data.open import open_source
 from softcache.errors import DataError, SettingsError
-from softcache.images import Pixels, as_array, parse_pixels, read_image
 
 
 @pytest.fixture

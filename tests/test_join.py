@@ -12,21 +12,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softcache import join
 from softcache.cache import Cache
-from softcache.data import ArraySource, sample_keys
+from softcache.data.keys import sample_keys
+from softcache.data.source import ArraySource
 from softcache.dump import DumpConfig, dump
 from softcache.errors import DataError, SettingsError
-from softcache.join import (
+from softcache.join import match
+from softcache.join.joined_data import (
     JoinedData,
     TrainingBatch,
-    join_samples,
     labels_alone,
     labels_together,
     targets_together,
     together,
 )
-from softcache.join import join as join_data
+from softcache.join.match import join as join_data
+from softcache.join.match import join_samples
 from softcache.learner import Learner
 from softcache.losses import hard_loss
 from softcache.targets import to_dense
@@ -106,7 +107,7 @@ def test_a_join_by_place_would_be_noticed(make_cache: MakeCache, data: ArraySour
 def test_batches_and_workers_change_nothing(
     make_cache: MakeCache, data: ArraySource, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(join, "BATCH", 7)
+    monkeypatch.setattr(match, "BATCH", 7)
     cache = make_cache(data.inputs, data.labels)
     order = np.random.default_rng(0).permutation(SAMPLES)
     places = join_samples(picked(data, order), cache, workers)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from softcache.data import ArraySource
+from softcache.data.source import ArraySource
 from softcache.errors import ModelError, SettingsError, SoftcacheError
 from softcache.learner import (
     UNFINISHED_METRICS,

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from softcache.data import ArraySource, open_source, sample_keys
-from softcache.errors import DataError
-from softcache.loader import (
+from softcache.data.augment import Augmentation, parse_augment
+from softcache.data.keys import sample_keys
+from softcache.data.loader import (
     Batch,
     Request,
     ShuffledBatches,
@@ -26,7 +26,9 @@ from softcache.loader import (
     make_request,
     sequential_batches,
 )
-from softcache.views import Augmentation, parse_augment
+from softcache.data.open import open_source
+from softcache.data.source import ArraySource
+from softcache.errors import DataError
 from tests.conftest import make_arrays
 
 # the order of batches

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softcache.data import ArraySource
+from softcache.data.source import ArraySource
 from softcache.errors import SettingsError
 from softcache.evaluate import Evaluation
 from softcache.learner import Learner, begin_run

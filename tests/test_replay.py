@@ -20,20 +20,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from softcache import views
 from softcache.cache import Cache, Header
 from softcache.cache.header import FINGERPRINT
-from softcache.data import ArraySource, Source, open_source
+from softcache.data import augment
+from softcache.data.augment import Augmentation, parse_augment
+from softcache.data.loader import augmented, loader, make_request
+from softcache.data.open import open_source
+from softcache.data.source import ArraySource, Source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import DataError, FormatError, ModelError, SettingsError
+from softcache.join.fingerprints import (
+    check_replay,
+    fingerprint,
+    fingerprinted_rows,
+    fingerprints,
+    replayed,
+)
 from softcache.learner import Learner
-from softcache.loader import augmented, loader, make_request
 from softcache.models import build
-from softcache.replay import check_replay, fingerprinted_rows, fingerprints, replayed
 from softcache.train import TrainConfig, train
 from softcache.types import Views
 from softcache.util.counter_rng import uniform
-from softcache.views import Augmentation, fingerprint, parse_augment
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 
 AUGMENTATIONS = """
@@ -205,15 +212,15 @@ def test_samples_of_one_batch_may_each_have_a_view_of_their_own(
     numbers, cpu = np.arange(COUNT), torch.device("cpu")
 
     def seen(views: Views) -> Tensor:
-        request = make_request(augmentation, numbers.tolist(), views, numbers)
+        request = make_request(augmentation, numbers.tolist(), augment, numbers)
         batches = loader(source, [request], augmentation=augmentation, workers=workers)
-        return augmented(next(iter(batches)), augmentation, views, numbers, cpu)
+        return augmented(next(iter(batches)), augmentation, augment, numbers, cpu)
 
-    views = np.random.default_rng(0).integers(3, 6, COUNT)
+    augment = np.random.default_rng(0).integers(3, 6, COUNT)
     each = torch.stack([seen(view) for view in range(3, 6)])
-    expected = each[views - 3, numbers]
-    assert torch.equal(seen(views), expected)
-    others = each[(views - 2) % 3, numbers]  # another view would show, in nearly all
+    expected = each[augment - 3, numbers]
+    assert torch.equal(seen(augment), expected)
+    others = each[(augment - 2) % 3, numbers]  # another view would show, in nearly all
     assert (others != expected).flatten(1).any(1).double().mean() > 0.8
 
 
@@ -580,10 +587,10 @@ def test_changed_hashing_is_refused(
     augmented_cache: Cache, train_source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # as another version of a library might draw; the signs of fingerprints change with it
-    def other(seed: int, view: int, samples: Indices, *, stream: int, draws: int) -> views.Draws:
+    def other(seed: int, view: int, samples: Indices, *, stream: int, draws: int) -> augment.Draws:
         return 1 - uniform(seed, view, samples, stream=stream, draws=draws) * (1 - 2**-53)
 
-    monkeypatch.setattr(views, "uniform", other)
+    monkeypatch.setattr(augment, "uniform", other)
     with pytest.raises(DataError, match="is not what the teacher of"):
         check(augmented_cache, train_source)
 

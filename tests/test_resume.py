@@ -25,14 +25,14 @@ from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as cache_writer
 from softcache.cache.merge import merge
 from softcache.cache.reader import partial_path
-from softcache.data import open_source
+from softcache.data.augment import Augmentation
+from softcache.data.open import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.resume import SETTINGS
 from softcache.teacher import Ensemble
 from softcache.train import TrainConfig, train
 from softcache.verify import verify
-from softcache.views import Augmentation
 from tests.cache.test_merge import (
     BLOCK_ROWS,
     SAMPLES,

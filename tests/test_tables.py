@@ -9,7 +9,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from softcache.data import open_source
+from softcache.data.open import open_source
 from softcache.errors import DataError, SettingsError
 
 TEXT = "age,income,member,kind\n30,1.5,true,cat\n41,-2,false,dog\n5,0,true,ant\n"

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softcache.text import decode, encode
+from softcache.data.text import decode, encode
 
 # what a text of a data set can hold; a trailing NUL is the end of a text
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)

@@ -26,7 +26,9 @@ from torch.nn import functional
 from softcache.cache import Cache
 from softcache.cache.reader import partial_path
 from softcache.checkpoint import NAME
-from softcache.data import open_source
+from softcache.data.augment import EXTRA_STREAM, parse_augment
+from softcache.data.loader import ShuffledBatches
+from softcache.data.open import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import (
     DataError,
@@ -38,7 +40,6 @@ from softcache.errors import (
 )
 from softcache.evaluate import evaluate
 from softcache.learner import UNFINISHED_METRICS
-from softcache.loader import ShuffledBatches
 from softcache.losses import soft_loss
 from softcache.models import build
 from softcache.targets import soften, tempered_targets
@@ -47,7 +48,6 @@ from softcache.train_settings import MAX_LEARNING_RATE
 from softcache.types import Views
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
-from softcache.views import EXTRA_STREAM, parse_augment
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 
 Targets = Callable[[int, npt.NDArray[np.int64]], Any]
@@ -247,7 +247,7 @@ def test_the_cache_trains_like_the_live_teacher(
 
         return targets
 
-    monkeypatch.setattr("softcache.join.tempered_targets", live)
+    monkeypatch.setattr("softcache.join.match.tempered_targets", live)
     train(replace(config, out=tmp_path / "live"))
     from_cache, from_teacher = metrics(config.out), metrics(tmp_path / "live")
     assert len(from_cache) * 5 == 100  # steps
@@ -296,7 +296,7 @@ def test_each_sample_is_seen_in_its_view_with_that_views_targets(
         targets = tempered_targets(*arguments)
         return lambda view, rows: targets(1 - view, rows)
 
-    monkeypatch.setattr("softcache.join.tempered_targets", exchanged)
+    monkeypatch.setattr("softcache.join.match.tempered_targets", exchanged)
     train(replace(config, overwrite=True))
     assert min(soft(config.out)) > 100 * NOTHING
 
@@ -323,7 +323,7 @@ def test_reordered_data_are_joined_by_content(
         targets = tempered_targets(*arguments)
         return lambda view, rows: targets(view, np.argsort(order)[rows])
 
-    monkeypatch.setattr("softcache.join.tempered_targets", by_place)
+    monkeypatch.setattr("softcache.join.match.tempered_targets", by_place)
     train(replace(config, overwrite=True))
     assert min(soft(config.out)) > 100 * NOTHING
 
@@ -563,7 +563,7 @@ def test_a_cut_of_the_views_would_be_noticed(
     cache = views_of(dump_config, recorders, "shift:2")
     # as if the student drew its views with another seed than the cache's
     monkeypatch.setattr(
-        "softcache.join.replayed",
+        "softcache.join.match.replayed",
         lambda header, own: parse_augment(header.augment, seed=header.seed + 1, total=FEW),
     )
     config = as_recorder(config, recorders, cache)

@@ -12,10 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softcache.errors import SettingsError
-from softcache.types import Views
-from softcache.util.counter_rng import uniform
-from softcache.views import (
+from softcache.data.augment import (
     EXTRA_STREAM,
     PARTNER_OPS_STREAM,
     PARTNER_STREAM,
@@ -24,15 +21,13 @@ from softcache.views import (
     SHARE_STREAM,
     TRANSFORM_STREAM,
     Augmentation,
-    Crop,
-    Cutout,
-    Flip,
-    Jitter,
-    Op,
-    Shift,
     parse_augment,
     public_spec,
 )
+from softcache.data.augmentations import Crop, Cutout, Flip, Jitter, Op, Shift
+from softcache.errors import SettingsError
+from softcache.types import Views
+from softcache.util.counter_rng import uniform
 
 Array = npt.NDArray[np.float64]
 

@@ -18,7 +18,8 @@ from softcache.cache import Cache, Dense, Header, open_cache
 from softcache.cache.allocate import create
 from softcache.cache.header import FINGERPRINT
 from softcache.cache.writer import Writer
-from softcache.data import ArraySource, open_source
+from softcache.data.open import open_source
+from softcache.data.source import ArraySource
 
 WRITE_ROWS = 4096  # of write_cache(), at a time
 

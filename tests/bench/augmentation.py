@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from tabulate import tabulate
 from torch import Tensor
 
+from softcache.data.augment import parse_augment
 from softcache.dump import DumpConfig, dump
 from softcache.models import build
 from softcache.train import TrainConfig, train
 from softcache.util.tensors import to_float
-from softcache.views import parse_augment
 from tests.bench import alternate, machine, ratios, spread, synthetic_images, work_folder
 
 BATCH = 128

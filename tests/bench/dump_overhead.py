@@ -23,13 +23,13 @@ from softcache import fidelity
 from softcache.begin import begin, draft_header, load_teachers
 from softcache.cache.summary import summarize
 from softcache.cache.writer import Writer
-from softcache.data import ArraySource
+from softcache.data.augment import Augmentation, parse_augment
+from softcache.data.loader import augmented, loader, sequential_batches
+from softcache.data.source import ArraySource
 from softcache.dump import DumpConfig, fill
-from softcache.loader import augmented, loader, sequential_batches
 from softcache.models import build
 from softcache.processes import ProcessGroup
 from softcache.teacher import Ensemble
-from softcache.views import Augmentation, parse_augment
 from tests.bench import (
     alternate,
     first,

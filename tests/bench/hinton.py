@@ -19,11 +19,11 @@ from tabulate import tabulate
 from torch import Tensor
 
 from softcache.cache import open_cache
-from softcache.data import open_source
+from softcache.data.loader import loader, sequential_batches
+from softcache.data.open import open_source
 from softcache.demo import TEACHER
 from softcache.dump import DumpConfig, dump
 from softcache.learner import Learner
-from softcache.loader import loader, sequential_batches
 from softcache.models import build, parameter_count
 from softcache.train import TrainConfig, train
 from softcache.util.tensors import to_float

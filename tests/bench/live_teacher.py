@@ -26,16 +26,18 @@ from torch import Tensor
 
 from softcache.begin import load_teachers
 from softcache.cache import Cache
-from softcache.data import Source, open_source
+from softcache.data.augment import Augmentation
+from softcache.data.loader import Batch
+from softcache.data.open import open_source
+from softcache.data.source import Source
 from softcache.demo import EPOCHS, STUDENT, TEACHER, TEMPERATURE
 from softcache.dump import DumpConfig, dump
-from softcache.join import JoinedData, TrainingBatch, join
+from softcache.join.joined_data import JoinedData, TrainingBatch
+from softcache.join.match import join
 from softcache.learner import Learner, make_accelerator
-from softcache.loader import Batch
 from softcache.teacher import Ensemble
 from softcache.train import TrainConfig, fit
 from softcache.types import Labels, Targets
-from softcache.views import Augmentation
 from tests.bench import first_samples, machine, work_folder
 
 GOAL = 1e-3  # relative difference of the losses

@@ -21,9 +21,10 @@ from tabulate import tabulate
 
 from softcache.begin import load_teachers
 from softcache.cache import Cache
-from softcache.data import ArraySource
+from softcache.data.source import ArraySource
 from softcache.dump import DumpConfig, dump
-from softcache.join import JoinedData, join
+from softcache.join.joined_data import JoinedData
+from softcache.join.match import join
 from softcache.learner import make_accelerator
 from softcache.train import TrainConfig, fit, make_learners
 from softcache.util.tensors import to_float

@@ -22,10 +22,10 @@ from tabulate import tabulate
 from torch import Tensor
 
 from softcache.cache import Cache
-from softcache.data import ArraySource
-from softcache.join import JoinedData
+from softcache.data.source import ArraySource
+from softcache.join.fingerprints import replayed
+from softcache.join.joined_data import JoinedData
 from softcache.learner import UNFINISHED_METRICS, make_accelerator
-from softcache.replay import replayed
 from softcache.targets import soft_targets
 from softcache.train import TrainConfig, fit
 from softcache.types import Targets, Views

@@ -17,17 +17,19 @@ from tabulate import tabulate
 
 from softcache.begin import load_teachers
 from softcache.cache import Cache, open_cache
-from softcache.data import Source, open_source
+from softcache.data.augment import Augmentation
+from softcache.data.loader import Batch, loader, sequential_batches
+from softcache.data.open import open_source
+from softcache.data.source import Source
 from softcache.dump import DumpConfig, dump
-from softcache.join import JoinedData, TrainingBatch, join, labels_alone
+from softcache.join.joined_data import JoinedData, TrainingBatch, labels_alone
+from softcache.join.match import join
 from softcache.learner import Learner, make_accelerator
-from softcache.loader import Batch, loader, sequential_batches
 from softcache.losses import soft_loss
 from softcache.targets import soft_targets
 from softcache.teacher import Ensemble
 from softcache.train import TrainConfig, fit
 from softcache.util.tensors import to_float
-from softcache.views import Augmentation
 from tests.bench import first_samples, machine, work_folder
 from tests.bench.frontier import pyplot
 from tests.bench.pool import Outcome, mean_and_error, run_jobs

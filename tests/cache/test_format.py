@@ -26,12 +26,15 @@ from softcache.cache import writer as writer_module
 from softcache.cache.allocate import create
 from softcache.cache.reader import digest_of, open_trainable, partial_path, verify
 from softcache.cache.writer import Writer
-from softcache.data import CacheSource, Source, open_source, sample_keys
+from softcache.data.augment import Augmentation, parse_augment
+from softcache.data.embedded import CacheSource
+from softcache.data.keys import sample_keys
+from softcache.data.open import open_source
+from softcache.data.source import Source
 from softcache.errors import DataError, FormatError, SettingsError
-from softcache.replay import check_replay
+from softcache.join.fingerprints import check_replay
 from softcache.targets import as_arrays, make_encoder
 from softcache.util.counter_rng import uniform
-from softcache.views import Augmentation, parse_augment
 from tests.cache.test_header import (
     GONE,
     WRONG,

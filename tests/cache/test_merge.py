@@ -22,11 +22,11 @@ from softcache.cache.merge import SETTINGS, merge
 from softcache.cache.reader import partial_path, verify
 from softcache.cache.writer import digest_offset
 from softcache.cli import main
-from softcache.data import open_source
+from softcache.data.augment import parse_augment
+from softcache.data.open import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import FormatError, SettingsError
-from softcache.replay import fingerprints
-from softcache.views import parse_augment
+from softcache.join.fingerprints import fingerprints
 from tests.conftest import Run, make_arrays
 
 SAMPLES, BLOCK_ROWS = 60, 8  # a block is a whole part of a batch

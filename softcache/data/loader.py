@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from softcache.data import Source, sample_keys
+from softcache.data.augment import Augmentation
+from softcache.data.keys import sample_keys
+from softcache.data.source import Source
 from softcache.errors import SoftcacheError
 from softcache.types import Views
 from softcache.util.tensors import to_float
-from softcache.views import Augmentation
 
 
 @dataclass(frozen=True)

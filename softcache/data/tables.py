@@ -9,18 +9,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from softcache.data.source import ArraySource
 from softcache.errors import DataError, SettingsError
 from softcache.util.extras import import_extra
-from softcache.util.spec import check_options
+from softcache.util.spec import check_options, query_of
 
 UNLABELLED = -1
+
 OPTIONS = ("label", "inputs", "classes")
+
 LABEL = "label"  # the column that is taken if none is named
 
 Labels = tuple[npt.NDArray[np.int64], tuple[str, ...]]
 
 Column = Any  # of Arrow
+
 Table = Any  # of Arrow
+
 Module = Any
 
 
@@ -131,3 +136,10 @@ def _numbers(column: Column, where: str) -> npt.NDArray[np.float32]:
         row = next(i for i, value in enumerate(column) if not value.is_valid)
         raise DataError(f"{where} has no value in row {row}; expected a number in each")
     return np.asarray(column.to_numpy(), np.float32)
+
+
+def open_table(kind: str, path: Path, split: str, options: dict[str, str]) -> ArraySource:
+    if split:
+        raise SettingsError(f"{kind}:{path}@{split}: a table has no splits; name a file for each")
+    inputs, labels, names = read_table(kind, path, options)
+    return ArraySource(f"{kind}:{path.name}{query_of(options)}", inputs, labels, names)

@@ -15,7 +15,9 @@ from softcache.errors import DataError, SettingsError
 from softcache.util.extras import import_extra
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
 OPTIONS = ("size", "mode")
+
 MODES = {"rgb": "RGB", "grey": "L"}
 
 Image = Any  # of Pillow

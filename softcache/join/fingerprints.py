@@ -7,16 +7,19 @@ import platform
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from softcache import __version__
 from softcache.cache import Cache, Header
 from softcache.cache.header import FINGERPRINT
-from softcache.data import Source
+from softcache.data.augment import Augmentation, parse_augment, public_spec
+from softcache.data.loader import augmented, loader, make_request
+from softcache.data.source import Source
 from softcache.errors import DataError, FormatError, SettingsError
-from softcache.loader import augmented, loader, make_request
-from softcache.views import Augmentation, fingerprint, parse_augment, public_spec
+from softcache.util.counter_rng import uniform
 
 FINGERPRINTED = 8  # samples of each view
+
 TOLERANCE = 2e-3  # of the input's root mean square: far above float noise, far below another crop
 
 
@@ -155,3 +158,12 @@ def check_replay(
             "augmentation or the data's own transform has changed; "
             f"{'; '.join(versions) or 'no library version differs'}"
         )
+
+
+def fingerprint(inputs: Tensor) -> npt.NDArray[np.float32]:
+    """Projections on fixed random signs of inputs (F, *shape), (F, FINGERPRINT); see FORMAT.md."""
+    rows = inputs.cpu().double().flatten(1).numpy()  # (F, n)
+    places = np.arange(rows.shape[1])
+    signs = [uniform(0, j, places, stream=0, draws=1)[:, 0] < 0.5 for j in range(FINGERPRINT)]
+    projected = rows @ np.where(np.stack(signs, -1), 1.0, -1.0) / np.sqrt(rows.shape[1])
+    return np.asarray(projected, np.float32)

@@ -13,20 +13,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache import text
+from softcache.data import text
+from softcache.data.images import OPTIONS as IMAGE_OPTIONS
+from softcache.data.images import Pixels, as_array, parse_pixels, same_shape
+from softcache.data.tables import UNLABELLED, class_labels
 from softcache.errors import DataError, SettingsError, SoftcacheError
-from softcache.images import OPTIONS as IMAGE_OPTIONS
-from softcache.images import Pixels, as_array, parse_pixels, same_shape
-from softcache.tables import UNLABELLED, class_labels
 from softcache.util.extras import import_extra
 from softcache.util.spec import check_options, public_place, query_of
 
 OPTIONS = ("input", "label", "name", "length", "classes", *IMAGE_OPTIONS)
+
 FILES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+
 LABELS = ("label", "labels")  # columns that are taken if no other says that it is one
+
 FOLDERS = ("dataset_info.json", "dataset_dict.json")  # of save_to_disk
 
 Table = Any  # a Dataset of the library
+
 Module = Any
 
 

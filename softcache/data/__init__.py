@@ -1,0 +1,1 @@
+"""Samples: sources by kind, their keys, augmentation and loading."""

@@ -1,0 +1,67 @@
+"""Folders of images, one sub-folder per class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from softcache.data import images
+from softcache.data.source import DEFAULT_SPLIT
+from softcache.errors import DataError
+from softcache.util.spec import query_of
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Images in `folder`, one sub-folder per class; classes in the order of their names."""
+
+    name: str
+    folder: Path
+    class_names: tuple[str, ...]
+    files: tuple[str, ...] = field(repr=False)
+    labels: npt.NDArray[np.int64] = field(repr=False)
+    pixels: images.Pixels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        names = [self.files[i] for i in indices]
+        arrays = [images.read_image(self.folder / name, self.pixels) for name in names]
+        inputs = images.same_shape(arrays, names, str(self.folder))
+        return torch.from_numpy(inputs), self.labels[np.asarray(indices, np.int64)]
+
+
+def open_folder(folder: Path, split: str, options: dict[str, str]) -> FolderSource:
+    pixels = images.parse_pixels(options, f"folder:{folder}")
+    if split or (folder / DEFAULT_SPLIT).is_dir():
+        folder = folder / (split or DEFAULT_SPLIT)
+    if not folder.is_dir():
+        raise DataError(f"folder:{folder}: no such folder; expected images, a sub-folder per class")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    files, labels = [], []
+    for label, name in enumerate(names):
+        found = sorted(
+            f"{name}/{file.name}"
+            for file in (folder / name).iterdir()
+            if file.suffix.lower() in images.SUFFIXES
+        )
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise DataError(f"folder:{folder} holds no images; expected one sub-folder per class")
+    root = folder.parent if folder.name == (split or DEFAULT_SPLIT) else folder
+    return FolderSource(
+        f"folder:{root.resolve().name}{query_of(options)}@{split or DEFAULT_SPLIT}",
+        folder,
+        tuple(names),
+        tuple(files),
+        np.array(labels, np.int64),
+        pixels,
+    )

@@ -1,0 +1,51 @@
+"""The IDX files of MNIST."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from softcache.data.source import ArraySource, array_source
+from softcache.errors import DataError, SettingsError
+from softcache.util.messages import one_line
+
+STEMS = {"train": "train", "test": "t10k"}
+
+TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def open_idx(folder: Path, split: str) -> ArraySource:
+    if split not in STEMS:
+        raise SettingsError(f"idx:{folder}@{split}: no such split; expected @train or @test")
+    stem = STEMS[split]
+    images = read_idx(_idx_file(folder, f"{stem}-images-idx3-ubyte"))
+    labels = read_idx(_idx_file(folder, f"{stem}-labels-idx1-ubyte"))
+    name = f"idx:{folder.resolve().name}@{split}"
+    return array_source(name, images[:, None] if images.ndim == 3 else images, labels)
+
+
+def _idx_file(folder: Path, name: str) -> Path:
+    for candidate in (folder / name, folder / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    raise DataError(f"no file {name} or {name}.gz in {folder}; expected the IDX files of MNIST")
+
+
+def read_idx(path: Path) -> npt.NDArray[Any]:
+    """An IDX file: two zero bytes, type, rank, big-endian sizes, values (LeCun's MNIST page)."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        zero, kind, rank = struct.unpack_from(">HBB", raw)
+        if zero or kind not in TYPES:
+            raise DataError(f"{path} begins with {raw[:4].hex()}; it is no IDX file")
+        shape = struct.unpack_from(f">{rank}I", raw, 4)
+        values = np.frombuffer(raw, TYPES[kind], offset=4 + 4 * rank)
+        return values.reshape(shape).astype(values.dtype.newbyteorder("="))
+    except (struct.error, ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({one_line(error)}); fetch it again") from error
