@@ -23,8 +23,8 @@ from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.dump_settings import AUTO, DumpConfig
 from softcache.errors import ModelError, SettingsError, SoftcacheError
-from softcache.evaluate import data_digest, evaluate
 from softcache.join.fingerprints import fingerprinted_rows, software, steady_fingerprints
+from softcache.models.evaluate import data_digest, evaluate
 from softcache.other_teachers import Matrix
 from softcache.resume import check_same
 from softcache.teacher import (

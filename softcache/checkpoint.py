@@ -19,8 +19,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from softcache.errors import SettingsError
-from softcache.evaluate import Evaluation
 from softcache.learner import Learner
+from softcache.models.evaluate import Evaluation
 from softcache.util.files import replace_file
 
 NAME = "checkpoint.safetensors"

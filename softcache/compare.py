@@ -22,7 +22,7 @@ from softcache.measure import (
     multiply_adds,
     outputs,
 )
-from softcache.models import parameter_count
+from softcache.models.weights import parameter_count
 from softcache.runs import Run, expand, open_run
 
 BATCHES = (1, 64)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
-from softcache.hub_models import HubModel, Tokenize, build_hub, save_hub
+from softcache.models.build import build_hub
+from softcache.models.hf import Tokenize, save_hub
+from softcache.models.hub import HubModel
 from softcache.runs import Run, open_run
 from softcache.util.extras import import_extra
 from softcache.util.files import replace_file

@@ -20,9 +20,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from softcache.data.source import Source
 from softcache.errors import ModelError, SettingsError
-from softcache.evaluate import Evaluation, evaluate
 from softcache.losses import Loss, distillation_loss
-from softcache.models import parameter_count
+from softcache.models.evaluate import Evaluation, evaluate
+from softcache.models.weights import parameter_count
 from softcache.optimizer import make_average, make_optimizer, make_schedule
 from softcache.train_settings import StudentConfig
 from softcache.types import Labels, MixedLabels, SparseTargets, Targets

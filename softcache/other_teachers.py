@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from softcache.data.huggingface import load
 from softcache.errors import ModelError, SettingsError
-from softcache.models import file_sha256, read_weights
+from softcache.models.weights import file_sha256, read_weights
 from softcache.util.extras import import_extra
 from softcache.util.spec import public_place, query_of, split_options
 

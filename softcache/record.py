@@ -11,10 +11,11 @@ from softcache import __version__
 from softcache.cache import Cache
 from softcache.card import model_card
 from softcache.data.source import Source
-from softcache.evaluate import Evaluation, data_digest
 from softcache.join.joined_data import JoinedData
 from softcache.learner import Learner
-from softcache.models import file_sha256, public_name
+from softcache.models.evaluate import Evaluation, data_digest
+from softcache.models.spec import public_name
+from softcache.models.weights import file_sha256
 from softcache.report import Row, models_table
 from softcache.train_settings import STUDENT_FIELDS, StudentConfig, TrainConfig
 from softcache.util.files import replace_file

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from softcache.cache import Cache
-from softcache.evaluate import Evaluation
+from softcache.models.evaluate import Evaluation
 
 
 @dataclass(frozen=True)

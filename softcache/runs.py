@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
-from softcache.hub_models import is_hub
 from softcache.learner import WEIGHTS
-from softcache.models import build, load_weights, public_name
+from softcache.models.build import build
+from softcache.models.spec import is_hub, public_name
+from softcache.models.weights import load_weights
 
 
 @dataclass(frozen=True)

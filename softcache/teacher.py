@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import re
 import time
@@ -19,14 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
-from softcache.hub_models import build_hub, is_hub, is_random
-from softcache.models import (
-    build,
-    load_weights,
-    parameter_count,
-    public_name,
-    read_weights,
-)
+from softcache.models.build import build, build_hub
+from softcache.models.spec import is_hub, is_random, public_name
+from softcache.models.weights import load_weights, parameter_count, read_weights, state_sha256
 from softcache.other_teachers import (
     Matrix,
     NumpyTeacher,
@@ -39,9 +33,13 @@ from softcache.targets import soften
 from softcache.util.callables import call_user, import_callable
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 COMPILED = ", compiled"  # behind the precision in a header
+
 LARGEST_BATCH = 4096  # that is tried
+
 GAIN = 1.05  # in rows/s, for which a batch of double the size is worth its memory
+
 BUILT_IN = ("mlp:", "cnn:", "resnet:")
 
 
@@ -336,15 +334,6 @@ def _rows_per_second(teacher: Callable[[Tensor], Tensor], inputs: Tensor) -> flo
     start = time.perf_counter()
     teacher(inputs).cpu()
     return len(inputs) / (time.perf_counter() - start)
-
-
-def state_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and values of the model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _width_of(weights: Path) -> int:

@@ -35,7 +35,8 @@ from softcache.learner import (
     make_learner,
 )
 from softcache.losses import parse_loss
-from softcache.models import build, load_weights
+from softcache.models.build import build
+from softcache.models.weights import load_weights
 from softcache.record import final_table, lasting_settings, run_facts, write_card
 from softcache.train_settings import StudentConfig, TrainConfig
 from softcache.util.extras import import_extra

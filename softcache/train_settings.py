@@ -11,7 +11,7 @@ from typing import Any
 
 from softcache.errors import SettingsError
 from softcache.losses import parse_loss
-from softcache.models import public_name
+from softcache.models.spec import public_name
 
 MAX_LEARNING_RATE = 1e6
 LEARNING_RATES = {"adamw": 2e-3, "sgd": 0.05}

@@ -22,7 +22,7 @@ from softcache.measure import (
     latencies,
     multiply_adds,
 )
-from softcache.models import build
+from softcache.models.build import build
 from softcache.runs import expand, open_run
 from softcache.train import TrainConfig, train
 from tests.conftest import Run

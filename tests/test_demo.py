@@ -13,7 +13,8 @@ from softcache.cli import main
 from softcache.demo import demo_commands
 from softcache.errors import SettingsError
 from softcache.grid import make_variants
-from softcache.models import build, parameter_count
+from softcache.models.build import build
+from softcache.models.weights import parameter_count
 from softcache.train import TrainConfig
 
 

@@ -27,7 +27,7 @@ from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.open import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import DataError, Interrupted, ModelError, SettingsError, SoftcacheError
-from softcache.evaluate import data_digest
+from softcache.models.evaluate import data_digest
 from softcache.resume import SETTINGS
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float

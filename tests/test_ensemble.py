@@ -28,7 +28,7 @@ from softcache.data.open import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import ModelError, SettingsError
 from softcache.fidelity import BATCH
-from softcache.models import mlp
+from softcache.models.builtin import mlp
 from softcache.teacher import Ensemble, Teacher, load_teacher, make_ensemble
 from softcache.train import TrainConfig, train
 from softcache.util.callables import import_callable

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softcache import evaluate as module
 from softcache.data.source import ArraySource
 from softcache.errors import DataError, ModelError
-from softcache.evaluate import Evaluation, data_digest, evaluate
+from softcache.models import evaluate as module
+from softcache.models.evaluate import Evaluation, data_digest, evaluate
 from tests.conftest import make_arrays
 
 CPU = torch.device("cpu")

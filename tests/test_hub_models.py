@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from softcache.data.text import encode
 from softcache.dump import DumpConfig, dump
 from softcache.errors import ModelError, SettingsError
-from softcache.hub_models import HubModel, build_hub, public_hub_name, save_hub
-from softcache.models import build, load_weights, public_name
-from softcache.preprocess import Preprocess
+from softcache.models.build import build, build_hub
+from softcache.models.hf import save_hub
+from softcache.models.hub import HubModel
+from softcache.models.preprocess import Preprocess
+from softcache.models.spec import public_hub_name, public_name
+from softcache.models.weights import load_weights
 from tests.hub import BREEDS, VIT, save_pets, save_tokenizer, save_vit
 
 BERT = (

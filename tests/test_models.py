@@ -14,14 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
-from softcache.models import (
-    build,
-    file_sha256,
-    load_weights,
-    parameter_count,
-    public_name,
-    read_weights,
-)
+from softcache.models.build import build
+from softcache.models.spec import public_name
+from softcache.models.weights import file_sha256, load_weights, parameter_count, read_weights
 
 State = dict[str, Tensor]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from softcache.data.source import ArraySource
 from softcache.errors import SettingsError
-from softcache.evaluate import Evaluation
 from softcache.learner import Learner, begin_run
 from softcache.losses import distillation_loss, hard_loss
+from softcache.models.evaluate import Evaluation
 from softcache.optimizer import learning_rate_factor, make_optimizer
 from softcache.train_settings import LEARNING_RATES, WEIGHT_DECAYS, StudentConfig
 from softcache.types import MixedLabels, SparseTargets

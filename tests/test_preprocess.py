@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from softcache.errors import ModelError
-from softcache.preprocess import Preprocess, Steps, center_crop, steps_of_processor, steps_of_timm
+from softcache.models.preprocess import (
+    Preprocess,
+    Steps,
+    center_crop,
+    steps_of_processor,
+    steps_of_timm,
+)
 
 # Pillow rounds to whole numbers of 255 when it resizes, once for each side
 ROUNDING = 2.5 / 255

@@ -37,7 +37,7 @@ from softcache.join.fingerprints import (
     replayed,
 )
 from softcache.learner import Learner
-from softcache.models import build
+from softcache.models.build import build
 from softcache.train import TrainConfig, train
 from softcache.types import Views
 from softcache.util.counter_rng import uniform

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from softcache.cache import Cache
-from softcache.evaluate import Evaluation
+from softcache.models.evaluate import Evaluation
 from softcache.report import Row, cache_line, models_table
 
 

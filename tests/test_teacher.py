@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from softcache.errors import ModelError, SettingsError
-from softcache.models import mlp
-from softcache.teacher import Teacher, load_teacher, state_sha256
+from softcache.models.builtin import mlp
+from softcache.models.weights import state_sha256
+from softcache.teacher import Teacher, load_teacher
 
 CPU = torch.device("cpu")
 SAMPLE = torch.zeros(1, 1, 8, 8)

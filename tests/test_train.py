@@ -38,10 +38,10 @@ from softcache.errors import (
     SettingsError,
     SoftcacheError,
 )
-from softcache.evaluate import evaluate
 from softcache.learner import UNFINISHED_METRICS
 from softcache.losses import soft_loss
-from softcache.models import build
+from softcache.models.build import build
+from softcache.models.evaluate import evaluate
 from softcache.targets import soften, tempered_targets
 from softcache.train import TrainConfig, train
 from softcache.train_settings import MAX_LEARNING_RATE

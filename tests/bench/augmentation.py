@@ -24,7 +24,7 @@ from torch import Tensor
 
 from softcache.data.augment import parse_augment
 from softcache.dump import DumpConfig, dump
-from softcache.models import build
+from softcache.models.build import build
 from softcache.train import TrainConfig, train
 from softcache.util.tensors import to_float
 from tests.bench import alternate, machine, ratios, spread, synthetic_images, work_folder

@@ -27,7 +27,7 @@ from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.loader import augmented, loader, sequential_batches
 from softcache.data.source import ArraySource
 from softcache.dump import DumpConfig, fill
-from softcache.models import build
+from softcache.models.build import build
 from softcache.processes import ProcessGroup
 from softcache.teacher import Ensemble
 from tests.bench import (

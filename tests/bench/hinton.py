@@ -24,7 +24,8 @@ from softcache.data.open import open_source
 from softcache.demo import TEACHER
 from softcache.dump import DumpConfig, dump
 from softcache.learner import Learner
-from softcache.models import build, parameter_count
+from softcache.models.build import build
+from softcache.models.weights import parameter_count
 from softcache.train import TrainConfig, train
 from softcache.util.tensors import to_float
 from tests.bench import machine, open_arrays, work_folder

@@ -23,7 +23,7 @@ from tabulate import tabulate
 from softcache.cache import Cache, open_cache
 from softcache.cache.reader import partial_path
 from softcache.errors import FormatError
-from softcache.models import file_sha256
+from softcache.models.weights import file_sha256
 from tests.bench import machine, work_folder
 
 CLASSES, SIDE, BATCH = 1000, 8, 256

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from tabulate import tabulate
 
-from softcache.models import build
+from softcache.models.build import build
 from tests.bench import machine, work_folder
 
 SHAPE = (1, 8, 8)

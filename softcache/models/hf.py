@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +20,19 @@ from torch import Tensor, nn
 
 from softcache.data import text
 from softcache.errors import ModelError, SettingsError
-from softcache.preprocess import Preprocess, Steps, steps_of_processor, steps_of_timm
+from softcache.models.hub import HubModel, option_value
+from softcache.models.preprocess import Preprocess, Steps, steps_of_processor
 from softcache.util.extras import import_extra
-from softcache.util.spec import public_place, query_of, split_options
 
-KINDS = ("hf:", "timm:")
 TASKS = {"ImageClassification": "image", "SequenceClassification": "text"}
+
 LONGEST = 1 << 16  # tokens; a tokenizer that knows no limit says a far greater number
 
 Library = Any  # the module of transformers
+
 Config = Any  # of a model of transformers
+
 Tokenizer = Any  # of transformers
-
-
-class HubModel(nn.Module):
-    """A model of a library, from raw inputs to logits.
-
-    class_names: what it calls its classes, in order; empty if it only numbers them.
-    """
-
-    def __init__(
-        self, model: nn.Module, prepare: nn.Module, class_names: tuple[str, ...] = ()
-    ) -> None:
-        super().__init__()
-        self.model, self.prepare, self.class_names = model, prepare, class_names
-        hooks: Any = self  # torch has no types for them
-        hooks.register_state_dict_post_hook(_own_names)
-        hooks.register_load_state_dict_pre_hook(_wrapped_names)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Raw inputs (B, *shape) to logits (B, C)."""
-        prepared = self.prepare(inputs)
-        found = self.model(**prepared) if isinstance(prepared, Mapping) else self.model(prepared)
-        return found if isinstance(found, Tensor) else found.logits
-
-
-def _own_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Weights have the names that their library gives them: without `model.` before each."""
-    inner = f"{prefix}model."
-    for name in [name for name in state if name.startswith(inner)]:
-        state[prefix + name.removeprefix(inner)] = state.pop(name)
-
-
-def _wrapped_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """The way back, before they are loaded."""
-    for name in [name for name in state if name.startswith(prefix)]:
-        state[f"{prefix}model.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 class Tokenize(nn.Module):
@@ -84,63 +51,6 @@ class Tokenize(nn.Module):
             return_tensors="pt",
         )
         return {name: ids.to(points.device) for name, ids in tokens.items()}
-
-
-def is_hub(spec: str) -> bool:
-    return spec.startswith(KINDS)
-
-
-def is_random(spec: str) -> bool:
-    """Whether a specification asks for a model that has learned nothing yet."""
-    return is_hub(spec) and split_options(spec)[1].get("pretrained") == "false"
-
-
-def public_hub_name(spec: str) -> str:
-    """The specification without folders of this machine."""
-    place, options = split_options(spec)
-    kind, _, rest = place.partition(":")
-    shown = {
-        name: public_place(value) if name in ("processor", "tokenizer") else value
-        for name, value in options.items()
-    }
-    return f"{kind}:{_public(rest)}{query_of(shown)}"
-
-
-def _public(place: str) -> str:
-    folder = place.removeprefix("local-dir:")
-    return f"local-dir:{public_place(folder)}" if folder != place else public_place(place)
-
-
-def build_hub(spec: str, classes: int | None) -> HubModel:
-    """The model that `spec` names, on the CPU.
-
-    Args:
-        classes: of a student, whose last layer is made anew where it has another number; None of a
-            teacher, which must have all its weights.
-
-    Raises:
-        SettingsError: the library is not there, or an option makes no sense.
-        ModelError: the model cannot be loaded, or is no classifier of images or texts.
-    """
-    place, options = split_options(spec)
-    kind, _, rest = place.partition(":")
-    if options.get("pretrained", "true") not in ("true", "false"):
-        raise SettingsError(f"model {spec!r}: expected pretrained=true or pretrained=false")
-    pretrained = options.pop("pretrained", "true") == "true"
-    if not rest:
-        raise SettingsError(f"model {spec!r} names none; expected {kind}:NAME")
-    build = _build_hf if kind == "hf" else _build_timm
-    try:
-        return build(spec, rest, options, classes, pretrained)
-    except (ModelError, SettingsError):
-        raise
-    except Exception as error:  # the libraries raise many kinds
-        gone = isinstance(error, OSError) and not Path(rest).expanduser().exists()
-        here = f"; there is no folder {rest} here" if gone else ""
-        raise ModelError(
-            f"model {spec} cannot be built ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:400]}){here}"
-        ) from error
 
 
 def save_hub(model: HubModel, folder: Path, class_names: tuple[str, ...] = ()) -> None:
@@ -188,7 +98,7 @@ def processor_settings(steps: Steps) -> dict[str, Any]:
     }
 
 
-def _build_hf(
+def build_hf(
     spec: str, place: str, options: dict[str, str], classes: int | None, pretrained: bool
 ) -> HubModel:
     library = import_extra("transformers", extra="hf", what=f"model {spec}")
@@ -213,7 +123,7 @@ def _build_quietly(
     for name, value in options.items():
         if not hasattr(config, name):
             raise SettingsError(f"model {spec!r}: its configuration has no field {name!r}")
-        setattr(config, name, _value(value))
+        setattr(config, name, option_value(value))
     task = _task(library, config, spec)
     automatic = getattr(library, f"AutoModelFor{task}")
     given = {} if classes is None or classes == config.num_labels else {"num_labels": classes}
@@ -343,30 +253,6 @@ def _tokenize(library: Library, model: nn.Module, place: str | None, spec: str) 
     # such as RoBERTa's, whose first positions are taken by the padding
     offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
     return Tokenize(tokenizer, min(tokenizer.model_max_length, positions - offset, LONGEST))
-
-
-def _build_timm(
-    spec: str, place: str, options: dict[str, str], classes: int | None, pretrained: bool
-) -> HubModel:
-    timm = import_extra("timm", extra="timm", what=f"model {spec}")
-    given = {name: _value(value) for name, value in options.items()}
-    if classes is not None:
-        given.setdefault("num_classes", classes)
-    model = timm.create_model(place, pretrained=pretrained, **given)
-    settings = dict(timm.data.resolve_model_data_config(model))
-    if isinstance(given.get("img_size"), int):  # which timm's data config does not know of
-        side = given["img_size"]
-        settings["input_size"] = (settings["input_size"][0], side, side)
-    steps = steps_of_timm(settings, f"model {spec}")
-    return HubModel(model, Preprocess(steps, settings["input_size"][0]))
-
-
-def _value(written: str) -> Any:  # noqa: ANN401  # JSON
-    """A field as JSON, or as the text that it is."""
-    try:
-        return json.loads(written)
-    except ValueError:
-        return written
 
 
 @contextlib.contextmanager

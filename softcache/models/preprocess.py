@@ -17,7 +17,9 @@ from torch.nn import functional
 from softcache.errors import ModelError
 
 MODES = {"bilinear": "bilinear", "bicubic": "bicubic", "nearest": "nearest-exact"}
+
 RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # as Pillow counts them
+
 # steps of a processor that are not known here: what they would do must not be left out in silence
 KNOWN_STEPS = {
     "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_flip_channel_order",

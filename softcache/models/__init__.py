@@ -1,0 +1,1 @@
+"""Students and teachers from a specification, their preprocessing and evaluation."""

@@ -1,0 +1,115 @@
+"""The built-in architectures, small enough to read."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from softcache.errors import ModelError, SettingsError
+
+
+def mlp(input_shape: Sequence[int], hidden: Sequence[int], classes: int) -> nn.Module:
+    """A multi-layer perceptron with ReLU on the flattened input."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    width = int(torch.Size(input_shape).numel())
+    for size in hidden:
+        layers += [nn.Linear(width, size), nn.ReLU()]
+        width = size
+    return nn.Sequential(*layers, nn.Linear(width, classes))
+
+
+def cnn(channels: int, stages: Sequence[tuple[int, int]], classes: int) -> nn.Module:
+    """3x3 convolutions in stages of (width, how many); the last of a stage has stride 2.
+
+    Strides in place of pooling follow Springenberg et al., "Striving for simplicity: the all
+    convolutional net" (arXiv 1412.6806); the mean over all places goes to one linear layer.
+    """
+    layers: list[nn.Module] = []
+    for width, repeats in stages:
+        for place in range(repeats):
+            layers.append(_conv_bn(channels, width, stride=2 if place == repeats - 1 else 1))
+            layers.append(nn.ReLU())
+            channels = width
+    return _channels_last(OrderedDict(features=nn.Sequential(*layers)), channels, classes)
+
+
+def resnet(channels: int, depth: int, width: int, classes: int) -> nn.Module:
+    """The residual network for CIFAR of He et al. (arXiv 1512.03385), section 4.2, 6n + 2 layers.
+
+    Shortcuts that change the shape are 1x1 convolutions (their option B).
+    """
+    layers: list[nn.Module] = [_conv_bn(channels, width, stride=1), nn.ReLU()]
+    channels = width
+    for stage in range(3):
+        for place in range((depth - 2) // 6):
+            out = width * 2**stage
+            layers.append(_Residual(channels, out, stride=2 if stage and not place else 1))
+            channels = out
+    return _channels_last(OrderedDict(features=nn.Sequential(*layers)), channels, classes)
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            _conv_bn(channels, width, stride), nn.ReLU(), _conv_bn(width, width, stride=1)
+        )
+        same = stride == 1 and channels == width
+        self.shortcut = nn.Identity() if same else _conv_bn(channels, width, stride, kernel=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+class _ChannelsLast(nn.Module):
+    """Images in the memory layout in which convolutions are fastest; values are unchanged."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last)
+
+
+def _channels_last(layers: OrderedDict[str, nn.Module], width: int, classes: int) -> nn.Module:
+    model = nn.Sequential(
+        OrderedDict(
+            layout=_ChannelsLast(),
+            **layers,
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            head=nn.Linear(width, classes),
+        )
+    )
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _conv_bn(channels: int, width: int, stride: int, kernel: int = 3) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(width),
+    )
+
+
+def parse_sizes(text: str, spec: str, example: str) -> list[int]:
+    sizes = text.split(",")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise SettingsError(f"model {spec!r}: expected sizes from 1 up, as in {example}")
+    return [int(size) for size in sizes]
+
+
+def parse_stages(text: str, spec: str) -> list[tuple[int, int]]:
+    stages = [re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", stage) for stage in text.split(",")]
+    if not all(stages):
+        raise SettingsError(f"model {spec!r}: expected widths, as in cnn:16,32 or cnn:32x2,64x2")
+    return [(int(stage[1]), int(stage[2] or 1)) for stage in stages if stage]
+
+
+def image_channels(spec: str, input_shape: Sequence[int]) -> int:
+    if len(input_shape) != 3:
+        raise ModelError(
+            f"model {spec}: inputs of shape {tuple(input_shape)} are not images (channels, height, "
+            "width); use mlp:SIZES, or a model of your own"
+        )
+    return input_shape[0]
