@@ -25,15 +25,12 @@ from softcache.dump_settings import AUTO, DumpConfig
 from softcache.errors import ModelError, SettingsError, SoftcacheError
 from softcache.join.fingerprints import fingerprinted_rows, software, steady_fingerprints
 from softcache.models.evaluate import data_digest, evaluate
-from softcache.other_teachers import Matrix
 from softcache.resume import check_same
-from softcache.teacher import (
-    COMPILED,
-    Ensemble,
-    fastest_batch,
-    load_teacher,
-    make_ensemble,
-)
+from softcache.teachers.batch_size import fastest_batch
+from softcache.teachers.ensemble import Ensemble, make_ensemble
+from softcache.teachers.load import load_teacher
+from softcache.teachers.matrix import Matrix
+from softcache.teachers.options import COMPILED
 from softcache.util.tensors import to_float
 
 

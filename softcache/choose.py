@@ -36,7 +36,7 @@ from softcache.fidelity import (
     temperatures_of,
 )
 from softcache.targets import class_ids, decode, make_encoder
-from softcache.teacher import Ensemble
+from softcache.teachers.ensemble import Ensemble
 
 AUTO = "auto"
 ROWS = 4096  # drawn from the whole data set: three quarters to fit, the rest to measure

@@ -28,7 +28,7 @@ from softcache.pipeline import Behind, Stopwatch, ahead
 from softcache.processes import ProcessGroup, join_processes
 from softcache.resume import check_same
 from softcache.targets import HostCopy, as_arrays, make_encoder, shared_tensors
-from softcache.teacher import Ensemble
+from softcache.teachers.ensemble import Ensemble
 from softcache.util.progress import progress
 
 __all__ = ["DumpConfig", "dump"]

@@ -10,8 +10,9 @@ from pathlib import Path
 from softcache import choose
 from softcache.cache.encodings import MAX_TEMPERATURE
 from softcache.errors import SettingsError
-from softcache.other_teachers import OUTPUTS, is_matrix
-from softcache.teacher import PRECISIONS
+from softcache.teachers.matrix import is_matrix
+from softcache.teachers.options import OUTPUTS
+from softcache.teachers.teacher import PRECISIONS
 
 AUTO = 0  # as a batch size
 

@@ -22,7 +22,7 @@ from softcache.targets import (
     soft_targets,
     to_dense,
 )
-from softcache.teacher import Ensemble
+from softcache.teachers.ensemble import Ensemble
 from softcache.types import SparseTargets, Targets
 from softcache.util.progress import progress
 

@@ -8,7 +8,7 @@ from softcache.cache import Cache
 from softcache.data.open import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import SettingsError
-from softcache.other_teachers import is_matrix, open_top_rows
+from softcache.teachers.matrix import is_matrix, open_top_rows
 
 
 def import_labels(

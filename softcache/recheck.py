@@ -15,7 +15,7 @@ from softcache.dump_settings import DumpConfig
 from softcache.errors import DataError, SettingsError
 from softcache.join.fingerprints import check_replay, replayed
 from softcache.join.match import join_samples
-from softcache.teacher import COMPILED
+from softcache.teachers.options import COMPILED
 
 TOLERANCE = 0.02  # of the probability mass, that other hardware or batch sizes may move
 

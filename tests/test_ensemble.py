@@ -29,7 +29,9 @@ from softcache.dump import DumpConfig, dump
 from softcache.errors import ModelError, SettingsError
 from softcache.fidelity import BATCH
 from softcache.models.builtin import mlp
-from softcache.teacher import Ensemble, Teacher, load_teacher, make_ensemble
+from softcache.teachers.ensemble import Ensemble, make_ensemble
+from softcache.teachers.load import load_teacher
+from softcache.teachers.teacher import Teacher
 from softcache.train import TrainConfig, train
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float

@@ -16,8 +16,8 @@ from torch import nn
 from softcache.cache import Cache
 from softcache.dump import DumpConfig, dump
 from softcache.errors import ModelError, SettingsError
-from softcache.other_teachers import as_logits
 from softcache.recheck import ask_again
+from softcache.teachers.outputs import as_logits
 from softcache.util.callables import import_callable
 from tests.conftest import Run, make_arrays
 

@@ -30,7 +30,7 @@ from softcache.data.open import open_source
 from softcache.dump import DumpConfig, dump
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.resume import SETTINGS
-from softcache.teacher import Ensemble
+from softcache.teachers.ensemble import Ensemble
 from softcache.train import TrainConfig, train
 from softcache.verify import verify
 from tests.cache.test_merge import (

@@ -13,7 +13,8 @@ from torch import Tensor
 from softcache.errors import ModelError, SettingsError
 from softcache.models.builtin import mlp
 from softcache.models.weights import state_sha256
-from softcache.teacher import Teacher, load_teacher
+from softcache.teachers.load import load_teacher
+from softcache.teachers.teacher import Teacher
 
 CPU = torch.device("cpu")
 SAMPLE = torch.zeros(1, 1, 8, 8)

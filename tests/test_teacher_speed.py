@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from softcache.dump import DumpConfig, dump
 from softcache.errors import ModelError, SettingsError
-from softcache.teacher import Teacher, fastest_batch, is_out_of_memory
+from softcache.teachers.batch_size import fastest_batch
+from softcache.teachers.teacher import Teacher, is_out_of_memory
 from tests.conftest import Run
 
 

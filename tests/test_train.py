@@ -988,9 +988,9 @@ for arguments in map(json.loads, sys.argv[1:]):
         if line.startswith("loaded ")
     )
     dumped = {re.sub("_models_[0-9a-f]{8}$", "_models", name) for name in dumped}
-    of_teacher = {"softcache.teacher", "softcache.dump", "softcache_user_models"}
+    of_teacher = {"softcache.teachers.teacher", "softcache.dump", "softcache_user_models"}
     assert "softcache.train" in trained
-    assert not {"softcache.teacher", "softcache.dump"} & trained
+    assert not {"softcache.teachers.teacher", "softcache.dump"} & trained
     assert not any(name.startswith("softcache_user") for name in trained)
     assert of_teacher <= dumped  # so the check would notice
     assert done.stderr == ""

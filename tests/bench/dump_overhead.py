@@ -29,7 +29,7 @@ from softcache.data.source import ArraySource
 from softcache.dump import DumpConfig, fill
 from softcache.models.build import build
 from softcache.processes import ProcessGroup
-from softcache.teacher import Ensemble
+from softcache.teachers.ensemble import Ensemble
 from tests.bench import (
     alternate,
     first,

@@ -35,7 +35,7 @@ from softcache.dump import DumpConfig, dump
 from softcache.join.joined_data import JoinedData, TrainingBatch
 from softcache.join.match import join
 from softcache.learner import Learner, make_accelerator
-from softcache.teacher import Ensemble
+from softcache.teachers.ensemble import Ensemble
 from softcache.train import TrainConfig, fit
 from softcache.types import Labels, Targets
 from tests.bench import first_samples, machine, work_folder

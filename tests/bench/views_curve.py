@@ -27,7 +27,7 @@ from softcache.join.match import join
 from softcache.learner import Learner, make_accelerator
 from softcache.losses import soft_loss
 from softcache.targets import soft_targets
-from softcache.teacher import Ensemble
+from softcache.teachers.ensemble import Ensemble
 from softcache.train import TrainConfig, fit
 from softcache.util.tensors import to_float
 from tests.bench import first_samples, machine, work_folder

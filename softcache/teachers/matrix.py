@@ -1,16 +1,8 @@
-"""Teachers that are no torch modules: ONNX files, functions of numpy arrays, matrices of what one said.
-
-FILE.onnx              through onnxruntime (softcache[onnx])
-FILE.py:CALLABLE       returns a function: numpy (B, *shape) float32 -> (B, C)
-FILE.npy, .npz, .pt    a row for each sample of the data, in its order
-hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN     the largest log-probabilities of each sample
-"""
+"""Matrices of outputs that a teacher gave before, one row for each sample."""
 
 from __future__ import annotations
 
-import hashlib
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +13,11 @@ from torch import Tensor, nn
 
 from softcache.data.huggingface import load
 from softcache.errors import ModelError, SettingsError
-from softcache.models.weights import file_sha256, read_weights
-from softcache.util.extras import import_extra
+from softcache.models.weights import read_weights
+from softcache.teachers.outputs import TINY, TOLERANCE
 from softcache.util.spec import public_place, query_of, split_options
 
-OUTPUTS = ("logits", "probabilities", "log_probabilities")
 MATRICES = (".npy", ".npz", ".pt")
-TINY = 1e-38  # what a probability of 0 counts as: its logarithm is finite in float32
-FLAGS = "--teacher-output (of softcache import: --holds)"
-TOLERANCE = 0.01  # of a sum of probabilities
-
-
-class NumpyTeacher(nn.Module):
-    """A function of numpy arrays as a module."""
-
-    def __init__(self, function: Callable[[npt.NDArray[np.float32]], object]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(B, *shape) float32 to what the function gives, (B, C)."""
-        found = self.function(inputs.float().cpu().numpy())
-        return torch.as_tensor(np.asarray(found, np.float32)).to(inputs.device)
 
 
 class Matrix(nn.Module):
@@ -104,35 +79,6 @@ def public_rows_name(spec: str) -> str:
 def is_matrix(spec: str) -> bool:
     """Whether a specification names rows that were computed before."""
     return spec.endswith(MATRICES) or spec.startswith("hfds:")
-
-
-def is_other(spec: str) -> bool:
-    """Whether the specification names a file of one of these kinds."""
-    return spec.endswith(".onnx") or is_matrix(spec)
-
-
-def open_other(spec: str, classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """The teacher of a file, and what its provenance says of its size and content.
-
-    Args:
-        classes: how many there are, for rows that hold only some.
-
-    Raises:
-        SettingsError: no such file, or an extra is not there.
-        ModelError: it is not what its name says.
-    """
-    if spec.startswith("hfds:"):
-        rows = open_top_rows(spec, classes)
-        digest = hashlib.sha256(rows.ids.tobytes() + rows.values.tobytes()).hexdigest()
-        return rows, {"parameters": 0, "sha256": digest}
-    path = Path(spec)
-    if not path.is_file():
-        raise SettingsError(f"teacher {spec}: no such file")
-    if path.suffix == ".onnx":
-        model, parameters = _open_onnx(path)
-    else:
-        model, parameters = Matrix(read_matrix(path)), 0
-    return model, {"parameters": parameters, "sha256": file_sha256(path)}
 
 
 def read_matrix(path: Path) -> npt.NDArray[Any]:
@@ -225,67 +171,3 @@ def _only_one(arrays: dict[str, npt.NDArray[Any]], path: Path) -> npt.NDArray[An
         shapes = {name: array.shape for name, array in arrays.items()}
         raise ModelError(f"teacher {path} holds {shapes}; expected one matrix (samples, classes)")
     return next(iter(matrices.values()))
-
-
-def _open_onnx(path: Path) -> tuple[nn.Module, int]:
-    runtime = import_extra("onnxruntime", extra="onnx", what="an ONNX teacher")
-    onnx = import_extra("onnx", extra="onnx", what="an ONNX teacher")
-    try:
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = runtime.InferenceSession(
-            str(path), options, providers=runtime.get_available_providers()
-        )
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception as error:  # both raise many kinds
-        raise ModelError(
-            f"teacher {path} is no ONNX model that onnxruntime opens: {' '.join(str(error).split())[:300]}"
-        ) from error
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    if len(inputs) != 1:
-        raise ModelError(
-            f"teacher {path} takes {len(inputs)} inputs ({', '.join(i.name for i in inputs)}); expected one"
-        )
-    name, output = inputs[0].name, outputs[0].name
-    kinds = onnx.TensorProto
-    numbers = {kinds.FLOAT, kinds.FLOAT16, kinds.DOUBLE, kinds.BFLOAT16}  # others are shapes
-    parameters = sum(
-        int(np.prod(weight.dims)) for weight in graph.initializer if weight.data_type in numbers
-    )
-    return NumpyTeacher(lambda batch: session.run([output], {name: batch})[0]), parameters
-
-
-def _are_probabilities(said: Tensor) -> bool:
-    """Whether so many rows are distributions that they cannot be logits which happen to look so."""
-    if len(said) < 8 or said.shape[1] < 2 or bool((said < 0).any()):
-        return False
-    return bool(((said.sum(-1) - 1).abs() <= 1e-4).all())
-
-
-def as_logits(said: Tensor, output: str, who: str) -> Tensor:
-    """What a teacher gives, (B, C), as logits at T = 1.
-
-    Raises:
-        ModelError: it is not what `output` says, or probabilities under the name of logits.
-    """
-    if output == "logits":
-        if _are_probabilities(said):
-            raise ModelError(
-                f"teacher {who} gives rows that are not negative and sum to 1: probabilities, not logits, "
-                f"and a softmax of them would flatten every target; say {FLAGS} probabilities"
-            )
-        return said
-    sums = said.sum(-1) if output == "probabilities" else said.logsumexp(-1).exp()
-    wrong = ~((sums - 1).abs() <= TOLERANCE)
-    if output == "probabilities":
-        wrong |= (said < 0).any(-1)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0, 0])
-        raise ModelError(
-            f"teacher {who} gives a row that is no {output.replace('_', '-')}: its sum is "
-            f"{float(sums[row]):.4g}, its least value {float(said[row].min()):.4g}; "
-            f"say what it gives with {FLAGS}"
-        )
-    if output == "probabilities":
-        return said.clamp(min=TINY).log()
-    return said.clamp(min=float(np.log(TINY)))

@@ -1,0 +1,41 @@
+"""ONNX files as teachers (softcache[onnx])."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from softcache.errors import ModelError
+from softcache.teachers.numpy_function import NumpyTeacher
+from softcache.util.extras import import_extra
+
+
+def open_onnx(path: Path) -> tuple[nn.Module, int]:
+    runtime = import_extra("onnxruntime", extra="onnx", what="an ONNX teacher")
+    onnx = import_extra("onnx", extra="onnx", what="an ONNX teacher")
+    try:
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = runtime.InferenceSession(
+            str(path), options, providers=runtime.get_available_providers()
+        )
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # both raise many kinds
+        raise ModelError(
+            f"teacher {path} is no ONNX model that onnxruntime opens: {' '.join(str(error).split())[:300]}"
+        ) from error
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1:
+        raise ModelError(
+            f"teacher {path} takes {len(inputs)} inputs ({', '.join(i.name for i in inputs)}); expected one"
+        )
+    name, output = inputs[0].name, outputs[0].name
+    kinds = onnx.TensorProto
+    numbers = {kinds.FLOAT, kinds.FLOAT16, kinds.DOUBLE, kinds.BFLOAT16}  # others are shapes
+    parameters = sum(
+        int(np.prod(weight.dims)) for weight in graph.initializer if weight.data_type in numbers
+    )
+    return NumpyTeacher(lambda batch: session.run([output], {name: batch})[0]), parameters
