@@ -15,7 +15,7 @@ from softcache.errors import SoftcacheError
 if TYPE_CHECKING:
     from softcache.api import SoftCache, SoftLabelDataset, open
     from softcache.losses import distillation_loss
-    from softcache.targets import to_dense
+    from softcache.targets.decode import to_dense
     from softcache.types import SparseTargets
 
 __version__ = "0.1.0"
@@ -37,7 +37,7 @@ _PLACES = {
     "SparseTargets": "softcache.losses",
     "distillation_loss": "softcache.losses",
     "open": "softcache.api",
-    "to_dense": "softcache.targets",
+    "to_dense": "softcache.targets.encode",
 }
 
 

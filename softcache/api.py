@@ -21,7 +21,8 @@ from softcache.data.user_dataset import DatasetSource
 from softcache.errors import SettingsError
 from softcache.join.match import join
 from softcache.pull import local_copy
-from softcache.targets import soft_targets, to_dense
+from softcache.targets.decode import to_dense
+from softcache.targets.fetch import soft_targets
 from softcache.types import MixedLabels, Targets
 from softcache.verify import check_damage
 

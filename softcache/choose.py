@@ -35,7 +35,8 @@ from softcache.fidelity import (
     teacher_rows,
     temperatures_of,
 )
-from softcache.targets import class_ids, decode, make_encoder
+from softcache.targets.decode import class_ids, decode
+from softcache.targets.encode import make_encoder
 from softcache.teachers.ensemble import Ensemble
 
 AUTO = "auto"

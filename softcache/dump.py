@@ -27,7 +27,8 @@ from softcache.join.fingerprints import check_replay
 from softcache.pipeline import Behind, Stopwatch, ahead
 from softcache.processes import ProcessGroup, join_processes
 from softcache.resume import check_same
-from softcache.targets import HostCopy, as_arrays, make_encoder, shared_tensors
+from softcache.targets.encode import HostCopy, as_arrays, make_encoder
+from softcache.targets.fetch import shared_tensors
 from softcache.teachers.ensemble import Ensemble
 from softcache.util.progress import progress
 

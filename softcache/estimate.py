@@ -14,7 +14,7 @@ from softcache.cache import Encoding, Header, open_cache
 from softcache.data.augment import parse_augment
 from softcache.data.open import open_source
 from softcache.dump_settings import DumpConfig
-from softcache.targets import shared_tensors
+from softcache.targets.fetch import shared_tensors
 
 MOST_CLASSES = 1 << 15  # of more, only the encoding asked for is tried: fitting takes minutes
 

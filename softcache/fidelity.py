@@ -14,14 +14,9 @@ from softcache.cache import Cache, Sampled
 from softcache.data.augment import Augmentation
 from softcache.data.loader import augmented, loader, make_request
 from softcache.data.source import Source
-from softcache.targets import (
-    class_ids,
-    decode,
-    make_encoder,
-    shared_tensors,
-    soft_targets,
-    to_dense,
-)
+from softcache.targets.decode import class_ids, decode, to_dense
+from softcache.targets.encode import make_encoder
+from softcache.targets.fetch import shared_tensors, soft_targets
 from softcache.teachers.ensemble import Ensemble
 from softcache.types import SparseTargets, Targets
 from softcache.util.progress import progress

@@ -29,7 +29,8 @@ from softcache.info import describe
 from softcache.join.match import join_samples
 from softcache.measure import best_temperature, calibration, gradient_similarity
 from softcache.runs import Run, expand, open_run
-from softcache.targets import soft_targets, to_dense
+from softcache.targets.decode import to_dense
+from softcache.targets.fetch import soft_targets
 from softcache.util.extras import import_extra
 from softcache.util.files import replace_file
 

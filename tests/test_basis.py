@@ -20,7 +20,8 @@ from softcache.cache import Basis, Encoding, TopK
 from softcache.cache.encodings import BASIS_RANGE
 from softcache.dump import DumpConfig, dump
 from softcache.fidelity import divergence, retemper
-from softcache.targets import as_arrays, class_ids, decode, make_encoder
+from softcache.targets.decode import class_ids, decode
+from softcache.targets.encode import as_arrays, make_encoder
 
 CLASSES, WIDTH, ROWS = 128, 16, 320
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)

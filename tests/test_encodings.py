@@ -27,7 +27,9 @@ from softcache.cache.encodings import (
 )
 from softcache.errors import FormatError, SettingsError
 from softcache.losses import soft_loss
-from softcache.targets import as_arrays, as_tensor, class_ids, decode, make_encoder, to_dense
+from softcache.targets.decode import class_ids, decode, to_dense
+from softcache.targets.encode import as_arrays, make_encoder
+from softcache.targets.fetch import as_tensor
 from softcache.types import SparseTargets, Targets
 
 Rows = npt.NDArray[np.float64]
@@ -490,7 +492,7 @@ def test_no_draw_at_all_gives_a_class_without_probability(
     rows = log_softmax(np.array([[-np.inf, 0.0, 1.0, -np.inf]]))
     for extreme in (0.0, 1 - 2.0**-53):
         monkeypatch.setattr(
-            "softcache.targets.uniform", lambda *_, at=extreme, **__: np.array([[at]])
+            "softcache.targets.encode.uniform", lambda *_, at=extreme, **__: np.array([[at]])
         )
         assert set(encode(Sampled(n), rows)["ids"][0].tolist()) <= {1, 2}
 
@@ -876,7 +878,7 @@ def test_rows_are_encoded_alike_in_whatever_parts(
     encode = make_encoder(encoding, {}, temperature=1.0, seed=3, device=CPU)
     whole = encode(log_probs, 1, np.arange(23))
     for rows in (1, 4, 22, 23):
-        monkeypatch.setattr("softcache.targets._PART_ELEMENTS", rows * 50)
+        monkeypatch.setattr("softcache.targets.encode.PART_ELEMENTS", rows * 50)
         parts = encode(log_probs, 1, np.arange(23))
         assert parts.keys() == whole.keys()
         for name, tensor in whole.items():

@@ -30,7 +30,7 @@ from softcache.join.match import join as join_data
 from softcache.join.match import join_samples
 from softcache.learner import Learner
 from softcache.losses import hard_loss
-from softcache.targets import to_dense
+from softcache.targets.decode import to_dense
 from softcache.train import TrainConfig, train
 from softcache.types import MixedLabels, SparseTargets, Targets
 from softcache.util.callables import import_callable

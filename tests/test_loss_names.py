@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softcache.errors import SettingsError
 from softcache.losses import LOSSES, parse_loss, soft_loss
-from softcache.targets import to_dense
+from softcache.targets.decode import to_dense
 from softcache.types import MixedLabels, SparseTargets
 
 Array = npt.NDArray[np.float64]

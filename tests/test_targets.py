@@ -14,7 +14,9 @@ import torch
 from softcache.cache import Array as CacheArray
 from softcache.cache import Cache
 from softcache.dump import DumpConfig, dump
-from softcache.targets import make_gather, soft_targets, soften, to_dense
+from softcache.targets.decode import to_dense
+from softcache.targets.encode import soften
+from softcache.targets.fetch import make_gather, soft_targets
 
 Array = npt.NDArray[np.float64]
 MakeCache = Callable[..., Cache]
@@ -193,12 +195,12 @@ def test_rows_of_a_slow_file_are_asked_for_and_come_the_same(
 
     monkeypatch.setattr(Cache, "ask_for", noted)
     rows = np.array([2, 0, 2, 1])
-    monkeypatch.setattr("softcache.targets.SLOW_ROW", 10.0)
+    monkeypatch.setattr("softcache.targets.fetch.SLOW_ROW", 10.0)
     quick = make_gather(cache)
     wanted = quick(rows)
     quick(rows)
     assert asked == []  # what is in memory is not asked for
-    monkeypatch.setattr("softcache.targets.SLOW_ROW", -1.0)
+    monkeypatch.setattr("softcache.targets.fetch.SLOW_ROW", -1.0)
     slow = make_gather(cache)
     for _ in range(3):
         found = slow(rows)

@@ -42,7 +42,8 @@ from softcache.learner import UNFINISHED_METRICS
 from softcache.losses import soft_loss
 from softcache.models.build import build
 from softcache.models.evaluate import evaluate
-from softcache.targets import soften, tempered_targets
+from softcache.targets.encode import soften
+from softcache.targets.fetch import tempered_targets
 from softcache.train import TrainConfig, train
 from softcache.train_settings import MAX_LEARNING_RATE
 from softcache.types import Views

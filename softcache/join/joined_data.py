@@ -17,7 +17,7 @@ from softcache.data.loader import Batch, Request, augmented, make_request
 from softcache.data.source import Source, check_labels
 from softcache.errors import DataError
 from softcache.losses import LOWEST
-from softcache.targets import to_dense
+from softcache.targets.decode import to_dense
 from softcache.types import Labels, MixedLabels, SparseTargets, Targets, Views
 from softcache.util.counter_rng import uniform
 from softcache.util.tensors import to_float

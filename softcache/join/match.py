@@ -15,7 +15,7 @@ from softcache.data.source import Source, check_labels
 from softcache.errors import DataError, SettingsError
 from softcache.join.fingerprints import check_replay, replayed
 from softcache.join.joined_data import Indices, JoinedData
-from softcache.targets import tempered_targets
+from softcache.targets.fetch import tempered_targets
 from softcache.util.progress import progress
 
 BATCH = 1000

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softcache.errors import ModelError, SettingsError
-from softcache.targets import soften
+from softcache.targets.encode import soften
 from softcache.teachers.teacher import Teacher
 
 

@@ -32,7 +32,9 @@ from torch import Tensor
 from softcache import choose
 from softcache.cache import Encoding, Sampled, TopK
 from softcache.fidelity import divergence, retemper
-from softcache.targets import as_arrays, as_tensor, class_ids, decode, make_encoder, to_dense
+from softcache.targets.decode import class_ids, decode, to_dense
+from softcache.targets.encode import as_arrays, make_encoder
+from softcache.targets.fetch import as_tensor
 from softcache.types import Targets
 from tests.bench import alternate, machine, ratios
 

@@ -21,7 +21,7 @@ import torch
 from tabulate import tabulate
 
 from softcache.cache import open_cache
-from softcache.targets import as_tensor, soft_targets
+from softcache.targets.fetch import as_tensor, soft_targets
 from tests.bench import (
     alternate,
     machine,

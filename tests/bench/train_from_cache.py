@@ -26,7 +26,7 @@ from softcache.data.source import ArraySource
 from softcache.join.fingerprints import replayed
 from softcache.join.joined_data import JoinedData
 from softcache.learner import UNFINISHED_METRICS, make_accelerator
-from softcache.targets import soft_targets
+from softcache.targets.fetch import soft_targets
 from softcache.train import TrainConfig, fit
 from softcache.types import Targets, Views
 from tests.bench import (

@@ -26,7 +26,7 @@ from softcache.join.joined_data import JoinedData, TrainingBatch, labels_alone
 from softcache.join.match import join
 from softcache.learner import Learner, make_accelerator
 from softcache.losses import soft_loss
-from softcache.targets import soft_targets
+from softcache.targets.fetch import soft_targets
 from softcache.teachers.ensemble import Ensemble
 from softcache.train import TrainConfig, fit
 from softcache.util.tensors import to_float

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from softcache.cache import Dense, parse_encoding
 from softcache.cache.encodings import FLOAT16_LOWEST, MAX_TEMPERATURE, ArraySpec
-from softcache.targets import as_arrays, make_encoder
+from softcache.targets.encode import as_arrays, make_encoder
 
 Rows = npt.NDArray[np.float64]
 

@@ -18,7 +18,8 @@ from softcache.cache.header import PREAMBLE, preamble
 from softcache.cache.reader import verify
 from softcache.errors import FormatError
 from softcache.info import describe, facts
-from softcache.targets import soft_targets, to_dense
+from softcache.targets.decode import to_dense
+from softcache.targets.fetch import soft_targets
 from tests.files import make
 from tests.files.make import ENCODINGS, OTHER_TEMPERATURE, expected
 

@@ -33,7 +33,7 @@ from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.join.fingerprints import check_replay
-from softcache.targets import as_arrays, make_encoder
+from softcache.targets.encode import as_arrays, make_encoder
 from softcache.util.counter_rng import uniform
 from tests.cache.test_header import (
     GONE,

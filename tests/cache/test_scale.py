@@ -14,7 +14,7 @@ from softcache.cache.allocate import create
 from softcache.cache.header import FINGERPRINT
 from softcache.cache.reader import block_damage, open_cache, partial_path
 from softcache.cache.writer import Writer
-from softcache.targets import soft_targets
+from softcache.targets.fetch import soft_targets
 
 CLASSES = 256  # 512 bytes a row
 SAMPLES = (1 << 31) + (1 << 24) + 5

@@ -1,11 +1,9 @@
-"""The encodings in torch: encode on the teacher's device, decode on the student's."""
+"""Log-probabilities to what the file stores, on the device of the teacher."""
 
 from __future__ import annotations
 
 import math
-import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,31 +12,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache.cache import Basis, Cache, Dense, Encoding, Quantized, Sampled, TopK
-from softcache.cache.encodings import (
-    BASIS_RANGE,
-    FLOAT16_LOWEST,
-    QUANTIZED_RANGE,
-    check_sampled,
-    id_dtype,
-    tail_weights,
-)
-from softcache.errors import FormatError
-from softcache.types import SparseTargets, Targets, Views
+from softcache.cache import Basis, Dense, Encoding, Quantized, Sampled, TopK
+from softcache.cache.encodings import BASIS_RANGE, FLOAT16_LOWEST, QUANTIZED_RANGE, id_dtype
 from softcache.util.counter_rng import uniform
 
 Indices = npt.NDArray[np.int64]
+
 Stored = dict[str, Tensor]  # what the file holds of a batch of rows, by array, on any device
+
 # log-probabilities (B, C) float32 of samples (B,) in a view, to what the file stores of them
 Encoder = Callable[[Tensor, int, Indices], Stored]
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the row's largest coefficient tried as its range
+
 SAMPLED_STREAM = 1 << 32  # of the random numbers, apart from those of augmentation
+
 _BYTES_OF_NARROW = 16
-# picking a row is slow, seconds, if it takes so long and its bytes come at less than so many a second
-SLOW_ROW, SLOW_BYTES = 20e-6, 5e8
-SLOW_BATCHES = 100  # after a slow one
-_PART_ELEMENTS = 1 << 19  # float32 of log-probabilities: 2 MB
+
+PART_ELEMENTS = 1 << 19  # float32 of log-probabilities: 2 MB
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
@@ -72,7 +63,7 @@ def _in_cache_sized_parts(encode: Encoder) -> Encoder:
     makes encoding 2 to 4 times as slow at 32,000 classes."""
 
     def encode_parts(log_probs: Tensor, view: int, samples: Indices) -> Stored:
-        rows = max(1, _PART_ELEMENTS // log_probs.shape[-1])
+        rows = max(1, PART_ELEMENTS // log_probs.shape[-1])
         if len(log_probs) <= rows:
             return encode(log_probs, view, samples)
         parts = [
@@ -140,143 +131,6 @@ def as_arrays(stored: Stored) -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
-def decode(
-    encoding: Encoding,
-    stored: Mapping[str, Tensor],
-    *,
-    temperature: float,
-    wanted: float,
-    classes: int,
-) -> Targets:
-    """Targets at temperature `wanted` of rows stored at `temperature`, on the tensors' device.
-
-    Args:
-        stored: arrays by name, those of rows with B in front; ids as int64.
-
-    Returns:
-        (B, C) float32 for dense encodings, SparseTargets for topk and sampled.
-    """
-    ratio = temperature / wanted
-    match encoding:
-        case Dense():
-            return _retempered(stored["log_probs"].float(), ratio)
-        case Quantized():
-            depth = stored["codes"].float().div_(-255).square_() * -stored["ranges"].float()
-            return _retempered(depth, ratio)
-        case TopK():
-            return _decode_topk(encoding, stored, ratio, wanted, classes)
-        case Basis():
-            return _retempered(_basis_rows(encoding, stored), ratio)
-        case Sampled():
-            check_sampled(temperature, wanted)
-            return _decode_sampled(encoding, stored["ids"], classes)
-    raise TypeError(f"no decoder for {encoding}")
-
-
-def soft_targets(
-    cache: Cache, temperature: float, device: torch.device
-) -> Callable[[Views, Indices], Targets]:
-    """A function (views, rows of the cache (B,)) -> targets at `temperature` on `device`.
-
-    Raises:
-        SettingsError: the encoding cannot be re-tempered so.
-        FormatError: (the function) a stored class id is out of range.
-    """
-    fetch = tempered_targets(cache, [temperature], device)
-    return lambda views, rows: fetch(views, rows)[temperature]
-
-
-def tempered_targets(
-    cache: Cache, temperatures: Sequence[float], device: torch.device
-) -> Callable[[Views, Indices], dict[float, Targets]]:
-    """The same at several temperatures; the rows are read once."""
-    header = cache.header
-    if isinstance(header.encoding, Sampled):
-        for temperature in temperatures:
-            check_sampled(header.temperature, temperature)
-    gather = make_gather(cache)
-    shared = {name: tensor.to(device) for name, tensor in shared_tensors(cache).items()}
-
-    def fetch(views: Views, rows: Indices) -> dict[float, Targets]:
-        picked = gather(views * header.samples + rows)
-        if "ids" in picked:
-            picked["ids"] = class_ids(picked["ids"], header.classes)
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in picked.items()}
-        return {
-            wanted: decode(
-                header.encoding,
-                shared | moved,
-                temperature=header.temperature,
-                wanted=wanted,
-                classes=header.classes,
-            )
-            for wanted in temperatures
-        }
-
-    return fetch
-
-
-def make_gather(cache: Cache) -> Callable[[Indices], dict[str, Tensor]]:
-    """A function that picks rows (B,), counted through all views, of all arrays that have rows.
-
-    Of a file larger than memory each row would wait for the disk on its own. Where picking has become
-    slow, the system is asked for all rows of a batch at once, so that they come side by side.
-    """
-    arrays = {
-        a: as_tensor(cache.arrays[a.name]).flatten(0, 1)  # (views · samples, ...)
-        for a in cache.header.arrays
-        if a.axis == "rows"
-    }
-    row_seconds = SLOW_ROW + cache.header.bytes_per_row / SLOW_BYTES
-    slow_batches = 0  # for which rows are still to be asked for
-
-    def gather(at: Indices) -> dict[str, Tensor]:
-        nonlocal slow_batches
-        if slow_batches:
-            slow_batches -= 1
-            for array in arrays:
-                cache.ask_for(array, at)
-        start, rows = time.perf_counter(), torch.from_numpy(at)
-        picked = {a.name: torch.index_select(array, 0, rows) for a, array in arrays.items()}
-        if time.perf_counter() - start > row_seconds * len(at):
-            slow_batches = SLOW_BATCHES
-        return picked
-
-    return gather
-
-
-def shared_tensors(cache: Cache) -> dict[str, Tensor]:
-    """What the rows of an encoding share, as float32."""
-    return {
-        array.name: torch.from_numpy(cache.arrays[array.name].astype(np.float32))
-        for array in cache.header.arrays
-        if array.axis == "shared" and not array.dtype.startswith("|S")
-    }
-
-
-def as_tensor(array: npt.NDArray[Any]) -> Tensor:
-    """A tensor over the same memory; the map is read-only, and nothing here writes to it.
-
-    Unsigned numbers of 16 and 32 bits, of which torch can do little, come as signed ones.
-    """
-    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
-        array = array.view(f"<i{array.dtype.itemsize}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
-
-
-def to_dense(targets: Targets) -> Tensor:
-    """Log-probabilities (B, C) of targets that may be sparse."""
-    if isinstance(targets, Tensor):
-        return targets
-    rest = targets.rest[:, None].expand(-1, targets.classes).clone()
-    if not torch.isneginf(targets.log_probs).any():
-        return rest.scatter(1, targets.ids, targets.log_probs)
-    # repeated ids: all but one of them hold -inf
-    return rest.scatter_reduce(1, targets.ids, targets.log_probs, "amax")
-
-
 def _encode_dense(log_probs: Tensor) -> Stored:
     return {"log_probs": _half(log_probs)}
 
@@ -301,23 +155,6 @@ def _encode_topk(k: int, ratios: list[float], log_probs: Tensor) -> Stored:
         "log_probs": _half(head),
         "tails": _half(torch.stack(tails, -1)),
     }
-
-
-def _decode_topk(
-    encoding: TopK, stored: Mapping[str, Tensor], ratio: float, wanted: float, classes: int
-) -> SparseTargets:
-    low, high, share = tail_weights(encoding.temperatures, wanted)
-    tails = stored["tails"].float()
-    limit = torch.full_like(tails[:, 0], math.log((classes - encoding.k) / encoding.k))
-    odds = [limit if at is None else tails[:, at] for at in (low, high)]
-    tail = odds[0] * (1 - share) + odds[1] * share  # (B,) log tail - log head
-    head = torch.log_softmax(stored["log_probs"].float() * ratio, dim=-1)
-    return SparseTargets(
-        ids=stored["ids"],
-        log_probs=head + torch.nn.functional.logsigmoid(-tail)[:, None],
-        rest=torch.nn.functional.logsigmoid(tail) - math.log(classes - encoding.k),
-        classes=classes,
-    )
 
 
 def projection(shared: Mapping[str, Tensor]) -> Tensor:
@@ -373,18 +210,6 @@ def _best_step(coefficients: Tensor, most: Tensor, scale: Tensor) -> tuple[Tenso
     return best_step, best_levels
 
 
-def _basis_rows(encoding: Basis, stored: Mapping[str, Tensor]) -> Tensor:
-    """The rows up to a constant each, (B, C) float32."""
-    codes, steps = stored["codes"], stored["steps"].float()
-    wide = codes[:, : encoding.wide].view(torch.int8).float()
-    packed = codes[:, encoding.wide :]
-    narrow = torch.stack([packed & 15, packed >> 4], -1).flatten(1).float() - 8
-    levels = torch.cat([wide, narrow], -1)  # (B, r)
-    coefficients = levels * steps[:, :1] * stored["direction_steps"]
-    rows = torch.addmm(stored["mean"].float(), coefficients, stored["directions"].float())
-    return rows.scatter_add_(1, stored["ids"], stored["rests"].float() * steps[:, 1:])
-
-
 def _encode_sampled(log_probs: Tensor, draws: npt.NDArray[np.float64], n: int) -> Stored:
     classes = log_probs.shape[-1]
     total = log_probs.double().exp().cumsum(-1)  # (B, C)
@@ -396,37 +221,9 @@ def _encode_sampled(log_probs: Tensor, draws: npt.NDArray[np.float64], n: int) -
     return {"ids": _short_ids(ids, classes)}
 
 
-def _decode_sampled(encoding: Sampled, ids: Tensor, classes: int) -> SparseTargets:
-    """Systematic draws come in ascending order: equal ids are neighbours; the first counts all."""
-    ids = ids.sort(-1).values
-    first = torch.ones_like(ids, dtype=torch.bool)
-    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    counts = torch.searchsorted(ids, ids, right=True) - torch.searchsorted(ids, ids)  # (B, n)
-    log_probs = torch.where(first, (counts / encoding.n).log(), -math.inf)
-    rest = torch.full_like(log_probs[:, 0], -math.inf)
-    return SparseTargets(ids=ids, log_probs=log_probs, rest=rest, classes=classes)
-
-
-def class_ids(ids: Tensor, classes: int) -> Tensor:
-    """Ids as stored, whose sign bit is a plain bit, as int64; checked, for they index memory."""
-    if ids.dtype != torch.int64:
-        ids = ids.long() & (0xFFFF if ids.dtype == torch.int16 else 0xFFFFFFFF)
-    if ids.numel() and int(ids.max()) >= classes:
-        raise FormatError(
-            f"the cache stores class id {int(ids.max())}; expected 0 to {classes - 1}: the file is "
-            "damaged or forged, get it again"
-        )
-    return ids
-
-
 def _short_ids(ids: Tensor, classes: int) -> Tensor:
     # to a signed type of the same width, of which torch can do more; all bits are kept
     return ids.to(torch.int16 if id_dtype(classes) == "<u2" else torch.int32)
-
-
-def _retempered(rows: Tensor, ratio: float) -> Tensor:
-    """log softmax(rows · ratio); `rows` is scratch, and no further copy of its size is made."""
-    return torch.log_softmax(rows if ratio == 1 else rows.mul_(ratio), dim=-1)
 
 
 def _half(values: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The encodings in torch: encode, decode, fetch and re-temper."""
