@@ -157,8 +157,9 @@ def dump(**options: Any) -> None:
       auto              the smallest that keeps KL within --max-kl, measured
     """
     options["first_view"], options["views"] = options["views"]
-    from softcache.dump import DumpConfig, dump
-    from softcache.estimate import dry_run
+    from softcache.dump.config import DumpConfig
+    from softcache.dump.dry_run import dry_run
+    from softcache.dump.loop import dump
     from softcache.report import cache_line
 
     dry = options.pop("dry_run")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from softcache.cache import Cache
 from softcache.data.open import open_source
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import SettingsError
 from softcache.teachers.matrix import is_matrix, open_top_rows
 

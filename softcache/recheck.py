@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from softcache import fidelity
-from softcache.begin import load_teachers
 from softcache.cache import Sampled, open_cache
 from softcache.data.open import open_source
-from softcache.dump_settings import DumpConfig
+from softcache.dump import fidelity
+from softcache.dump.config import DumpConfig
+from softcache.dump.prepare import load_teachers
 from softcache.errors import DataError, SettingsError
 from softcache.join.fingerprints import check_replay, replayed
 from softcache.join.match import join_samples

@@ -43,8 +43,6 @@ from softcache.util.extras import import_extra
 from softcache.util.progress import progress
 from softcache.verify import check_damage
 
-__all__ = ["TrainConfig", "fit", "train"]
-
 CHECK_STEPS = 50  # between two looks at whether the losses are still finite
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from softcache.cache import Cache
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 
 SAMPLES, CLASSES, SIDE = 300, 5, 8
 

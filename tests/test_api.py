@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 import softcache
 from softcache.cache import Cache
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import DataError, FormatError, SettingsError, SoftcacheError
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float

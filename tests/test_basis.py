@@ -14,12 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softcache import basis
-from softcache.basis import SPLITS, Directions, principal_directions, shared_arrays, splits
 from softcache.cache import Basis, Encoding, TopK
 from softcache.cache.encodings import BASIS_RANGE
-from softcache.dump import DumpConfig, dump
-from softcache.fidelity import divergence, retemper
+from softcache.dump import fit_basis
+from softcache.dump.config import DumpConfig
+from softcache.dump.fidelity import divergence, retemper
+from softcache.dump.fit_basis import SPLITS, Directions, principal_directions, shared_arrays, splits
+from softcache.dump.loop import dump
 from softcache.targets.decode import class_ids, decode
 from softcache.targets.encode import as_arrays, make_encoder
 
@@ -124,11 +125,11 @@ def test_directions_do_not_see_a_constant_added_to_a_row() -> None:
     np.testing.assert_allclose((one.directions * other.directions).sum(-1).abs(), 1, atol=1e-4)
 
 
-@pytest.mark.parametrize("exact_side", [basis.EXACT_SIDE, 0])
+@pytest.mark.parametrize("exact_side", [fit_basis.EXACT_SIDE, 0])
 def test_a_fit_is_the_same_again_and_leaves_the_random_numbers_alone(
     exact_side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(basis, "EXACT_SIDE", exact_side)
+    monkeypatch.setattr(fit_basis, "EXACT_SIDE", exact_side)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     one = principal_directions(said(), 8)
@@ -142,7 +143,7 @@ def test_a_fit_is_the_same_again_and_leaves_the_random_numbers_alone(
 
 def test_the_randomized_fit_finds_what_the_exact_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = principal_directions(said(), 12)
-    monkeypatch.setattr(basis, "EXACT_SIDE", 0)
+    monkeypatch.setattr(fit_basis, "EXACT_SIDE", 0)
     found = principal_directions(said(), 12)
     assert len(found.directions) == 12
     assert gram_error(found.directions) < 1e-4
@@ -152,12 +153,12 @@ def test_the_randomized_fit_finds_what_the_exact_one_does(monkeypatch: pytest.Mo
     )
 
 
-@pytest.mark.parametrize("exact_side", [basis.EXACT_SIDE, 0])
+@pytest.mark.parametrize("exact_side", [fit_basis.EXACT_SIDE, 0])
 @pytest.mark.parametrize("width", [1, 5, WIDTH])
 def test_no_more_directions_are_found_than_the_teachers_head_has(
     width: int, exact_side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(basis, "EXACT_SIDE", exact_side)
+    monkeypatch.setattr(fit_basis, "EXACT_SIDE", exact_side)
     fitted = principal_directions(said(width=width), 64)
     # one more for the rounding of the mean to float16
     assert width <= len(fitted.directions) <= width + 1

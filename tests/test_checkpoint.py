@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from softcache import checkpoint
 from softcache.cache import Cache
 from softcache.checkpoint import NAME, Checkpoint, Place
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import Interrupted, ModelError, SettingsError, SoftcacheError
 from softcache.learner import Learner
 from softcache.train import TrainConfig, train

@@ -14,15 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softcache import choose
-from softcache.begin import draft_header, load_teachers
 from softcache.cache import Basis, Dense, Encoding, Quantized, Sampled, TopK
-from softcache.choose import Candidate, candidates, check_spec, fit_basis, resolve, spec_of, table
 from softcache.data.augment import parse_augment
 from softcache.data.open import open_source
-from softcache.dump import DumpConfig, dump
+from softcache.dump import select_encoding
+from softcache.dump.config import DumpConfig
+from softcache.dump.fidelity import Pairs, draw_rows
+from softcache.dump.loop import dump
+from softcache.dump.prepare import draft_header, load_teachers
+from softcache.dump.select_encoding import (
+    Candidate,
+    candidates,
+    candidates_table,
+    check_spec,
+    fit_basis,
+    select,
+    spec_of,
+)
 from softcache.errors import SettingsError
-from softcache.fidelity import Pairs, draw_rows
 
 CLASSES, WIDTH = 40, 6
 
@@ -53,8 +62,8 @@ def take(
     listed: list[Candidate], max_kl: float, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Encoding, list[Candidate]]:
     with monkeypatch.context() as patch:
-        patch.setattr(choose, "candidates", lambda *_, **__: listed)
-        encoding, _, shown = resolve("auto", said(4), temperature=1.0, seed=0, max_kl=max_kl)
+        patch.setattr(select_encoding, "candidates", lambda *_, **__: listed)
+        encoding, _, shown = select("auto", said(4), temperature=1.0, seed=0, max_kl=max_kl)
     return encoding, shown
 
 
@@ -114,9 +123,9 @@ def test_auto_takes_what_the_teachers_rows_allow(
     rows = said(width=None)
     if expected is None:
         with pytest.raises(SettingsError, match="no encoding keeps KL within 1e-09 at T = 1, 2, 4"):
-            resolve("auto", rows, temperature=1.0, seed=0, max_kl=max_kl)
+            select("auto", rows, temperature=1.0, seed=0, max_kl=max_kl)
         return
-    encoding, shared, listed = resolve("auto", rows, temperature=1.0, seed=0, max_kl=max_kl)
+    encoding, shared, listed = select("auto", rows, temperature=1.0, seed=0, max_kl=max_kl)
     assert isinstance(encoding, expected)
     chosen = next(candidate for candidate in listed if candidate.encoding == encoding)
     assert max(chosen.kl.values()) <= max_kl
@@ -126,7 +135,7 @@ def test_auto_takes_what_the_teachers_rows_allow(
 
 
 def test_a_teacher_of_few_dimensions_gets_a_basis() -> None:
-    encoding, shared, _ = resolve("auto", said(), temperature=1.0, seed=0, max_kl=1e-3)
+    encoding, shared, _ = select("auto", said(), temperature=1.0, seed=0, max_kl=1e-3)
     assert isinstance(encoding, Basis)
     assert {name: tuple(tensor.shape) for name, tensor in shared.items()} == {
         "mean": (CLASSES,),
@@ -136,7 +145,7 @@ def test_a_teacher_of_few_dimensions_gets_a_basis() -> None:
 
 
 def test_the_same_rows_give_the_same_choice() -> None:
-    one, other = (resolve("auto", said(), temperature=4.0, seed=0, max_kl=1e-3) for _ in "12")
+    one, other = (select("auto", said(), temperature=4.0, seed=0, max_kl=1e-3) for _ in "12")
     assert one[0] == other[0]
     assert one[1].keys() == other[1].keys()
     assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
@@ -201,7 +210,7 @@ def test_few_classes_have_fewer_candidates(classes: int) -> None:
 @pytest.mark.parametrize("spec", ["basis:3,2", "basis:8,8", "basis:12,1"])
 def test_a_basis_takes_no_more_than_the_bytes_asked_for(spec: str) -> None:
     size, top = map(int, spec[6:].split(","))
-    encoding, shared, listed = resolve(spec, said(), temperature=1.0, seed=0, max_kl=1e-9)
+    encoding, shared, listed = select(spec, said(), temperature=1.0, seed=0, max_kl=1e-9)
     assert isinstance(encoding, Basis)
     assert encoding.top == top
     assert encoding.wide + encoding.narrow // 2 <= size
@@ -217,14 +226,14 @@ def test_a_basis_takes_no_more_than_the_bytes_asked_for(spec: str) -> None:
     ("spec", "expected"), [("dense", Dense()), ("quantized", Quantized()), ("topk:9", TopK(9))]
 )
 def test_what_needs_no_rows_is_taken_as_it_is(spec: str, expected: Encoding) -> None:
-    assert not choose.needs_rows(spec)
-    assert resolve(spec, None, temperature=1.0, seed=0, max_kl=1e-3) == (expected, {}, [])
+    assert not select_encoding.needs_rows(spec)
+    assert select(spec, None, temperature=1.0, seed=0, max_kl=1e-3) == (expected, {}, [])
 
 
 @pytest.mark.parametrize("spec", ["dense", "quantized", "topk:9", "sampled:5"])
 def test_what_needs_no_rows_is_the_same_with_rows(spec: str) -> None:
-    without = resolve(spec, None, temperature=1.0, seed=0, max_kl=1e-3)[0]
-    encoding, shared, _ = resolve(spec, said(), temperature=1.0, seed=0, max_kl=1e-3)
+    without = select(spec, None, temperature=1.0, seed=0, max_kl=1e-3)[0]
+    encoding, shared, _ = select(spec, said(), temperature=1.0, seed=0, max_kl=1e-3)
     assert (encoding, shared) == (without, {})
 
 
@@ -280,14 +289,16 @@ def test_an_encoding_is_named_as_the_command_line_names_it(encoding: Encoding, s
 
 def test_the_table_marks_the_chosen_one(found: list[Candidate]) -> None:
     for candidate in found:
-        lines = table(found, candidate.encoding).splitlines()
+        lines = candidates_table(found, candidate.encoding).splitlines()
         marked = [line for line in lines if line.startswith("*")]
         assert len(marked) == 1
         assert marked[0].split()[:2] == [f"*{candidate.spec}", f"{candidate.bytes_per_row:,}"]
 
 
 def test_the_table_has_a_line_for_each_candidate_and_a_column_for_each_temperature() -> None:
-    lines = table([fake(10, 0.1, 0.2, 0.3, 0.4), fake(2000, 0, 0, 0, 1e-9)], Dense()).splitlines()
+    lines = candidates_table(
+        [fake(10, 0.1, 0.2, 0.3, 0.4), fake(2000, 0, 0, 0, 1e-9)], Dense()
+    ).splitlines()
     assert re.split(r"  +", lines[0]) == [
         "encoding",
         "bytes a row",
@@ -345,7 +356,7 @@ def rows_tried(config: DumpConfig, most: int = 200) -> Tensor:
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     teacher = load_teachers(config, source, augmentation)
     draft = draft_header(config, source, teacher)
-    return choose.try_rows(draft, source, teacher, augmentation, config.workers, most)
+    return select_encoding.try_rows(draft, source, teacher, augmentation, config.workers, most)
 
 
 @pytest.mark.parametrize("augment", [None, "shift:2,mixup"])
@@ -372,7 +383,7 @@ def test_rows_to_choose_by_come_from_the_first_views_of_all_samples(
         drawn.append((views, samples))
         return draw_rows(views, samples, *others)
 
-    monkeypatch.setattr(choose, "draw_rows", note)
+    monkeypatch.setattr(select_encoding, "draw_rows", note)
     for augment, shard in ((None, (0, 1)), (None, (1, 3)), ("flip", (0, 1)), ("flip", (1, 3))):
         rows_tried(replace(dump_config, augment=augment, shard=shard), most=9)
     assert drawn == [(1, 300), (1, 300), (8, 300), (8, 300)]

@@ -20,7 +20,7 @@ from softcache import __version__
 from softcache.cache import Cache, open_cache
 from softcache.cache.reader import partial_path
 from softcache.cli import main
-from softcache.dump import DumpConfig
+from softcache.dump.config import DumpConfig
 from softcache.errors import ModelError
 from softcache.grid import make_variants
 from softcache.train import TrainConfig

@@ -13,7 +13,8 @@ from torch import nn
 
 from softcache.cache import Cache
 from softcache.compare import Compared, compare, measure_all
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import ModelError, SettingsError
 from softcache.measure import (
     best_temperature,

@@ -18,17 +18,18 @@ import numpy.typing as npt
 import pytest
 import xxhash
 
-from softcache.begin import draft_header, load_teachers
 from softcache.cache import allocate as cache_allocate
 from softcache.cache import open_cache
 from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
 from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.open import open_source
-from softcache.dump import DumpConfig, dump
+from softcache.dump.check_resume import SETTINGS
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
+from softcache.dump.prepare import draft_header, load_teachers
 from softcache.errors import DataError, Interrupted, ModelError, SettingsError, SoftcacheError
 from softcache.models.evaluate import data_digest
-from softcache.resume import SETTINGS
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
 from tests.conftest import CLASSES, SAMPLES, make_arrays

@@ -14,7 +14,8 @@ from softcache.cache import open_cache
 from softcache.cache.merge import merge
 from softcache.cache.reader import verify
 from softcache.data.embedded import CacheSource
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import SettingsError
 from softcache.train import TrainConfig, train
 from tests.conftest import SAMPLES, Run, make_arrays

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softcache.basis import Directions, principal_directions, shared_arrays
 from softcache.cache import Basis, Dense, Encoding, Quantized, Sampled, TopK, parse_encoding
 from softcache.cache.encodings import (
     ENCODINGS,
@@ -25,6 +24,7 @@ from softcache.cache.encodings import (
     encoding_from_json,
     encoding_to_json,
 )
+from softcache.dump.fit_basis import Directions, principal_directions, shared_arrays
 from softcache.errors import FormatError, SettingsError
 from softcache.losses import soft_loss
 from softcache.targets.decode import class_ids, decode, to_dense

@@ -22,12 +22,13 @@ from softcache.cache import Cache, open_cache
 from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
-from softcache.choose import FIT_VIEWS, needs_rows
 from softcache.cli import main
 from softcache.data.open import open_source
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.fidelity import BATCH
+from softcache.dump.loop import dump
+from softcache.dump.select_encoding import FIT_VIEWS, needs_rows
 from softcache.errors import ModelError, SettingsError
-from softcache.fidelity import BATCH
 from softcache.models.builtin import mlp
 from softcache.teachers.ensemble import Ensemble, make_ensemble
 from softcache.teachers.load import load_teacher

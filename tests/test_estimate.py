@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.dry_run import dry_run
+from softcache.dump.loop import dump
 from softcache.errors import SettingsError
-from softcache.estimate import dry_run
 
 
 def bytes_told(text: str) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from softcache.cache import Cache
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import SettingsError
 from softcache.export_labels import export_labels
 from tests.conftest import Run

@@ -15,21 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softcache import fidelity
-from softcache.begin import load_teachers
 from softcache.cache import Cache, Sampled, open_cache
 from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.open import open_source
-from softcache.dump import DumpConfig, dump
-from softcache.fidelity import (
-    describe,
+from softcache.dump import fidelity
+from softcache.dump.config import DumpConfig
+from softcache.dump.fidelity import (
     divergence,
     draw_rows,
-    measure,
+    fidelity_line,
+    measure_fidelity,
     retemper,
     teacher_rows,
     temperatures_of,
 )
+from softcache.dump.loop import dump
+from softcache.dump.prepare import load_teachers
 from softcache.types import SparseTargets
 from softcache.util.tensors import to_float
 from tests.conftest import SAMPLES
@@ -57,7 +58,7 @@ def ask(cache: Cache, config: DumpConfig, **options: Any) -> dict[str, Any]:
     source = open_source(config.data)
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     teachers = load_teachers(config, source, augmentation)
-    return measure(cache, source, teachers, augmentation, **options)
+    return measure_fidelity(cache, source, teachers, augmentation, **options)
 
 
 # which rows
@@ -230,7 +231,7 @@ def test_the_dump_records_what_is_measured(
     assert cache.header.summary is not None
     recorded = cache.header.summary["fidelity"]
     assert recorded == ask(cache, config)
-    assert describe(recorded, False) in capsys.readouterr().out.splitlines()
+    assert fidelity_line(recorded, False) in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("augment", ["shift:2", "shift:1,mixup"])
@@ -354,8 +355,8 @@ def test_what_moved_is_the_share_of_probability_that_lies_elsewhere(
 
 def test_the_line_says_direction_amount_and_temperatures() -> None:
     found = {"rows": 1024, "mean": 1.5e-4, "p99": 2e-3, "worst": 0.03, "at": {"4": 1.5e-4, "1": 0}}
-    assert describe(found, sampled=False) == (
+    assert fidelity_line(found, sampled=False) == (
         "fidelity: KL(teacher ‖ stored) mean 1.5e-04, 99th percentile 2.0e-03, worst 3.0e-02 nats on "
         "1,024 rows; mean at T=4 1.5e-04, T=1 0.0e+00"
     )
-    assert re.match(r"fidelity: KL\(stored ‖ teacher\) mean", describe(found, sampled=True))
+    assert re.match(r"fidelity: KL\(stored ‖ teacher\) mean", fidelity_line(found, sampled=True))

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from softcache.data.text import encode
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import ModelError, SettingsError
 from softcache.models.build import build, build_hub
 from softcache.models.hf import save_hub

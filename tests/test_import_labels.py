@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from softcache.cache import Cache, TopK, open_cache
 from softcache.cli import main
-from softcache.dump import DumpConfig
+from softcache.dump.config import DumpConfig
 from softcache.errors import ModelError, SettingsError
 from softcache.export_labels import export_labels
 from softcache.import_labels import import_labels

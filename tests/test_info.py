@@ -15,7 +15,8 @@ import pytest
 from softcache import __version__
 from softcache.cache import Cache, open_cache
 from softcache.cache import allocate as cache_allocate
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import ModelError
 from softcache.info import describe, facts
 from tests.conftest import SAMPLES, Run

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from softcache.cache import Cache
 from softcache.data.keys import sample_keys
 from softcache.data.source import ArraySource
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import DataError, SettingsError
 from softcache.join import match
 from softcache.join.joined_data import (

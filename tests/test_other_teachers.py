@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from softcache.cache import Cache
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import ModelError, SettingsError
 from softcache.recheck import ask_again
 from softcache.teachers.outputs import as_logits

@@ -16,7 +16,8 @@ from PIL import Image
 
 from softcache import figures, page
 from softcache.cache import Cache, open_cache
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import FormatError, SettingsError
 from softcache.train import TrainConfig, train
 from tests.conftest import Run

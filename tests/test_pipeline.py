@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from softcache.pipeline import ADVICE, Behind, Stopwatch, ahead
+from softcache.dump.pipeline import ADVICE, Behind, Stopwatch, ahead
 
 
 def threads() -> int:

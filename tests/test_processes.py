@@ -14,8 +14,8 @@ import pytest
 
 from softcache.cache import open_cache
 from softcache.cache.reader import partial_path
+from softcache.dump.processes import ProcessGroup, join_processes
 from softcache.errors import SoftcacheError
-from softcache.processes import ProcessGroup, join_processes
 
 SAMPLES = 4096
 

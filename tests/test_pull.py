@@ -17,7 +17,8 @@ from softcache.cache import open_cache
 from softcache.cache import writer as cache_writer
 from softcache.cache.merge import merge
 from softcache.cache.reader import partial_path, verify
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import FormatError, Interrupted, RemoteError, SettingsError
 from softcache.pull import Arrays, Piece, cache_folder, fetch, local_copy, pull
 from softcache.remote import RemoteCache

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from softcache.cache import Cache, open_cache
 from softcache.cli import main
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import FormatError, RemoteError, SettingsError
 from softcache.pull import pull
 from softcache.push import push

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from softcache.cache import open_cache
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from tests.conftest import make_arrays
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

@@ -16,7 +16,8 @@ from softcache.cache import Cache, open_cache
 from softcache.cache.header import PREAMBLE, preamble
 from softcache.cache.reader import partial_path
 from softcache.cli import main
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import DataError, FormatError, ModelError, SettingsError
 from softcache.recheck import ask_again
 from tests.conftest import SAMPLES, Run

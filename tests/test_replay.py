@@ -27,7 +27,8 @@ from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.loader import augmented, loader, make_request
 from softcache.data.open import open_source
 from softcache.data.source import ArraySource, Source
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import DataError, FormatError, ModelError, SettingsError
 from softcache.join.fingerprints import (
     check_replay,

@@ -18,8 +18,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softcache import choose
-from softcache.begin import draft_header, load_teachers
 from softcache.cache import Cache, disk, open_cache
 from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as cache_writer
@@ -27,9 +25,12 @@ from softcache.cache.merge import merge
 from softcache.cache.reader import partial_path
 from softcache.data.augment import Augmentation
 from softcache.data.open import open_source
-from softcache.dump import DumpConfig, dump
+from softcache.dump import select_encoding
+from softcache.dump.check_resume import SETTINGS
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
+from softcache.dump.prepare import draft_header, load_teachers
 from softcache.errors import DataError, FormatError, SettingsError
-from softcache.resume import SETTINGS
 from softcache.teachers.ensemble import Ensemble
 from softcache.train import TrainConfig, train
 from softcache.verify import verify
@@ -137,7 +138,7 @@ def test_the_encoding_stays_the_one_that_was_fitted(
     config = replace(config, encoding=encoding)
     first = dump(config)
     fitted = {a.name: np.array(first.arrays[a.name]) for a in first.header.arrays}
-    monkeypatch.setattr(choose, "FIT_VIEWS", 2)  # it would come out otherwise today
+    monkeypatch.setattr(select_encoding, "FIT_VIEWS", 2)  # it would come out otherwise today
     again, anew = dump(replace(config, views=3)), fresh(config)
     for name in {"mean", "directions", "direction_steps"} & set(fitted):
         np.testing.assert_array_equal(again.arrays[name], fitted[name])

@@ -13,7 +13,8 @@ import torch
 
 from softcache.cache import Array as CacheArray
 from softcache.cache import Cache
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.targets.decode import to_dense
 from softcache.targets.encode import soften
 from softcache.targets.fetch import make_gather, soft_targets

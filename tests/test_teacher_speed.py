@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import ModelError, SettingsError
 from softcache.teachers.batch_size import fastest_batch
 from softcache.teachers.teacher import Teacher, is_out_of_memory

@@ -29,7 +29,8 @@ from softcache.checkpoint import NAME
 from softcache.data.augment import EXTRA_STREAM, parse_augment
 from softcache.data.loader import ShuffledBatches
 from softcache.data.open import open_source
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import (
     DataError,
     FormatError,
@@ -989,9 +990,9 @@ for arguments in map(json.loads, sys.argv[1:]):
         if line.startswith("loaded ")
     )
     dumped = {re.sub("_models_[0-9a-f]{8}$", "_models", name) for name in dumped}
-    of_teacher = {"softcache.teachers.teacher", "softcache.dump", "softcache_user_models"}
+    of_teacher = {"softcache.teachers.teacher", "softcache.dump.loop", "softcache_user_models"}
     assert "softcache.train" in trained
-    assert not {"softcache.teachers.teacher", "softcache.dump"} & trained
+    assert not {"softcache.teachers.teacher", "softcache.dump.loop"} & trained
     assert not any(name.startswith("softcache_user") for name in trained)
     assert of_teacher <= dumped  # so the check would notice
     assert done.stderr == ""

@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional
 
 from softcache.cache import open_cache
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import DataError, SettingsError
 from softcache.train import TrainConfig, train
 from softcache.util.callables import import_callable

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from softcache.cache import Cache
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import SettingsError
 from softcache.train import TrainConfig, train
 from tests.conftest import Run

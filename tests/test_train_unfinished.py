@@ -14,7 +14,8 @@ import pytest
 from softcache.cache import allocate as cache_allocate
 from softcache.cache import open_cache
 from softcache.cache.reader import partial_path
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import FormatError, ModelError
 from softcache.train import TrainConfig, train
 from tests.conftest import make_arrays

@@ -13,7 +13,8 @@ from softcache.cache import Cache, open_cache
 from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import FormatError
 from softcache.verify import check_damage, repair, verify
 

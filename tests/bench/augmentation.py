@@ -23,7 +23,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from softcache.data.augment import parse_augment
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.models.build import build
 from softcache.train import TrainConfig, train
 from softcache.util.tensors import to_float

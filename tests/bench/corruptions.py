@@ -26,7 +26,8 @@ from tabulate import tabulate
 from softcache.cache import Header, open_cache, writer
 from softcache.cache.header import PREAMBLE, parse_preamble
 from softcache.cache.reader import Damage, gaps, verify
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import FormatError
 from tests.bench import machine, work_folder
 

@@ -19,16 +19,17 @@ import torch
 from safetensors.torch import save_file
 from tabulate import tabulate
 
-from softcache import fidelity
-from softcache.begin import begin, draft_header, load_teachers
 from softcache.cache.summary import summarize
 from softcache.cache.writer import Writer
 from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.loader import augmented, loader, sequential_batches
 from softcache.data.source import ArraySource
-from softcache.dump import DumpConfig, fill
+from softcache.dump import fidelity
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import fill_cache
+from softcache.dump.prepare import draft_header, load_teachers, open_unfinished
+from softcache.dump.processes import ProcessGroup
 from softcache.models.build import build
-from softcache.processes import ProcessGroup
 from softcache.teachers.ensemble import Ensemble
 from tests.bench import (
     alternate,
@@ -150,10 +151,10 @@ def keep(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> tuple[fl
     """Seconds of the dump's loop with its last commit, and of the rest of the dump; its stages."""
     start = time.perf_counter()
     augmentation = augmentation_of(config, source)
-    begin(config, draft_header(config, source, teacher), source, teacher, augmentation)
+    open_unfinished(config, draft_header(config, source, teacher), source, teacher, augmentation)
     with Writer(config.out) as writer:
         loop = time.perf_counter()
-        watch = fill(writer, config, source, teacher, augmentation, ProcessGroup())
+        watch = fill_cache(writer, config, source, teacher, augmentation, ProcessGroup())
         writer.commit()
         filled = time.perf_counter()
         summary = summarize(writer.cache)

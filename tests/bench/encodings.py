@@ -29,9 +29,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from softcache import choose
 from softcache.cache import Encoding, Sampled, TopK
-from softcache.fidelity import divergence, retemper
+from softcache.dump import select_encoding
+from softcache.dump.fidelity import divergence, retemper
 from softcache.targets.decode import class_ids, decode, to_dense
 from softcache.targets.encode import as_arrays, make_encoder
 from softcache.targets.fetch import as_tensor
@@ -100,7 +100,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--encodings", nargs="+", default=SPECS, help="as in softcache dump")
     parser.add_argument("--rows", type=int, default=2048, help="that are measured")
-    parser.add_argument("--fit-rows", type=int, default=choose.ROWS, help="that basis is fitted to")
+    parser.add_argument(
+        "--fit-rows", type=int, default=select_encoding.ROWS, help="that basis is fitted to"
+    )
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=0.5, help="of one measurement of speed")
     parser.add_argument("--repeats", type=int, default=7)
@@ -117,8 +119,8 @@ def measure(kind: str, classes: int, options: argparse.Namespace) -> None:
     rows = make(options.rows, 1)
     stored: dict[str, Stored] = {}
     for spec in options.encodings:
-        fit = make(options.fit_rows, 2) if choose.needs_rows(spec) else None
-        encoding, shared, _ = choose.resolve(
+        fit = make(options.fit_rows, 2) if select_encoding.needs_rows(spec) else None
+        encoding, shared, _ = select_encoding.resolve(
             spec, fit, temperature=1.0, seed=options.seed, max_kl=math.inf
         )
         stored[spec] = Stored(encoding, shared, rows)

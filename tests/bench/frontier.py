@@ -23,9 +23,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache import choose
 from softcache.cache import Sampled, TopK
 from softcache.cache.encodings import TAIL_TEMPERATURES
+from softcache.dump import select_encoding
 from tests.bench.encodings import Stored, print_table
 
 TEMPERATURES = (1.0, 4.0)
@@ -49,7 +49,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rows", type=Path, required=True, metavar="FILE", help="log p, (n, C)")
-    parser.add_argument("--fit-rows", type=int, default=choose.ROWS, help="drawn to fit basis")
+    parser.add_argument(
+        "--fit-rows", type=int, default=select_encoding.ROWS, help="drawn to fit basis"
+    )
     parser.add_argument("--held-out", type=int, default=2048, help="rows drawn to measure KL")
     parser.add_argument("--seed", type=int, default=0, help="of the rows that are drawn")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw it, with matplotlib")
@@ -106,7 +108,7 @@ def split(path: Path, fit: int, held: int, seed: int) -> tuple[Tensor, Tensor]:
 def frontier(fit: Tensor, held: Tensor, seed: int) -> list[Point]:
     """Everything that `auto` tries, and further sizes of topk and sampled, on the rows held out."""
     classes = held.shape[-1]
-    found = choose.candidates(fit, temperature=1.0, seed=seed)
+    found = select_encoding.candidates(fit, temperature=1.0, seed=seed)
     encodings = {candidate.encoding: candidate.shared for candidate in found}
     encodings |= {TopK(k, TAIL_TEMPERATURES): {} for k in TOPK if k <= classes // 2}
     encodings |= {Sampled(n): {} for n in SAMPLED}
@@ -114,7 +116,9 @@ def frontier(fit: Tensor, held: Tensor, seed: int) -> list[Point]:
     for encoding, shared in encodings.items():
         stored = Stored(encoding, shared, held)
         kl = stored.kl(held, TEMPERATURES)
-        points.append(Point(choose.spec_of(encoding), encoding.name, stored.bytes_per_row, kl))
+        points.append(
+            Point(select_encoding.spec_of(encoding), encoding.name, stored.bytes_per_row, kl)
+        )
     return points
 
 

@@ -22,7 +22,8 @@ from softcache.cache import open_cache
 from softcache.data.loader import loader, sequential_batches
 from softcache.data.open import open_source
 from softcache.demo import TEACHER
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.learner import Learner
 from softcache.models.build import build
 from softcache.models.weights import parameter_count

@@ -24,14 +24,15 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from softcache.begin import load_teachers
 from softcache.cache import Cache
 from softcache.data.augment import Augmentation
 from softcache.data.loader import Batch
 from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.demo import EPOCHS, STUDENT, TEACHER, TEMPERATURE
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
+from softcache.dump.prepare import load_teachers
 from softcache.join.joined_data import JoinedData, TrainingBatch
 from softcache.join.match import join
 from softcache.learner import Learner, make_accelerator

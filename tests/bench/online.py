@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from softcache.begin import load_teachers
 from softcache.cache import Cache
 from softcache.data.source import ArraySource
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
+from softcache.dump.prepare import load_teachers
 from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
 from softcache.learner import make_accelerator

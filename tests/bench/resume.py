@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from softcache.demo import TEACHER
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.learner import UNFINISHED_METRICS
 from tests.bench import first_samples, machine, work_folder
 

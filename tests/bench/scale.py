@@ -11,8 +11,8 @@ import argparse
 import re
 from pathlib import Path
 
-from softcache.dump import DumpConfig
-from softcache.estimate import dry_run
+from softcache.dump.config import DumpConfig
+from softcache.dump.dry_run import dry_run
 from tests.bench import work_folder
 
 STAND_INS = '''

@@ -13,7 +13,8 @@ from pathlib import Path
 from tabulate import tabulate
 
 from softcache.demo import EPOCHS, STUDENT, TEACHER, TEMPERATURE
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.train import TrainConfig, train
 from tests.bench import first_samples, machine, work_folder
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from tabulate import tabulate
 
 from softcache.demo import TEACHER
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from tests.bench import alternate, first_samples, machine, ratios, spread, work_folder
 
 STUDENTS = ("cnn:8,16x2,32x2", "cnn:8,16,32", "cnn:4,8x2,16x2", "mlp:64")

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from softcache.begin import load_teachers
 from softcache.cache import Cache, open_cache
 from softcache.data.augment import Augmentation
 from softcache.data.loader import Batch, loader, sequential_batches
 from softcache.data.open import open_source
 from softcache.data.source import Source
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
+from softcache.dump.prepare import load_teachers
 from softcache.join.joined_data import JoinedData, TrainingBatch, labels_alone
 from softcache.join.match import join
 from softcache.learner import Learner, make_accelerator

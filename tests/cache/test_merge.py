@@ -24,7 +24,8 @@ from softcache.cache.writer import digest_offset
 from softcache.cli import main
 from softcache.data.augment import parse_augment
 from softcache.data.open import open_source
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 from softcache.errors import FormatError, SettingsError
 from softcache.join.fingerprints import fingerprints
 from tests.conftest import Run, make_arrays
@@ -336,7 +337,9 @@ def test_a_basis_fitted_apart_is_refused_with_advice_that_helps(
     part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = part("a", encoding="basis:4,2", shard=(0, 2))
-    monkeypatch.setattr("softcache.choose.FIT_VIEWS", 2)  # as another machine's rounding might
+    monkeypatch.setattr(
+        "softcache.dump.select_encoding.FIT_VIEWS", 2
+    )  # as another machine's rounding might
     two = part("b", encoding="basis:4,2", shard=(1, 2))
     message = r"b\.h5 and \S*a\.h5 differ in mean, .* dump the one again with --like a\.h5"
     with pytest.raises(SettingsError, match=message):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from softcache.cache import Cache, open_cache, summary
 from softcache.cache.merge import merge
 from softcache.cache.summary import pooled_fidelity, rows_to_look_at, summarize
-from softcache.dump import dump
+from softcache.dump.loop import dump
 from tests.cache.test_merge import exact_config, views, write_data
 from tests.cache.test_writer import (
     CLASSES,

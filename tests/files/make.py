@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from softcache.cache import Cache, Sampled
-from softcache.dump import DumpConfig, dump
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
 
 HERE = Path(__file__).parent
 SAMPLES, CLASSES, SIDE = 48, 24, 6

@@ -22,9 +22,13 @@ from softcache.types import SparseTargets, Targets
 from softcache.util.progress import progress
 
 ROWS = 1024
+
 PRECISION_ROWS = 256
+
 BATCH = 256
+
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)  # at which stored rows are tried, besides their own
+
 VALUES = 1 << 27  # how many log-probabilities are held at once, at the most
 
 Pairs = npt.NDArray[np.int64]  # (n, 2) view and sample
@@ -87,7 +91,7 @@ def temperatures_of(cache_temperature: float, sampled: bool) -> list[float]:
     return [cache_temperature] + [t for t in TEMPERATURES if t != cache_temperature and not sampled]
 
 
-def measure(
+def measure_fidelity(
     cache: Cache,
     source: Source,
     teachers: Ensemble,
@@ -195,7 +199,7 @@ def _parts(pairs: Pairs) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
             yield view, part
 
 
-def describe(fidelity: dict[str, Any], sampled: bool) -> str:
+def fidelity_line(fidelity: dict[str, Any], sampled: bool) -> str:
     """One line for people."""
     others = ", ".join(f"T={t} {kl:.1e}" for t, kl in fidelity["at"].items())
     cost = fidelity.get("precision")

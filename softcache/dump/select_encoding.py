@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from softcache.basis import Directions, principal_directions, shared_arrays, splits
 from softcache.cache import (
     Basis,
+    Cache,
     Dense,
     Encoding,
     Header,
@@ -23,11 +23,13 @@ from softcache.cache import (
     TopK,
     parse_encoding,
 )
+from softcache.cache.allocate import Stored
 from softcache.cache.encodings import TAIL_TEMPERATURES
 from softcache.data.augment import Augmentation
 from softcache.data.source import Source
-from softcache.errors import SettingsError
-from softcache.fidelity import (
+from softcache.dump import select_encoding
+from softcache.dump.config import DumpConfig
+from softcache.dump.fidelity import (
     VALUES,
     divergence,
     draw_rows,
@@ -35,17 +37,26 @@ from softcache.fidelity import (
     teacher_rows,
     temperatures_of,
 )
+from softcache.dump.fit_basis import Directions, principal_directions, shared_arrays, splits
+from softcache.errors import SettingsError
 from softcache.targets.decode import class_ids, decode
 from softcache.targets.encode import make_encoder
 from softcache.teachers.ensemble import Ensemble
 
 AUTO = "auto"
+
 ROWS = 4096  # drawn from the whole data set: three quarters to fit, the rest to measure
+
 HELD_OUT = 1024
+
 FIT_VIEWS = 8  # the rows come from the first views, however many the file is to hold
+
 AUTO_TOPK = (8, 16, 32, 64, 128, 256)
+
 AUTO_COEFFICIENT_BYTES = (8, 16, 32, 48, 64, 96, 128)
+
 AUTO_TOP = (4, 8, 16)
+
 DEFAULT_MAX_KL = 1e-3
 
 
@@ -77,7 +88,7 @@ def check_spec(spec: str, temperature: float, classes: int) -> None:
     (encoding or parse_encoding(spec, temperature)).arrays(classes)
 
 
-def try_rows(
+def draw_teacher_rows(
     draft: Header,
     source: Source,
     teacher: Ensemble,
@@ -102,7 +113,7 @@ def try_rows(
     )
 
 
-def resolve(
+def select(
     spec: str, log_probs: Tensor | None, *, temperature: float, seed: int, max_kl: float
 ) -> tuple[Encoding, dict[str, Tensor], list[Candidate]]:
     """The encoding that `spec` comes to, what its rows share, and the candidates it was among.
@@ -244,7 +255,7 @@ def _measured(
     return Candidate(spec, encoding, shared, size, kl)
 
 
-def table(found: Sequence[Candidate], chosen: Encoding) -> str:
+def candidates_table(found: Sequence[Candidate], chosen: Encoding) -> str:
     """Candidates by size, with KL at each temperature; the chosen one is marked."""
 
     temperatures = sorted({t for candidate in found for t in candidate.kl})
@@ -262,3 +273,43 @@ def table(found: Sequence[Candidate], chosen: Encoding) -> str:
         colalign=("left", *["right"] * (len(names) + 1)),
         disable_numparse=True,
     )
+
+
+def encoding_for_dump(
+    config: DumpConfig,
+    draft: Header,
+    source: Source,
+    teacher: Ensemble,
+    augmentation: Augmentation,
+) -> tuple[Header, Stored]:
+    """The header with the encoding that was asked for, fitted or measured, and its arrays."""
+    rows = None
+    if select_encoding.needs_rows(config.encoding):
+        rows = select_encoding.try_rows(draft, source, teacher, augmentation, config.workers)
+    encoding, shared, candidates = select_encoding.resolve(
+        config.encoding,
+        rows,
+        temperature=draft.temperature,
+        seed=draft.seed,
+        max_kl=config.max_kl,
+    )
+    if candidates:
+        print(select_encoding.table(candidates, encoding))
+    choice = (draft.choice or {}) | {"candidates": [c.to_json() for c in candidates]}
+    arrays = {name: tensor.numpy() for name, tensor in shared.items()}
+    return replace(draft, encoding=encoding, choice=choice), arrays
+
+
+def encoding_of(draft: Header, like: Cache) -> tuple[Header, Stored]:
+    """The header with the encoding of another cache, and the arrays that it was fitted to.
+
+    Raises:
+        SettingsError: that cache is of other classes or of another temperature.
+    """
+    for name in ("classes", "temperature"):
+        theirs, mine = getattr(like.header, name), getattr(draft, name)
+        if theirs != mine:
+            raise SettingsError(f"--like {like.path} has {name} {theirs}; this dump has {mine}")
+    shared = [array.name for array in like.header.arrays if array.axis == "shared"]
+    arrays = {name: np.array(like.arrays[name]) for name in shared}
+    return replace(draft, encoding=like.header.encoding, choice=like.header.choice), arrays

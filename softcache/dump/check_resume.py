@@ -15,6 +15,7 @@ from softcache.data.source import Source
 from softcache.errors import SettingsError
 
 RESUME_SAMPLES = 256  # how many samples a resumed dump compares with those it began with
+
 # what decides the values of a cache: a dump goes on only with the same
 SETTINGS = (
     "data", "data_samples", "first_sample", "samples", "classes", "teachers", "temperature",

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 DEPTH = 4  # items that wait between two stages, at the most
+
 PATIENCE = 0.1  # seconds between two looks at whether the other side is still there
 
 ADVICE = {

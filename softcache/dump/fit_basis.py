@@ -12,7 +12,9 @@ from softcache.cache import Basis
 from softcache.cache.encodings import BASIS_RANGE
 
 EXACT_SIDE = 2048  # up to this side an exact decomposition takes no longer than a second or two
+
 SPLITS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # shares of a row's coefficient bytes for 8-bit ones
+
 NEGLIGIBLE = 1e-5  # of the largest deviation: a direction below it holds float noise
 
 

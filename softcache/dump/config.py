@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from softcache import choose
 from softcache.cache.encodings import MAX_TEMPERATURE
+from softcache.dump import select_encoding
 from softcache.errors import SettingsError
 from softcache.teachers.matrix import is_matrix
 from softcache.teachers.options import OUTPUTS
@@ -37,7 +37,7 @@ class DumpConfig:
     seed: int = 0
     encoding: str = "dense"
     like: Path | None = None  # a cache whose encoding, and what it was fitted to, is taken
-    max_kl: float = choose.DEFAULT_MAX_KL
+    max_kl: float = select_encoding.DEFAULT_MAX_KL
     classes: int | None = None
     batch_size: int = 256  # AUTO: the fastest that fits
     device: str = "auto"

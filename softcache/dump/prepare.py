@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from softcache import choose
 from softcache.cache import Cache, Dense, Header, open_cache
-from softcache.cache.allocate import Stored, create
+from softcache.cache.allocate import create
 from softcache.cache.encodings import DTYPES, ArraySpec
 from softcache.cache.header import BASE_VERSION, INPUTS, VERSION
 from softcache.cache.reader import partial_path
@@ -21,22 +18,25 @@ from softcache.data.augment import Augmentation, public_spec
 from softcache.data.class_names import check_class_names
 from softcache.data.open import open_source
 from softcache.data.source import Source
-from softcache.dump_settings import AUTO, DumpConfig
+from softcache.dump import select_encoding
+from softcache.dump.check_resume import check_same
+from softcache.dump.config import AUTO, DumpConfig
+from softcache.dump.select_encoding import encoding_for_dump, encoding_of
 from softcache.errors import ModelError, SettingsError, SoftcacheError
 from softcache.join.fingerprints import fingerprinted_rows, software, steady_fingerprints
 from softcache.models.evaluate import data_digest, evaluate
-from softcache.resume import check_same
 from softcache.teachers.batch_size import fastest_batch
 from softcache.teachers.ensemble import Ensemble, make_ensemble
 from softcache.teachers.load import load_teacher
 from softcache.teachers.matrix import Matrix
 from softcache.teachers.options import COMPILED
+from softcache.util.distributed import pick_device
 from softcache.util.tensors import to_float
 
 
 def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Header:
     """The header but for encoding and layout, which creating the file decides."""
-    choose.check_spec(config.encoding, config.temperature, teacher.classes)
+    select_encoding.check_spec(config.encoding, config.temperature, teacher.classes)
     total, (shard, shards) = len(source), config.shard
     if shards > total:
         raise SettingsError(f"{shards} shards of {total:,} samples; expected at most one for each")
@@ -119,29 +119,6 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
     return make_ensemble(loaded, config.teacher_weight)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device asked for; `auto` takes a GPU if there is one, of several processes each its own.
-
-    Raises:
-        SettingsError: there is no such device here.
-    """
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device(
-            "cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-        )
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(
-            f"device {name}: torch cannot use it here ({' '.join(str(error).split())[:200]}); "
-            "use --device auto or cpu"
-        ) from error
-    return device
-
-
 def with_batch_size(
     config: DumpConfig, source: Source, teacher: Ensemble, augmentation: Augmentation
 ) -> DumpConfig:
@@ -155,7 +132,7 @@ def with_batch_size(
     return replace(config, batch_size=size)
 
 
-def begin(
+def open_unfinished(
     config: DumpConfig,
     draft: Header,
     source: Source,
@@ -181,9 +158,9 @@ def begin(
             partial.unlink()
     like = finished or (open_cache(config.like) if config.like else None)
     if like is not None:
-        header, arrays = take_encoding(draft, like)
+        header, arrays = encoding_of(draft, like)
     else:
-        header, arrays = choose_encoding(config, draft, source, teacher, augmentation)
+        header, arrays = encoding_for_dump(config, draft, source, teacher, augmentation)
     known = finished.header.evaluation if finished else None
     evaluation = known or evaluate_teacher(config.eval_data, teacher, config.workers, source)
     names = source.class_names or teacher.class_names
@@ -196,11 +173,11 @@ def begin(
         range(draft.first_view, draft.first_view + draft.views),
         draft.first_sample + chosen,
     )
-    inputs = inputs_spec(source) if config.embed_inputs else None
+    inputs = input_array_spec(source) if config.embed_inputs else None
     create(config.out, replace(header, evaluation=evaluation), arrays, config.batch_size, inputs)
 
 
-def inputs_spec(source: Source) -> ArraySpec:
+def input_array_spec(source: Source) -> ArraySpec:
     """What one raw sample of the source is, as the file keeps it.
 
     Raises:
@@ -214,46 +191,6 @@ def inputs_spec(source: Source) -> ArraySpec:
             f"another of {', '.join(sorted(DTYPES))}"
         )
     return ArraySpec(INPUTS, dtype, "samples", array.shape[1:])
-
-
-def choose_encoding(
-    config: DumpConfig,
-    draft: Header,
-    source: Source,
-    teacher: Ensemble,
-    augmentation: Augmentation,
-) -> tuple[Header, Stored]:
-    """The header with the encoding that was asked for, fitted or measured, and its arrays."""
-    rows = None
-    if choose.needs_rows(config.encoding):
-        rows = choose.try_rows(draft, source, teacher, augmentation, config.workers)
-    encoding, shared, candidates = choose.resolve(
-        config.encoding,
-        rows,
-        temperature=draft.temperature,
-        seed=draft.seed,
-        max_kl=config.max_kl,
-    )
-    if candidates:
-        print(choose.table(candidates, encoding))
-    choice = (draft.choice or {}) | {"candidates": [c.to_json() for c in candidates]}
-    arrays = {name: tensor.numpy() for name, tensor in shared.items()}
-    return replace(draft, encoding=encoding, choice=choice), arrays
-
-
-def take_encoding(draft: Header, like: Cache) -> tuple[Header, Stored]:
-    """The header with the encoding of another cache, and the arrays that it was fitted to.
-
-    Raises:
-        SettingsError: that cache is of other classes or of another temperature.
-    """
-    for name in ("classes", "temperature"):
-        theirs, mine = getattr(like.header, name), getattr(draft, name)
-        if theirs != mine:
-            raise SettingsError(f"--like {like.path} has {name} {theirs}; this dump has {mine}")
-    shared = [array.name for array in like.header.arrays if array.axis == "shared"]
-    arrays = {name: np.array(like.arrays[name]) for name in shared}
-    return replace(draft, encoding=like.header.encoding, choice=like.header.choice), arrays
 
 
 def evaluate_teacher(

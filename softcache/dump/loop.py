@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from softcache import fidelity
-from softcache.begin import begin, check_out, draft_header, load_teachers, with_batch_size
 from softcache.cache import Cache, Header, Sampled, open_cache
 from softcache.cache.header import INPUTS
 from softcache.cache.merge import copy_view
@@ -21,18 +19,24 @@ from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.loader import Batch, Request, augmented, loader, make_request
 from softcache.data.open import open_source
 from softcache.data.source import Source, check_labels
-from softcache.dump_settings import DumpConfig
+from softcache.dump import fidelity
+from softcache.dump.check_resume import check_same
+from softcache.dump.config import DumpConfig
+from softcache.dump.pipeline import Behind, Stopwatch, ahead
+from softcache.dump.prepare import (
+    check_out,
+    draft_header,
+    load_teachers,
+    open_unfinished,
+    with_batch_size,
+)
+from softcache.dump.processes import ProcessGroup, join_processes
 from softcache.errors import Interrupted
 from softcache.join.fingerprints import check_replay
-from softcache.pipeline import Behind, Stopwatch, ahead
-from softcache.processes import ProcessGroup, join_processes
-from softcache.resume import check_same
 from softcache.targets.encode import HostCopy, as_arrays, make_encoder
 from softcache.targets.fetch import shared_tensors
 from softcache.teachers.ensemble import Ensemble
 from softcache.util.progress import progress
-
-__all__ = ["DumpConfig", "dump"]
 
 RUNS_OF_A_PROCESS = 8  # runs of blocks in a view: few enough to be long, many enough to even out
 
@@ -49,14 +53,14 @@ def dump(config: DumpConfig) -> Cache:
     """
     group = join_processes()
     try:
-        cache = dump_part(config, group)
+        cache = dump_in_process(config, group)
     except BaseException:
         group.fail()
         raise
     return cache
 
 
-def dump_part(config: DumpConfig, group: ProcessGroup) -> Cache:
+def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
     """What one process of a dump does; the first of them begins the file and ends it."""
     source = open_source(config.data)
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
@@ -71,15 +75,15 @@ def dump_part(config: DumpConfig, group: ProcessGroup) -> Cache:
     try:
         if group.first:
             config = with_batch_size(config, source, teacher, augmentation)
-            begin(config, draft, source, teacher, augmentation, finished)
+            open_unfinished(config, draft, source, teacher, augmentation, finished)
             if finished is not None:
-                copy(finished, config.out)
+                copy_views(finished, config.out)
         config = replace(config, batch_size=group.agree("batch size", config.batch_size))
         with Writer(config.out) as writer:
-            watch = fill(writer, config, source, teacher, augmentation, group)
+            watch = fill_cache(writer, config, source, teacher, augmentation, group)
         group.meet()
         if group.first:
-            finish(config, source, teacher, augmentation)
+            finish_dump(config, source, teacher, augmentation)
             header = open_cache(config.out).header
             known = (header.summary or {})["fidelity"]
             print(fidelity.describe(known, isinstance(header.encoding, Sampled)))
@@ -113,7 +117,7 @@ def open_finished(
     return finished
 
 
-def finish(
+def finish_dump(
     config: DumpConfig, source: Source, teacher: Ensemble, augmentation: Augmentation
 ) -> None:
     """Measure what was stored, and give the file its name."""
@@ -127,7 +131,7 @@ def finish(
         writer.finish(summary | {"fidelity": found})
 
 
-def copy(finished: Cache, out: Path) -> None:
+def copy_views(finished: Cache, out: Path) -> None:
     """Copy the views of a finished cache into the file of `out` that is to hold more of them."""
     header = finished.header
     print(f"adding views to {finished.path}, which has {header.views}")
@@ -136,7 +140,7 @@ def copy(finished: Cache, out: Path) -> None:
             copy_view(finished, writer, view, advance)
 
 
-def fill(
+def fill_cache(
     writer: Writer,
     config: DumpConfig,
     source: Source,
@@ -160,7 +164,7 @@ def fill(
     asked: deque[Task] = deque()
 
     def requests() -> Iterator[Request]:
-        for task in tasks(writer, config.batch_size, group):
+        for task in missing_batches(writer, config.batch_size, group):
             asked.append(task)
             samples = header.first_sample + np.arange(task.batch.start, task.batch.stop)
             drawn = header.first_view + task.view
@@ -215,7 +219,7 @@ class Task:
     missing: int  # how many of these are not there yet
 
 
-def tasks(writer: Writer, batch_size: int, group: ProcessGroup) -> Iterator[Task]:
+def missing_batches(writer: Writer, batch_size: int, group: ProcessGroup) -> Iterator[Task]:
     """The batches in which rows are missing, view by view; of several processes, each takes the
     next run of blocks when it is through with its last, so that a slow one holds up nobody."""
     header = writer.header

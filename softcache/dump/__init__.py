@@ -1,0 +1,1 @@
+"""Stage 1: samples become a file. The teacher runs once."""
