@@ -71,8 +71,8 @@ def ask_again(
     augmentation = replayed(header, augment)
     check_replay(cache, source, augmentation, places, np.arange(len(source)))
     teachers = load_teachers(config, source, augmentation)
-    found = fidelity.measure(cache, source, teachers, augmentation, rows=rows)
-    said = fidelity.describe(found, isinstance(header.encoding, Sampled))
+    found = fidelity.measure_fidelity(cache, source, teachers, augmentation, rows=rows)
+    said = fidelity.fidelity_line(found, isinstance(header.encoding, Sampled))
     if not found["moved"] <= TOLERANCE:
         raise DataError(
             f"{path} is not what this teacher says: encoded again, {found['moved']:.1%} of the probability "

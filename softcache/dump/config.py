@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softcache.cache.encodings import MAX_TEMPERATURE
-from softcache.dump import select_encoding
 from softcache.errors import SettingsError
 from softcache.teachers.matrix import is_matrix
 from softcache.teachers.options import OUTPUTS
 from softcache.teachers.teacher import PRECISIONS
 
 AUTO = 0  # as a batch size
+DEFAULT_MAX_KL = 1e-3  # nats, of --encoding auto
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DumpConfig:
     seed: int = 0
     encoding: str = "dense"
     like: Path | None = None  # a cache whose encoding, and what it was fitted to, is taken
-    max_kl: float = select_encoding.DEFAULT_MAX_KL
+    max_kl: float = DEFAULT_MAX_KL
     classes: int | None = None
     batch_size: int = 256  # AUTO: the fastest that fits
     device: str = "auto"

@@ -26,11 +26,11 @@ def dry_run(config: DumpConfig) -> str:
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     teacher = load_teachers(config, source, augmentation)
     draft = draft_header(config, source, teacher)
-    select_encoding.try_rows(
+    select_encoding.draw_teacher_rows(
         draft, source, teacher, augmentation, config.workers, most=256
     )  # warms up
     before = time.perf_counter()
-    again = select_encoding.try_rows(draft, source, teacher, augmentation, config.workers)
+    again = select_encoding.draw_teacher_rows(draft, source, teacher, augmentation, config.workers)
     rate = len(again) / (time.perf_counter() - before)
     encoding, shared, found = encoding_to_try(config, draft, again)
     if config.encoding != select_encoding.AUTO and draft.classes <= MOST_CLASSES:
@@ -51,7 +51,7 @@ def dry_run(config: DumpConfig) -> str:
     shard, shards = config.shard
     part = f" (shard {shard} of {shards} of {draft.data_samples:,})" if shards > 1 else ""
     return (
-        f"{select_encoding.table(found, encoding)}\n\n"
+        f"{select_encoding.candidates_table(found, encoding)}\n\n"
         f"{draft.samples:,} samples{part} x {draft.views:,} view(s) as {select_encoding.spec_of(encoding)}: "
         f"about {size:,} bytes; about {rows / rate:,.0f} s at {rate:,.0f} rows/s here. "
         "Nothing was written."
@@ -67,7 +67,7 @@ def encoding_to_try(
         encoding, shared = encoding_of(draft, like)[0].encoding, shared_tensors(like)
         found: list[select_encoding.Candidate] = []
     else:
-        encoding, shared, found = select_encoding.resolve(
+        encoding, shared, found = select_encoding.select(
             config.encoding,
             log_probs,
             temperature=draft.temperature,

@@ -86,7 +86,7 @@ def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
             finish_dump(config, source, teacher, augmentation)
             header = open_cache(config.out).header
             known = (header.summary or {})["fidelity"]
-            print(fidelity.describe(known, isinstance(header.encoding, Sampled)))
+            print(fidelity.fidelity_line(known, isinstance(header.encoding, Sampled)))
             print(watch.advice())
         group.meet()
     except KeyboardInterrupt:
@@ -125,7 +125,7 @@ def finish_dump(
     with Writer(config.out, recheck=False) as writer:
         with progress("summary", rows_to_look_at(writer.cache), "rows") as advance:
             summary = summarize(writer.cache, advance)
-        found = fidelity.measure(
+        found = fidelity.measure_fidelity(
             writer.cache, source, teacher, augmentation, workers=config.workers
         )
         writer.finish(summary | {"fidelity": found})

@@ -27,7 +27,6 @@ from softcache.cache.allocate import Stored
 from softcache.cache.encodings import TAIL_TEMPERATURES
 from softcache.data.augment import Augmentation
 from softcache.data.source import Source
-from softcache.dump import select_encoding
 from softcache.dump.config import DumpConfig
 from softcache.dump.fidelity import (
     VALUES,
@@ -57,7 +56,6 @@ AUTO_COEFFICIENT_BYTES = (8, 16, 32, 48, 64, 96, 128)
 
 AUTO_TOP = (4, 8, 16)
 
-DEFAULT_MAX_KL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -284,9 +282,9 @@ def encoding_for_dump(
 ) -> tuple[Header, Stored]:
     """The header with the encoding that was asked for, fitted or measured, and its arrays."""
     rows = None
-    if select_encoding.needs_rows(config.encoding):
-        rows = select_encoding.try_rows(draft, source, teacher, augmentation, config.workers)
-    encoding, shared, candidates = select_encoding.resolve(
+    if needs_rows(config.encoding):
+        rows = draw_teacher_rows(draft, source, teacher, augmentation, config.workers)
+    encoding, shared, candidates = select(
         config.encoding,
         rows,
         temperature=draft.temperature,
@@ -294,7 +292,7 @@ def encoding_for_dump(
         max_kl=config.max_kl,
     )
     if candidates:
-        print(select_encoding.table(candidates, encoding))
+        print(candidates_table(candidates, encoding))
     choice = (draft.choice or {}) | {"candidates": [c.to_json() for c in candidates]}
     arrays = {name: tensor.numpy() for name, tensor in shared.items()}
     return replace(draft, encoding=encoding, choice=choice), arrays

@@ -158,7 +158,7 @@ def keep(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> tuple[fl
         writer.commit()
         filled = time.perf_counter()
         summary = summarize(writer.cache)
-        summary["fidelity"] = fidelity.measure(writer.cache, source, teacher, augmentation)
+        summary["fidelity"] = fidelity.measure_fidelity(writer.cache, source, teacher, augmentation)
         writer.finish(summary)
     end = time.perf_counter()
     config.out.unlink()

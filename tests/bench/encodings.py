@@ -120,7 +120,7 @@ def measure(kind: str, classes: int, options: argparse.Namespace) -> None:
     stored: dict[str, Stored] = {}
     for spec in options.encodings:
         fit = make(options.fit_rows, 2) if select_encoding.needs_rows(spec) else None
-        encoding, shared, _ = select_encoding.resolve(
+        encoding, shared, _ = select_encoding.select(
             spec, fit, temperature=1.0, seed=options.seed, max_kl=math.inf
         )
         stored[spec] = Stored(encoding, shared, rows)
