@@ -275,9 +275,10 @@ def train(**options: Any) -> None:
       mse          half the mean squared error of the centred logits
       dkd:BETA     decoupled KD: KL of label against others + BETA KL among the others
     """
-    from softcache.grid import make_variants
     from softcache.pull import local_copy
-    from softcache.train import TrainConfig, train
+    from softcache.train.config import TrainConfig
+    from softcache.train.grid import make_variants
+    from softcache.train.loop import train
 
     few = None if options["rotate"] else options["epochs"]
     options["cache"] = [local_copy(place, most_views=few) for place in options["cache"]]

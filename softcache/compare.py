@@ -23,7 +23,7 @@ from softcache.measure import (
     outputs,
 )
 from softcache.models.weights import parameter_count
-from softcache.runs import Run, expand, open_run
+from softcache.train.run_folder import Run, expand, open_run
 
 BATCHES = (1, 64)
 NOISE = 0.1  # of a latency

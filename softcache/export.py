@@ -15,7 +15,7 @@ from softcache.errors import ModelError, SettingsError
 from softcache.models.build import build_hub
 from softcache.models.hf import Tokenize, save_hub
 from softcache.models.hub import HubModel
-from softcache.runs import Run, open_run
+from softcache.train.run_folder import Run, open_run
 from softcache.util.extras import import_extra
 from softcache.util.files import replace_file
 

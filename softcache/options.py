@@ -74,7 +74,7 @@ def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) 
     """Options from a file stand where the command line gives none; its students are handed on."""
     if value is None:
         return []
-    from softcache.grid import read_toml
+    from softcache.train.grid import read_toml
 
     options, students = read_toml(value)
     known = {

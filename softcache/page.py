@@ -28,9 +28,9 @@ from softcache.errors import FormatError, SettingsError
 from softcache.info import describe
 from softcache.join.match import join_samples
 from softcache.measure import best_temperature, calibration, gradient_similarity
-from softcache.runs import Run, expand, open_run
 from softcache.targets.decode import to_dense
 from softcache.targets.fetch import soft_targets
+from softcache.train.run_folder import Run, expand, open_run
 from softcache.util.extras import import_extra
 from softcache.util.files import replace_file
 

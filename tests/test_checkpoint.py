@@ -19,14 +19,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from softcache import checkpoint
 from softcache.cache import Cache
-from softcache.checkpoint import NAME, Checkpoint, Place
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import Interrupted, ModelError, SettingsError, SoftcacheError
-from softcache.learner import Learner
-from softcache.train import TrainConfig, train
+from softcache.train import checkpoint
+from softcache.train.checkpoint import NAME, Checkpoint, Place
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
+from softcache.train.student import Learner
 from tests.conftest import Run
 
 STEPS = 15  # of a run: 3 epochs of 5

@@ -356,7 +356,9 @@ def rows_tried(config: DumpConfig, most: int = 200) -> Tensor:
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     teacher = load_teachers(config, source, augmentation)
     draft = draft_header(config, source, teacher)
-    return select_encoding.draw_teacher_rows(draft, source, teacher, augmentation, config.workers, most)
+    return select_encoding.draw_teacher_rows(
+        draft, source, teacher, augmentation, config.workers, most
+    )
 
 
 @pytest.mark.parametrize("augment", [None, "shift:2,mixup"])

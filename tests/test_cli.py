@@ -22,8 +22,8 @@ from softcache.cache.reader import partial_path
 from softcache.cli import main
 from softcache.dump.config import DumpConfig
 from softcache.errors import ModelError
-from softcache.grid import make_variants
-from softcache.train import TrainConfig
+from softcache.train.config import TrainConfig
+from softcache.train.grid import make_variants
 from tests.conftest import Run, make_arrays
 
 Arguments = Sequence[str | Path]

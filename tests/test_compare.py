@@ -24,8 +24,9 @@ from softcache.measure import (
     multiply_adds,
 )
 from softcache.models.build import build
-from softcache.runs import expand, open_run
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
+from softcache.train.run_folder import expand, open_run
 from tests.conftest import Run
 
 

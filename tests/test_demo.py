@@ -12,10 +12,10 @@ from click.testing import CliRunner, Result
 from softcache.cli import main
 from softcache.demo import demo_commands
 from softcache.errors import SettingsError
-from softcache.grid import make_variants
 from softcache.models.build import build
 from softcache.models.weights import parameter_count
-from softcache.train import TrainConfig
+from softcache.train.config import TrainConfig
+from softcache.train.grid import make_variants
 
 
 @pytest.fixture

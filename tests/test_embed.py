@@ -17,7 +17,8 @@ from softcache.data.embedded import CacheSource
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import SettingsError
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
 from tests.conftest import SAMPLES, Run, make_arrays
 from tests.test_train import save_data
 

@@ -33,7 +33,8 @@ from softcache.models.builtin import mlp
 from softcache.teachers.ensemble import Ensemble, make_ensemble
 from softcache.teachers.load import load_teacher
 from softcache.teachers.teacher import Teacher
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
 from softcache.verify import check_damage

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from softcache.cache import Cache
 from softcache.errors import ModelError, SettingsError
 from softcache.export import check, export
-from softcache.runs import open_run
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
+from softcache.train.run_folder import open_run
 from tests.conftest import Run
 
 CODE = """

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from softcache.errors import SettingsError
-from softcache.grid import make_variants, parse_grid, read_toml
-from softcache.train_settings import TrainConfig
+from softcache.train.config import TrainConfig
+from softcache.train.grid import make_variants, parse_grid, read_toml
 
 
 def names(tmp_path: Path, variants: list[dict[str, Any]]) -> list[str]:

@@ -29,10 +29,11 @@ from softcache.join.joined_data import (
 )
 from softcache.join.match import join as join_data
 from softcache.join.match import join_samples
-from softcache.learner import Learner
 from softcache.losses import hard_loss
 from softcache.targets.decode import to_dense
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
+from softcache.train.student import Learner
 from softcache.types import MixedLabels, SparseTargets, Targets
 from softcache.util.callables import import_callable
 from tests.conftest import make_arrays

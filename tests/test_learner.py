@@ -15,15 +15,10 @@ from torch import Tensor, nn
 
 from softcache.data.source import ArraySource
 from softcache.errors import ModelError, SettingsError, SoftcacheError
-from softcache.learner import (
-    UNFINISHED_METRICS,
-    Learner,
-    begin_run,
-    check_folder,
-    make_accelerator,
-    make_learner,
-)
-from softcache.train_settings import StudentConfig
+from softcache.train.config import StudentConfig
+from softcache.train.prepare import make_accelerator
+from softcache.train.run_folder import UNFINISHED_METRICS, check_folder, make_run_folder
+from softcache.train.student import Learner, make_learner
 from softcache.util.files import replace_file
 
 STEPS = 200
@@ -207,7 +202,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step(value: float, tmp_path:
 
 def test_what_is_saved_are_the_weights_and_the_facts(tmp_path: Path) -> None:
     learner = a_learner(tmp_path)
-    begin_run(tmp_path, [])
+    make_run_folder(tmp_path, [])
     learner.losses.append(torch.ones(3))
     learner.finish_epoch(0, None, 0)
     metrics = (tmp_path / UNFINISHED_METRICS).read_text()
@@ -262,7 +257,7 @@ def test_a_folder_is_made_with_those_on_its_way(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     check_folder(folder, overwrite=False)
     assert not list(tmp_path.iterdir())  # a check makes nothing
-    begin_run(folder, [])
+    make_run_folder(folder, [])
     assert {path.name: path.read_text() for path in folder.iterdir()} == {UNFINISHED_METRICS: ""}
 
 
@@ -270,7 +265,7 @@ def test_a_folder_of_a_stopped_run_is_taken(tmp_path: Path) -> None:
     (tmp_path / UNFINISHED_METRICS).write_text('{"epoch": 1}\n')
     check_folder(tmp_path, overwrite=False)
     assert (tmp_path / UNFINISHED_METRICS).read_text() == '{"epoch": 1}\n'
-    begin_run(tmp_path, [])
+    make_run_folder(tmp_path, [])
     assert (tmp_path / UNFINISHED_METRICS).read_text() == ""
 
 
@@ -285,7 +280,7 @@ def test_a_folder_of_a_finished_run_is_kept_unless_overwritten(tmp_path: Path) -
         check_folder(tmp_path, overwrite=False)
     check_folder(tmp_path, overwrite=True)
     assert {(tmp_path / name).read_text() for name in names} == {"old"}
-    begin_run(tmp_path, [])  # what was finished stays until the new run is
+    make_run_folder(tmp_path, [])  # what was finished stays until the new run is
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         **dict.fromkeys((*names, "notes.txt"), "old"),
         UNFINISHED_METRICS: "",
@@ -302,7 +297,7 @@ def test_a_folder_that_cannot_be_written_is_refused(inside: str, tmp_path: Path)
         check_folder(folder, overwrite=False)
     # and still when the file came after the check
     with pytest.raises(SettingsError, match=r"cannot write in .*file.* \(.*\); give another --out"):
-        begin_run(folder, [])
+        make_run_folder(folder, [])
     assert (tmp_path / "file").read_text() == "mine"
 
 

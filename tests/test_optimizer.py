@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from softcache.data.source import ArraySource
 from softcache.errors import SettingsError
-from softcache.learner import Learner, begin_run
 from softcache.losses import distillation_loss, hard_loss
 from softcache.models.evaluate import Evaluation
-from softcache.optimizer import learning_rate_factor, make_optimizer
-from softcache.train_settings import LEARNING_RATES, WEIGHT_DECAYS, StudentConfig
+from softcache.train.config import LEARNING_RATES, WEIGHT_DECAYS, StudentConfig
+from softcache.train.optimizer import learning_rate_factor, make_optimizer
+from softcache.train.run_folder import make_run_folder
+from softcache.train.student import Learner
 from softcache.types import MixedLabels, SparseTargets
 from tests.test_learner import STEPS, WARMUP, a_batch, a_learner, parameters
 
@@ -211,7 +212,7 @@ def counted(learner: Learner, errors: list[int], patience: int) -> list[float]:
 
 def test_a_patient_run_stops_and_goes_back_to_its_best(tmp_path: Path) -> None:
     learner = a_learner(tmp_path, nn.Linear(8, 5))
-    begin_run(tmp_path, [])
+    make_run_folder(tmp_path, [])
     weights = counted(learner, [50, 30, 40, 30, 35, 10], patience=3)
     assert len(weights) == 5
     assert learner.stopped == "no fewer errors in 3 epoch(s)"
@@ -222,7 +223,7 @@ def test_a_patient_run_stops_and_goes_back_to_its_best(tmp_path: Path) -> None:
 
 def test_a_run_that_gets_better_goes_on(tmp_path: Path) -> None:
     learner = a_learner(tmp_path, nn.Linear(8, 5))
-    begin_run(tmp_path, [])
+    make_run_folder(tmp_path, [])
     weights = counted(learner, [50, 49, 49, 48, 48, 47], patience=2)
     assert len(weights) == 6
     assert learner.stopped is None

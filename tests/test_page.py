@@ -19,7 +19,8 @@ from softcache.cache import Cache, open_cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError, SettingsError
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
 from tests.conftest import Run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -22,7 +22,8 @@ from softcache.dump.loop import dump
 from softcache.errors import FormatError, Interrupted, RemoteError, SettingsError
 from softcache.pull import Arrays, Piece, cache_folder, fetch, local_copy, pull
 from softcache.remote import RemoteCache
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
 from tests.servers import Served, http_server
 
 VIEWS, SAMPLES = 4, 300  # of the cache that is served

@@ -37,9 +37,10 @@ from softcache.join.fingerprints import (
     fingerprints,
     replayed,
 )
-from softcache.learner import Learner
 from softcache.models.build import build
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
+from softcache.train.student import Learner
 from softcache.types import Views
 from softcache.util.counter_rng import uniform
 from tests.conftest import CLASSES, SAMPLES, make_arrays

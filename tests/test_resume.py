@@ -32,7 +32,8 @@ from softcache.dump.loop import dump
 from softcache.dump.prepare import draft_header, load_teachers
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.teachers.ensemble import Ensemble
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
 from softcache.verify import verify
 from tests.cache.test_merge import (
     BLOCK_ROWS,

@@ -25,7 +25,6 @@ from torch.nn import functional
 
 from softcache.cache import Cache
 from softcache.cache.reader import partial_path
-from softcache.checkpoint import NAME
 from softcache.data.augment import EXTRA_STREAM, parse_augment
 from softcache.data.loader import ShuffledBatches
 from softcache.data.open import open_source
@@ -39,14 +38,15 @@ from softcache.errors import (
     SettingsError,
     SoftcacheError,
 )
-from softcache.learner import UNFINISHED_METRICS
 from softcache.losses import soft_loss
 from softcache.models.build import build
 from softcache.models.evaluate import evaluate
 from softcache.targets.encode import soften
 from softcache.targets.fetch import tempered_targets
-from softcache.train import TrainConfig, train
-from softcache.train_settings import MAX_LEARNING_RATE
+from softcache.train.checkpoint import NAME
+from softcache.train.config import MAX_LEARNING_RATE, TrainConfig
+from softcache.train.loop import train
+from softcache.train.run_folder import UNFINISHED_METRICS
 from softcache.types import Views
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
@@ -991,7 +991,7 @@ for arguments in map(json.loads, sys.argv[1:]):
     )
     dumped = {re.sub("_models_[0-9a-f]{8}$", "_models", name) for name in dumped}
     of_teacher = {"softcache.teachers.teacher", "softcache.dump.loop", "softcache_user_models"}
-    assert "softcache.train" in trained
+    assert "softcache.train.loop" in trained
     assert not {"softcache.teachers.teacher", "softcache.dump.loop"} & trained
     assert not any(name.startswith("softcache_user") for name in trained)
     assert of_teacher <= dumped  # so the check would notice

@@ -18,7 +18,8 @@ from softcache.cache import open_cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import DataError, SettingsError
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
 from tests.conftest import make_arrays

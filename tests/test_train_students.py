@@ -16,7 +16,8 @@ from softcache.cache import Cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import SettingsError
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
 from tests.conftest import Run
 
 

@@ -17,7 +17,8 @@ from softcache.cache.reader import partial_path
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError, ModelError
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
 from tests.conftest import make_arrays
 from tests.test_train import NOTHING, soft
 
@@ -151,7 +152,7 @@ def test_an_unfinished_cache_trains_with_its_complete_views_alone(
     assert max(soft(config.out)) < NOTHING
     # rows of the views that are not there would show
     monkeypatch.setattr(
-        "softcache.train.open_trainable", lambda path: open_cache(path, unfinished=True)
+        "softcache.train.loop.open_trainable", lambda path: open_cache(path, unfinished=True)
     )
     train(replace(config, overwrite=True, verify=False))
     assert max(soft(config.out)) > 100 * NOTHING

@@ -57,7 +57,6 @@ AUTO_COEFFICIENT_BYTES = (8, 16, 32, 48, 64, 96, 128)
 AUTO_TOP = (4, 8, 16)
 
 
-
 @dataclass(frozen=True)
 class Candidate:
     """An encoding, what its rows would share, its bytes a row, and its mean KL by temperature."""

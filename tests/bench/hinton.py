@@ -24,10 +24,11 @@ from softcache.data.open import open_source
 from softcache.demo import TEACHER
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
-from softcache.learner import Learner
 from softcache.models.build import build
 from softcache.models.weights import parameter_count
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
+from softcache.train.student import Learner
 from softcache.util.tensors import to_float
 from tests.bench import machine, open_arrays, work_folder
 from tests.bench.pool import Outcome, run_jobs, shown

@@ -26,8 +26,9 @@ from softcache.dump.loop import dump
 from softcache.dump.prepare import load_teachers
 from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
-from softcache.learner import make_accelerator
-from softcache.train import TrainConfig, fit, make_learners
+from softcache.train.config import TrainConfig
+from softcache.train.loop import fit
+from softcache.train.prepare import make_accelerator, make_learners
 from softcache.util.tensors import to_float
 from tests.bench import alternate, first, machine, open_arrays, ratios, spread, work_folder
 from tests.bench.dump_overhead import augmentation_of, make_weights

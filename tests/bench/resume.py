@@ -14,7 +14,7 @@ from pathlib import Path
 from softcache.demo import TEACHER
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
-from softcache.learner import UNFINISHED_METRICS
+from softcache.train.run_folder import UNFINISHED_METRICS
 from tests.bench import first_samples, machine, work_folder
 
 FILES = ("student.safetensors", "metrics.jsonl", "config.json")

@@ -15,7 +15,8 @@ from tabulate import tabulate
 from softcache.demo import EPOCHS, STUDENT, TEACHER, TEMPERATURE
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
-from softcache.train import TrainConfig, train
+from softcache.train.config import TrainConfig
+from softcache.train.loop import train
 from tests.bench import first_samples, machine, work_folder
 
 

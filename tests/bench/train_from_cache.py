@@ -25,9 +25,11 @@ from softcache.cache import Cache
 from softcache.data.source import ArraySource
 from softcache.join.fingerprints import replayed
 from softcache.join.joined_data import JoinedData
-from softcache.learner import UNFINISHED_METRICS, make_accelerator
 from softcache.targets.fetch import soft_targets
-from softcache.train import TrainConfig, fit
+from softcache.train.config import TrainConfig
+from softcache.train.loop import fit
+from softcache.train.prepare import make_accelerator
+from softcache.train.run_folder import UNFINISHED_METRICS
 from softcache.types import Targets, Views
 from tests.bench import (
     alternate,

@@ -25,11 +25,13 @@ from softcache.dump.loop import dump
 from softcache.dump.prepare import load_teachers
 from softcache.join.joined_data import JoinedData, TrainingBatch, labels_alone
 from softcache.join.match import join
-from softcache.learner import Learner, make_accelerator
 from softcache.losses import soft_loss
 from softcache.targets.fetch import soft_targets
 from softcache.teachers.ensemble import Ensemble
-from softcache.train import TrainConfig, fit
+from softcache.train.config import TrainConfig
+from softcache.train.loop import fit
+from softcache.train.prepare import make_accelerator
+from softcache.train.student import Learner
 from softcache.util.tensors import to_float
 from tests.bench import first_samples, machine, work_folder
 from tests.bench.frontier import pyplot

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,18 +18,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from softcache.data.source import Source
-from softcache.errors import ModelError, SettingsError
+from softcache.errors import ModelError
 from softcache.losses import Loss, distillation_loss
 from softcache.models.evaluate import Evaluation, evaluate
 from softcache.models.weights import parameter_count
-from softcache.optimizer import make_average, make_optimizer, make_schedule
-from softcache.train_settings import StudentConfig
+from softcache.train.config import StudentConfig
+from softcache.train.optimizer import make_average, make_optimizer, make_schedule
+from softcache.train.run_folder import UNFINISHED_METRICS, WEIGHTS
 from softcache.types import Labels, MixedLabels, SparseTargets, Targets
 from softcache.util.files import replace_file
-
-UNFINISHED_METRICS = "metrics.jsonl.partial"  # until the student is there
-
-WEIGHTS = "student.safetensors"
 
 
 @dataclass
@@ -297,59 +293,6 @@ def make_learner(
         random=random_state(accelerator.device),
         average=average,
     )
-
-
-def make_accelerator(device: str, mixed_precision: str) -> Accelerator:
-    """Hugging Face accelerate on the device asked for.
-
-    Raises:
-        SettingsError: the device is not there, or the processes do not find each other.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("device cuda: torch sees no GPU here; use --device auto or cpu")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    # without a GPU accelerate looks at other processes only if told that the CPU is meant
-    on_cpu = device == "cpu" or (processes > 1 and not torch.cuda.is_available())
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision)
-    if accelerator.num_processes != processes:
-        raise SettingsError(
-            f"{processes} processes were started, but accelerate sees {accelerator.num_processes}; start "
-            "them with torchrun or accelerate launch"
-        )
-    return accelerator
-
-
-def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Be sure, before the work, that the folder of a run can be had; nothing is made yet.
-
-    Raises:
-        SettingsError: it cannot be written, or holds a finished run and `overwrite` is not set.
-    """
-    finished = folder / WEIGHTS
-    if finished.exists() and not overwrite:
-        raise SettingsError(
-            f"{folder} holds a finished run ({finished.name}); give another --out, or --overwrite"
-        )
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        why = "cannot be written" if there.is_dir() else "is a file"
-        raise SettingsError(f"cannot write in {folder}: {there} {why}; give another --out")
-
-
-def begin_run(folder: Path, history: list[dict[str, Any]]) -> None:
-    """Make the folder; a run that was finished in it stays as it is until this one is.
-
-    Raises:
-        SettingsError: it cannot be written.
-    """
-    lines = "".join(json.dumps(line) + "\n" for line in history)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / UNFINISHED_METRICS).write_text(lines)
-    except OSError as error:
-        raise SettingsError(
-            f"cannot write in {folder} ({error.strerror}); give another --out"
-        ) from error
 
 
 def random_state(device: torch.device) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from softcache.train_settings import StudentConfig
+from softcache.train.config import StudentConfig
 
 
 def make_optimizer(model: nn.Module, config: StudentConfig) -> Optimizer:

@@ -14,10 +14,15 @@ from softcache.losses import parse_loss
 from softcache.models.spec import public_name
 
 MAX_LEARNING_RATE = 1e6
+
 LEARNING_RATES = {"adamw": 2e-3, "sgd": 0.05}
+
 WEIGHT_DECAYS = {"adamw": 0.01, "sgd": 5e-4}
+
 SCHEDULES = ("cosine", "constant")
+
 OPTIONS = {"learning_rate": "lr"}  # a setting whose option has another name
+
 CUT = 40  # characters of a setting in the name of a folder
 
 

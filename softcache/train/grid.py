@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from softcache.errors import SettingsError
-from softcache.train_settings import OPTIONS, STUDENT_FIELDS, StudentConfig
+from softcache.train.config import OPTIONS, STUDENT_FIELDS, StudentConfig
 
 TABLE = "student"  # of a TOML file, one for each student
 

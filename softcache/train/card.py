@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from softcache.train_settings import OPTIONS, TrainConfig
+from softcache.train.config import OPTIONS, TrainConfig
 
 LEFT_OUT = {
     "out", "overwrite", "verify", "tensorboard", "device", "workers", "checkpoint_minutes", "baseline",

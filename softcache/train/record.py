@@ -9,15 +9,15 @@ from typing import Any
 
 from softcache import __version__
 from softcache.cache import Cache
-from softcache.card import model_card
 from softcache.data.source import Source
 from softcache.join.joined_data import JoinedData
-from softcache.learner import Learner
 from softcache.models.evaluate import Evaluation, data_digest
 from softcache.models.spec import public_name
 from softcache.models.weights import file_sha256
 from softcache.report import Row, models_table
-from softcache.train_settings import STUDENT_FIELDS, StudentConfig, TrainConfig
+from softcache.train.card import model_card
+from softcache.train.config import STUDENT_FIELDS, StudentConfig, TrainConfig
+from softcache.train.student import Learner
 from softcache.util.files import replace_file
 
 # what may change between a run that was stopped and the one that goes on

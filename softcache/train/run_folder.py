@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
-from softcache.learner import WEIGHTS
 from softcache.models.build import build
 from softcache.models.spec import is_hub, public_name
 from softcache.models.weights import load_weights
+from softcache.train.checkpoint import Checkpoint, Place
+from softcache.train.student import Learner
 
 
 @dataclass(frozen=True)
@@ -112,3 +114,70 @@ def open_run(folder: Path) -> Run:
             "train it again"
         ) from error
     return found
+
+
+UNFINISHED_METRICS = "metrics.jsonl.partial"  # until the student is there
+
+WEIGHTS = "student.safetensors"
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Be sure, before the work, that the folder of a run can be had; nothing is made yet.
+
+    Raises:
+        SettingsError: it cannot be written, or holds a finished run and `overwrite` is not set.
+    """
+    finished = folder / WEIGHTS
+    if finished.exists() and not overwrite:
+        raise SettingsError(
+            f"{folder} holds a finished run ({finished.name}); give another --out, or --overwrite"
+        )
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "cannot be written" if there.is_dir() else "is a file"
+        raise SettingsError(f"cannot write in {folder}: {there} {why}; give another --out")
+
+
+def make_run_folder(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Make the folder; a run that was finished in it stays as it is until this one is.
+
+    Raises:
+        SettingsError: it cannot be written.
+    """
+    lines = "".join(json.dumps(line) + "\n" for line in history)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / UNFINISHED_METRICS).write_text(lines)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot write in {folder} ({error.strerror}); give another --out"
+        ) from error
+
+
+def open_run_folders(
+    learners: Sequence[Learner],
+    checkpoint: Checkpoint | None,
+    place: Place,
+    *,
+    going_on: bool,
+    boards: bool,
+) -> None:
+    """Make the folders, with the metrics of the epochs that are done."""
+    if checkpoint and going_on:
+        print(
+            f"going on with {checkpoint.path.parent}, epoch {place.epoch + 1}, batch {place.batch} (remove "
+            f"{checkpoint.path.name} to start again)"
+        )
+    elif checkpoint:
+        checkpoint.remove()
+    for learner in learners:
+        make_run_folder(learner.folder, learner.history)
+        if boards:
+            learner.board = open_board(learner.folder / "tensorboard", place.epoch + 1)
+
+
+def open_board(folder: Path, epoch: int) -> Any:  # noqa: ANN401  # a SummaryWriter
+    """Logs for TensorBoard from `epoch` on; what was logged of it before a stop does not count."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=epoch)

@@ -19,11 +19,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from softcache.errors import SettingsError
-from softcache.learner import Learner
 from softcache.models.evaluate import Evaluation
+from softcache.train.student import Learner
 from softcache.util.files import replace_file
 
 NAME = "checkpoint.safetensors"
+
 STATE = "softcache"  # the one key of the file's metadata
 
 

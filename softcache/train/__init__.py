@@ -1,0 +1,1 @@
+"""Stage 2: a cache becomes students. The teacher is not here."""
