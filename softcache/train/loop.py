@@ -29,10 +29,11 @@ from softcache.train.prepare import (
     join_all,
     make_accelerator,
     make_learners,
+    open_run_folders,
     planned_runs,
 )
 from softcache.train.record import final_table, lasting_settings, run_facts, write_card
-from softcache.train.run_folder import check_folder, open_run_folders
+from softcache.train.run_folder import check_folder
 from softcache.train.student import Learner
 from softcache.util.extras import import_extra
 from softcache.util.progress import progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,9 @@ from softcache.join.match import join
 from softcache.losses import parse_loss
 from softcache.models.build import build
 from softcache.models.weights import load_weights
+from softcache.train.checkpoint import Checkpoint, Place
 from softcache.train.config import StudentConfig, TrainConfig
+from softcache.train.run_folder import make_run_folder
 from softcache.train.student import Learner, make_learner
 
 
@@ -182,3 +185,32 @@ def make_accelerator(device: str, mixed_precision: str) -> Accelerator:
             "them with torchrun or accelerate launch"
         )
     return accelerator
+
+
+def open_run_folders(
+    learners: Sequence[Learner],
+    checkpoint: Checkpoint | None,
+    place: Place,
+    *,
+    going_on: bool,
+    boards: bool,
+) -> None:
+    """Make the folders, with the metrics of the epochs that are done."""
+    if checkpoint and going_on:
+        print(
+            f"going on with {checkpoint.path.parent}, epoch {place.epoch + 1}, batch {place.batch} (remove "
+            f"{checkpoint.path.name} to start again)"
+        )
+    elif checkpoint:
+        checkpoint.remove()
+    for learner in learners:
+        make_run_folder(learner.folder, learner.history)
+        if boards:
+            learner.board = open_board(learner.folder / "tensorboard", place.epoch + 1)
+
+
+def open_board(folder: Path, epoch: int) -> Any:  # noqa: ANN401  # a SummaryWriter
+    """Logs for TensorBoard from `epoch` on; what was logged of it before a stop does not count."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=epoch)

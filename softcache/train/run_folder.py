@@ -16,8 +16,6 @@ from softcache.errors import ModelError, SettingsError
 from softcache.models.build import build
 from softcache.models.spec import is_hub, public_name
 from softcache.models.weights import load_weights
-from softcache.train.checkpoint import Checkpoint, Place
-from softcache.train.student import Learner
 
 
 @dataclass(frozen=True)
@@ -152,32 +150,3 @@ def make_run_folder(folder: Path, history: list[dict[str, Any]]) -> None:
         raise SettingsError(
             f"cannot write in {folder} ({error.strerror}); give another --out"
         ) from error
-
-
-def open_run_folders(
-    learners: Sequence[Learner],
-    checkpoint: Checkpoint | None,
-    place: Place,
-    *,
-    going_on: bool,
-    boards: bool,
-) -> None:
-    """Make the folders, with the metrics of the epochs that are done."""
-    if checkpoint and going_on:
-        print(
-            f"going on with {checkpoint.path.parent}, epoch {place.epoch + 1}, batch {place.batch} (remove "
-            f"{checkpoint.path.name} to start again)"
-        )
-    elif checkpoint:
-        checkpoint.remove()
-    for learner in learners:
-        make_run_folder(learner.folder, learner.history)
-        if boards:
-            learner.board = open_board(learner.folder / "tensorboard", place.epoch + 1)
-
-
-def open_board(folder: Path, epoch: int) -> Any:  # noqa: ANN401  # a SummaryWriter
-    """Logs for TensorBoard from `epoch` on; what was logged of it before a stop does not count."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(folder, purge_step=epoch)
