@@ -13,18 +13,18 @@ from torch.utils.data import Dataset
 
 from softcache.cache import Cache, Header
 from softcache.cache.reader import open_trainable
+from softcache.cache.verify import check_damage
 from softcache.data.embedded import CacheSource
 from softcache.data.loader import loader
 from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.data.user_dataset import DatasetSource
 from softcache.errors import SettingsError
+from softcache.files.pull import local_copy
 from softcache.join.match import join
-from softcache.pull import local_copy
 from softcache.targets.decode import to_dense
 from softcache.targets.fetch import soft_targets
 from softcache.types import MixedLabels, Targets
-from softcache.verify import check_damage
 
 CPU = torch.device("cpu")
 

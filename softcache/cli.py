@@ -275,7 +275,7 @@ def train(**options: Any) -> None:
       mse          half the mean squared error of the centred logits
       dkd:BETA     decoupled KD: KL of label against others + BETA KL among the others
     """
-    from softcache.pull import local_copy
+    from softcache.files.pull import local_copy
     from softcache.train.config import TrainConfig
     from softcache.train.grid import make_variants
     from softcache.train.loop import train
@@ -293,10 +293,10 @@ def train(**options: Any) -> None:
 def info(cache: str, as_json: bool) -> None:
     """Show what a cache says of itself; its rows are not read, of a URL not even fetched."""
     from softcache.cache import open_cache
-    from softcache.info import describe, facts
+    from softcache.files.describe import describe, facts
 
     if "://" in cache:
-        from softcache.remote import open_remote
+        from softcache.files.remote import open_remote
 
         remote = open_remote(cache)
         found, name = remote.with_names(), remote.file.shown
@@ -319,7 +319,7 @@ def pull(source: str, **options: Any) -> None:
     (softcache[hub]) or a path. Byte ranges are fetched side by side, and every block is checked
     against its digest as it lands. Run again after any stop, the same command goes on.
     """
-    from softcache.pull import pull
+    from softcache.files.pull import pull
     from softcache.report import cache_line
 
     click.echo(cache_line(pull(source, **options)))
@@ -334,7 +334,7 @@ def push(cache: Path, url: str, overwrite: bool) -> None:
 
     It is verified before, and its header and digests are read back after.
     """
-    from softcache.push import push
+    from softcache.files.push import push
 
     click.echo(push(cache, url, overwrite=overwrite))
 
@@ -348,18 +348,18 @@ def push(cache: Path, url: str, overwrite: bool) -> None:
 @click.option("--rows", type=click.IntRange(min=1), default=256, help="How many rows to ask.")
 @click.option("--augment", metavar="SPEC", help="The file of the cache's own callable, if any.")
 @click.option("--device", default="auto", help="For the teacher.")
-def verify(cache: Path, expect: str | None, **options: Any) -> None:
+def verify_cache(cache: Path, expect: str | None, **options: Any) -> None:
     """Check every byte of a cache against its digests, and name what is damaged.
 
     With a teacher and data, random rows are computed again and compared.
     """
-    from softcache.verify import verify
+    from softcache.files.verify import verify_cache
 
-    print(verify(cache, expect))
+    print(verify_cache(cache, expect))
     if options["teacher"] or options["data"]:
-        from softcache.recheck import ask_again
+        from softcache.files.recheck import recheck_rows
 
-        print(ask_again(cache, **options))
+        print(recheck_rows(cache, **options))
 
 
 @main.command()
@@ -390,11 +390,11 @@ def merge(caches: tuple[Path, ...], out: Path) -> None:
 
 @main.command()
 @click.argument("cache", type=PATH)
-def repair(cache: Path) -> None:
+def repair_cache(cache: Path) -> None:
     """Mark the damaged blocks of a cache as missing, for softcache dump to fill again."""
-    from softcache.verify import repair
+    from softcache.files.verify import repair_cache
 
-    print(repair(cache))
+    print(repair_cache(cache))
 
 
 @main.command()
@@ -450,7 +450,7 @@ def import_labels(**options: Any) -> None:
       hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN   the largest k of each row, of Hugging Face's
                                                       datasets (softcache[data])
     """
-    from softcache.import_labels import import_labels
+    from softcache.files.import_labels import import_labels
     from softcache.report import cache_line
 
     click.echo(cache_line(import_labels(**options)))
@@ -468,7 +468,7 @@ def export_labels(cache: Path, out: Path, **options: Any) -> None:
     A row of Parquet (softcache[data]) holds sample, label, key and the list of probabilities. The other
     way, softcache import makes a cache of a matrix.
     """
-    from softcache.export_labels import export_labels
+    from softcache.files.export_labels import export_labels
 
     click.echo(export_labels(cache, out, **options))
 

@@ -25,7 +25,7 @@ from softcache.data.embedded import CacheSource
 from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.errors import FormatError, SettingsError
-from softcache.info import describe
+from softcache.files.describe import describe
 from softcache.join.match import join_samples
 from softcache.measure import best_temperature, calibration, gradient_similarity
 from softcache.targets.decode import to_dense

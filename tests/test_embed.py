@@ -12,7 +12,7 @@ import torch
 
 from softcache.cache import open_cache
 from softcache.cache.merge import merge
-from softcache.cache.reader import verify
+from softcache.cache.verify import find_damage
 from softcache.data.embedded import CacheSource
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
@@ -79,7 +79,7 @@ def test_damage_to_an_input_is_found_and_mended(embedded: DumpConfig) -> None:
     raw = bytearray(before)
     raw[cache.header.array("inputs").offset + 5] ^= 1
     cache.path.write_bytes(raw)
-    assert [str(damage) for damage in verify(open_cache(cache.path))] == [
+    assert [str(damage) for damage in find_damage(open_cache(cache.path))] == [
         f"labels, keys and inputs of samples 0 to {cache.header.block_rows - 1}"
     ]
 

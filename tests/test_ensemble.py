@@ -22,6 +22,7 @@ from softcache.cache import Cache, open_cache
 from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
+from softcache.cache.verify import check_damage
 from softcache.cli import main
 from softcache.data.open import open_source
 from softcache.dump.config import DumpConfig
@@ -37,7 +38,6 @@ from softcache.train.config import TrainConfig
 from softcache.train.loop import train
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
-from softcache.verify import check_damage
 from tests.conftest import SAMPLES, make_arrays
 
 Rows = npt.NDArray[np.float64]

@@ -12,7 +12,7 @@ from softcache.cache import Cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import SettingsError
-from softcache.export_labels import export_labels
+from softcache.files.export_labels import export_labels
 from tests.conftest import Run
 
 
@@ -20,7 +20,7 @@ from tests.conftest import Run
 def test_the_matrix_is_what_the_cache_decodes_to(
     encoding: str, dump_config: DumpConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("softcache.export_labels.CHUNK_VALUES", 5 * 7)
+    monkeypatch.setattr("softcache.files.export_labels.CHUNK_VALUES", 5 * 7)
     cache = dump(replace(dump_config, encoding=encoding, views=2, augment="shift:1"))
     for view, temperature in ((0, None), (1, 2.0)):
         export_labels(cache.path, tmp_path / "p.npy", view=view, temperature=temperature)

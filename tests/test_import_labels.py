@@ -16,8 +16,8 @@ from softcache.cache import Cache, TopK, open_cache
 from softcache.cli import main
 from softcache.dump.config import DumpConfig
 from softcache.errors import ModelError, SettingsError
-from softcache.export_labels import export_labels
-from softcache.import_labels import import_labels
+from softcache.files.export_labels import export_labels
+from softcache.files.import_labels import import_labels
 
 CLASSES, SAMPLES, K = 5, 300, 3
 

@@ -18,7 +18,7 @@ from softcache.cache import allocate as cache_allocate
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import ModelError
-from softcache.info import describe, facts
+from softcache.files.describe import describe, facts
 from tests.conftest import SAMPLES, Run
 
 STOPPING = """

@@ -17,7 +17,7 @@ from softcache.cache import Cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import ModelError, SettingsError
-from softcache.recheck import ask_again
+from softcache.files.recheck import recheck_rows
 from softcache.teachers.outputs import as_logits
 from softcache.util.callables import import_callable
 from tests.conftest import Run, make_arrays
@@ -97,7 +97,7 @@ def test_views_and_verification_work_as_with_any_teacher(
         dump_config, f"{functions}:probabilities", teacher_output="probabilities", views=2, augment="shift:1"
     )  # fmt: skip
     cache = dump(asked)
-    said = ask_again(
+    said = recheck_rows(
         cache.path, teacher=[f"{functions}:probabilities"], weights=[], data=asked.data, rows=50, device="cpu"
     )  # fmt: skip
     assert "KL(teacher ‖ stored)" in said

@@ -12,16 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from softcache import remote
 from softcache.cache import open_cache
 from softcache.cache import writer as cache_writer
 from softcache.cache.merge import merge
-from softcache.cache.reader import partial_path, verify
+from softcache.cache.reader import partial_path
+from softcache.cache.verify import find_damage
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError, Interrupted, RemoteError, SettingsError
-from softcache.pull import Arrays, Piece, cache_folder, fetch, local_copy, pull
-from softcache.remote import RemoteCache
+from softcache.files import remote
+from softcache.files.pull import Arrays, Piece, cache_folder, fetch_piece, local_copy, pull
+from softcache.files.remote import RemoteCache
 from softcache.train.config import TrainConfig
 from softcache.train.loop import train
 from tests.servers import Served, http_server
@@ -35,7 +36,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "WAIT", 0.0)
     monkeypatch.setattr(remote, "FIRST_READ", 1024)  # so that a small file, too, is read in parts
     monkeypatch.setattr(remote, "PART", 4096)
-    monkeypatch.setattr("softcache.pull.PART", 400)
+    monkeypatch.setattr("softcache.files.pull.PART", 400)
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_every_encoding_is_pulled_whole_and_in_part(
     copy = pull(str(config.out), tmp_path / "copy.h5")
     assert copy.path.read_bytes() == config.out.read_bytes()
     part = pull(str(config.out), tmp_path / "part.h5", views=(1, 2), samples=(5, 40))
-    assert not verify(part)
+    assert not find_damage(part)
     at = np.arange(40)
     for view in range(2):
         np.testing.assert_array_equal(part.rows(view, at), whole.rows(view + 1, at + 5))
@@ -116,7 +117,7 @@ def test_a_part_is_a_valid_cache_of_what_was_asked(
     header = part.header
     assert (header.first_view, header.views) == (first_view, count)
     assert (header.first_sample, header.samples, header.data_samples) == (first, length, SAMPLES)
-    assert not verify(part)
+    assert not find_damage(part)
     at = np.arange(length)
     for view in range(count):
         expected = whole.rows(view + first_view, at + first)
@@ -144,14 +145,16 @@ def test_embedded_inputs_count_in_what_is_held_at_a_time(
     config: DumpConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dump(replace(config, embed_inputs=True))
-    monkeypatch.setattr("softcache.pull.PART", 40 * BLOCK)  # bytes: of the rows, more than a block
+    monkeypatch.setattr(
+        "softcache.files.pull.PART", 40 * BLOCK
+    )  # bytes: of the rows, more than a block
     fetched: list[tuple[int, int]] = []
 
     def counted(remote: RemoteCache, piece: Piece) -> tuple[Arrays, Arrays]:
         fetched.append((piece.view, piece.stop - piece.first))
-        return fetch(remote, piece)
+        return fetch_piece(remote, piece)
 
-    monkeypatch.setattr("softcache.pull.fetch", counted)
+    monkeypatch.setattr("softcache.files.pull.fetch_piece", counted)
     pull(str(config.out), tmp_path / "copy.h5")
     assert max(blocks for view, blocks in fetched if view == 0) == 1, "samples of 64 bytes"
     assert max(blocks for view, blocks in fetched if view == 1) > 1
@@ -254,7 +257,7 @@ def test_a_pull_that_was_cut_off_goes_on(
     assert partial_path(out).exists()
     served.answer, before = (lambda start, body: body), len(served.asked)
     found = pull(url(served), out, views=views, samples=samples)
-    assert not verify(found)
+    assert not find_damage(found)
     again = [start for start, _ in served.asked[before:] if rows.start <= start < middle - 1000]
     assert len(again) <= 2, "rows that were there are fetched again"
     assert not list(tmp_path.glob("copy.h5.*"))
@@ -344,7 +347,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("softcache.pull.fill", stop)
+    monkeypatch.setattr("softcache.files.pull.fetch_missing", stop)
     with pytest.raises(Interrupted, match=r"stopped; .*copy\.h5\.partial is kept: the same comm"):
         pull(url(served), tmp_path / "copy.h5")
 

@@ -12,9 +12,9 @@ from softcache.cli import main
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError, RemoteError, SettingsError
-from softcache.pull import pull
-from softcache.push import push
-from softcache.remote import open_remote
+from softcache.files.pull import pull
+from softcache.files.push import push
+from softcache.files.remote import open_remote
 from tests.servers import s3_server
 
 SECRET = "hunter2secret"
@@ -143,7 +143,9 @@ def test_what_comes_back_otherwise_is_told(
     cache: Cache, tmp_path: Path, dump_config: DumpConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = dump(replace(dump_config, temperature=2.0, out=tmp_path / "other.h5"))
-    monkeypatch.setattr("softcache.push.open_remote", lambda place: open_remote(str(other.path)))
+    monkeypatch.setattr(
+        "softcache.files.push.open_remote", lambda place: open_remote(str(other.path))
+    )
     with pytest.raises(
         RemoteError, match=r"has content id \w+ after it was put there, .* has \w+; "
     ):

@@ -19,7 +19,7 @@ from softcache.cli import main
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import DataError, FormatError, ModelError, SettingsError
-from softcache.recheck import ask_again
+from softcache.files.recheck import recheck_rows
 from tests.conftest import SAMPLES, Run
 
 Ask = Callable[..., str]
@@ -37,7 +37,7 @@ def ask(teacher_file: Path, data_file: Path) -> Ask:
             "rows": 256,
             "device": "cpu",
         }
-        return ask_again(cache.path, **usual | options)
+        return recheck_rows(cache.path, **usual | options)
 
     return ask
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from softcache import remote
 from softcache.cache import Cache, open_cache
 from softcache.cli import main
 from softcache.errors import FormatError, RemoteError, SettingsError
-from softcache.pull import pull
-from softcache.remote import open_file, open_remote, public_url, side_by_side, without_secrets
+from softcache.files import remote
+from softcache.files.pull import pull
+from softcache.files.remote import open_file, open_remote, public_url, side_by_side, without_secrets
 from tests.conftest import SAMPLES
 from tests.servers import Served, http_server
 

@@ -31,10 +31,10 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.dump.prepare import draft_header, load_teachers
 from softcache.errors import DataError, FormatError, SettingsError
+from softcache.files.verify import verify_cache
 from softcache.teachers.ensemble import Ensemble
 from softcache.train.config import TrainConfig
 from softcache.train.loop import train
-from softcache.verify import verify
 from tests.cache.test_merge import (
     BLOCK_ROWS,
     SAMPLES,
@@ -183,7 +183,7 @@ def test_a_killed_extension_leaves_the_old_file_and_goes_on(
         config.out.write_bytes(before)
         kill_at(point, lambda: dump(more))
         assert config.out.read_bytes() == before
-        assert "intact" in verify(config.out)
+        assert "intact" in verify_cache(config.out)
         partial = partial_path(config.out)
         kept.append(committed(partial) if partial.exists() else 0)
         if point == writes // 2:

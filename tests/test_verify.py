@@ -13,10 +13,11 @@ from softcache.cache import Cache, open_cache
 from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
+from softcache.cache.verify import check_damage
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError
-from softcache.verify import check_damage, repair, verify
+from softcache.files.verify import repair_cache, verify_cache
 
 
 @pytest.fixture
@@ -45,13 +46,13 @@ def row_offset(cache: Cache, view: int, sample: int) -> int:
 
 
 def test_an_intact_cache_is_told_with_its_content_id(cache: Cache) -> None:
-    assert verify(cache.path) == f"{cache.path}: intact, content id {cache.content_id()}"
+    assert verify_cache(cache.path) == f"{cache.path}: intact, content id {cache.content_id()}"
 
 
 def test_the_content_id_may_be_expected_in_any_spelling(cache: Cache) -> None:
     content_id = cache.content_id()
     for spelling in (content_id, content_id.upper(), f" {content_id}\n"):
-        assert verify(cache.path, spelling).endswith(content_id)
+        assert verify_cache(cache.path, spelling).endswith(content_id)
 
 
 def test_another_cache_than_expected_is_refused(cache: Cache) -> None:
@@ -59,7 +60,7 @@ def test_another_cache_than_expected_is_refused(cache: Cache) -> None:
         FormatError,
         match=rf"tiny\.h5 is intact, but it is another cache: .* is {cache.content_id()}, expected 0f",
     ):
-        verify(cache.path, "0f" * 32)
+        verify_cache(cache.path, "0f" * 32)
 
 
 def test_caches_that_differ_have_other_content_ids(cache: Cache, dump_config: DumpConfig) -> None:
@@ -84,7 +85,7 @@ def test_damaged_rows_are_named(view: int, sample: int, place: str, blocks: Cach
     with pytest.raises(
         FormatError, match=rf"h5 is damaged: soft targets of {place}; softcache repair marks"
     ):
-        verify(blocks.path)
+        verify_cache(blocks.path)
 
 
 @pytest.mark.parametrize("array", ["labels", "keys"])
@@ -94,7 +95,7 @@ def test_damaged_labels_and_keys_are_named(array: str, blocks: Cache) -> None:
         FormatError,
         match=r"h5 is damaged: labels and keys of samples 40 to 59; softcache repair marks",
     ):
-        verify(blocks.path)
+        verify_cache(blocks.path)
 
 
 def test_damage_outside_the_rows_is_named(cache: Cache) -> None:
@@ -106,9 +107,9 @@ def test_damage_outside_the_rows_is_named(cache: Cache) -> None:
     for what, offset in places.items():
         flip(cache.path, offset)
         with pytest.raises(FormatError, match=rf"tiny\.h5 is damaged: {what}; get it again"):
-            verify(cache.path)
+            verify_cache(cache.path)
         flip(cache.path, offset)
-    verify(cache.path)
+    verify_cache(cache.path)
 
 
 def test_much_damage_is_told_in_one_line_with_its_amount(blocks: Cache) -> None:
@@ -116,14 +117,14 @@ def test_much_damage_is_told_in_one_line_with_its_amount(blocks: Cache) -> None:
     with pytest.raises(
         FormatError, match=r"samples 80 to 99 in view 0, and 2 more; softcache repair"
     ):
-        verify(blocks.path)
+        verify_cache(blocks.path)
 
 
 def test_damage_is_told_before_the_content_id_is_compared(cache: Cache) -> None:
     # the id is over the digests, which a damaged row leaves as they are
     flip(cache.path, row_offset(cache, 0, 3))
     with pytest.raises(FormatError, match="is damaged"):
-        verify(cache.path, cache.content_id())
+        verify_cache(cache.path, cache.content_id())
 
 
 def test_an_unfinished_cache_is_refused(cache: Cache) -> None:
@@ -132,19 +133,19 @@ def test_an_unfinished_cache_is_refused(cache: Cache) -> None:
     with pytest.raises(
         FormatError, match=r"tiny\.h5: its dump has not completed \(tiny\.h5\.partial"
     ):
-        verify(cache.path)
+        verify_cache(cache.path)
 
 
 def test_what_is_no_cache_is_told(tmp_path: Path) -> None:
     with pytest.raises(
         FormatError, match=r"nowhere\.h5: No such file or directory; expected a cache"
     ):
-        verify(tmp_path / "nowhere.h5")
+        verify_cache(tmp_path / "nowhere.h5")
     (tmp_path / "file.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     with pytest.raises(
         FormatError, match=r"file\.h5: an HDF5 file, but not a softcache cache; make"
     ):
-        verify(tmp_path / "file.h5")
+        verify_cache(tmp_path / "file.h5")
 
 
 def test_a_check_counts_every_byte_of_the_rows(
@@ -164,7 +165,7 @@ def test_repaired_blocks_are_dumped_again_and_nothing_else(
     whole = blocks.path.read_bytes()
     flip(blocks.path, row_offset(blocks, 1, 130), blocks.header.array("labels").offset)
     partial = partial_path(blocks.path)
-    assert repair(blocks.path) == (
+    assert repair_cache(blocks.path) == (
         f"{partial}: 2 of 45 blocks marked as missing (labels and keys of samples 0 to 19; soft "
         "targets of samples 120 to 139 in view 1); the softcache dump that made it fills them again"
     )
@@ -187,7 +188,7 @@ def test_repaired_blocks_are_dumped_again_and_nothing_else(
 
 def test_an_intact_cache_needs_no_repair(cache: Cache) -> None:
     before = cache.path.read_bytes()
-    assert repair(cache.path) == f"{cache.path}: nothing to repair"
+    assert repair_cache(cache.path) == f"{cache.path}: nothing to repair"
     assert cache.path.read_bytes() == before
 
 
@@ -197,7 +198,7 @@ def test_what_no_dump_can_fill_again_is_not_repaired(cache: Cache) -> None:
         FormatError,
         match=r"tiny\.h5 cannot be repaired: the arrays shared by all rows .*; get it again, or dump",
     ):
-        repair(cache.path)
+        repair_cache(cache.path)
     assert cache.path.exists()
 
 
@@ -207,6 +208,6 @@ def test_a_dump_that_was_begun_is_not_replaced_by_a_repair(cache: Cache) -> None
     with pytest.raises(
         FormatError, match=r"tiny\.h5\.partial is in the way: a dump has begun it; "
     ):
-        repair(cache.path)
+        repair_cache(cache.path)
     assert cache.path.exists()
     assert partial_path(cache.path).read_text() == "begun"

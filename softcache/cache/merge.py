@@ -14,16 +14,9 @@ import numpy.typing as npt
 from softcache.cache.allocate import Values, create
 from softcache.cache.encodings import ArraySpec
 from softcache.cache.header import INPUTS, Header
-from softcache.cache.reader import (
-    Cache,
-    Damage,
-    block_damage,
-    open_cache,
-    partial_path,
-    raw_bytes,
-    shared_digest,
-)
+from softcache.cache.reader import Cache, open_cache, partial_path, raw_bytes, shared_digest
 from softcache.cache.summary import pooled_fidelity, summarize
+from softcache.cache.verify import Damage, block_damage
 from softcache.cache.writer import Writer
 from softcache.errors import FormatError, SettingsError
 

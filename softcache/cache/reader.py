@@ -6,7 +6,7 @@ import hashlib
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from softcache.cache.header import PREAMBLE, Array, Header, parse_header, parse_
 from softcache.errors import FormatError, SettingsError
 
 PARTIAL = ".partial"
+
 SHOWN_CLASSES = 1 << 12  # class names that are read for people
 
 
@@ -245,73 +246,6 @@ def gaps(header: Header) -> list[tuple[int, int]]:
     if header.file_bytes > end:
         found.append((end, header.file_bytes))
     return found
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A part of the file whose bytes do not match their digest."""
-
-    what: str
-    view: int | None = None
-    samples: range | None = None
-    missing: bool = False  # not there, rather than wrong
-
-    def __str__(self) -> str:
-        if self.samples is None:
-            return self.what
-        place = f"samples {self.samples.start} to {self.samples.stop - 1}"
-        return f"{self.what} of {place}" + ("" if self.view is None else f" in view {self.view}")
-
-
-def verify(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> list[Damage]:
-    """Check every byte of the file against its digest; `advance` counts bytes as they are done."""
-    header, damage = cache.header, []
-    with cache.path.open("rb") as file:
-        raw = file.read(header.user_block)
-        offset, length, _ = parse_preamble(raw, header.file_bytes)
-        # a dump may have been killed before it cleared the header it began with; it will yet
-        named = not cache.path.name.endswith(PARTIAL)
-        if named and (offset != PREAMBLE.size or raw[offset + length :].strip(b"\0")):
-            damage.append(Damage("the user block behind the header"))
-        if hdf5_digest(file.fileno(), header) != header.hdf5_digest:
-            damage.append(Damage("the HDF5 structure"))
-    if shared_digest(cache.arrays, header) != header.shared_digest:
-        damage.append(Damage("the arrays shared by all rows"))
-    for view in (None, *range(header.views)):
-        digests = cache.arrays["sample_digests"] if view is None else cache.arrays["digests"][view]
-        for first, last in _runs(digests == 0):
-            samples = range(header.block_range(first).start, header.block_range(last).stop)
-            damage.append(Damage("missing: the block", view, samples, missing=True))
-        for block in map(int, np.flatnonzero(digests)):
-            what = block_damage(cache, view, block)
-            if what:
-                damage.append(Damage(what, view, header.block_range(block)))
-            if view is not None:
-                advance(len(header.block_range(block)) * header.bytes_per_row)
-    return damage
-
-
-def block_damage(cache: Cache, view: int | None, block: int) -> str | None:
-    """What is wrong with a block of rows of a view, or with one of labels and keys (None)."""
-    if view is None:
-        good = cache.sample_digest(block) == cache.arrays["sample_digests"][block]
-        return None if good else _what_samples_have(cache)
-    if cache.block_digest(view, block) != cache.arrays["digests"][view, block]:
-        return "soft targets"
-    ids, samples = cache.arrays.get("ids"), cache.header.block_range(block)
-    if ids is not None and ids[view, samples.start : samples.stop].max() >= cache.header.classes:
-        return "class ids beyond the last class"
-    return None
-
-
-def _what_samples_have(cache: Cache) -> str:
-    return "labels, keys and inputs" if cache.header.embeds_inputs else "labels and keys"
-
-
-def _runs(wanted: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """First and last place of each run of True: millions of blocks may be missing."""
-    edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))
-    return [(int(a), int(b) - 1) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def hdf5_digest(file: int, header: Header) -> str:

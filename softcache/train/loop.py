@@ -13,6 +13,7 @@ import numpy.typing as npt
 from accelerate import Accelerator
 
 from softcache.cache.reader import open_trainable
+from softcache.cache.verify import check_damage
 from softcache.data.augment import EXTRA_STREAM
 from softcache.data.class_names import all_class_names, check_class_names
 from softcache.data.embedded import CacheSource
@@ -37,7 +38,6 @@ from softcache.train.run_folder import check_folder
 from softcache.train.student import Learner
 from softcache.util.extras import import_extra
 from softcache.util.progress import progress
-from softcache.verify import check_damage
 
 CHECK_STEPS = 50  # between two looks at whether the losses are still finite
 

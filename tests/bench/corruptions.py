@@ -25,7 +25,8 @@ from tabulate import tabulate
 
 from softcache.cache import Header, open_cache, writer
 from softcache.cache.header import PREAMBLE, parse_preamble
-from softcache.cache.reader import Damage, gaps, verify
+from softcache.cache.reader import gaps
+from softcache.cache.verify import Damage, find_damage
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError
@@ -267,7 +268,7 @@ def judge(target: Target, corrupt: bytes, path: Path) -> tuple[str, set[Name]]:
     path.unlink(missing_ok=True)  # never change a file that may still be mapped
     path.write_bytes(corrupt)
     try:
-        damage = verify(open_cache(path, unfinished=True))
+        damage = find_damage(open_cache(path, unfinished=True))
     except FormatError:
         found: set[Name] = {(REFUSED, None, None)}
     else:

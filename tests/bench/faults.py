@@ -41,7 +41,8 @@ from tabulate import tabulate
 
 from softcache.cache import Header, allocate, open_cache, writer
 from softcache.cache.header import PREAMBLE
-from softcache.cache.reader import partial_path, verify
+from softcache.cache.reader import partial_path
+from softcache.cache.verify import find_damage
 from softcache.cli import main as softcache
 from softcache.errors import FormatError
 from tests.bench import machine, work_folder
@@ -243,7 +244,7 @@ def committed(out: Path, reference: Path) -> tuple[list[Block], list[str]]:
         for block in np.flatnonzero(cache.arrays[name][at] == wanted[name][at])
     ]
     problems = []
-    for part in verify(cache):
+    for part in find_damage(cache):
         if part.samples is None:
             problems.append(f"damage: {part}")
         elif (part.view, part.samples.start // header.block_rows) in there:

@@ -57,9 +57,10 @@ from softcache.cache.header import (
     parse_preamble,
     preamble,
 )
-from softcache.cache.reader import Cache, open_cache, verify
+from softcache.cache.reader import Cache, open_cache
+from softcache.cache.verify import find_damage
 from softcache.errors import SoftcacheError
-from softcache.info import describe
+from softcache.files.describe import describe
 
 # a worker runs this file by its path and never imports torch, whose own memory would hide a peak:
 # what comes from tests.bench is imported where the parent needs it
@@ -297,7 +298,7 @@ class Attacker:
             "open": opens,
             "info": lambda: check_text(describe(found[0])),
             "rows": lambda: read_rows(found[0]),
-            "verify": lambda: takes_long(found[0]) or verify(found[0]),
+            "verify": lambda: takes_long(found[0]) or find_damage(found[0]),
         }
         slowest, problems, outcome = 0.0, list[Problem](), "opened"
         for stage, call in stages.items():

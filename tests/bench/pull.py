@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from softcache.pull import pull
+from softcache.files.pull import pull
 from tests.bench import (
     alternate,
     machine,

@@ -15,9 +15,9 @@ import xxhash
 
 from softcache.cache import Cache, Sampled, open_cache
 from softcache.cache.header import PREAMBLE, preamble
-from softcache.cache.reader import verify
+from softcache.cache.verify import find_damage
 from softcache.errors import FormatError
-from softcache.info import describe, facts
+from softcache.files.describe import describe, facts
 from softcache.targets.decode import to_dense
 from softcache.targets.fetch import soft_targets
 from tests.files import make
@@ -49,7 +49,7 @@ def test_every_encoding_is_there() -> None:
 
 def test_it_is_whole_and_the_one_that_was_written(path: Path) -> None:
     cache, then = open_cache(path), written(path)
-    assert verify(cache) == []
+    assert find_damage(cache) == []
     assert cache.content_id() == then["content_id"]
     assert cache.header.samples == then["samples"]
     assert cache.header.version == tuple(map(int, path.parent.name.split(".")))
@@ -69,7 +69,7 @@ def test_a_byte_that_changed_would_be_noticed(path: Path, tmp_path: Path) -> Non
         raw[array.offset + array.nbytes - 1] ^= 1
         copy.write_bytes(raw)
         found = open_cache(copy)
-        assert len(verify(found)) == 1
+        assert len(find_damage(found)) == 1
         changed = found.content_id() != written(path)["content_id"]
         assert changed == (array.axis == "commits")  # it names the digests, and they the rest
 
@@ -155,7 +155,7 @@ def test_a_newer_minor_version_with_news_is_read(path: Path, tmp_path: Path) -> 
     found = open_cache(rewritten(path, tmp_path, version=[1, 7], a_field_of_tomorrow=[1, 2]))
     assert found.header.version == (1, 7)
     check_rows(found, path)
-    assert verify(found) == []
+    assert find_damage(found) == []
 
 
 def test_unknown_fields_of_todays_version_are_refused(path: Path, tmp_path: Path) -> None:

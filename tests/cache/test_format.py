@@ -24,7 +24,8 @@ import softcache
 from softcache.cache import Basis, Cache, Dense, Header, Quantized, Sampled, TopK, open_cache
 from softcache.cache import writer as writer_module
 from softcache.cache.allocate import create
-from softcache.cache.reader import digest_of, open_trainable, partial_path, verify
+from softcache.cache.reader import digest_of, open_trainable, partial_path
+from softcache.cache.verify import find_damage
 from softcache.cache.writer import Writer
 from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.embedded import CacheSource
@@ -205,7 +206,7 @@ def test_the_user_block_behind_the_final_header_is_zero(path: Path) -> None:
         raw = bytearray(tiny_cache())
         raw[at] = 1
         path.write_bytes(raw)
-        assert [str(damage) for damage in verify(open_cache(path))] == [
+        assert [str(damage) for damage in find_damage(open_cache(path))] == [
             "the user block behind the header"
         ]
 
@@ -281,7 +282,7 @@ def test_unknown_fields_are_refused_in_our_own_version_and_ignored_in_a_newer(pa
     raw = with_values(tiny_cache(), {("unheard_of",): 1})
     refused(raw, path.parent, "the header has unknown fields: 'unheard_of'")
     path.write_bytes(with_values(raw, {("version",): [1, 2]}))
-    assert verify(open_cache(path)) == []
+    assert find_damage(open_cache(path)) == []
 
 
 def fields_of_the_table() -> list[str]:
@@ -711,7 +712,7 @@ def test_ids_are_below_the_number_of_classes(unborn: Path, largest: int, named: 
     cache_of(unborn, Sampled(3), {"ids": ids})
     cache = open_cache(unborn)
     assert cache.header.array("ids").dtype == "<u2"
-    damage = [str(found) for found in verify(cache)]
+    damage = [str(found) for found in find_damage(cache)]
     wrong = [f"class ids beyond the last class of samples 0 to 29 in view {v}" for v in (0, 1)]
     assert damage == wrong * named
     if named:

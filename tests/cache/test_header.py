@@ -24,7 +24,7 @@ import pytest
 
 from softcache.cache import Cache, Header, open_cache
 from softcache.cache.header import MAX_HEADER, PREAMBLE, parse_preamble, preamble
-from softcache.cache.reader import verify
+from softcache.cache.verify import find_damage
 from softcache.errors import FormatError
 from tests.cache.test_writer import SAMPLES, SUMMARY, run_dump
 
@@ -105,10 +105,10 @@ def refused(raw: bytes, folder: Path, match: str) -> None:
 def test_the_cache_is_good_before_it_is_changed_and_after_a_change_that_means_nothing(
     tmp_path: Path,
 ) -> None:
-    assert verify(opened(tiny_cache(), tmp_path)) == []
+    assert find_damage(opened(tiny_cache(), tmp_path)) == []
     cache = opened(with_values(tiny_cache(), {("data",): "npz:other.npz@test"}), tmp_path)
     assert cache.header.data == "npz:other.npz@test"
-    assert verify(cache) == []
+    assert find_damage(cache) == []
 
 
 # the preamble
@@ -239,7 +239,7 @@ def test_a_newer_minor_version_is_read_and_its_new_fields_are_ignored(tmp_path: 
     values: dict[Place, Any] = {("version",): [1, 7], ("unheard_of",): {"deep": [1, "x"]}}
     cache = opened(with_values(tiny_cache(), values), tmp_path)
     assert cache.header.version == (1, 7)
-    assert verify(cache) == []
+    assert find_damage(cache) == []
     expected = opened(tiny_cache(), tmp_path).rows(1, np.arange(SAMPLES))
     np.testing.assert_array_equal(cache.rows(1, np.arange(SAMPLES)), expected)
 
@@ -999,7 +999,7 @@ def survivors(folder: Path, count: int, seed: int) -> int:
             messages.append(str(error))
             continue
         accepted += 1
-        verify(cache)
+        find_damage(cache)
         assert cache.rows(0, np.arange(cache.header.samples)).shape[0] == cache.header.samples
         assert len(cache.class_names) == cache.header.classes
     assert all(message.isprintable() for message in messages)

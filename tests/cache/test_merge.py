@@ -19,7 +19,8 @@ from softcache.cache import Cache, open_cache
 from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as cache_writer
 from softcache.cache.merge import SETTINGS, merge
-from softcache.cache.reader import partial_path, verify
+from softcache.cache.reader import partial_path
+from softcache.cache.verify import find_damage
 from softcache.cache.writer import digest_offset
 from softcache.cli import main
 from softcache.data.augment import parse_augment
@@ -124,7 +125,7 @@ def check_same(found: Cache, whole: Cache) -> None:
         assert getattr(found.header, name) == getattr(whole.header, name)
     for name in ("entropy", "agreement", "rows"):
         assert (found.header.summary or {})[name] == (whole.header.summary or {})[name]
-    assert verify(found) == []
+    assert find_damage(found) == []
     assert found.complete
     assert not partial_path(found.path).exists()
 

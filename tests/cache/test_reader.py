@@ -15,14 +15,8 @@ import xxhash
 
 from softcache.cache import Header, open_cache
 from softcache.cache.allocate import create
-from softcache.cache.reader import (
-    Damage,
-    digest_of,
-    gaps,
-    open_trainable,
-    partial_path,
-    verify,
-)
+from softcache.cache.reader import digest_of, gaps, open_trainable, partial_path
+from softcache.cache.verify import Damage, find_damage
 from softcache.cache.writer import Writer, forget
 from softcache.errors import FormatError, SettingsError
 from tests.cache.test_header import Place, tiny_cache, with_preamble, with_values
@@ -189,7 +183,7 @@ def test_the_first_complete_views_of_an_unfinished_cache_train(
     for view in range(views):
         stored = row_values(view)["log_probs"].astype(np.float64)
         np.testing.assert_allclose(found.rows(view, every), stored, atol=1e-2)
-    assert verify(found) == []  # what is lacking of the others is no damage to these
+    assert find_damage(found) == []  # what is lacking of the others is no damage to these
 
 
 @pytest.mark.parametrize(("batches", "there"), [(0, 0), (1, 2), (2, 6)])
@@ -243,7 +237,7 @@ def test_what_is_missing_is_told_as_damage(tmp_path: Path) -> None:
     begin(path)
     with Writer(path) as writer:
         fill(writer, batches=4)
-    damage = verify(open_cache(partial_path(path), unfinished=True))
+    damage = find_damage(open_cache(partial_path(path), unfinished=True))
     assert damage == [Damage("missing: the block", 1, range(8, 30), missing=True)]
     assert str(damage[0]) == "missing: the block of samples 8 to 29 in view 1"
 
@@ -295,7 +289,7 @@ def test_missing_neighbours_are_told_as_one(
     for view, block in wrong:
         raw[digest_offset(header, view, block)] ^= 1
     path.write_bytes(raw)
-    assert [str(damage) for damage in verify(open_cache(path, unfinished=True))] == told
+    assert [str(damage) for damage in find_damage(open_cache(path, unfinished=True))] == told
 
 
 def test_a_finished_file_that_lost_a_digest_is_called_damaged(path: Path) -> None:
@@ -362,7 +356,7 @@ def found_parts(path: Path) -> set[Part]:
         return {("header", None, None)}
     return {
         (damage.what, damage.view, samples)
-        for damage in verify(cache)
+        for damage in find_damage(cache)
         for samples in blocks_of(damage, cache.header.block_rows)
     }
 
@@ -462,14 +456,14 @@ def test_a_flipped_bit_is_found_in_every_part(path: Path, bit: int) -> None:
 
 def test_an_intact_file_has_no_damage_and_its_bytes_are_counted(path: Path) -> None:
     cache, counted = open_cache(path), list[int]()
-    assert verify(cache, counted.append) == []
+    assert find_damage(cache, counted.append) == []
     assert sum(counted) == VIEWS * SAMPLES * cache.header.bytes_per_row
 
 
 def test_digests_of_the_header_that_do_not_hold(path: Path) -> None:
     wrong: dict[Place, str] = {("hdf5_digest",): "0" * 16, ("shared_digest",): "no digest"}
     path.write_bytes(with_values(tiny_cache(), wrong))
-    assert [str(damage) for damage in verify(open_cache(path))] == [STRUCTURE, SHARED]
+    assert [str(damage) for damage in find_damage(open_cache(path))] == [STRUCTURE, SHARED]
 
 
 def test_a_final_header_in_another_place(path: Path) -> None:
@@ -479,7 +473,7 @@ def test_a_final_header_in_another_place(path: Path) -> None:
     raw[32 : 32 + len(text)] = bytes(len(text))
     raw[32_768 : 32_768 + len(text)] = text
     path.write_bytes(with_preamble(bytes(raw), offset=32_768))
-    assert [str(damage) for damage in verify(open_cache(path))] == [USER_BLOCK]
+    assert [str(damage) for damage in find_damage(open_cache(path))] == [USER_BLOCK]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as writer_module
 from softcache.cache.allocate import block_rows, create
 from softcache.cache.header import MAX_BLOCKS
-from softcache.cache.reader import partial_path, verify
+from softcache.cache.reader import partial_path
+from softcache.cache.verify import find_damage
 from softcache.cache.writer import Writer, forget
 from softcache.errors import DataError, FormatError, SoftcacheError
 
@@ -341,7 +342,7 @@ def test_any_batches_fill_blocks_of_any_size(path: Path, rows_of_a_block: int, b
         )
     np.testing.assert_array_equal(cache.labels, sample_values()["labels"])
     np.testing.assert_array_equal(cache.keys, sample_values()["keys"])
-    assert verify(cache) == []
+    assert find_damage(cache) == []
 
 
 def test_rows_of_several_positions(path: Path) -> None:
@@ -354,7 +355,7 @@ def test_rows_of_several_positions(path: Path) -> None:
     stored = row_values(1, (3,))["log_probs"]
     np.testing.assert_array_equal(cache.arrays["log_probs"][1], stored)
     assert cache.rows(1, np.arange(4)).shape == (4, 3, CLASSES)
-    assert verify(cache) == []
+    assert find_damage(cache) == []
 
 
 def test_plain_h5py_reads_the_same_values(reference: bytes, path: Path) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from softcache.cache import Cache, open_cache
+from softcache.cache.verify import check_damage
 from softcache.errors import FormatError, RemoteError, SettingsError
-from softcache.info import describe
-from softcache.remote import (
+from softcache.files.describe import describe
+from softcache.files.remote import (
     RemoteCache,
     file_system,
     is_url,
@@ -18,10 +19,11 @@ from softcache.remote import (
     without_secrets,
 )
 from softcache.util.progress import progress
-from softcache.verify import check_damage
 
 READ_ONLY = ("http", "https")
+
 CARD = "README.md"
+
 MARK = "library_name: softcache"
 
 
@@ -76,7 +78,7 @@ def push(path: Path, place: str, *, overwrite: bool = False) -> str:
     return f"{shown}: {cache.header.file_bytes:,} bytes, content id {back.content_id}; {said}"
 
 
-def card(cache: Cache, shown: str, name: str) -> str:
+def cache_card(cache: Cache, shown: str, name: str) -> str:
     """Markdown that says of a cache what its header does, and how to use it."""
     header = cache.header
     facts = describe(cache, name)
@@ -130,7 +132,7 @@ def _put_card(filesystem: Any, cache: Cache, target: str, shown: str) -> str:  #
         "utf-8", "replace"
     ):
         return f"its {CARD} is somebody's own and was left alone"
-    filesystem.pipe_file(place, card(cache, shown, name).encode())
+    filesystem.pipe_file(place, cache_card(cache, shown, name).encode())
     return f"{CARD} beside it"
 
 

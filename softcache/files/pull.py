@@ -24,12 +24,13 @@ from softcache.cache.reader import digest_of, partial_path
 from softcache.cache.summary import summarize
 from softcache.cache.writer import Writer
 from softcache.errors import FormatError, Interrupted, SettingsError, SoftcacheError
-from softcache.remote import PART, RemoteCache, is_url, open_remote, side_by_side
+from softcache.files.remote import PART, RemoteCache, is_url, open_remote, side_by_side
 from softcache.util.progress import progress
 
 SOURCE = ".source"  # behind the name of an unfinished pull: the content id of what is pulled
 
 Range = tuple[int, int]  # first, and how many
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -77,14 +78,14 @@ def pull(
         raise FormatError(
             f"{remote.file.shown} has content id {remote.content_id}; expected {expect}: it is another cache"
         )
-    part = choose(remote, views, samples)
+    part = select_part(remote, views, samples)
     if out.exists() and not overwrite:
         return already_there(remote, part, out)
     try:
-        begin(remote, part, out, overwrite=overwrite)
+        open_unfinished_pull(remote, part, out, overwrite=overwrite)
         with Writer(out) as writer:
-            fill(writer, remote, part)
-            finish(writer, remote, part)
+            fetch_missing(writer, remote, part)
+            finish_pull(writer, remote, part)
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped; {partial_path(out)} is kept: the same command goes on"
@@ -93,7 +94,7 @@ def pull(
     return open_cache(out)
 
 
-def choose(remote: RemoteCache, views: Range | None, samples: Range | None) -> Part:
+def select_part(remote: RemoteCache, views: Range | None, samples: Range | None) -> Part:
     """The part of a cache that is asked for.
 
     Raises:
@@ -138,7 +139,7 @@ def already_there(remote: RemoteCache, part: Part, out: Path) -> Cache:
     )
 
 
-def begin(remote: RemoteCache, part: Part, out: Path, *, overwrite: bool) -> None:
+def open_unfinished_pull(remote: RemoteCache, part: Part, out: Path, *, overwrite: bool) -> None:
     """Allocate the unfinished file, or check that the one that is there was begun by this pull."""
     partial, source = partial_path(out), _source(out)
     wanted = f"{remote.content_id} {part.views} {part.samples}"
@@ -175,7 +176,7 @@ def begin(remote: RemoteCache, part: Part, out: Path, *, overwrite: bool) -> Non
                 f"{remote.file.shown}: {error}; its server gives wrong bytes"
             ) from None
         return
-    header, own = plan(remote, part, shared)
+    header, own = part_header(remote, part, shared)
     inputs = None
     if header.embeds_inputs:
         embedded = remote.header.array(INPUTS)
@@ -184,7 +185,7 @@ def begin(remote: RemoteCache, part: Part, out: Path, *, overwrite: bool) -> Non
     create(out, header, own, remote.header.block_rows, inputs)
 
 
-def plan(remote: RemoteCache, part: Part, shared: Arrays) -> tuple[Header, Arrays]:
+def part_header(remote: RemoteCache, part: Part, shared: Arrays) -> tuple[Header, Arrays]:
     """The header but for its layout, and the shared arrays, of a part.
 
     Raises:
@@ -217,7 +218,7 @@ def plan(remote: RemoteCache, part: Part, shared: Arrays) -> tuple[Header, Array
     }
 
 
-def fill(writer: Writer, remote: RemoteCache, part: Part) -> None:
+def fetch_missing(writer: Writer, remote: RemoteCache, part: Part) -> None:
     """Fetch what is missing, a few pieces at a time, and write each block that matches its digest."""
     header = remote.header
     wanted = list(pieces(writer, remote, part))
@@ -225,7 +226,7 @@ def fill(writer: Writer, remote: RemoteCache, part: Part) -> None:
     whole = len(part.views) * len(part.samples) * header.bytes_per_row
     with progress("pull", max(whole, total), "bytes", max(whole - total, 0)) as advance:
         for piece, (rows, known) in zip(
-            wanted, side_by_side(lambda piece: fetch(remote, piece), wanted), strict=True
+            wanted, side_by_side(lambda piece: fetch_piece(remote, piece), wanted), strict=True
         ):
             first = header.block_range(piece.first).start
             last = header.block_range(piece.stop - 1).stop
@@ -278,7 +279,7 @@ def piece_bytes(header: Header, piece: Piece) -> int:
     return rows * sum(array.row_bytes for array in header.arrays if array.axis in axes)
 
 
-def fetch(remote: RemoteCache, piece: Piece) -> tuple[Arrays, Arrays]:
+def fetch_piece(remote: RemoteCache, piece: Piece) -> tuple[Arrays, Arrays]:
     """The rows of a piece, and labels and keys if they are wanted, each block checked.
 
     Raises:
@@ -318,7 +319,7 @@ def fetch(remote: RemoteCache, piece: Piece) -> tuple[Arrays, Arrays]:
     return rows, known
 
 
-def finish(writer: Writer, remote: RemoteCache, part: Part) -> None:
+def finish_pull(writer: Writer, remote: RemoteCache, part: Part) -> None:
     """Write the header's end: of a whole cache its own, of a part what its rows come to."""
     header = remote.header
     if is_whole(header, part):
@@ -367,7 +368,7 @@ def local_copy(place: str | Path, *, most_views: int | None = None) -> Path:
     header = remote.header
     few = most_views is not None and most_views < header.views
     views = (header.first_view, most_views) if few and most_views else None
-    part = choose(remote, views, None)
+    part = select_part(remote, views, None)
     folder = cache_folder() / remote.content_id[:32]
     whole = folder / "whole" / remote.file.name
     if whole.exists():

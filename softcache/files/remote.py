@@ -26,18 +26,26 @@ from softcache.errors import FormatError, RemoteError, SettingsError
 from softcache.util.extras import import_extra
 
 FIRST_READ = 1 << 16  # bytes: preamble and, of most caches, the whole header
+
 PART = 4 << 20  # bytes of one request
+
 MAX_HELD = 1 << 30  # bytes of a block, or of what is no row, which are held in memory
+
 THREADS = 8
+
 TRIES = 4
+
 WAIT = 0.5  # seconds before the second try, twice as many before each other
+
 SILENCE = 60.0  # seconds without a byte, after which a connection is given up
+
 EXTRAS = {
     "http": "remote", "https": "remote", "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hub",
     "file": "remote", "memory": "remote",
 }  # fmt: skip
 
 FileSystem = Any  # of fsspec
+
 Digests = npt.NDArray[Any]
 
 

@@ -20,7 +20,7 @@ from softcache.teachers.options import COMPILED
 TOLERANCE = 0.02  # of the probability mass, that other hardware or batch sizes may move
 
 
-def ask_again(
+def recheck_rows(
     path: Path,
     *,
     teacher: Sequence[str],

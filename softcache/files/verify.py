@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from softcache.cache import Cache, open_cache
-from softcache.cache.reader import Damage, partial_path
-from softcache.cache.reader import verify as find_damage
+from softcache.cache import open_cache
+from softcache.cache.reader import partial_path
+from softcache.cache.verify import check_damage, damage_list, damage_with_progress
 from softcache.cache.writer import forget
 from softcache.errors import FormatError
-from softcache.util.progress import progress
 
 
-def verify(path: Path, expect: str | None = None) -> str:
+def verify_cache(path: Path, expect: str | None = None) -> str:
     """Check every byte; the message of success carries the content id.
 
     Raises:
@@ -32,32 +30,20 @@ def verify(path: Path, expect: str | None = None) -> str:
     return f"{path}: intact, content id {content_id}"
 
 
-def check_damage(cache: Cache) -> None:
-    """Raise FormatError that names the damaged parts, if there are any."""
-    damage = _damage(cache)
-    if damage:
-        advice = (
-            "softcache repair marks these blocks as missing, and the same softcache dump fills them"
-            if all(part.samples for part in damage)
-            else "get it again"
-        )
-        raise FormatError(f"{cache.path} is damaged: {_listed(damage)}; {advice}")
-
-
-def repair(path: Path) -> str:
+def repair_cache(path: Path) -> str:
     """Mark damaged blocks as missing, and name the file FILE.partial, so that a dump goes on.
 
     Raises:
         FormatError: the damage is not in blocks of rows, so that no dump can mend it.
     """
     cache = open_cache(path, unfinished=True)
-    damage = _damage(cache)
+    damage = damage_with_progress(cache)
     if cache.header.summary is None:
         damage = [part for part in damage if not part.missing]
     lost = [part for part in damage if part.samples is None]
     if lost:
         raise FormatError(
-            f"{path} cannot be repaired: {_listed(lost)} belongs to no block of rows; get it again, "
+            f"{path} cannot be repaired: {damage_list(lost)} belongs to no block of rows; get it again, "
             "or dump it anew with --overwrite"
         )
     if not damage:
@@ -77,17 +63,5 @@ def repair(path: Path) -> str:
     forget(partial, blocks)
     return (
         f"{partial}: {len(blocks)} of {cache.header.blocks * (cache.header.views + 1)} blocks marked as "
-        f"missing ({_listed(damage)}); the softcache dump that made it fills them again"
+        f"missing ({damage_list(damage)}); the softcache dump that made it fills them again"
     )
-
-
-def _damage(cache: Cache) -> list[Damage]:
-    header = cache.header
-    total = header.views * header.samples * header.bytes_per_row
-    with progress("verify", total, "bytes") as advance:
-        return find_damage(cache, advance)
-
-
-def _listed(damage: Sequence[Damage], most: int = 5) -> str:
-    more = f", and {len(damage) - most} more" if len(damage) > most else ""
-    return "; ".join(map(str, damage[:most])) + more
