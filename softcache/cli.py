@@ -160,7 +160,7 @@ def dump(**options: Any) -> None:
     from softcache.dump.config import DumpConfig
     from softcache.dump.dry_run import dry_run
     from softcache.dump.loop import dump
-    from softcache.report import cache_line
+    from softcache.results.tables import cache_line
 
     dry = options.pop("dry_run")
     config = DumpConfig(**options)
@@ -320,7 +320,7 @@ def pull(source: str, **options: Any) -> None:
     against its digest as it lands. Run again after any stop, the same command goes on.
     """
     from softcache.files.pull import pull
-    from softcache.report import cache_line
+    from softcache.results.tables import cache_line
 
     click.echo(cache_line(pull(source, **options)))
 
@@ -410,14 +410,14 @@ def repair_cache(cache: Path) -> None:
     metavar="SPEC",
     help="Where its code is, if it is not a built-in one.",
 )
-def export(run: Path, **options: Any) -> None:
+def export_student(run: Path, **options: Any) -> None:
     """Write the student of a run in formats for serving, each checked against the student.
 
     ONNX and pt2 take (B, *shape) float32, images in [0, 1], and give (B, classes) logits, for any B.
     """
-    from softcache.export import export
+    from softcache.results.export import export_student
 
-    for path in export(run, **options):
+    for path in export_student(run, **options):
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         size = sum(file.stat().st_size for file in files)
         click.echo(f"{path}: {size:,} bytes, gives the student's logits")
@@ -451,7 +451,7 @@ def import_labels(**options: Any) -> None:
                                                       datasets (softcache[data])
     """
     from softcache.files.import_labels import import_labels
-    from softcache.report import cache_line
+    from softcache.results.tables import cache_line
 
     click.echo(cache_line(import_labels(**options)))
 
@@ -483,7 +483,7 @@ def export_labels(cache: Path, out: Path, **options: Any) -> None:
 )
 def compare(runs: tuple[Path, ...], **options: Any) -> None:
     """Show students side by side: size, multiply-adds, latency on the CPU, error, calibration."""
-    from softcache.compare import compare
+    from softcache.results.compare import compare
 
     click.echo(compare(runs, **options))
 
@@ -503,7 +503,7 @@ def report(places: tuple[Path, ...], out: Path, **options: Any) -> None:
     least sure of. Of runs: curves, gains over hard labels, accuracy against cost, and measured answers
     to why it works. Needs softcache[report].
     """
-    from softcache.page import report
+    from softcache.results.report import report
 
     click.echo(f"{report(places, out, **options)}: open it in a browser")
 

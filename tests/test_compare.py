@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 from softcache.cache import Cache
-from softcache.compare import Compared, compare, measure_all
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import ModelError, SettingsError
-from softcache.measure import (
+from softcache.models.build import build
+from softcache.results.compare import Compared, compare, measure_all
+from softcache.results.metrics import (
     best_temperature,
     calibration,
     gradient_similarity,
     latencies,
     multiply_adds,
 )
-from softcache.models.build import build
 from softcache.train.config import TrainConfig
 from softcache.train.loop import train
 from softcache.train.run_folder import expand, open_run
@@ -84,7 +84,7 @@ def test_latency_is_of_the_model_and_the_batch() -> None:
 def test_gradients_are_more_alike_under_soft_targets(
     dump_config: DumpConfig, tmp_path: Path
 ) -> None:
-    from softcache.compare import open_part
+    from softcache.results.compare import open_part
 
     part = open_part(dump(replace(dump_config, embed_inputs=True)).path, None)
     torch.manual_seed(0)

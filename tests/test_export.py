@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from softcache.cache import Cache
 from softcache.errors import ModelError, SettingsError
-from softcache.export import check, export
+from softcache.results.export import check_exported, export_student
 from softcache.train.config import TrainConfig
 from softcache.train.loop import train
 from softcache.train.run_folder import open_run
@@ -59,7 +59,7 @@ def test_onnx_gives_the_students_logits(folder: Path, run: Run) -> None:
 
 
 def test_a_program_gives_the_students_logits(folder: Path) -> None:
-    (path,) = export(folder, onnx=False, pt2=True)
+    (path,) = export_student(folder, onnx=False, pt2=True)
     assert path.name == "student.pt2"
     program = torch.export.load(path).module()
     inputs = torch.rand(3, 1, 8, 8)
@@ -79,9 +79,9 @@ def test_what_gives_other_logits_is_not_written(folder: Path) -> None:
     with pytest.raises(
         ModelError, match=r"x\.onnx gives logits that differ by 0\.01 from the stud"
     ):
-        check(off, model, examples, "x.onnx")
+        check_exported(off, model, examples, "x.onnx")
     with pytest.raises(ModelError, match=r"gives \(2, 5\) for a batch of 7, the student \(7, 5\)"):
-        check(fixed, model, examples, "x.onnx")
+        check_exported(fixed, model, examples, "x.onnx")
 
 
 def test_a_student_that_cannot_be_exported_is_told(
@@ -94,19 +94,19 @@ def test_a_student_that_cannot_be_exported_is_told(
     )  # fmt: skip
     train(config)
     with pytest.raises(ModelError, match="the student cannot be exported as an exported program: "):
-        export(config.out, onnx=False, pt2=True, student=[config.student])
+        export_student(config.out, onnx=False, pt2=True, student=[config.student])
     assert not list(config.out.glob("*pt2*"))
 
 
 def test_a_format_must_be_named(folder: Path) -> None:
     with pytest.raises(SettingsError, match="no format; say --onnx, --pt2 or --hf"):
-        export(folder, onnx=False, pt2=False)
+        export_student(folder, onnx=False, pt2=False)
 
 
 def test_without_the_extra_it_is_named(folder: Path, without: Callable[[str], None]) -> None:
     without("onnxruntime")
     with pytest.raises(SettingsError, match=r"--onnx needs onnxruntime .*'softcache\[onnx\]'"):
-        export(folder, onnx=True, pt2=False)
+        export_student(folder, onnx=True, pt2=False)
 
 
 # the model card

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from softcache import figures, page
 from softcache.cache import Cache, open_cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError, SettingsError
+from softcache.results import figures, report
 from softcache.train.config import TrainConfig
 from softcache.train.loop import train
 from tests.conftest import Run
@@ -71,7 +71,7 @@ def test_a_page_of_a_cache_and_its_runs(
         "Accuracy against cost", "Students", "How alike the gradients of different batches are",
     ):  # fmt: skip
         assert title in found.text, title
-    assert found.tags.count("img") == 5 + page.THUMBNAILS
+    assert found.tags.count("img") == 5 + report.THUMBNAILS
     assert embedded.content_id() in found.text
     assert re.search(r"small\s*mlp:16\s*1,125", found.text)
     assert "small/baseline" in found.text
@@ -80,7 +80,7 @@ def test_a_page_of_a_cache_and_its_runs(
 def test_nothing_is_fetched_run_or_told_of_this_machine(
     embedded: Cache, run_folder: Path, tmp_path: Path
 ) -> None:
-    out = page.report([embedded.path, run_folder], tmp_path / "r.html")
+    out = report.report([embedded.path, run_folder], tmp_path / "r.html")
     found, text = Page(out), out.read_text(encoding="utf-8")
     assert found.links
     assert all(link.startswith("data:image/") for link in found.links)
@@ -92,8 +92,8 @@ def test_nothing_is_fetched_run_or_told_of_this_machine(
 def test_the_same_report_gives_the_same_bytes_but_for_latency(
     embedded: Cache, tmp_path: Path
 ) -> None:
-    one = page.report([embedded.path], tmp_path / "1.html").read_bytes()
-    assert page.report([embedded.path], tmp_path / "2.html").read_bytes() == one
+    one = report.report([embedded.path], tmp_path / "1.html").read_bytes()
+    assert report.report([embedded.path], tmp_path / "2.html").read_bytes() == one
 
 
 def test_names_from_a_file_are_text_and_no_markup(
@@ -105,11 +105,11 @@ def test_names_from_a_file_are_text_and_no_markup(
         arrays=dict(cache.arrays)
         | {"class_names": np.array([b"<script>alert(1)</script>", b"a&b", b"c", b"d", b"e"])},
     )
-    section = page.cache_section(forged, None)
+    section = report.cache_section(forged, None)
     assert any("<script>" in cell for table in section.tables for row in table.rows for cell in row)
     out = tmp_path / "r.html"
     jinja = pytest.importorskip("jinja2")
-    text = (Path(page.__file__).parent / "report.html.jinja").read_text()
+    text = (Path(report.__file__).parent / "report.html.jinja").read_text()
     template = jinja.Environment(autoescape=True).from_string(text)
     out.write_text(template.render(sections=[section], version="1"))
     assert "script" not in Page(out).tags
@@ -118,7 +118,7 @@ def test_names_from_a_file_are_text_and_no_markup(
 @pytest.mark.parametrize("encoding", ["dense", "quantized", "topk:2", "basis:4,2", "sampled:9"])
 def test_every_encoding_has_a_page(encoding: str, dump_config: DumpConfig, tmp_path: Path) -> None:
     cache = dump(replace(dump_config, encoding=encoding, views=2, augment="shift:1"))
-    found = Page(page.report([cache.path], tmp_path / "r.html"))
+    found = Page(report.report([cache.path], tmp_path / "r.html"))
     calibrated = "Does it know when it is wrong?" in found.text
     assert calibrated == (encoding != "sampled:9")  # which has its own temperature only
 
@@ -132,18 +132,18 @@ def test_unlabelled_data_and_own_samples(dump_config: DumpConfig, tmp_path: Path
     bare = f"npz:{tmp_path / 'bare.npz'}"
     teacher = f"{tmp_path / 'm.py'}:wide"
     cache = dump(replace(dump_config, data=bare, teacher=teacher, eval_data=None))
-    without = Page(page.report([cache.path], tmp_path / "r.html"))
+    without = Page(report.report([cache.path], tmp_path / "r.html"))
     assert "What it is least sure of" not in without.text
     assert "Does it know when it is wrong?" not in without.text
-    found = Page(page.report([cache.path], tmp_path / "r.html", data=bare))
-    assert found.tags.count("img") == 2 + page.THUMBNAILS
+    found = Page(report.report([cache.path], tmp_path / "r.html", data=bare))
+    assert found.tags.count("img") == 2 + report.THUMBNAILS
 
 
 def test_many_classes_show_those_it_is_least_sure_of(
     embedded: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "MOST_CLASSES", 3)
-    found = Page(page.report([embedded.path], tmp_path / "r.html"))
+    monkeypatch.setattr(report, "MOST_CLASSES", 3)
+    found = Page(report.report([embedded.path], tmp_path / "r.html"))
     assert "The map shows the 3 classes it is least sure of." in found.text
 
 
@@ -154,15 +154,15 @@ def test_a_twin_is_found_wherever_it_lies(embedded: Cache, data_file: Path, tmp_
         eval_data=f"npz:{data_file}@test", variants=[{"alpha": 0.5}, {"alpha": 1.0}], device="cpu",
     )  # fmt: skip
     train(config)
-    found = Page(page.report([config.out], tmp_path / "r.html"))
+    found = Page(report.report([config.out], tmp_path / "r.html"))
     gains = re.findall(r"alpha=([\d.]+)\s*mlp:16[^%]*%\s*([+-][\d.]+ points)", found.text)
     assert [alpha for alpha, _ in gains] == ["0.5", "1.0"]
 
 
 def test_names_are_as_short_as_tells_them_apart(tmp_path: Path) -> None:
     folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
-    assert list(page.short_names(folders)) == ["a/run", "b/run"]
-    assert list(page.short_names([tmp_path / "a", tmp_path / "b"])) == ["a", "b"]
+    assert list(report.short_names(folders)) == ["a/run", "b/run"]
+    assert list(report.short_names([tmp_path / "a", tmp_path / "b"])) == ["a", "b"]
 
 
 def test_what_cannot_be_reported_is_told(
@@ -172,18 +172,18 @@ def test_what_cannot_be_reported_is_told(
     with pytest.raises(
         FormatError, match=r"nowhere: no such file or folder; name a cache or a fini"
     ):
-        page.report([tmp_path / "nowhere"], out)
+        report.report([tmp_path / "nowhere"], out)
     with pytest.raises(
         SettingsError, match=r"is no finished run: it has no student\.safetensors; name"
     ):
-        page.report([tmp_path], out)
+        report.report([tmp_path], out)
     with pytest.raises(SettingsError, match="nothing to report of"):
-        page.report([], out)
+        report.report([], out)
     without("matplotlib")
     with pytest.raises(
         SettingsError, match=r"needs matplotlib .*; pip install 'softcache\[report\]'"
     ):
-        page.report([embedded.path], out)
+        report.report([embedded.path], out)
     assert not out.exists()
 
 
@@ -201,7 +201,7 @@ def test_thumbnails_are_made_of_images_only() -> None:
 
 @pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no browser here")
 def test_it_shows_in_a_browser(embedded: Cache, run_folder: Path, tmp_path: Path) -> None:
-    out = page.report([embedded.path, run_folder], tmp_path / "r.html")
+    out = report.report([embedded.path, run_folder], tmp_path / "r.html")
     browser = next(found for found in map(shutil.which, BROWSERS) if found)
     shot = tmp_path / "shot.png"
     subprocess.run(
@@ -218,6 +218,6 @@ def test_it_shows_in_a_browser(embedded: Cache, run_folder: Path, tmp_path: Path
 
 def test_a_cache_that_was_opened_is_left_as_it_was(embedded: Cache, tmp_path: Path) -> None:
     before = embedded.path.read_bytes()
-    page.report([embedded.path], tmp_path / "r.html")
+    report.report([embedded.path], tmp_path / "r.html")
     assert embedded.path.read_bytes() == before
     assert open_cache(embedded.path).complete

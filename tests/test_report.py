@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from softcache.cache import Cache
 from softcache.models.evaluate import Evaluation
-from softcache.report import Row, cache_line, models_table
+from softcache.results.tables import Row, cache_line, models_table
 
 
 def cells(table: str) -> list[list[str]]:

@@ -14,7 +14,7 @@ from softcache.join.joined_data import JoinedData
 from softcache.models.evaluate import Evaluation, data_digest
 from softcache.models.spec import public_name
 from softcache.models.weights import file_sha256
-from softcache.report import Row, models_table
+from softcache.results.tables import Row, models_table
 from softcache.train.card import model_card
 from softcache.train.config import STUDENT_FIELDS, StudentConfig, TrainConfig
 from softcache.train.student import Learner

@@ -17,17 +17,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache import __version__, figures
+from softcache import __version__
 from softcache.cache import Cache, Sampled
 from softcache.cache.reader import open_trainable
-from softcache.compare import BATCHES, Compared, measure_all, open_part
 from softcache.data.embedded import CacheSource
 from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.errors import FormatError, SettingsError
 from softcache.files.describe import describe
 from softcache.join.match import join_samples
-from softcache.measure import best_temperature, calibration, gradient_similarity
+from softcache.results import figures
+from softcache.results.compare import BATCHES, Compared, measure_all, open_part
+from softcache.results.metrics import best_temperature, calibration, gradient_similarity
 from softcache.targets.decode import to_dense
 from softcache.targets.fetch import soft_targets
 from softcache.train.run_folder import Run, expand, open_run
@@ -35,10 +36,15 @@ from softcache.util.extras import import_extra
 from softcache.util.files import replace_file
 
 MOST_ROWS = 20_000  # of a cache that are looked at
+
 MOST_VALUES = 1 << 28  # of the probabilities that are held at once
+
 MOST_CLASSES = 60  # in the heat map
+
 THUMBNAILS = 24
+
 PAIRS = 10  # of similar classes
+
 CPU = torch.device("cpu")
 
 

@@ -15,17 +15,18 @@ from softcache.data.open import open_source
 from softcache.errors import SettingsError
 from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
-from softcache.measure import (
+from softcache.models.weights import parameter_count
+from softcache.results.metrics import (
     calibration,
     divergence_from_teacher,
     latencies,
     multiply_adds,
     outputs,
 )
-from softcache.models.weights import parameter_count
 from softcache.train.run_folder import Run, expand, open_run
 
 BATCHES = (1, 64)
+
 NOISE = 0.1  # of a latency
 
 

@@ -21,8 +21,11 @@ from softcache.losses import hard_loss, soft_loss
 from softcache.util.tensors import to_float
 
 BATCH = 500
+
 BINS = 15  # of confidence
+
 RUNS = 20  # of a latency that count, after a few that do not
+
 CPU = torch.device("cpu")
 
 Floats = npt.NDArray[np.float64]

@@ -20,12 +20,13 @@ from softcache.util.extras import import_extra
 from softcache.util.files import replace_file
 
 TOLERANCE = 1e-4  # of the largest logit
+
 TRIED = (1, 2, 7)  # samples in a batch
 
 Infer = Callable[[Tensor], Tensor]
 
 
-def export(
+def export_student(
     folder: Path, *, onnx: bool, pt2: bool, hf: bool = False, student: Sequence[str] = ()
 ) -> list[Path]:
     """Write RUN/student.onnx, .pt2 or RUN/student-hf; each is run and compared with the student first.
@@ -55,7 +56,9 @@ def export(
 
             def make(unfinished: Path, write: Callable[..., Infer] = write) -> None:
                 infer = write(model, run.example(2), unfinished)
-                check(infer, model, [run.example(batch) for batch in TRIED], unfinished.name)
+                check_exported(
+                    infer, model, [run.example(batch) for batch in TRIED], unfinished.name
+                )
 
             replace_file(path, make)
             written.append(path)
@@ -74,14 +77,14 @@ def _to_hf(run: Run, model: nn.Module, folder: Path) -> Path:
         place = Path(unfinished) / folder.name
         save_hub(model, place, names if len(names) == run.classes else ())
         examples = [run.example(batch) for batch in TRIED]
-        check(build_hub(f"hf:{place}", None).eval(), model, examples, folder.name)
+        check_exported(build_hub(f"hf:{place}", None).eval(), model, examples, folder.name)
         if folder.exists():
             shutil.rmtree(folder)
         place.rename(folder)
     return folder
 
 
-def check(infer: Infer, model: nn.Module, examples: Sequence[Tensor], name: str) -> None:
+def check_exported(infer: Infer, model: nn.Module, examples: Sequence[Tensor], name: str) -> None:
     """Raise ModelError unless `infer` gives the model's logits for batches (B, *shape) of several sizes."""
     for inputs in examples:
         with torch.inference_mode():

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from softcache.measure import Calibration
+from softcache.results.metrics import Calibration
 from softcache.util.extras import import_extra
 
 Floats = npt.NDArray[np.float64]
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2a9d6f", "#8a5fbf", "#c98b1b", "#4d4d4d")
+
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
