@@ -1,3 +1,3 @@
-from softcache.cli import main
+from softcache.cli.app import main
 
 main()

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from softcache import __version__
 from softcache.cache import Cache, open_cache
 from softcache.cache.reader import partial_path
-from softcache.cli import main
+from softcache.cli.app import main
 from softcache.dump.config import DumpConfig
 from softcache.errors import ModelError
 from softcache.train.config import TrainConfig

@@ -9,8 +9,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from softcache.cli import main
-from softcache.demo import demo_commands
+from softcache.cli.app import main
+from softcache.cli.demo import demo_commands
 from softcache.errors import SettingsError
 from softcache.models.build import build
 from softcache.models.weights import parameter_count

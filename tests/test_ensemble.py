@@ -23,7 +23,7 @@ from softcache.cache import allocate as cache_allocate
 from softcache.cache import writer as cache_writer
 from softcache.cache.reader import partial_path
 from softcache.cache.verify import check_damage
-from softcache.cli import main
+from softcache.cli.app import main
 from softcache.data.open import open_source
 from softcache.dump.config import DumpConfig
 from softcache.dump.fidelity import BATCH

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from softcache.cache import Cache, TopK, open_cache
-from softcache.cli import main
+from softcache.cli.app import main
 from softcache.dump.config import DumpConfig
 from softcache.errors import ModelError, SettingsError
 from softcache.files.export_labels import export_labels

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from softcache.cache import Cache, open_cache
-from softcache.cli import main
+from softcache.cli.app import main
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError, RemoteError, SettingsError

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from softcache.cache import Cache, open_cache
 from softcache.cache.header import PREAMBLE, preamble
 from softcache.cache.reader import partial_path
-from softcache.cli import main
+from softcache.cli.app import main
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import DataError, FormatError, ModelError, SettingsError

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from softcache.cache import Cache, open_cache
-from softcache.cli import main
+from softcache.cli.app import main
 from softcache.errors import FormatError, RemoteError, SettingsError
 from softcache.files import remote
 from softcache.files.pull import pull

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from softcache.cache import open_cache
-from softcache.cli import main
+from softcache.cli.app import main
 from tests.hub import BREEDS, VIT, save_pets, save_reviews, save_tokenizer
 
 

@@ -43,7 +43,7 @@ from softcache.cache import Header, allocate, open_cache, writer
 from softcache.cache.header import PREAMBLE
 from softcache.cache.reader import partial_path
 from softcache.cache.verify import find_damage
-from softcache.cli import main as softcache
+from softcache.cli.app import main as softcache
 from softcache.errors import FormatError
 from tests.bench import machine, work_folder
 from tests.bench.corruptions import AUGMENT, VIEWS, block_places, write_inputs

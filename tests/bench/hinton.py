@@ -19,9 +19,9 @@ from tabulate import tabulate
 from torch import Tensor
 
 from softcache.cache import open_cache
+from softcache.cli.demo import TEACHER
 from softcache.data.loader import loader, sequential_batches
 from softcache.data.open import open_source
-from softcache.demo import TEACHER
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.models.build import build

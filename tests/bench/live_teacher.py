@@ -25,11 +25,11 @@ from tabulate import tabulate
 from torch import Tensor
 
 from softcache.cache import Cache
+from softcache.cli.demo import EPOCHS, STUDENT, TEACHER, TEMPERATURE
 from softcache.data.augment import Augmentation
 from softcache.data.loader import Batch
 from softcache.data.open import open_source
 from softcache.data.source import Source
-from softcache.demo import EPOCHS, STUDENT, TEACHER, TEMPERATURE
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.dump.prepare import load_teachers

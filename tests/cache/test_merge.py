@@ -22,7 +22,7 @@ from softcache.cache.merge import SETTINGS, merge
 from softcache.cache.reader import partial_path
 from softcache.cache.verify import find_damage
 from softcache.cache.writer import digest_offset
-from softcache.cli import main
+from softcache.cli.app import main
 from softcache.data.augment import parse_augment
 from softcache.data.open import open_source
 from softcache.dump.config import DumpConfig

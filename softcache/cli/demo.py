@@ -7,8 +7,11 @@ from pathlib import Path
 from softcache.errors import SettingsError
 
 TEACHER = "cnn:32x2,64x2,128x2"
+
 STUDENT = "cnn:8,16x2,32x2"
+
 TEMPERATURE = 4
+
 EPOCHS = 5
 
 

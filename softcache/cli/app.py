@@ -12,11 +12,10 @@ from typing import Any
 import click
 
 from softcache import __version__
+from softcache.cli.params import BatchSize, Numbers, Shard, ViewRange, read_config
 from softcache.errors import Interrupted, SoftcacheError
-from softcache.options import BatchSize, Numbers, Shard, ViewRange, read_config
 
 # torch takes seconds to import: each command imports what it needs when it runs
-
 PATH = click.Path(path_type=Path)
 
 
@@ -514,7 +513,7 @@ def report(places: tuple[Path, ...], out: Path, **options: Any) -> None:
 @click.option("--seed", type=int, default=0, help="Of the student.")
 def demo(data_dir: Path, out: Path, seed: int) -> None:
     """From a trained teacher to a distilled student on MNIST, in a few minutes."""
-    from softcache.demo import demo_commands
+    from softcache.cli.demo import demo_commands
 
     for arguments in demo_commands(data_dir, out, seed):
         click.secho(f"\n$ softcache {shlex.join(arguments)}", bold=True)
