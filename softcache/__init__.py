@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from softcache._version import __version__
 from softcache.errors import SoftcacheError
 
 if TYPE_CHECKING:
@@ -18,13 +19,12 @@ if TYPE_CHECKING:
     from softcache.targets.decode import to_dense
     from softcache.types import SparseTargets
 
-__version__ = "0.1.0"
-
 __all__ = [
     "SoftCache",
     "SoftLabelDataset",
     "SoftcacheError",
     "SparseTargets",
+    "__version__",
     "distillation_loss",
     "open",
     "to_dense",
@@ -34,10 +34,10 @@ __all__ = [
 _PLACES = {
     "SoftCache": "softcache.api",
     "SoftLabelDataset": "softcache.api",
-    "SparseTargets": "softcache.losses",
+    "SparseTargets": "softcache.types",
     "distillation_loss": "softcache.losses",
     "open": "softcache.api",
-    "to_dense": "softcache.targets.encode",
+    "to_dense": "softcache.targets.decode",
 }
 
 

@@ -2,7 +2,7 @@
 
 Stored are log-probabilities at the dump temperature T. Any other temperature follows exactly:
 log p' = log_softmax(log p · T / T'), since log p differs from z / T by a constant of the row.
-The decodes here are the reference; softcache/targets.py has the same in torch.
+The decodes here are the reference; softcache/targets/ has the same in torch.
 """
 
 from __future__ import annotations

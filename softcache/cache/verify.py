@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from softcache.cache import Cache
 from softcache.cache.header import PREAMBLE, parse_preamble
 from softcache.cache.reader import PARTIAL, Cache, hdf5_digest, shared_digest
 from softcache.errors import FormatError

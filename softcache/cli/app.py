@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from softcache import __version__
+from softcache._version import __version__
 from softcache.cli.params import BatchSize, Numbers, Shard, ViewRange, read_config
 from softcache.errors import Interrupted, SoftcacheError
 

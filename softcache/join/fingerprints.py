@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache import __version__
+from softcache._version import __version__
 from softcache.cache import Cache, Header
 from softcache.cache.header import FINGERPRINT
 from softcache.data.augment import Augmentation, parse_augment, public_spec

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache import __version__
+from softcache._version import __version__
 from softcache.cache import Cache, Sampled
 from softcache.cache.reader import open_trainable
 from softcache.data.embedded import CacheSource
@@ -109,7 +109,7 @@ def report(
         sections.append(cache_section(cache, samples))
     if runs:
         sections.append(runs_section(runs, caches, data, eval_data, student))
-    text = resources.files("softcache").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    text = resources.files("softcache.results").joinpath("report.html.jinja").read_text(encoding="utf-8")
     page = jinja.Environment(autoescape=True).from_string(text)
     html = page.render(sections=sections, version=__version__)
     out.parent.mkdir(parents=True, exist_ok=True)

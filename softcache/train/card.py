@@ -121,7 +121,7 @@ def _usage(facts: Mapping[str, Any]) -> str:
     shape = tuple(facts["input_shape"])
     return f"""```python
 from safetensors.torch import load_file
-from softcache.models import build
+from softcache.models.build import build
 
 model = build({facts["settings"]["student"]!r}, input_shape={shape}, classes={facts["classes"]})
 model.load_state_dict(load_file("student.safetensors"))

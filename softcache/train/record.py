@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softcache import __version__
+from softcache._version import __version__
 from softcache.cache import Cache
 from softcache.data.source import Source
 from softcache.join.joined_data import JoinedData

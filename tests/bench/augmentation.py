@@ -1,6 +1,6 @@
 """What replaying views costs: batches a second, and steps a second of `train`.
 
-Augmented images a second, by softcache.views on whole batches against one image at a time, as a
+Augmented images a second, by softcache.data.augmentations on whole batches against one image at a time, as a
 Dataset's own transform works: Pillow's crop and resize, flip and colour enhancement, then a tensor.
 Then `train` from a cache of views against the same cache without augmentation.
 """

@@ -26,9 +26,9 @@ from tests.bench.dump_overhead import make_weights
 
 WRAPPED = """
 import os, sys, time
-import softcache.dump
-from softcache.cli import main
-from softcache.teacher import Ensemble
+from softcache.dump import loop
+from softcache.cli.app import main
+from softcache.teachers.ensemble import Ensemble
 
 ask = Ensemble.log_probs
 
@@ -40,7 +40,7 @@ def slow(*arguments, **named):
 
 if os.environ.get("BENCH_SLOW") == os.environ.get("RANK", "0"):
     Ensemble.log_probs = slow
-softcache.dump.RUNS_OF_A_PROCESS = int(sys.argv.pop(1))
+loop.RUNS_OF_A_PROCESS = int(sys.argv.pop(1))
 main(prog_name="softcache")
 """
 SHARED, EQUAL = 8, 1  # runs of blocks of a view for each process

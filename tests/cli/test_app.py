@@ -644,13 +644,13 @@ def imported(program: str, *arguments: str | Path) -> set[str]:
     return set(done.stdout.splitlines()[-1].split()[1:])
 
 
-INFO = "import sys; from softcache.cli import main; main(sys.argv[1:], standalone_mode=False)"
+INFO = "import sys; from softcache.cli.app import main; main(sys.argv[1:], standalone_mode=False)"
 
 
 def test_torch_is_imported_only_where_it_is_used(cache: Cache) -> None:
     slow = {"torch", "accelerate", "h5py", "safetensors"}
     assert not slow & imported("import softcache")
-    assert not slow & imported("import softcache.cli")
+    assert not slow & imported("import softcache.cli.app")
     for more in ([], ["--json"]):
         modules = imported(INFO, "info", cache.path, *more)
         assert "softcache.files.describe" in modules
@@ -658,4 +658,4 @@ def test_torch_is_imported_only_where_it_is_used(cache: Cache) -> None:
 
 
 def test_an_import_of_torch_would_be_noticed() -> None:
-    assert "torch" in imported("import softcache.loss")
+    assert "torch" in imported("import softcache.losses")

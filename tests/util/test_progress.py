@@ -70,7 +70,7 @@ def test_an_error_in_the_work_goes_through() -> None:
 
 
 WORK = """
-from softcache.progress import progress
+from softcache.util.progress import progress
 with progress("dump", 2000, "rows", done=500) as advance:
     advance(500)
     advance(1000, "view 2")
@@ -114,7 +114,7 @@ def test_a_pipe_gets_no_bar() -> None:
 def test_a_terminal_shows_an_error_below_the_bar() -> None:
     code = """
 import sys
-from softcache.progress import progress
+from softcache.util.progress import progress
 try:
     with progress("dump", 2000, "rows") as advance:
         advance(500)

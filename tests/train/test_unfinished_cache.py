@@ -20,7 +20,7 @@ from softcache.errors import FormatError, ModelError
 from softcache.train.config import TrainConfig
 from softcache.train.loop import train
 from tests.conftest import make_arrays
-from tests.test_train import NOTHING, soft
+from tests.train.test_loop import NOTHING, soft
 
 SAMPLES = 60
 BLOCKS = -(-SAMPLES // 7)  # of a view

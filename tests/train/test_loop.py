@@ -972,7 +972,7 @@ def test_no_code_of_the_teacher_is_imported(
 ) -> None:
     program = """
 import json, sys
-from softcache.cli import main
+from softcache.cli.app import main
 for arguments in map(json.loads, sys.argv[1:]):
     main(arguments, standalone_mode=False)
     print("loaded " + json.dumps([name for name in sys.modules if name.startswith("softcache")]))

@@ -167,9 +167,9 @@ REPLAY = """
 import hashlib, json, sys
 import numpy as np
 import torch
-from softcache.data import open_source
-from softcache.loader import augmented, loader, make_request
-from softcache.views import parse_augment
+from softcache.data.open import open_source
+from softcache.data.loader import augmented, loader, make_request
+from softcache.data.augment import parse_augment
 
 source = open_source(sys.argv[1])
 for spec in sys.argv[2:]:

@@ -20,7 +20,7 @@ from softcache.errors import SettingsError
 from softcache.train.config import TrainConfig
 from softcache.train.loop import train
 from tests.conftest import SAMPLES, Run, make_arrays
-from tests.test_train import save_data
+from tests.train.test_loop import save_data
 
 
 @pytest.fixture

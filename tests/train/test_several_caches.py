@@ -23,7 +23,7 @@ from softcache.train.loop import train
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
 from tests.conftest import make_arrays
-from tests.test_train import NOTHING, metrics, same_weights, soft
+from tests.train.test_loop import NOTHING, metrics, same_weights, soft
 
 SAMPLES = 60
 

@@ -21,7 +21,7 @@ from softcache.train.optimizer import learning_rate_factor, make_optimizer
 from softcache.train.run_folder import make_run_folder
 from softcache.train.student import Learner
 from softcache.types import MixedLabels, SparseTargets
-from tests.test_learner import STEPS, WARMUP, a_batch, a_learner, parameters
+from tests.train.test_student import STEPS, WARMUP, a_batch, a_learner, parameters
 
 ANY_SOURCE = ArraySource("any", np.zeros((1, 8), np.float32), np.zeros(1, np.int64))
 

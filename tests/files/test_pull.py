@@ -325,7 +325,7 @@ def test_a_pull_that_is_killed_goes_on(served: Served, tmp_path: Path) -> None:
 
     served.answer = slow
     code = (
-        "import sys\nfrom pathlib import Path\nimport softcache.pull as p\n"
+        "import sys\nfrom pathlib import Path\nimport softcache.files.pull as p\n"
         "from softcache.cache import writer\np.PART = 400\nwriter.COMMIT_SECONDS = 0.0\n"
         "p.pull(sys.argv[1], Path(sys.argv[2]))"
     )
