@@ -30,7 +30,14 @@ from tests.cache.test_writer import SAMPLES, SUMMARY, run_dump
 
 JSON = dict[str, Any]
 Place = tuple[str | int, ...]  # the way to a value in the header: ("arrays", 0, "name")
-GONE = object()  # in place of a value: there is none
+
+
+class _Gone:
+    def __repr__(self) -> str:
+        return "gone"  # names a test case, the same in every process
+
+
+GONE = _Gone()  # in place of a value: there is none
 
 
 # a real cache, and ways to change it

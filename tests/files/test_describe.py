@@ -192,7 +192,9 @@ def test_info_imports_neither_torch_nor_libhdf5(cache: Cache) -> None:
 
 
 def test_an_import_of_torch_or_libhdf5_would_be_noticed() -> None:
-    found = imported("-c", "from softcache.cache import writer; import softcache.train.student, h5py")
+    found = imported(
+        "-c", "from softcache.cache import writer; import softcache.train.student, h5py"
+    )
     assert found >= HEAVY
 
 
