@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from softcache.join.match import join
 from softcache.targets.decode import to_dense
 from softcache.targets.fetch import soft_targets
 from softcache.types import MixedLabels, Targets
+
+if TYPE_CHECKING:
+    from softcache.train.student import Student
 
 CPU = torch.device("cpu")
 
@@ -102,6 +105,65 @@ class SoftCache:
         return soft_targets(self.cache, wanted, torch.device(device))(np.asarray(view), at)
 
 
+def dump(
+    *,
+    teacher: str | Sequence[str],
+    data: str,
+    out: str | Path,
+    **settings: Any,  # fields of DumpConfig
+) -> SoftCache:
+    """Write a teacher's soft targets for every sample into one file, as `softcache dump` does.
+
+    Args:
+        teacher: the specification of a teacher, or of several whose probabilities are averaged.
+        data: the specification of the samples.
+        out: the file to write.
+        settings: any other field of softcache.dump.config.DumpConfig, such as temperature=4.0.
+
+    Returns:
+        The finished cache. A dump that was stopped continues when it is called again.
+
+    Raises:
+        SoftcacheError: the settings, the data or the teacher are not as they should be.
+    """
+    from softcache.dump.config import DumpConfig
+    from softcache.dump.loop import dump as run_dump
+
+    return SoftCache(run_dump(DumpConfig(teacher=teacher, data=data, out=Path(out), **settings)))
+
+
+def train(
+    cache: str | Path | Sequence[str | Path] | None = None,
+    *,
+    student: str | Sequence[str],
+    out: str | Path,
+    **settings: Any,  # fields of TrainConfig and StudentConfig
+) -> list[Student]:
+    """Train students from a cache, as `softcache train` does.
+
+    Args:
+        cache: a cache, several, or URLs of caches; None trains on labels alone.
+        student: the specification of a student, or of several that share all batches.
+        out: the folder of the run.
+        settings: any other field of softcache.train.config.TrainConfig or StudentConfig, such as
+            data="folder:images", epochs=20, learning_rate=1e-3.
+
+    Returns:
+        The trained students, baselines last: `final_model` is an nn.Module, `evaluation` its test errors.
+
+    Raises:
+        SoftcacheError: the settings, the cache, the data or a student are not as they should be.
+    """
+    from softcache.train.config import make_train_config
+    from softcache.train.loop import train as run_training
+
+    places = [cache] if isinstance(cache, str | Path) else list(cache or ())
+    config = make_train_config(
+        student=student, cache=[local_copy(place) for place in places], out=Path(out), **settings
+    )
+    return run_training(config)
+
+
 def open(path: str | Path, *, verify: bool = False) -> SoftCache:
     """Open a cache; nothing of it is read but header and digests.
 
@@ -161,7 +223,9 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             device=CPU,
             rotate=rotate,
         )
-        self._rows = np.argsort(self._joined.places)  # of the cache, in the order of the data set
+        self._rows = np.argsort(
+            self._joined.source_indices
+        )  # of the cache, in the order of the data set
 
     def __len__(self) -> int:
         return len(self._joined)

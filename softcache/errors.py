@@ -1,4 +1,4 @@
-"""The one family of errors that softcache raises on purpose.
+"""The errors that softcache raises on purpose.
 
 Every message says the value, what was expected, where, and what to do next. The command line
 prints the message in one line and exits with the error's `exit_code`.
@@ -8,34 +8,50 @@ from __future__ import annotations
 
 
 class SoftcacheError(Exception):
-    """Something the user can mend; `exit_code` is what the command line exits with."""
+    """Something the user can fix; `exit_code` is what the command line exits with."""
 
     exit_code = 1
 
 
-class FormatError(SoftcacheError):
+class FormatError(SoftcacheError, ValueError):
     """A file is not a cache, or breaks a rule of FORMAT.md."""
 
 
-class SettingsError(SoftcacheError):
-    """An option, a specification or a combination of them makes no sense."""
+class SettingsError(SoftcacheError, ValueError):
+    """An option or a specification is invalid, or a combination of them is."""
 
     exit_code = 2
 
 
-class DataError(SoftcacheError):
+class DataError(SoftcacheError, ValueError):
     """The samples are not what they should be, or not those the cache was made from."""
 
 
-class ModelError(SoftcacheError):
-    """A teacher or a student cannot be built, loaded, or run."""
+class ModelError(SoftcacheError, ValueError):
+    """A teacher or a student cannot be built, loaded or run."""
 
 
 class RemoteError(SoftcacheError):
-    """A server cannot be reached, or does not give what it should."""
+    """A server cannot be reached, or does not return what it should."""
+
+
+class MissingCacheError(FormatError, FileNotFoundError):
+    """There is no such cache file."""
+
+
+class MissingDataError(DataError, FileNotFoundError):
+    """A data specification names a file or folder that does not exist."""
+
+
+class MissingModelError(ModelError, FileNotFoundError):
+    """A model specification or --weights names a file that does not exist."""
+
+
+class MissingFileError(SettingsError, FileNotFoundError):
+    """An option names a file that does not exist."""
 
 
 class Interrupted(SoftcacheError):
-    """The user stopped the work; what was done is kept."""
+    """The user stopped the run; finished work is kept."""
 
     exit_code = 130

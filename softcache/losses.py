@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -82,9 +83,7 @@ def soft_loss(
     """
     name, parameter = parse_loss(loss)
     log_q = functional.log_softmax(_wide(logits) / temperature, dim=-1)  # (B, C)
-    if name == "dkd":
-        return _decoupled(log_q, targets, labels, parameter).mean()
-    return DIVERGENCES[name](log_q, targets).mean()
+    return LOSSES[name].rows(log_q, targets, labels, parameter).mean()
 
 
 def parse_loss(spec: str) -> tuple[str, float]:
@@ -93,15 +92,15 @@ def parse_loss(spec: str) -> tuple[str, float]:
     Raises:
         SettingsError: there is no such loss.
     """
-    name, colon, rest = spec.partition(":")
+    name, colon, number = spec.partition(":")
+    default = LOSSES[name].parameter if name in LOSSES else None
     try:
-        parameter = float(rest) if colon else DKD_BETA
+        parameter = float(number) if colon else default or 0.0
     except ValueError:
         parameter = -1.0
-    if name not in LOSSES or (colon and name != "dkd") or not 0 <= parameter < 1e6:
-        raise SettingsError(
-            f"loss {spec!r} is unknown; expected one of {', '.join(LOSSES)}, or dkd:BETA"
-        )
+    if name not in LOSSES or (colon and default is None) or not 0 <= parameter < 1e6:
+        forms = ", ".join(kind.form for kind in LOSSES.values())
+        raise SettingsError(f"loss {spec!r} is unknown; expected one of {forms}")
     return name, parameter
 
 
@@ -168,7 +167,7 @@ def mean_squared_error(log_q: Tensor, targets: Targets) -> Tensor:
     return (difference - difference.mean(-1, keepdim=True)).square().mean(-1) / 2
 
 
-def _decoupled(log_q: Tensor, targets: Targets, labels: Labels | None, beta: float) -> Tensor:
+def decoupled(log_q: Tensor, targets: Targets, labels: Labels | None, beta: float) -> Tensor:
     """TCKD + beta NCKD of each row, (B,): Zhao et al., "Decoupled Knowledge Distillation" (arXiv
     2203.08679), equation 7 with alpha = 1: the KL of label against all others, and that among the others."""
     if not isinstance(labels, Tensor) or bool((labels < 0).any()):
@@ -208,14 +207,48 @@ def _decoupled(log_q: Tensor, targets: Targets, labels: Labels | None, beta: flo
     return whether + beta * among
 
 
-DIVERGENCES: dict[str, Callable[[Tensor, Targets], Tensor]] = {
-    "kl": kl,
-    "reverse_kl": reverse_kl,
-    "js": jensen_shannon,
-    "mse": mean_squared_error,
-}
+@dataclass(frozen=True)
+class LossKind:
+    """An entry in the table of losses.
 
-LOSSES = (*DIVERGENCES, "dkd")
+    Attributes:
+        form: how a specification is written.
+        meaning: what it is, in a phrase.
+        rows: the loss of each row (B,), from the student's log-probabilities at the temperature (B, C),
+            the targets, the labels, and the number behind the colon.
+        parameter: the number behind the colon, if none is given; None if it takes none.
+    """
+
+    form: str
+    meaning: str
+    rows: Callable[[Tensor, Targets, Labels | None, float], Tensor]
+    parameter: float | None = None
+
+
+LOSSES = {
+    "kl": LossKind(
+        "kl", "KL(teacher ‖ student); the default", lambda log_q, targets, *_: kl(log_q, targets)
+    ),
+    "reverse_kl": LossKind(
+        "reverse_kl",
+        "KL(student ‖ teacher)",
+        lambda log_q, targets, *_: reverse_kl(log_q, targets),
+    ),
+    "js": LossKind(
+        "js", "Jensen-Shannon divergence", lambda log_q, targets, *_: jensen_shannon(log_q, targets)
+    ),
+    "mse": LossKind(
+        "mse",
+        "half the mean squared error of the centred logits",
+        lambda log_q, targets, *_: mean_squared_error(log_q, targets),
+    ),
+    "dkd": LossKind(
+        "dkd:BETA",
+        "decoupled KD: KL of label against the rest + BETA times KL among the rest",
+        lambda *arguments: decoupled(*arguments),
+        DKD_BETA,
+    ),
+}
 
 
 def _named(targets: SparseTargets) -> Tensor:

@@ -46,6 +46,8 @@ class Encoding(Protocol):
     """How rows of C log-probabilities are stored: a frozen dataclass of its parameters."""
 
     name: ClassVar[str]
+    form: ClassVar[str]  # how a specification is written
+    meaning: ClassVar[str]  # what is stored, in a phrase
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def arrays(self, classes: int) -> list[ArraySpec]:
@@ -64,6 +66,8 @@ class Dense:
     """float16 log-probabilities: 2C bytes a row, re-tempered exactly, KL at most 1e-5."""
 
     name: ClassVar[str] = "dense"
+    form: ClassVar[str] = "dense"
+    meaning: ClassVar[str] = "float16 log-probabilities, 2 bytes per class; the default"
 
     def arrays(self, classes: int) -> list[ArraySpec]:
         return [ArraySpec("log_probs", "<f2", "rows", (classes,))]
@@ -82,6 +86,8 @@ class Quantized:
     """
 
     name: ClassVar[str] = "quantized"
+    form: ClassVar[str] = "quantized"
+    meaning: ClassVar[str] = "8 bits per class"
 
     def arrays(self, classes: int) -> list[ArraySpec]:
         return [
@@ -104,6 +110,8 @@ class TopK:
     """
 
     name: ClassVar[str] = "topk"
+    form: ClassVar[str] = "topk:K"
+    meaning: ClassVar[str] = "the K largest, and the mass of the tail at several temperatures"
     k: int
     temperatures: tuple[float, ...] = TAIL_TEMPERATURES
 
@@ -149,6 +157,10 @@ class Basis:
     """
 
     name: ClassVar[str] = "basis"
+    form: ClassVar[str] = "basis:BYTES,K"
+    meaning: ClassVar[str] = (
+        "fitted to the teacher: BYTES of coefficients and K corrected classes per row"
+    )
     wide: int
     narrow: int
     top: int
@@ -198,6 +210,8 @@ class Sampled:
     """
 
     name: ClassVar[str] = "sampled"
+    form: ClassVar[str] = "sampled:N"
+    meaning: ClassVar[str] = "N draws, for large vocabularies; at the temperature of the dump only"
     n: int
 
     def __post_init__(self) -> None:

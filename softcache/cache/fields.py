@@ -74,6 +74,8 @@ def load_json(text: bytes) -> JSON:
         )
     except RecursionError:
         raise FormatError("the header's JSON is nested too deep") from None
+    except FormatError:  # which is a ValueError too
+        raise
     except ValueError as error:  # not ASCII, not JSON, or an integer of thousands of digits
         raise FormatError(f"the header is not JSON: {shown(str(error))}") from error
     if not isinstance(fields, dict):

@@ -119,6 +119,24 @@ class Header:
         return INPUTS in self.must_understand
 
     @property
+    def view_range(self) -> range:
+        """Numbers of the views in the draws of the augmentation."""
+        return range(self.first_view, self.first_view + self.views)
+
+    @property
+    def sample_range(self) -> range:
+        """Ids of the samples: their numbers in the whole data set, and in the draws."""
+        return range(self.first_sample, self.first_sample + self.samples)
+
+    @property
+    def inputs_spec(self) -> ArraySpec | None:
+        """What one embedded sample is; None if the samples are not in the file."""
+        if not self.embeds_inputs:
+            return None
+        array = self.array(INPUTS)
+        return ArraySpec(INPUTS, array.dtype, "samples", array.shape[1:])
+
+    @property
     def blocks(self) -> int:
         """Blocks of one view."""
         return -(-self.samples // self.block_rows)

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from softcache.cache.allocate import Values, create
-from softcache.cache.encodings import ArraySpec
-from softcache.cache.header import INPUTS, Header
+from softcache.cache.header import Header
 from softcache.cache.reader import Cache, open_cache, partial_path, raw_bytes, shared_digest
 from softcache.cache.summary import pooled_fidelity, summarize
 from softcache.cache.verify import Damage, block_damage
@@ -154,14 +153,23 @@ def _shards(parts: Sequence[Cache]) -> list[list[Cache]]:
     """Parts by their samples, then by their views; each shard has the same views, without a gap."""
     by_samples: dict[range, list[Cache]] = {}
     for part in sorted(parts, key=lambda p: (p.header.first_sample, p.header.first_view)):
-        by_samples.setdefault(_samples(part), []).append(part)
+        by_samples.setdefault(part.header.sample_range, []).append(part)
     shards = list(by_samples.values())
     for before, after in pairwise(shards):
-        _check_adjacent(before[0], after[0], "samples", _samples(before[0]), _samples(after[0]))
+        _check_adjacent(
+            before[0],
+            after[0],
+            "samples",
+            before[0].header.sample_range,
+            after[0].header.sample_range,
+        )
     for shard in shards:
         for one, two in pairwise(shard):
-            _check_adjacent(one, two, "views", _views(one), _views(two))
-        views = [range(_views(s[0]).start, _views(s[-1]).stop) for s in (shards[0], shard)]
+            _check_adjacent(one, two, "views", one.header.view_range, two.header.view_range)
+        views = [
+            range(s[0].header.view_range.start, s[-1].header.view_range.stop)
+            for s in (shards[0], shard)
+        ]
         if views[0] != views[1]:
             raise SettingsError(
                 f"{shard[0].path} and those of its samples have views {_named(views[1])}, "
@@ -209,11 +217,7 @@ def _begin(out: Path, header: Header, shared: Values, unit: int) -> None:
     """
     partial = partial_path(out)
     if not partial.exists():
-        inputs = None
-        if header.embeds_inputs:
-            embedded = header.array(INPUTS)
-            inputs = ArraySpec(INPUTS, embedded.dtype, "samples", embedded.shape[1:])
-        create(out, header, shared, unit, inputs)
+        create(out, header, shared, unit, header.inputs_spec)
         return
     begun = open_cache(partial, unfinished=True)
     fields = (*SETTINGS, "views", "samples", "first_view", "first_sample")
@@ -258,15 +262,6 @@ def _check_there(part: Cache, own: int, block: int, writer: Writer, view: int) -
 def _fidelity(parts: Sequence[Cache]) -> dict[str, Any]:
     pooled = pooled_fidelity(parts)
     return {"fidelity": pooled} if pooled else {}
-
-
-def _samples(part: Cache) -> range:
-    header = part.header
-    return range(header.first_sample, header.first_sample + header.samples)
-
-
-def _views(part: Cache) -> range:
-    return range(part.header.first_view, part.header.first_view + part.header.views)
 
 
 def _named(numbers: range) -> str:

@@ -17,7 +17,7 @@ import xxhash
 
 from softcache.cache.encodings import Floats
 from softcache.cache.header import PREAMBLE, Array, Header, parse_header, parse_preamble
-from softcache.errors import FormatError, SettingsError
+from softcache.errors import FormatError, MissingCacheError, SettingsError
 
 PARTIAL = ".partial"
 
@@ -150,6 +150,8 @@ def open_cache(path: Path | str, *, unfinished: bool = False) -> Cache:
         arrays = {array.name: _view(array, buffer) for array in header.arrays}
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise MissingCacheError(f"{path}: {_cannot_open(path, error)}") from error
     except OSError as error:
         raise FormatError(f"{path}: {_cannot_open(path, error)}") from error
     cache = Cache(path, header, text, arrays, buffer)

@@ -1,40 +1,34 @@
-"""The main job on the project's own data, as command lines."""
+"""`softcache demo`: the main job on the project's own data."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
-from softcache.errors import SettingsError
+import click
 
-TEACHER = "cnn:32x2,64x2,128x2"
-
-STUDENT = "cnn:8,16x2,32x2"
-
-TEMPERATURE = 4
-
-EPOCHS = 5
+from softcache.cli.commands import PATH, Command, option, out_option
+from softcache.cli.demo_commands import demo_commands
 
 
-def demo_commands(data: Path, out: Path, seed: int) -> list[list[str]]:
-    """Command lines, without the program's name: dump, info, train.
-
-    Raises:
-        SettingsError: the data are not there.
-    """
-    weights = data / "teacher.safetensors"
-    if not weights.is_file():
-        raise SettingsError(
-            f"no {weights}; run the demo in a clone of the project, or name its data folder with "
-            "--data-dir"
-        )
-    cache = str(out / "mnist.h5")
-    train_data = f"idx:{data / 'mnist'}"
-    data_options = ["--data", train_data, "--eval-data", f"{train_data}@test"]
-    dump = ["dump", *f"--teacher {TEACHER} --temperature {TEMPERATURE}".split()]
-    train = ["train", cache, *f"--student {STUDENT} --epochs {EPOCHS} --seed {seed}".split()]
-    run = str(out / f"student-{seed}")
-    return [
-        [*dump, "--weights", str(weights), *data_options, "--out", cache],
-        ["info", cache],
-        [*train, *data_options, "--baseline", "--out", run, "--overwrite"],
-    ]
+@click.command(cls=Command)
+@option(
+    "--data-dir",
+    type=PATH,
+    default=Path("data"),
+    show_default=True,
+    help="Data folder of the project.",
+)
+@out_option("Folder to write to.", required=False, default=Path("runs/demo"), show_default=True)
+@option("--seed", type=int, default=0, show_default=True, help="Seed of the student.")
+@click.pass_context
+def demo(ctx: click.Context, data_dir: Path, out: Path, seed: int) -> None:
+    """Distil a student of MNIST from a trained teacher, in a few minutes."""
+    main = ctx.find_root().command
+    for arguments in demo_commands(data_dir, out, seed):
+        click.secho(f"\n$ softcache {shlex.join(arguments)}", bold=True)
+        sys.stdout.flush()
+        code = main.main(arguments, prog_name="softcache", standalone_mode=False)
+        if code:
+            raise click.exceptions.Exit(code)

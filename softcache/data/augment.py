@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +20,15 @@ from softcache.errors import DataError, SettingsError
 from softcache.types import Samples, Views
 from softcache.util.callables import import_callable
 from softcache.util.counter_rng import uniform
+from softcache.util.spec import CODE, Spec, split_callable
 
 # streams of random numbers of one sample, apart from those of its own operations, 0, 1, …
-PARTNER_OPS_STREAM, PARTNER_STREAM, SHARE_STREAM, TRANSFORM_STREAM = (
-    1 << 16,
-    1 << 17,
-    1 << 18,
-    1 << 19,
-)
-
-PARTNER_TRANSFORM_STREAM, EXTRA_STREAM = 1 << 20, 1 << 21
-
+PARTNER_OPS_STREAM = 1 << 16
+PARTNER_STREAM = 1 << 17
+SHARE_STREAM = 1 << 18
+TRANSFORM_STREAM = 1 << 19
+PARTNER_TRANSFORM_STREAM = 1 << 20
+EXTRA_STREAM = 1 << 21
 ROTATION_STREAM = 1 << 40  # which view a sample begins with
 
 
@@ -128,30 +125,51 @@ class Augmentation:
         return uniform(self.seed, view, samples, stream=stream, draws=1)[:, 0]
 
 
-def public_spec(spec: str | None) -> str | None:
-    """The specification without folders: what may be written into a shared file."""
-    if not spec or ".py:" not in spec:
-        return spec or None
-    place, comma, rest = spec.partition(",")
-    path, _, attribute = place.rpartition(":")
-    return f"{Path(path).name}:{attribute}{comma}{rest}"
+@dataclass(frozen=True)
+class AugmentSpec:
+    """A specification such as `mine.py:crop,shift:2,flip,mixup`, taken apart; nothing is imported."""
+
+    text: str
+    code: Spec | None  # the user's own transform, which comes first
+    operations: tuple[str, ...]
+    mixup: bool
+
+    @property
+    def public_name(self) -> str | None:
+        """The specification without folders: what may be written into a shared file."""
+        if self.code is None:
+            return self.text or None
+        _, comma, rest = self.text.partition(",")
+        return f"{self.code.public_name}{comma}{rest}"
 
 
-def parse_augment(spec: str | None, *, seed: int, total: int) -> Augmentation:
+def split_augment(text: str | None) -> AugmentSpec:
+    """Take an augmentation apart; its operations are not checked yet.
+
+    Raises:
+        SettingsError: mixup is not the last part.
+    """
+    parts = text.split(",") if text else []
+    mixup = "mixup" in parts
+    if mixup and (parts.pop() != "mixup" or "mixup" in parts):
+        raise SettingsError(f"augmentation {text!r}: mixup comes last, once")
+    code = None
+    if parts and ".py:" in parts[0]:
+        place, attribute = split_callable(parts[0])
+        code = Spec(parts.pop(0), CODE, place, attribute)
+    return AugmentSpec(text or "", code, tuple(parts), mixup)
+
+
+def parse_augment(text: str | None, *, seed: int, total: int) -> Augmentation:
     """The augmentation that a specification such as `shift:2,flip,mixup` names.
 
     Raises:
         SettingsError: an unknown name, a size out of range, or parts in an order that cannot be.
     """
-    parts = spec.split(",") if spec else []
-    mixup = "mixup" in parts
-    if mixup and (parts.pop() != "mixup" or "mixup" in parts):
-        raise SettingsError(f"augmentation {spec!r}: mixup comes last, once")
-    transform = (
-        import_callable(parts.pop(0), what="augmentation") if parts and ".py:" in parts[0] else None
-    )
-    ops = tuple(parse_op(part, spec or "") for part in parts)
-    return Augmentation(spec, seed, total, transform, ops, mixup)
+    spec = split_augment(text)
+    transform = import_callable(spec.code.text, what="augmentation") if spec.code else None
+    ops = tuple(parse_op(part, spec.text) for part in spec.operations)
+    return Augmentation(text, seed, total, transform, ops, spec.mixup)
 
 
 def _seeded(transform: Callable[[Tensor], Tensor], sample: Tensor, seed: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,11 +13,6 @@ from torch import Tensor
 
 from softcache.errors import SettingsError
 from softcache.util.counter_rng import Draws
-
-FORMS = (
-    "shift:PIXELS, flip, crop:AREA (the smallest, 0 to 1), jitter:STRENGTH (0 to 1) or cutout:PIXELS, "
-    "separated by commas; before them FILE.py:CALLABLE, after them mixup"
-)
 
 
 class Op(Protocol):
@@ -126,18 +122,64 @@ class Cutout:
         return images.masked_fill(inside[:, None], 0)
 
 
+@dataclass(frozen=True)
+class OpKind:
+    """An entry in the table of operations: how it is written, what it does, and how it is made."""
+
+    form: str
+    meaning: str
+    make: Callable[[str], Op | None]  # from what stands behind the colon; None if that is invalid
+
+
+OPERATIONS = {
+    "shift": OpKind(
+        "shift:PIXELS",
+        "moves the image by up to PIXELS in each direction",
+        lambda size: Shift(_pixels(size)) if _pixels(size) else None,
+    ),
+    "flip": OpKind(
+        "flip",
+        "mirrors the image left to right with probability 1/2",
+        lambda size: None if size else Flip(),
+    ),
+    "crop": OpKind(
+        "crop:AREA",
+        "random resized crop of at least this share of the image, above 0 to 1",
+        lambda size: Crop(_share(size)) if _share(size) else None,
+    ),
+    "jitter": OpKind(
+        "jitter:STRENGTH",
+        "scales brightness, contrast and saturation by 1 - STRENGTH to 1 + STRENGTH",
+        lambda size: Jitter(_share(size)) if _share(size) else None,
+    ),
+    "cutout": OpKind(
+        "cutout:PIXELS",
+        "blanks a square of PIXELS by PIXELS",
+        lambda size: Cutout(_pixels(size)) if _pixels(size) else None,
+    ),
+}
+
+
 def parse_op(part: str, spec: str) -> Op:
+    """The operation that `part` of an augmentation names.
+
+    Raises:
+        SettingsError: there is no such operation, or its size is out of range.
+    """
     name, _, size = part.partition(":")
-    pixels = int(size) if re.fullmatch(r"[0-9]{1,5}", size) else 0
-    share = float(size) if re.fullmatch(r"0?\.\d+|1(\.0*)?", size) else 0.0
-    made: dict[str, Op | None] = {
-        "shift": Shift(pixels) if pixels else None,
-        "flip": Flip() if not size else None,
-        "crop": Crop(share) if share else None,
-        "jitter": Jitter(share) if share else None,
-        "cutout": Cutout(pixels) if pixels else None,
-    }
-    op = made.get(name)
+    op = OPERATIONS[name].make(size) if name in OPERATIONS else None
     if op is None:
-        raise SettingsError(f"augmentation {part!r} in {spec!r} is unknown; expected {FORMS}")
+        listed = ", ".join(kind.form for kind in OPERATIONS.values())
+        raise SettingsError(
+            f"augmentation {part!r} in {spec!r} is unknown; expected {listed}, separated by commas; "
+            "before them FILE.py:CALLABLE, after them mixup"
+        )
     return op
+
+
+def _pixels(size: str) -> int:
+    return int(size) if re.fullmatch(r"[0-9]{1,5}", size) else 0
+
+
+def _share(size: str) -> float:
+    return float(size) if re.fullmatch(r"0?\.\d+|1(\.0*)?", size) else 0.0

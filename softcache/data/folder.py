@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from softcache.data import images
 from softcache.data.source import DEFAULT_SPLIT
-from softcache.errors import DataError
-from softcache.util.spec import query_of
+from softcache.errors import DataError, MissingDataError
+from softcache.util.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,16 @@ class FolderSource:
         return torch.from_numpy(inputs), self.labels[np.asarray(indices, np.int64)]
 
 
-def open_folder(folder: Path, split: str, options: dict[str, str]) -> FolderSource:
-    pixels = images.parse_pixels(options, f"folder:{folder}")
+def open_folder(spec: Spec) -> FolderSource:
+    """Images of one split: those in the sub-folder of its name, or in the folder itself."""
+    folder, split = spec.path, spec.split
+    pixels = images.parse_pixels(spec.options, f"folder:{folder}")
     if split or (folder / DEFAULT_SPLIT).is_dir():
         folder = folder / (split or DEFAULT_SPLIT)
     if not folder.is_dir():
-        raise DataError(f"folder:{folder}: no such folder; expected images, a sub-folder per class")
+        raise MissingDataError(
+            f"folder:{folder}: no such folder; expected images, a sub-folder per class"
+        )
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     files, labels = [], []
     for label, name in enumerate(names):
@@ -58,7 +62,7 @@ def open_folder(folder: Path, split: str, options: dict[str, str]) -> FolderSour
         raise DataError(f"folder:{folder} holds no images; expected one sub-folder per class")
     root = folder.parent if folder.name == (split or DEFAULT_SPLIT) else folder
     return FolderSource(
-        f"folder:{root.resolve().name}{query_of(options)}@{split or DEFAULT_SPLIT}",
+        replace(spec, place=str(root.resolve()), split=split or DEFAULT_SPLIT).public_name,
         folder,
         tuple(names),
         tuple(files),

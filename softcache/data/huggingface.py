@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from softcache.data import text
-from softcache.data.images import OPTIONS as IMAGE_OPTIONS
 from softcache.data.images import Pixels, as_array, parse_pixels, same_shape
-from softcache.data.tables import UNLABELLED, class_labels
+from softcache.data.source import DEFAULT_SPLIT, UNLABELLED
+from softcache.data.tables import class_labels
 from softcache.errors import DataError, SettingsError, SoftcacheError
 from softcache.util.extras import import_extra
-from softcache.util.spec import check_options, public_place, query_of
-
-OPTIONS = ("input", "label", "name", "length", "classes", *IMAGE_OPTIONS)
+from softcache.util.spec import Spec
 
 FILES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
@@ -80,8 +78,8 @@ class HubSource:
             ) from error
 
 
-def open_hub_data(place: str, split: str, options: Mapping[str, str]) -> HubSource:
-    """Open a data set of the hub (`place` is its id), a folder of save_to_disk, or a file.
+def open_hub_data(data: Spec) -> HubSource:
+    """Open a data set of the hub, a folder of save_to_disk, or a file.
 
     Options: input=COLUMN, label=COLUMN (`label=` for none), name=CONFIG, classes=X,Y; size= and
     mode= of images; length= cuts texts at so many characters.
@@ -90,9 +88,8 @@ def open_hub_data(place: str, split: str, options: Mapping[str, str]) -> HubSour
         SettingsError: a column or a split is not there, or must be named.
         DataError: it cannot be loaded.
     """
-    spec = f"hfds:{place}"
-    check_options(options, OPTIONS, spec)
-    table = load(place, split, options.get("name"))
+    spec, options = f"hfds:{data.place}", data.options
+    table = load(data.place, data.split, options.get("name"))
     label = _label_column(table, options, spec)
     column = _input_column(table, label, options, spec)
     kind = _kind(table.features[column])
@@ -101,7 +98,7 @@ def open_hub_data(place: str, split: str, options: Mapping[str, str]) -> HubSour
             f"{spec}: column {column!r} holds {table.features[column]}; expected images, texts or numbers"
         )
     labels, names = _labels(table, label, options, spec)
-    name = f"hfds:{public_place(place)}{query_of(options)}@{split or 'train'}"
+    name = replace(data, split=data.split or DEFAULT_SPLIT).public_name
     part = table.select_columns([column])
     return HubSource(
         name,

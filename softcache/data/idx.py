@@ -5,28 +5,32 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from softcache.data.source import ArraySource, array_source
-from softcache.errors import DataError, SettingsError
+from softcache.data.source import DEFAULT_SPLIT, ArraySource, array_source
+from softcache.errors import DataError, MissingDataError, SettingsError
 from softcache.util.messages import one_line
+from softcache.util.spec import Spec
 
 STEMS = {"train": "train", "test": "t10k"}
 
 TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
-def open_idx(folder: Path, split: str) -> ArraySource:
+def open_idx(spec: Spec) -> ArraySource:
+    """Images and labels of one split, train or test."""
+    folder, split = spec.path, spec.split or DEFAULT_SPLIT
     if split not in STEMS:
         raise SettingsError(f"idx:{folder}@{split}: no such split; expected @train or @test")
     stem = STEMS[split]
     images = read_idx(_idx_file(folder, f"{stem}-images-idx3-ubyte"))
     labels = read_idx(_idx_file(folder, f"{stem}-labels-idx1-ubyte"))
-    name = f"idx:{folder.resolve().name}@{split}"
+    name = replace(spec, split=split).public_name
     return array_source(name, images[:, None] if images.ndim == 3 else images, labels)
 
 
@@ -34,7 +38,9 @@ def _idx_file(folder: Path, name: str) -> Path:
     for candidate in (folder / name, folder / f"{name}.gz"):
         if candidate.is_file():
             return candidate
-    raise DataError(f"no file {name} or {name}.gz in {folder}; expected the IDX files of MNIST")
+    raise MissingDataError(
+        f"no file {name} or {name}.gz in {folder}; expected the IDX files of MNIST"
+    )
 
 
 def read_idx(path: Path) -> npt.NDArray[Any]:
@@ -47,5 +53,7 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
         shape = struct.unpack_from(f">{rank}I", raw, 4)
         values = np.frombuffer(raw, TYPES[kind], offset=4 + 4 * rank)
         return values.reshape(shape).astype(values.dtype.newbyteorder("="))
+    except DataError:  # which is a ValueError too
+        raise
     except (struct.error, ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is damaged ({one_line(error)}); fetch it again") from error

@@ -25,21 +25,21 @@ from softcache.util.tensors import to_float
 class Request:
     """What a loader is asked for: samples of the source, in one view."""
 
-    indices: Sequence[int]  # (B,) places in the source
+    source_indices: Sequence[int]  # (B,)
     view: Views = 0
-    samples: npt.NDArray[np.int64] | None = None  # (B,) their numbers in the draws; else indices
-    partners: Sequence[int] = ()  # (B,) places of those that mixup mixes in, or nothing
+    sample_ids: npt.NDArray[np.int64] | None = None  # (B,) in the draws; by default source_indices
+    partner_indices: Sequence[int] = ()  # (B,) in the source, of those that mixup mixes in
     raw: bool = False  # also as the source has them
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.source_indices)
 
 
 class Batch(NamedTuple):
     """Samples as the source holds them, before they become floats."""
 
-    indices: Tensor  # (B,) int64, places in the source
-    samples: Tensor  # (B,) int64, their numbers in the draws of the augmentation
+    source_indices: Tensor  # (B,) int64
+    sample_ids: Tensor  # (B,) int64, in the draws of the augmentation
     inputs: Tensor  # (B, *shape), uint8 for images, else as the source gives them
     labels: Tensor  # (B,) int64, UNLABELLED where there is none
     keys: Tensor  # (B,) int64, the bits of sample_keys(); empty where they were not asked for
@@ -110,34 +110,34 @@ class _Loader(DataLoader[Any]):
 
 def make_request(
     augmentation: Augmentation,
-    indices: Sequence[int],
+    source_indices: Sequence[int],
     view: Views,
-    samples: npt.NDArray[np.int64],
-    where: npt.NDArray[np.int64] | None = None,
+    sample_ids: npt.NDArray[np.int64],
+    source_index_of: npt.NDArray[np.int64] | None = None,
 ) -> Request:
     """Ask for samples in a view, and for the partners that the augmentation mixes in.
 
     Args:
-        samples: (B,) the numbers of the samples at `indices`.
-        where: (N,) where each sample is in the source; None where it is in its own place.
+        sample_ids: (B,) the ids of the samples at `source_indices`.
+        source_index_of: (all samples,) by sample id; None where the two are the same.
     """
-    partners = augmentation.partners(view, samples)
+    partners = augmentation.partners(view, sample_ids)
     if partners is None:
-        return Request(indices, view, samples)
-    places = partners if where is None else where[partners]
-    return Request(indices, view, samples, places.tolist())
+        return Request(source_indices, view, sample_ids)
+    partner_indices = partners if source_index_of is None else source_index_of[partners]
+    return Request(source_indices, view, sample_ids, partner_indices.tolist())
 
 
 def augmented(
     batch: Batch,
     augmentation: Augmentation,
     view: Views,
-    samples: npt.NDArray[np.int64],
+    sample_ids: npt.NDArray[np.int64],
     device: torch.device,
 ) -> Tensor:
     """The inputs of a batch as teacher and student see them in a view, (B, *shape), on `device`."""
     partners = to_float(batch.partners.to(device)) if len(batch.partners) else None
-    return augmentation(to_float(batch.inputs.to(device)), partners, view, samples)
+    return augmentation(to_float(batch.inputs.to(device)), partners, view, sample_ids)
 
 
 def sequential_batches(samples: int, batch_size: int) -> list[range]:
@@ -210,19 +210,21 @@ class _Batches(Dataset[Batch]):
 
     def batch(self, wanted: Request | Sequence[int]) -> Batch:
         request = wanted if isinstance(wanted, Request) else Request(wanted)
-        indices = np.asarray(request.indices, np.int64)
-        samples = np.asarray(indices if request.samples is None else request.samples, np.int64)
+        source_indices = np.asarray(request.source_indices, np.int64)
+        sample_ids = source_indices
+        if request.sample_ids is not None:
+            sample_ids = np.asarray(request.sample_ids, np.int64)
         transformed = self.augmentation.transformed
-        inputs, labels = self.source.fetch(request.indices)
+        inputs, labels = self.source.fetch(request.source_indices)
         keys = sample_keys(inputs) if self.keys else np.empty(0, np.uint64)
         partners, partner_labels = torch.empty(0), np.empty(0, np.int64)
-        if len(request.partners):
-            partners, partner_labels = self.source.fetch(request.partners)
-            partners = transformed(partners, request.view, samples, partner=True)
+        if len(request.partner_indices):
+            partners, partner_labels = self.source.fetch(request.partner_indices)
+            partners = transformed(partners, request.view, sample_ids, partner=True)
         return Batch(
-            torch.from_numpy(indices),
-            torch.from_numpy(samples),
-            transformed(inputs, request.view, samples),
+            torch.from_numpy(source_indices),
+            torch.from_numpy(sample_ids),
+            transformed(inputs, request.view, sample_ids),
             torch.from_numpy(labels),
             torch.from_numpy(keys.view(np.int64)),
             partners,

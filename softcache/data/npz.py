@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 
 from softcache.data.source import DEFAULT_SPLIT, ArraySource, array_source
-from softcache.errors import DataError
+from softcache.errors import DataError, MissingDataError
 from softcache.util.messages import one_line
+from softcache.util.spec import Spec
 
 
-def open_npz(path: Path, split: str) -> ArraySource:
+def open_npz(spec: Spec) -> ArraySource:
+    """Arrays x and y, or x_SPLIT and y_SPLIT."""
+    path, split = spec.path, spec.split or DEFAULT_SPLIT
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if not isinstance(arrays, np.lib.npyio.NpzFile):
@@ -25,9 +28,9 @@ def open_npz(path: Path, split: str) -> ArraySource:
             inputs = arrays[f"x{suffix}"]
             labels = arrays.get(f"y{suffix}")
     except FileNotFoundError as error:
-        raise DataError(f"npz:{path}: no such file") from error
+        raise MissingDataError(f"npz:{path}: no such file") from error
     except DataError:
         raise
     except Exception as error:  # numpy's parsers raise many kinds on damaged files
         raise DataError(f"npz:{path} cannot be read as arrays ({one_line(error)})") from error
-    return array_source(f"npz:{path.name}@{split}", inputs, labels)
+    return array_source(replace(spec, split=split).public_name, inputs, labels)

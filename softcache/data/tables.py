@@ -9,14 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from softcache.data.source import ArraySource
-from softcache.errors import DataError, SettingsError
+from softcache.data.source import UNLABELLED, ArraySource
+from softcache.errors import DataError, MissingDataError, SettingsError
 from softcache.util.extras import import_extra
-from softcache.util.spec import check_options, query_of
-
-UNLABELLED = -1
-
-OPTIONS = ("label", "inputs", "classes")
+from softcache.util.spec import Spec
 
 LABEL = "label"  # the column that is taken if none is named
 
@@ -42,7 +38,6 @@ def read_table(
         DataError: the file is no such table, or a column holds something else than numbers.
     """
     spec = f"{kind}:{path}"
-    check_options(options, OPTIONS, spec)
     table = _read(kind, path)
     label = _label_column(table.column_names, options, spec)
     inputs = options["inputs"].split(",") if "inputs" in options else table.column_names
@@ -102,7 +97,7 @@ def _filled(column: Column, compute: Module) -> npt.NDArray[np.int64]:
 def _read(kind: str, path: Path) -> Table:
     reader = import_extra(f"pyarrow.{kind}", extra="data", what=f"a table of {kind}:")
     if not path.is_file():
-        raise DataError(f"{kind}:{path}: no such file")
+        raise MissingDataError(f"{kind}:{path}: no such file")
     try:
         return reader.read_csv(path) if kind == "csv" else reader.read_table(path)
     except Exception as error:  # Arrow raises many kinds for a damaged file
@@ -138,8 +133,11 @@ def _numbers(column: Column, where: str) -> npt.NDArray[np.float32]:
     return np.asarray(column.to_numpy(), np.float32)
 
 
-def open_table(kind: str, path: Path, split: str, options: dict[str, str]) -> ArraySource:
-    if split:
-        raise SettingsError(f"{kind}:{path}@{split}: a table has no splits; name a file for each")
-    inputs, labels, names = read_table(kind, path, options)
-    return ArraySource(f"{kind}:{path.name}{query_of(options)}", inputs, labels, names)
+def open_table(spec: Spec) -> ArraySource:
+    """A table, whose rows are samples."""
+    if spec.split:
+        raise SettingsError(
+            f"{spec.kind}:{spec.place}@{spec.split}: a table has no splits; name a file for each"
+        )
+    inputs, labels, class_names = read_table(spec.kind, spec.path, spec.options)
+    return ArraySource(spec.public_name, inputs, labels, class_names)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from softcache.data.source import DEFAULT_SPLIT, UNLABELLED
 from softcache.errors import DataError, SettingsError
 from softcache.util.callables import call_user, import_callable
 from softcache.util.messages import one_line
+from softcache.util.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class DatasetSource:
             ) from error
 
 
-def open_dataset(where: str, split: str) -> DatasetSource:
+def open_dataset(spec: Spec) -> DatasetSource:
+    """The Dataset that a callable returns; it is given the split if it takes an argument `split`."""
+    where, split = f"{spec.place}:{spec.attribute}", spec.split or DEFAULT_SPLIT
     make = import_callable(where, what="data")
     takes_split = "split" in inspect.signature(make).parameters
     if split != DEFAULT_SPLIT and not takes_split:
@@ -77,8 +79,7 @@ def open_dataset(where: str, split: str) -> DatasetSource:
         )
     names = getattr(dataset, "classes", ())
     names = names if isinstance(names, list | tuple) else ()
-    path, _, attribute = where.rpartition(":")
-    name = f"{Path(path).name}:{attribute}@{split}"
+    name = replace(spec, split=split).public_name
     return DatasetSource(name, dataset, len(dataset), tuple(str(n) for n in names))
 
 

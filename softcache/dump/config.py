@@ -1,107 +1,170 @@
-"""What a dump is asked for."""
+"""The settings of a dump."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from softcache.cache.encodings import MAX_TEMPERATURE
 from softcache.errors import SettingsError
-from softcache.teachers.matrix import is_matrix
-from softcache.teachers.options import OUTPUTS
-from softcache.teachers.teacher import PRECISIONS
+from softcache.teachers.options import OUTPUTS, PRECISIONS
+from softcache.teachers.spec import MATRIX_KINDS, parse_teacher
+from softcache.util.settings import check_range, setting
 
 AUTO = 0  # as a batch size
 DEFAULT_MAX_KL = 1e-3  # nats, of --encoding auto
+MAX_SEED = (1 << 63) - 1
+
+TEACHER, DATA, ENCODING = "Teacher", "Data and views", "Encoding"
+RESOURCES, OUTPUT = "Resources", "Output"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DumpConfig:
     """Everything that decides what `dump` does."""
 
-    teacher: str | Sequence[str]
-    data: str
-    temperature: float
-    out: Path
-    weights: Path | Sequence[Path] | None = None
-    teacher_weight: Sequence[float] = ()
-    teacher_output: str = "logits"  # what the teachers give, of OUTPUTS
-    teacher_temperature: float = 1.0  # at which that was softened
-    eval_data: str | None = None
-    views: int = 1
+    teacher: str | Sequence[str] = setting(
+        help="The teacher. Repeat it to average the softened probabilities of several.",
+        group=TEACHER,
+        metavar="SPEC",
+    )
+    weights: Path | str | Sequence[Path | str] | None = setting(
+        None,
+        help="Weights of the teacher: safetensors, or a checkpoint of tensors. One per teacher.",
+        group=TEACHER,
+        metavar="FILE",
+    )
+    teacher_weight: Sequence[float] = setting(
+        (), help="Weight of each teacher in the average.", group=TEACHER, metavar="NUMBER"
+    )
+    teacher_output: str = setting(
+        "logits", help="What the teacher returns.", group=TEACHER, choices=OUTPUTS
+    )
+    teacher_temperature: float = setting(
+        1.0,
+        help="Temperature at which the teacher's output is already softened.",
+        group=TEACHER,
+        above=0,
+        at_most=MAX_TEMPERATURE,
+    )
+    classes: int | None = setting(
+        None,
+        help="Expected number of classes.",
+        group=TEACHER,
+        default_text="the teacher's",
+        at_least=2,
+    )
+    data: str = setting(help="Training samples.", group=DATA, metavar="SPEC")
+    eval_data: str | None = setting(
+        None,
+        help="Labelled data on which to count the teacher's errors.",
+        group=DATA,
+        metavar="SPEC",
+    )
+    views: int = setting(
+        1,
+        help="Augmented views of each sample: N of them, or views A to B - 1.",
+        group=DATA,
+        metavar="N|A:B",
+        at_least=1,
+    )
     first_view: int = 0
-    shard: tuple[int, int] = (0, 1)  # which part of the samples, of how many
-    augment: str | None = None
-    seed: int = 0
-    encoding: str = "dense"
-    like: Path | None = None  # a cache whose encoding, and what it was fitted to, is taken
-    max_kl: float = DEFAULT_MAX_KL
-    classes: int | None = None
-    batch_size: int = 256  # AUTO: the fastest that fits
-    device: str = "auto"
-    precision: str = "fp32"
-    compile: bool = False
-    workers: int = 0
-    embed_inputs: bool = False  # the samples themselves go into the cache
-    overwrite: bool = False
+    shard: tuple[int, int] = setting(
+        (0, 1), help="Dump only part I of N of the samples.", group=DATA, metavar="I/N"
+    )
+    augment: str | None = setting(
+        None, help="Augmentation by which views differ.", group=DATA, metavar="SPEC"
+    )
+    seed: int = setting(
+        0, help="Seed of the augmentation.", group=DATA, at_least=0, at_most=MAX_SEED
+    )
+    temperature: float = setting(
+        4.0,
+        help="Temperature T of the stored softmax(logits / T).",
+        group=ENCODING,
+        above=0,
+        at_most=MAX_TEMPERATURE,
+    )
+    encoding: str = setting("dense", help="How each row is stored.", group=ENCODING, metavar="SPEC")
+    max_kl: float = setting(
+        DEFAULT_MAX_KL,
+        help="Largest KL in nats that --encoding auto accepts, at T, 1, 2, 4 and 8.",
+        group=ENCODING,
+        above=0,
+    )
+    like: Path | None = setting(
+        None,
+        help="Use the encoding of this cache, so that the two can be merged.",
+        group=ENCODING,
+        metavar="CACHE",
+    )
+    batch_size: int = setting(
+        256,
+        help="Samples per forward pass; auto takes the fastest size that fits in memory.",
+        group=RESOURCES,
+        metavar="N|auto",
+        at_least=AUTO,
+    )
+    device: str = setting(
+        "auto", help="Device: auto, cpu, cuda, cuda:1, mps.", group=RESOURCES, affects_result=False
+    )
+    precision: str = setting(
+        "fp32", help="Numerical precision of the teacher.", group=RESOURCES, choices=PRECISIONS
+    )
+    compile: bool = setting(False, help="Compile the teacher with torch.compile.", group=RESOURCES)
+    workers: int = setting(
+        0,
+        help="Worker processes that load data.",
+        group=RESOURCES,
+        at_least=0,
+        affects_result=False,
+    )
+    out: Path = setting(
+        help="Cache file to write.", group=OUTPUT, metavar="FILE", affects_result=False
+    )
+    embed_inputs: bool = setting(
+        False, help="Store the samples too, so that training needs no --data.", group=OUTPUT
+    )
+    overwrite: bool = setting(
+        False,
+        help="Replace an existing cache, or a dump that was started with other settings.",
+        group=OUTPUT,
+        affects_result=False,
+    )
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature <= MAX_TEMPERATURE:
-            raise SettingsError(
-                f"temperature is {self.temperature}; expected a number above 0, up to 1e6"
-            )
-        if self.classes is not None and self.classes < 2:
-            raise SettingsError(f"classes is {self.classes}; expected 2 or more")
-        if self.seed >= 1 << 63:
-            raise SettingsError(f"seed is {self.seed}; expected less than 2^63")
-        if not 0 < self.max_kl < math.inf:
-            raise SettingsError(f"max-kl is {self.max_kl}; expected a number above 0")
-        for name, low in (
-            ("views", 1),
-            ("first_view", 0),
-            ("seed", 0),
-            ("batch_size", AUTO),
-            ("workers", 0),
-        ):
-            if getattr(self, name) < low:
-                raise SettingsError(f"{name} is {getattr(self, name)}; expected {low} or more")
-        if self.teacher_output not in OUTPUTS:
-            raise SettingsError(
-                f"teacher output {self.teacher_output!r} is unknown; expected {', '.join(OUTPUTS)}"
-            )
-        if not 0 < self.teacher_temperature <= MAX_TEMPERATURE:
-            raise SettingsError(
-                f"teacher temperature is {self.teacher_temperature}; expected a number above 0, up to 1e6"
-            )
-        matrices = [spec for spec in self.teachers_and_weights[0] if is_matrix(spec)]
-        if matrices and (self.augment or self.eval_data):
-            raise SettingsError(
-                f"teacher {matrices[0]} is a matrix, which knows its samples as they are and no others; "
-                "leave --augment, --views and --eval-data out"
-            )
-        if self.precision not in PRECISIONS:
-            raise SettingsError(
-                f"precision {self.precision!r} is unknown; expected {', '.join(PRECISIONS)}"
-            )
+        check_range(self)
+        if self.first_view < 0:
+            raise SettingsError(f"--views begins at {self.first_view}; expected at least 0")
         if not 0 <= self.shard[0] < self.shard[1]:
             raise SettingsError(
-                f"shard is {self.shard[0]}/{self.shard[1]}; expected i/n with i from 0 to n - 1"
+                f"--shard is {self.shard[0]}/{self.shard[1]}; expected I/N with I from 0 to N - 1"
             )
         if self.views + self.first_view > 1 and not self.augment:
             raise SettingsError(
-                f"{self.views} views without --augment would all be the same; add it, or ask for one"
+                f"{self.views} views without --augment would all be the same; add it, or ask for one view"
             )
-        teachers, weights = self.teachers_and_weights
-        if weights and len(weights) != len(teachers):
+        if self.weight_files and len(self.weight_files) != len(self.teachers):
             raise SettingsError(
-                f"{len(weights)} --weights for {len(teachers)} --teacher; expected one for each, in "
-                "the same order, or none"
+                f"{len(self.weight_files)} --weights for {len(self.teachers)} --teacher; expected one for "
+                "each, in the same order, or none"
+            )
+        matrices = [text for text in self.teachers if parse_teacher(text).kind in MATRIX_KINDS]
+        if matrices and (self.augment or self.eval_data):
+            raise SettingsError(
+                f"teacher {matrices[0]} is a matrix of outputs for these samples as they are; leave "
+                "--augment, --views and --eval-data out"
             )
 
     @property
-    def teachers_and_weights(self) -> tuple[list[str], list[Path]]:
-        teachers = [self.teacher] if isinstance(self.teacher, str) else list(self.teacher)
-        weights = [self.weights] if isinstance(self.weights, Path) else list(self.weights or ())
-        return teachers, weights
+    def teachers(self) -> list[str]:
+        """The specifications of all teachers."""
+        return [self.teacher] if isinstance(self.teacher, str) else list(self.teacher)
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """Their weights, in the same order; empty if none are given."""
+        if isinstance(self.weights, str | Path):
+            return [Path(self.weights)]
+        return [Path(path) for path in self.weights or ()]

@@ -62,7 +62,7 @@ def teacher_rows(
     batches = loader(source, requests, augmentation=augmentation, workers=workers)
     with progress("try rows", len(pairs), "rows") as advance:
         for request, batch in zip(requests, batches, strict=True):
-            samples = batch.indices.numpy()
+            samples = batch.source_indices.numpy()
             inputs = augmented(batch, augmentation, request.view, samples, teachers.device)
             found.append(teachers.log_probs(inputs, temperature, samples))
             advance(len(samples))

@@ -36,6 +36,7 @@ from softcache.join.fingerprints import check_replay
 from softcache.targets.encode import HostCopy, as_arrays, make_encoder
 from softcache.targets.fetch import shared_tensors
 from softcache.teachers.ensemble import Ensemble
+from softcache.util.log import inform
 from softcache.util.progress import progress
 
 RUNS_OF_A_PROCESS = 8  # runs of blocks in a view: few enough to be long, many enough to even out
@@ -70,7 +71,7 @@ def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
     finished = open_finished(config, draft, source, augmentation)
     if finished is not None and finished.header.views == draft.views:
         if group.first:
-            print(f"{config.out} is complete already; left alone (--overwrite makes it anew)")
+            inform(f"{config.out} is complete already; left alone (--overwrite makes it anew)")
         return finished
     try:
         if group.first:
@@ -86,8 +87,8 @@ def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
             finish_dump(config, source, teacher, augmentation)
             header = open_cache(config.out).header
             known = (header.summary or {})["fidelity"]
-            print(fidelity.fidelity_line(known, isinstance(header.encoding, Sampled)))
-            print(watch.advice())
+            inform(fidelity.fidelity_line(known, isinstance(header.encoding, Sampled)))
+            inform(watch.advice())
         group.meet()
     except KeyboardInterrupt:
         partial = partial_path(config.out)
@@ -134,7 +135,7 @@ def finish_dump(
 def copy_views(finished: Cache, out: Path) -> None:
     """Copy the views of a finished cache into the file of `out` that is to hold more of them."""
     header = finished.header
-    print(f"adding views to {finished.path}, which has {header.views}")
+    inform(f"adding views to {finished.path}, which has {header.views}")
     with Writer(out) as writer, progress("copy", header.samples * header.views, "rows") as advance:
         for view in range(header.views):
             copy_view(finished, writer, view, advance)
@@ -196,7 +197,7 @@ def fill_cache(
         for batch in watch.waits("data", ahead(batches)):
             task = asked.popleft()
             with watch.time("teacher"):
-                samples, drawn = batch.samples.numpy(), header.first_view + task.view
+                samples, drawn = batch.sample_ids.numpy(), header.first_view + task.view
                 check_labels(batch.labels.numpy(), samples, header.classes, source)
                 inputs = augmented(batch, augmentation, drawn, samples, device)
                 log_probs = teacher.log_probs(inputs, header.temperature, samples)

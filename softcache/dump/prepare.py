@@ -14,7 +14,7 @@ from softcache.cache.allocate import create
 from softcache.cache.encodings import DTYPES, ArraySpec
 from softcache.cache.header import BASE_VERSION, INPUTS, VERSION
 from softcache.cache.reader import partial_path
-from softcache.data.augment import Augmentation, public_spec
+from softcache.data.augment import Augmentation, split_augment
 from softcache.data.class_names import check_class_names
 from softcache.data.open import open_source
 from softcache.data.source import Source
@@ -30,7 +30,8 @@ from softcache.teachers.ensemble import Ensemble, make_ensemble
 from softcache.teachers.load import load_teacher
 from softcache.teachers.matrix import Matrix
 from softcache.teachers.options import COMPILED
-from softcache.util.distributed import pick_device
+from softcache.util.device import pick_device
+from softcache.util.log import inform
 from softcache.util.tensors import to_float
 
 
@@ -52,7 +53,7 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         temperature=float(config.temperature),
         encoding=Dense(),
         seed=config.seed,
-        augment=public_spec(config.augment),
+        augment=split_augment(config.augment).public_name,
         precision=config.precision + (COMPILED if config.compile else ""),
         data=source.name,
         choice=open_cache(config.like).header.choice
@@ -92,8 +93,7 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
     device = pick_device(config.device)
     raw = source.fetch([0])[0]
     first = to_float(augmentation.transformed(raw, config.first_view, np.zeros(1, np.int64)))
-    specs, files = config.teachers_and_weights
-    weights: Sequence[Path | None] = files or [None] * len(specs)
+    weights: Sequence[Path | None] = config.weight_files or [None] * len(config.teachers)
     classes = config.classes or len(source.class_names) or None
     loaded = [
         load_teacher(
@@ -107,7 +107,7 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
             output=config.teacher_output,
             softened=config.teacher_temperature,
         )
-        for spec, path in zip(specs, weights, strict=True)
+        for spec, path in zip(config.teachers, weights, strict=True)
     ]
     for teacher in loaded:
         if isinstance(teacher.model, Matrix) and len(teacher.model.values) != len(source):
@@ -128,7 +128,7 @@ def with_batch_size(
     raw = source.fetch([0])[0]
     sample = to_float(augmentation.transformed(raw, config.first_view, np.zeros(1, np.int64)))
     size = fastest_batch(lambda inputs: teacher.log_probs(inputs, config.temperature), sample)
-    print(f"batch size: {size}")
+    inform(f"batch size: {size}")
     return replace(config, batch_size=size)
 
 
@@ -150,7 +150,7 @@ def open_unfinished(
         try:
             begun = open_cache(partial, unfinished=True)
             check_same(begun, draft, source, config.eval_data, config.like)
-            print(f"going on with {partial}")
+            inform(f"going on with {partial}")
             return
         except SoftcacheError:
             if not config.overwrite:
@@ -170,7 +170,7 @@ def open_unfinished(
     arrays["fingerprints"] = steady_fingerprints(
         source,
         augmentation,
-        range(draft.first_view, draft.first_view + draft.views),
+        draft.view_range,
         draft.first_sample + chosen,
     )
     inputs = input_array_spec(source) if config.embed_inputs else None
@@ -209,7 +209,7 @@ def evaluate_teacher(
         teacher.device,
         workers,
     )
-    print(
+    inform(
         f"teacher: {found.errors:,} errors of {found.samples:,} on {source.name} "
         f"({found.accuracy:.2%})"
     )

@@ -6,12 +6,12 @@ work, and the moments at which all wait for all. One process alone needs none.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 from softcache.errors import SoftcacheError
+from softcache.util.distributed import local_world_size, world_size
 
 PATIENCE = timedelta(seconds=5)  # between two looks at whether another process has failed
 
@@ -87,10 +87,10 @@ def join_processes() -> ProcessGroup:
     Raises:
         SoftcacheError: the processes are on several hosts, which cannot fill one file.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     if size == 1:
         return ProcessGroup()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    here = local_world_size()
     if here != size:
         raise SoftcacheError(
             f"{size} processes, of which {here} on this host; a file is filled by the processes of one "

@@ -41,6 +41,7 @@ from softcache.errors import SettingsError
 from softcache.targets.decode import class_ids, decode
 from softcache.targets.encode import make_encoder
 from softcache.teachers.ensemble import Ensemble
+from softcache.util.log import inform
 
 AUTO = "auto"
 
@@ -291,7 +292,7 @@ def encoding_for_dump(
         max_kl=config.max_kl,
     )
     if candidates:
-        print(candidates_table(candidates, encoding))
+        inform(candidates_table(candidates, encoding))
     choice = (draft.choice or {}) | {"candidates": [c.to_json() for c in candidates]}
     arrays = {name: tensor.numpy() for name, tensor in shared.items()}
     return replace(draft, encoding=encoding, choice=choice), arrays

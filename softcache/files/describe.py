@@ -60,3 +60,16 @@ def describe(cache: Cache, name: str | None = None) -> str:
 
 def _first(names: list[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def cache_line(cache: Cache) -> str:
+    """One line that says what a dump came to."""
+    header = cache.header
+    summary = header.summary or {}
+    agreement = summary.get("agreement")
+    agrees = "" if agreement is None else f", top class is the label in {agreement:.2%}"
+    return (
+        f"{cache.path}: {header.samples:,} samples x {header.views} view(s), {header.classes:,} "
+        f"classes, {header.encoding.name}, {header.file_bytes:,} bytes; entropy "
+        f"{summary.get('entropy', 0.0):.3f} nats{agrees}; content id {cache.content_id()}"
+    )

@@ -9,7 +9,8 @@ from softcache.data.open import open_source
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import SettingsError
-from softcache.teachers.matrix import is_matrix, open_top_rows
+from softcache.teachers.matrix import read_top_rows
+from softcache.teachers.spec import MATRIX_KINDS, parse_teacher
 
 
 def import_labels(
@@ -37,15 +38,16 @@ def import_labels(
         SettingsError: the source is no such file.
         SoftcacheError: as dump().
     """
-    if not is_matrix(source):
+    spec = parse_teacher(source)
+    if spec.kind not in MATRIX_KINDS:
         raise SettingsError(
             f"{source}: expected FILE.npy, FILE.npz, FILE.pt or hfds:ID_OR_FOLDER; a model is for dump"
         )
     if encoding is None:
         encoding = "dense"
-        if source.startswith("hfds:"):
+        if spec.kind == "hfds":
             classes = classes or len(open_source(data).class_names) or None
-            rows = open_top_rows(source, classes)
+            rows = read_top_rows(spec, classes)
             k = rows.values.shape[1]
             encoding = f"topk:{k}" if k < rows.classes else "dense"
     return dump(

@@ -18,13 +18,12 @@ import numpy.typing as npt
 
 from softcache.cache import Cache, Header, open_cache
 from softcache.cache.allocate import clone, create
-from softcache.cache.encodings import ArraySpec
-from softcache.cache.header import INPUTS
 from softcache.cache.reader import digest_of, partial_path
 from softcache.cache.summary import summarize
 from softcache.cache.writer import Writer
 from softcache.errors import FormatError, Interrupted, SettingsError, SoftcacheError
 from softcache.files.remote import PART, RemoteCache, is_url, open_remote, side_by_side
+from softcache.util.log import inform
 from softcache.util.progress import progress
 
 SOURCE = ".source"  # behind the name of an unfinished pull: the content id of what is pulled
@@ -101,19 +100,19 @@ def select_part(remote: RemoteCache, views: Range | None, samples: Range | None)
         SettingsError: the cache has not all of it.
     """
     header = remote.header
-    found = []
-    for what, wanted, first, count in (
-        ("views", views, header.first_view, header.views),
-        ("samples", samples, header.first_sample, header.samples),
+    chosen = []
+    for what, asked, there in (
+        ("views", views, header.view_range),
+        ("samples", samples, header.sample_range),
     ):
-        start, length = wanted or (first, count)
-        if not first <= start < start + length <= first + count:
+        start, length = asked or (there.start, len(there))
+        if not there.start <= start < start + length <= there.stop:
             raise SettingsError(
-                f"{what} {start} to {start + length - 1} of {remote.file.shown}; it has {first} to "
-                f"{first + count - 1}"
+                f"{what} {start} to {start + length - 1} of {remote.file.shown}; it has {there.start} to "
+                f"{there.stop - 1}"
             )
-        found.append(range(start - first, start - first + length))
-    return Part(*found)
+        chosen.append(range(start - there.start, start - there.start + length))
+    return Part(*chosen)
 
 
 def is_whole(header: Header, part: Part) -> bool:
@@ -148,7 +147,7 @@ def open_unfinished_pull(remote: RemoteCache, part: Part, out: Path, *, overwrit
     if partial.exists():
         begun = source.read_text(encoding="utf-8") if source.is_file() else ""
         if begun == wanted:
-            print(f"going on with {partial}")
+            inform(f"going on with {partial}")
             return
         why = "was begun by something else"
         if begun:
@@ -177,12 +176,8 @@ def open_unfinished_pull(remote: RemoteCache, part: Part, out: Path, *, overwrit
             ) from None
         return
     header, own = part_header(remote, part, shared)
-    inputs = None
-    if header.embeds_inputs:
-        embedded = remote.header.array(INPUTS)
-        inputs = ArraySpec(INPUTS, embedded.dtype, "samples", embedded.shape[1:])
     source.write_text(wanted, encoding="utf-8")
-    create(out, header, own, remote.header.block_rows, inputs)
+    create(out, header, own, remote.header.block_rows, remote.header.inputs_spec)
 
 
 def part_header(remote: RemoteCache, part: Part, shared: Arrays) -> tuple[Header, Arrays]:
@@ -380,7 +375,7 @@ def local_copy(place: str | Path, *, most_views: int | None = None) -> Path:
         with (out.parent / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not out.exists():
-                print(
+                inform(
                     f"pulling {remote.file.shown}: {size_of(remote, part):,} bytes into {out.parent}"
                 )
                 pull(str(place), out, views=views, expect=remote.content_id)

@@ -12,7 +12,7 @@ from torch import Tensor
 from softcache._version import __version__
 from softcache.cache import Cache, Header
 from softcache.cache.header import FINGERPRINT
-from softcache.data.augment import Augmentation, parse_augment, public_spec
+from softcache.data.augment import Augmentation, parse_augment, split_augment
 from softcache.data.loader import augmented, loader, make_request
 from softcache.data.source import Source
 from softcache.errors import DataError, FormatError, SettingsError
@@ -38,47 +38,51 @@ def fingerprints(
     augmentation: Augmentation,
     *,
     views: range,
-    samples: npt.NDArray[np.int64],
-    places: npt.NDArray[np.int64] | None = None,
-    where: npt.NDArray[np.int64] | None = None,
+    sample_ids: npt.NDArray[np.int64],
+    source_indices: npt.NDArray[np.int64] | None = None,
+    source_index_of: npt.NDArray[np.int64] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Fingerprints (views, F, FINGERPRINT) of samples in every view, and their inputs' size.
 
     Args:
-        samples: (F,) their numbers in the draws of the augmentation.
-        places: (F,) where they are in the source; in their own places by default.
-        where: (N,) the same for all samples, among which mixup chooses.
+        sample_ids: (F,) in the draws of the augmentation.
+        source_indices: (F,) in the source; by default the sample ids.
+        source_index_of: (all samples,) by sample id, among which mixup chooses.
 
     Returns:
         The fingerprints, and the root mean square of each input (views, F).
     """
-    indices = (samples if places is None else places).tolist()
-    requests = [make_request(augmentation, indices, view, samples, where) for view in views]
-    found = np.empty((len(views), len(samples), FINGERPRINT), np.float32)
-    sizes = np.empty((len(views), len(samples)), np.float32)
+    indices = (sample_ids if source_indices is None else source_indices).tolist()
+    requests = [
+        make_request(augmentation, indices, view, sample_ids, source_index_of) for view in views
+    ]
+    found = np.empty((len(views), len(sample_ids), FINGERPRINT), np.float32)
+    sizes = np.empty((len(views), len(sample_ids)), np.float32)
     for at, batch in enumerate(loader(source, requests, augmentation=augmentation)):
-        inputs = augmented(batch, augmentation, views[at], samples, torch.device("cpu"))
+        inputs = augmented(batch, augmentation, views[at], sample_ids, torch.device("cpu"))
         found[at] = fingerprint(inputs)
         sizes[at] = inputs.double().flatten(1).square().mean(1).sqrt().numpy()
     return found, sizes
 
 
 def steady_fingerprints(
-    source: Source, augmentation: Augmentation, views: range, samples: npt.NDArray[np.int64]
+    source: Source, augmentation: Augmentation, views: range, sample_ids: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
     """Fingerprints (views, F, FINGERPRINT) that come out the same in another order.
 
     Raises:
         DataError: they do not, so the data or the augmentation cannot be replayed.
     """
-    found, sizes = fingerprints(source, augmentation, views=views, samples=samples)
-    again, _ = fingerprints(source, augmentation, views=views[::-1], samples=samples[::-1].copy())
+    found, sizes = fingerprints(source, augmentation, views=views, sample_ids=sample_ids)
+    again, _ = fingerprints(
+        source, augmentation, views=views[::-1], sample_ids=sample_ids[::-1].copy()
+    )
     off = np.abs(found - again[::-1, ::-1]).max(-1)
     unsteady = np.argwhere(~(off <= TOLERANCE * np.maximum(sizes, 1e-3)))
     if len(unsteady):
         view, place = map(int, unsteady[0])
         raise DataError(
-            f"sample {samples[place]} of {source.name} in view {views[view]} comes out different "
+            f"sample {sample_ids[place]} of {source.name} in view {views[view]} comes out different "
             "the second time: the data or the augmentation have a state of its own; draw only from "
             "python's random, numpy.random and torch, which are seeded for each sample, and give data "
             "without random transforms"
@@ -101,13 +105,13 @@ def replayed(header: Header, own: str | None) -> Augmentation:
         SettingsError: it is not given, or is another one.
     """
     own = own or None
-    if public_spec(own) not in (None, header.augment):
+    if split_augment(own).public_name not in (None, header.augment):
         raise SettingsError(
             f"--augment {own} is not the cache's own ({header.augment or 'none'}): it would change the "
             "pixels that the cached targets belong to; leave it out, or add it on top by "
             "--extra-augment if you mean to"
         )
-    if own is None and ".py:" in (header.augment or ""):
+    if own is None and split_augment(header.augment).code:
         raise SettingsError(
             f"the cache was augmented by {header.augment}; give that file with --augment, code named "
             "in a cache is never run by itself"
@@ -119,14 +123,14 @@ def check_replay(
     cache: Cache,
     source: Source,
     augmentation: Augmentation,
-    places: npt.NDArray[np.int64],
-    where: npt.NDArray[np.int64],
+    source_indices: npt.NDArray[np.int64],
+    source_index_of: npt.NDArray[np.int64],
 ) -> None:
     """Raise DataError if an input of today is not the one that the teacher saw.
 
     Args:
-        places: (samples,) the place in `source` of each sample of the cache.
-        where: (data_samples,) the place of each sample of the data set, among which mixup chooses.
+        source_indices: (samples,) index in `source` of each row of the cache.
+        source_index_of: (data_samples,) by sample id, among which mixup chooses.
     """
     header = cache.header
     chosen = np.array(cache.arrays["fingerprinted"])
@@ -138,23 +142,24 @@ def check_replay(
     now, sizes = fingerprints(
         source,
         augmentation,
-        views=range(header.first_view, header.first_view + header.views),
-        samples=chosen + header.first_sample,
-        places=places[chosen],
-        where=where,
+        views=header.view_range,
+        sample_ids=chosen + header.first_sample,
+        source_indices=source_indices[chosen],
+        source_index_of=source_index_of,
     )
     off = np.abs(now - cache.arrays["fingerprints"][: header.views]).max(-1)  # (views, F)
     drifted = np.argwhere(~(off <= TOLERANCE * np.maximum(sizes, 1e-3)))
     if len(drifted):
-        view, place = map(int, drifted[0])
+        view, number = map(int, drifted[0])
+        source_index = source_indices[chosen[number]]
         versions = [
             f"{name} was {header.software.get(name)}, is {version}"
             for name, version in software().items()
             if header.software.get(name) != version
         ]
         raise DataError(
-            f"sample {places[chosen[place]]} of {source.name} in view {header.first_view + view} is not "
-            f"what the teacher of {cache.path} saw (its fingerprint is off by {off[view, place]:.2g}): the "
+            f"sample {source_index} of {source.name} in view {header.first_view + view} is not what the "
+            f"teacher of {cache.path} saw (its fingerprint is off by {off[view, number]:.2g}): the "
             "augmentation or the data's own transform has changed; "
             f"{'; '.join(versions) or 'no library version differs'}"
         )

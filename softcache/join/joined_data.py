@@ -39,9 +39,9 @@ class JoinedData:
     """
 
     source: Source
-    places: Indices  # (N,) where in the source each sample is
-    numbers: Indices  # (N,) its number in the draws of the augmentation
-    where: Indices | None  # (all samples,) the place of each number, for mixup
+    source_indices: Indices  # (N,) index of each sample in the source
+    sample_ids: Indices  # (N,) id of each sample in the draws of the augmentation
+    source_index_of: Indices | None  # (all samples,) by sample id, for mixup
     augmentation: Augmentation
     classes: int
     cache: Cache | None = None
@@ -50,7 +50,7 @@ class JoinedData:
     rotate: bool = True
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.source_indices)
 
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one input."""
@@ -58,10 +58,10 @@ class JoinedData:
 
     def first_input(self) -> Tensor:
         """The first sample as float (1, *shape), after the user's own transform."""
-        raw, first = self.source.fetch([int(self.places[0])])[0], self.numbers[:1]
+        raw, first = self.source.fetch([int(self.source_indices[0])])[0], self.sample_ids[:1]
         return to_float(self.augmentation.transformed(raw, self.views(0, first), first))
 
-    def views(self, epoch: int, numbers: Indices) -> Views:
+    def views(self, epoch: int, sample_ids: Indices) -> Views:
         """The view in which each sample is seen in an epoch, one for all or (B,).
 
         All views of a cache in turn; if rotated, each sample begins with another one, so that an
@@ -71,32 +71,33 @@ class JoinedData:
             return epoch
         header, turn = self.cache.header, np.asarray(epoch, np.int64)
         if self.rotate:
-            drawn = uniform(header.seed, 0, numbers, stream=ROTATION_STREAM, draws=1)[:, 0]
+            drawn = uniform(header.seed, 0, sample_ids, stream=ROTATION_STREAM, draws=1)[:, 0]
             turn = epoch + (drawn * header.views).astype(np.int64)
         return np.asarray(header.first_view + turn % header.views)
 
-    def request(self, at: Indices, epoch: int) -> Request:
-        """What to ask a loader for, for samples `at` (B,) in 0 to N - 1."""
-        places, numbers = self.places[at].tolist(), self.numbers[at]
+    def request(self, rows: Indices, epoch: int) -> Request:
+        """What to ask a loader for, for rows (B,) of the cache, or samples where there is none."""
+        source_indices, sample_ids = self.source_indices[rows].tolist(), self.sample_ids[rows]
+        view = self.views(epoch, sample_ids)
         return make_request(
-            self.augmentation, places, self.views(epoch, numbers), numbers, self.where
+            self.augmentation, source_indices, view, sample_ids, self.source_index_of
         )
 
     def training_batch(self, batch: Batch, epoch: int, device: torch.device) -> TrainingBatch:
         """What came for a request of this epoch, augmented, with its labels and soft targets."""
-        numbers = batch.samples.numpy()
-        view = self.views(epoch, numbers)
-        check_labels(batch.labels.numpy(), batch.indices.numpy(), self.classes, self.source)
-        inputs = augmented(batch, self.augmentation, view, numbers, device)
+        sample_ids = batch.sample_ids.numpy()
+        view = self.views(epoch, sample_ids)
+        check_labels(batch.labels.numpy(), batch.source_indices.numpy(), self.classes, self.source)
+        inputs = augmented(batch, self.augmentation, view, sample_ids, device)
         own = batch.labels.to(device)
         labels: Labels = own
         if self.augmentation.mixup:
-            shares = torch.from_numpy(self.augmentation.shares(view, numbers)).to(device)
+            shares = torch.from_numpy(self.augmentation.shares(view, sample_ids)).to(device)
             labels = MixedLabels(own, batch.partner_labels.to(device), shares.float())
         if self.cache is None or self.targets is None:
             return TrainingBatch(inputs, labels, {})
         header = self.cache.header
-        soft = self.targets(view - header.first_view, numbers - header.first_sample)
+        soft = self.targets(view - header.first_view, sample_ids - header.first_sample)
         return TrainingBatch(inputs, labels, soft)
 
 

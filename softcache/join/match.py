@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from softcache.errors import DataError, SettingsError
 from softcache.join.fingerprints import check_replay, replayed
 from softcache.join.joined_data import Indices, JoinedData
 from softcache.targets.fetch import tempered_targets
+from softcache.util.log import inform
 from softcache.util.progress import progress
 
 BATCH = 1000
@@ -44,7 +44,7 @@ def join(
     """
     header = cache.header
     targets = tempered_targets(cache, temperatures, device)
-    places = join_samples(source, cache, workers)
+    source_indices = join_samples(source, cache, workers)
     augmentation = replayed(header, augment)
     if augmentation.mixup and len(source) < header.data_samples:
         raise SettingsError(
@@ -52,11 +52,19 @@ def join(
             f"them; {source.name} has {len(source):,}: give the whole data set"
         )
     whole = np.arange(len(source))  # a shard's data set has its order; a whole cache's may not
-    where = places if header.samples == header.data_samples else whole
-    check_replay(cache, source, augmentation, places, where)
-    numbers = header.first_sample + np.arange(header.samples)
+    source_index_of = source_indices if header.samples == header.data_samples else whole
+    check_replay(cache, source, augmentation, source_indices, source_index_of)
+    sample_ids = np.array(header.sample_range)
     return JoinedData(
-        source, places, numbers, where, augmentation, header.classes, cache, targets, rotate
+        source,
+        source_indices,
+        sample_ids,
+        source_index_of,
+        augmentation,
+        header.classes,
+        cache,
+        targets,
+        rotate,
     )
 
 
@@ -80,22 +88,21 @@ def join_samples(source: Source, cache: Cache, workers: int = 0) -> Indices:
     keys, labels = read_keys(source, workers)
     check_labels(labels, np.arange(len(source)), header.classes, source)
     first = header.first_sample if len(source) == header.data_samples else 0
-    places = np.arange(first, first + header.samples)
-    differs = np.flatnonzero(keys[places] != cache.keys)
+    source_indices = np.arange(first, first + header.samples)
+    differs = np.flatnonzero(keys[source_indices] != cache.keys)
     if len(differs) and len(source) > header.samples:
         raise DataError(
-            f"sample {places[differs[0]]} of {source.name} is not the one of {cache.path}, a shard of "
-            f"{header.data} in the dump's order; give the data the cache was made from"
+            f"sample {source_indices[differs[0]]} of {source.name} is not the one of {cache.path}, a shard "
+            f"of {header.data} in the dump's order; give the data the cache was made from"
         )
     if len(differs):
-        places = _by_key(keys, labels, cache, source)
-        print(
+        source_indices = _by_key(keys, labels, cache, source)
+        inform(
             f"note: {source.name} is in another order than the cache (first at sample {differs[0]}); "
-            "joined by content",
-            file=sys.stderr,
+            "joined by content"
         )
-    _check_labels(labels, cache, places, source)
-    return places
+    _check_labels(labels, cache, source_indices, source)
+    return source_indices
 
 
 def read_keys(
@@ -107,7 +114,7 @@ def read_keys(
     batches = sequential_batches(len(source), BATCH)
     with progress("read data", len(source), "samples") as advance:
         for batch in loader(source, batches, workers=workers, keys=True):
-            at = batch.indices.numpy()
+            at = batch.source_indices.numpy()
             keys[at] = batch.keys.numpy().view(np.uint64)
             labels[at] = batch.labels.numpy()
             advance(len(at))
@@ -117,7 +124,7 @@ def read_keys(
 def _by_key(
     keys: npt.NDArray[np.uint64], labels: npt.NDArray[np.int64], cache: Cache, source: Source
 ) -> npt.NDArray[np.int64]:
-    """Places by key; the same content twice goes to its places by label, then in turn."""
+    """Places by key; the same content twice goes to its source_indices by label, then in turn."""
     cached = np.array(cache.keys)
     order, wanted = np.lexsort((cache.labels, cached)), np.lexsort((labels, keys))
     differs = np.flatnonzero(cached[order] != keys[wanted])
@@ -128,9 +135,9 @@ def _by_key(
             f"{cache.header.data} ({len(surplus):,} samples differ); give the data the cache was made "
             "from, or dump a cache of these"
         )
-    places = np.empty(len(keys), np.int64)
-    places[order] = wanted
-    return places
+    source_indices = np.empty(len(keys), np.int64)
+    source_indices[order] = wanted
+    return source_indices
 
 
 def _surplus(keys: npt.NDArray[np.uint64], cached: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
@@ -145,13 +152,14 @@ def _surplus(keys: npt.NDArray[np.uint64], cached: npt.NDArray[np.uint64]) -> np
 
 
 def _check_labels(
-    labels: npt.NDArray[np.int64], cache: Cache, places: Indices, source: Source
+    labels: npt.NDArray[np.int64], cache: Cache, source_indices: Indices, source: Source
 ) -> None:
-    given = labels[places]
+    given = labels[source_indices]
     differs = np.flatnonzero((given != cache.labels) & (given >= 0) & (cache.labels >= 0))
     if len(differs):
-        row = differs[int(places[differs].argmin())]
+        row = differs[int(source_indices[differs].argmin())]
         raise DataError(
-            f"sample {places[row]} of {source.name} has label {given[row]}, and {cache.labels[row]} in "
-            f"{cache.path} ({len(differs):,} labels differ); give the data the cache was made from"
+            f"sample {source_indices[row]} of {source.name} has label {given[row]}, and "
+            f"{cache.labels[row]} in {cache.path} ({len(differs):,} labels differ); give the data "
+            "the cache was made from"
         )

@@ -10,6 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
+from softcache.util.spec import Spec
+
+
+def build_mlp(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Module:
+    """`mlp:800,800`."""
+    return mlp(input_shape, _sizes(spec, "mlp:800,800"), classes)
+
+
+def build_cnn(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Module:
+    """`cnn:32x2,64x2`."""
+    return cnn(_channels(spec, input_shape), _stages(spec), classes)
+
+
+def build_resnet(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Module:
+    """`resnet:20,16`."""
+    sizes = _sizes(spec, "resnet:20,16")
+    if len(sizes) != 2 or sizes[0] < 8 or (sizes[0] - 2) % 6:
+        raise SettingsError(
+            f"model {spec.text!r}: expected resnet:DEPTH,WIDTH with a depth of 6n + 2 (8, 14, 20, …)"
+        )
+    return resnet(_channels(spec, input_shape), sizes[0], sizes[1], classes)
 
 
 def mlp(input_shape: Sequence[int], hidden: Sequence[int], classes: int) -> nn.Module:
@@ -92,24 +113,26 @@ def _conv_bn(channels: int, width: int, stride: int, kernel: int = 3) -> nn.Modu
     )
 
 
-def parse_sizes(text: str, spec: str, example: str) -> list[int]:
-    sizes = text.split(",")
+def _sizes(spec: Spec, example: str) -> list[int]:
+    sizes = spec.place.split(",")
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise SettingsError(f"model {spec!r}: expected sizes from 1 up, as in {example}")
+        raise SettingsError(f"model {spec.text!r}: expected sizes from 1 up, as in {example}")
     return [int(size) for size in sizes]
 
 
-def parse_stages(text: str, spec: str) -> list[tuple[int, int]]:
-    stages = [re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", stage) for stage in text.split(",")]
+def _stages(spec: Spec) -> list[tuple[int, int]]:
+    stages = [re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", stage) for stage in spec.place.split(",")]
     if not all(stages):
-        raise SettingsError(f"model {spec!r}: expected widths, as in cnn:16,32 or cnn:32x2,64x2")
+        raise SettingsError(
+            f"model {spec.text!r}: expected widths, as in cnn:16,32 or cnn:32x2,64x2"
+        )
     return [(int(stage[1]), int(stage[2] or 1)) for stage in stages if stage]
 
 
-def image_channels(spec: str, input_shape: Sequence[int]) -> int:
+def _channels(spec: Spec, input_shape: Sequence[int]) -> int:
     if len(input_shape) != 3:
         raise ModelError(
-            f"model {spec}: inputs of shape {tuple(input_shape)} are not images (channels, height, "
+            f"model {spec.text}: inputs of shape {tuple(input_shape)} are not images (channels, height, "
             "width); use mlp:SIZES, or a model of your own"
         )
     return input_shape[0]

@@ -48,9 +48,9 @@ def evaluate(
     with torch.inference_mode():
         for batch in loader(source, sequential_batches(len(source), BATCH), workers=workers):
             if bool((batch.labels < 0).any()):
-                at = int(batch.indices[batch.labels < 0][0])
+                at = int(batch.source_indices[batch.labels < 0][0])
                 raise DataError(f"{source.name}: sample {at} has no label; errors need labels")
-            check_labels(batch.labels.numpy(), batch.indices.numpy(), classes, source)
+            check_labels(batch.labels.numpy(), batch.source_indices.numpy(), classes, source)
             inputs = to_float(batch.inputs.to(device))
             try:
                 logits = model(inputs)  # (B, C)

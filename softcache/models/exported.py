@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from softcache.errors import ModelError
+from softcache.errors import MissingModelError, ModelError
 from softcache.util.messages import first_line
+from softcache.util.spec import Spec
 
 
-def load_exported(path: Path) -> nn.Module:
+def build_exported(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Module:
+    """The program in FILE.pt2; shape and classes are as it was exported.
+
+    Raises:
+        ModelError: there is no such file, or it holds no exported program.
+    """
+    path = spec.path
     if not path.is_file():
-        raise ModelError(f"model {path}: no such file")
+        raise MissingModelError(f"model {path}: no such file")
     try:
         return ExportedModel(torch.export.load(path).module())
     except Exception as error:  # a damaged archive fails in many ways

@@ -1,8 +1,7 @@
-"""Models of transformers and timm, each with the preprocessing of its own configuration.
+"""Classifiers of transformers, each with the preprocessing of its own configuration.
 
-    hf:ID_OR_FOLDER     image or text classification, with its weights
-    hf:TYPE?pretrained=false&hidden_size=192…   from a configuration alone, with random weights
-    timm:NAME           image classification
+    hf:ID_OR_FOLDER                                images or texts, with its weights
+    hf:TYPE?pretrained=false&hidden_size=192…      from a configuration alone, with random weights
 
 Options: pretrained=false; processor= and tokenizer= where they lie elsewhere; any other is a field of the
 configuration.
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ from torch import Tensor, nn
 
 from softcache.data import text
 from softcache.errors import ModelError, SettingsError
-from softcache.models.hub import HubModel, option_value
+from softcache.models.hub import HubModel, library_errors, option_value
 from softcache.models.preprocess import Preprocess, Steps, steps_of_processor
+from softcache.models.spec import is_pretrained
 from softcache.util.extras import import_extra
+from softcache.util.spec import LOCAL_OPTIONS, Spec
 
 TASKS = {"ImageClassification": "image", "SequenceClassification": "text"}
 
@@ -98,24 +99,27 @@ def processor_settings(steps: Steps) -> dict[str, Any]:
     }
 
 
-def build_hf(
-    spec: str, place: str, options: dict[str, str], classes: int | None, pretrained: bool
-) -> HubModel:
-    library = import_extra("transformers", extra="hf", what=f"model {spec}")
-    with _quiet(library):
-        return _build_quietly(library, spec, place, options, classes, pretrained)
+def build_hf(spec: Spec, input_shape: Sequence[int], classes: int | None) -> HubModel:
+    """A classifier of images or texts; options other than those of softcache are fields of its configuration.
+
+    Args:
+        classes: of a student, whose last layer is made anew where it has another number of outputs; None
+            of a teacher, which must have all its weights.
+
+    Raises:
+        SettingsError: transformers is not installed, or an option is invalid.
+        ModelError: the model cannot be loaded, or is no classifier of images or texts.
+    """
+    library = import_extra("transformers", extra="hf", what=f"model {spec.text}")
+    with library_errors(spec), _quiet(library):
+        return _build_quietly(library, spec, classes)
 
 
-def _build_quietly(
-    library: Library,
-    spec: str,
-    place: str,
-    options: dict[str, str],
-    classes: int | None,
-    pretrained: bool,
-) -> HubModel:
-    place = str(Path(place).expanduser())
-    elsewhere = {name: options.pop(name, None) for name in ("processor", "tokenizer")}
+def _build_quietly(library: Library, model_spec: Spec, classes: int | None) -> HubModel:
+    spec, pretrained = model_spec.text, is_pretrained(model_spec)
+    place, options = str(model_spec.path.expanduser()), dict(model_spec.options)
+    options.pop("pretrained", None)
+    elsewhere = {name: options.pop(name, None) for name in LOCAL_OPTIONS}
     config = _config(library, spec, place, pretrained)
     beside = (
         None if _is_type(library, place) else place

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+from softcache.errors import ModelError, SettingsError
+from softcache.util.spec import Spec
 
 
 class HubModel(nn.Module):
@@ -50,3 +54,19 @@ def option_value(written: str) -> Any:  # noqa: ANN401  # JSON
         return json.loads(written)
     except ValueError:
         return written
+
+
+@contextmanager
+def library_errors(spec: Spec) -> Iterator[None]:
+    """Turn whatever a library raises while it builds a model into a ModelError of one line."""
+    try:
+        yield
+    except (ModelError, SettingsError):
+        raise
+    except Exception as error:  # the libraries raise many kinds
+        missing = isinstance(error, OSError) and not spec.path.expanduser().exists()
+        hint = f"; there is no folder {spec.place} here" if missing else ""
+        raise ModelError(
+            f"model {spec.text} cannot be built ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:400]}){hint}"
+        ) from error

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from softcache.models.hub import HubModel, option_value
+from collections.abc import Sequence
+
+from softcache.models.hub import HubModel, library_errors, option_value
 from softcache.models.preprocess import Preprocess, steps_of_timm
+from softcache.models.spec import is_pretrained
 from softcache.util.extras import import_extra
+from softcache.util.spec import Spec
 
 
-def build_timm(
-    spec: str, place: str, options: dict[str, str], classes: int | None, pretrained: bool
-) -> HubModel:
-    timm = import_extra("timm", extra="timm", what=f"model {spec}")
-    given = {name: option_value(value) for name, value in options.items()}
+def build_timm(spec: Spec, input_shape: Sequence[int], classes: int | None) -> HubModel:
+    """The model of that name; options other than `pretrained` go to timm.create_model().
+
+    Args:
+        classes: number of outputs; None keeps the trained ones.
+    """
+    who = f"model {spec.text}"
+    timm = import_extra("timm", extra="timm", what=who)
+    options = {name: option_value(value) for name, value in spec.options.items()}
+    options.pop("pretrained", None)
     if classes is not None:
-        given.setdefault("num_classes", classes)
-    model = timm.create_model(place, pretrained=pretrained, **given)
-    settings = dict(timm.data.resolve_model_data_config(model))
-    if isinstance(given.get("img_size"), int):  # which timm's data config does not know of
-        side = given["img_size"]
-        settings["input_size"] = (settings["input_size"][0], side, side)
-    steps = steps_of_timm(settings, f"model {spec}")
-    return HubModel(model, Preprocess(steps, settings["input_size"][0]))
+        options.setdefault("num_classes", classes)
+    with library_errors(spec):
+        model = timm.create_model(spec.place, pretrained=is_pretrained(spec), **options)
+        settings = dict(timm.data.resolve_model_data_config(model))
+        side = options.get("img_size")
+        if isinstance(side, int):  # timm's data config does not know of it
+            settings["input_size"] = (settings["input_size"][0], side, side)
+        return HubModel(model, Preprocess(steps_of_timm(settings, who), settings["input_size"][0]))

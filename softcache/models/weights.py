@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from softcache.errors import ModelError
+from softcache.errors import MissingModelError, ModelError
 from softcache.util.messages import first_line
 
 
@@ -49,7 +49,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise ModelError(f"weights {path}: no such file")
+        raise MissingModelError(f"weights {path}: no such file")
     try:
         if path.suffix == ".safetensors":
             return _plain_names(load_file(path))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
-from softcache.models.build import build_hub
-from softcache.models.hf import Tokenize, save_hub
+from softcache.models.hf import Tokenize, build_hf, save_hub
 from softcache.models.hub import HubModel
+from softcache.models.spec import parse_model
 from softcache.train.run_folder import Run, open_run
 from softcache.util.extras import import_extra
 from softcache.util.files import replace_file
@@ -77,7 +77,9 @@ def _to_hf(run: Run, model: nn.Module, folder: Path) -> Path:
         place = Path(unfinished) / folder.name
         save_hub(model, place, names if len(names) == run.classes else ())
         examples = [run.example(batch) for batch in TRIED]
-        check_exported(build_hub(f"hf:{place}", None).eval(), model, examples, folder.name)
+        check_exported(
+            build_hf(parse_model(f"hf:{place}"), (), None).eval(), model, examples, folder.name
+        )
         if folder.exists():
             shutil.rmtree(folder)
         place.rename(folder)

@@ -86,7 +86,7 @@ def outputs(model: nn.Module, source: Source, classes: int) -> tuple[Tensor, Ten
         for batch in loader(source, sequential_batches(len(source), BATCH)):
             if bool((batch.labels < 0).any()):
                 raise DataError(f"{source.name} has samples without a label; errors need labels")
-            check_labels(batch.labels.numpy(), batch.indices.numpy(), classes, source)
+            check_labels(batch.labels.numpy(), batch.source_indices.numpy(), classes, source)
             rows.append(torch.log_softmax(model(to_float(batch.inputs)).float(), -1))
             labels.append(batch.labels)
     return torch.cat(rows), torch.cat(labels)

@@ -20,10 +20,11 @@ from torch import Tensor
 from softcache._version import __version__
 from softcache.cache import Cache, Sampled
 from softcache.cache.reader import open_trainable
+from softcache.data.augment import split_augment
 from softcache.data.embedded import CacheSource
 from softcache.data.open import open_source
 from softcache.data.source import Source
-from softcache.errors import FormatError, SettingsError
+from softcache.errors import MissingCacheError, SettingsError
 from softcache.files.describe import describe
 from softcache.join.match import join_samples
 from softcache.results import figures
@@ -99,7 +100,9 @@ def report(
     caches = [open_trainable(place) for place in places if place.is_file()]
     missing = [place for place in places if not place.exists()]
     if missing:
-        raise FormatError(f"{missing[0]}: no such file or folder; name a cache or a finished run")
+        raise MissingCacheError(
+            f"{missing[0]}: no such file or folder; name a cache or a finished run"
+        )
     folders = [place.resolve() for place in expand([p for p in places if p.is_dir()])]
     runs = {name: open_run(folder) for name, folder in short_names(folders).items()}
     source = open_source(data) if data else None
@@ -109,7 +112,11 @@ def report(
         sections.append(cache_section(cache, samples))
     if runs:
         sections.append(runs_section(runs, caches, data, eval_data, student))
-    text = resources.files("softcache.results").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    text = (
+        resources.files("softcache.results")
+        .joinpath("report.html.jinja")
+        .read_text(encoding="utf-8")
+    )
     page = jinja.Environment(autoescape=True).from_string(text)
     html = page.render(sections=sections, version=__version__)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +227,7 @@ def add_classes(
 def add_calibration(section: Section, cache: Cache, log_probs: Tensor, labels: Tensor) -> None:
     """Reliability at T = 1, at the temperature that fits the labels best, and at the cache's own."""
     known = labels >= 0
-    mixed = "mixup" in (cache.header.augment or "")
+    mixed = split_augment(cache.header.augment).mixup
     if not bool(known.any()) or mixed or isinstance(cache.header.encoding, Sampled):
         return
     rows, labels, own = log_probs[known], labels[known], cache.header.temperature

@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
-from softcache.models.build import build, build_hub
-from softcache.models.spec import is_hub, is_random, public_name
-from softcache.models.weights import (
-    file_sha256,
-    load_weights,
-    parameter_count,
-    read_weights,
-    state_sha256,
-)
-from softcache.teachers.matrix import (
-    Matrix,
-    is_matrix,
-    open_top_rows,
-    public_rows_name,
-    read_matrix,
-)
+from softcache.models.code import call_code
+from softcache.models.spec import BUILT_IN, HUB, is_pretrained
+from softcache.models.spec import KINDS as MODEL_KINDS
+from softcache.models.weights import load_weights, parameter_count, read_weights, state_sha256
 from softcache.teachers.numpy_function import NumpyTeacher
-from softcache.teachers.onnx_file import open_onnx
+from softcache.teachers.spec import KINDS, parse_teacher
 from softcache.teachers.teacher import Teacher
-from softcache.util.callables import call_user, import_callable
-
-BUILT_IN = ("mlp:", "cnn:", "resnet:")
+from softcache.util.spec import CODE, Spec
 
 
 def load_teacher(
@@ -64,24 +49,26 @@ def load_teacher(
     """
     if precision == "tf32" and device.type != "cuda":
         raise SettingsError(f"precision tf32 needs a GPU; {device} has none, use fp32 or bf16")
-    if (spec.startswith(BUILT_IN) or is_random(spec)) and weights is None:
+    parsed = parse_teacher(spec)
+    built_in = parsed.kind in BUILT_IN
+    if (built_in or not is_pretrained(parsed)) and weights is None:
         raise SettingsError(f"teacher {spec} would be untrained; name its --weights")
     width = classes
-    if spec.startswith(BUILT_IN) and weights is not None:
+    if built_in and weights is not None:
         width = width or _width_of(weights)
     facts: dict[str, Any]
-    if is_other(spec):
+    if parsed.kind in KINDS:
         if weights is not None:
             raise SettingsError(f"teacher {spec} has its weights in it; leave --weights out")
-        model, facts = open_other(spec, classes)
+        model, facts = KINDS[parsed.kind].load()(parsed, classes)
     else:
-        model = build_teacher(spec, input_shape=sample.shape[1:], classes=width)
+        model = build_teacher(parsed, input_shape=sample.shape[1:], classes=width)
         if weights is not None:
             load_weights(model, weights)
         facts = {"parameters": parameter_count(model), "sha256": state_sha256(model)}
     model = model.to(device).eval()
     provenance = {
-        "name": public_rows_name(spec) if spec.startswith("hfds:") else public_name(spec),
+        "name": parsed.public_name,
         "weights": weights.name if weights else None,
         **facts,
         **({} if output == "logits" else {"output": output}),
@@ -96,21 +83,22 @@ def load_teacher(
     return dataclasses.replace(teacher, classes=found)
 
 
-def build_teacher(spec: str, *, input_shape: Sequence[int], classes: int | None) -> nn.Module:
-    """The model that `spec` names; a callable of the user's own may also return a function of numpy."""
-    if is_hub(spec):
-        return build_hub(spec, classes if is_random(spec) else None)
-    if ":" in spec and not spec.startswith(BUILT_IN):
-        found = call_user(import_callable(spec, what="model"), what=f"model {spec}")
-        if callable(found) and not isinstance(found, nn.Module):
-            return NumpyTeacher(found)
-        if isinstance(found, nn.Module):
-            return found
+def build_teacher(spec: Spec, *, input_shape: Sequence[int], classes: int | None) -> nn.Module:
+    """The model that `spec` names; a callable of the user's own may also return a numpy function."""
+    if spec.kind == CODE:
+        model = call_code(spec)
+        if isinstance(model, nn.Module):
+            return model
+        if callable(model):
+            return NumpyTeacher(model)
         raise ModelError(
-            f"model {spec} returned {type(found).__name__}; expected a torch nn.Module, or a function "
+            f"model {spec.text} returned {type(model).__name__}; expected a torch nn.Module, or a function "
             "from numpy inputs (B, ...) to (B, classes)"
         )
-    return build(spec, input_shape=input_shape, classes=classes or 2)
+    trained = spec.kind in HUB and is_pretrained(spec)  # it keeps all its outputs
+    outputs = None if trained else classes or 2
+    model = MODEL_KINDS[spec.kind].load()(spec, input_shape, outputs)
+    return cast(nn.Module, model)
 
 
 def _width_of(weights: Path) -> int:
@@ -120,32 +108,3 @@ def _width_of(weights: Path) -> int:
         raise ModelError(f"weights {weights} hold no matrix, so not those of a classifier")
     # files may order names as text, 13.weight before 9.weight
     return matrices[max(matrices, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])]
-
-
-def is_other(spec: str) -> bool:
-    """Whether the specification names a file of one of these kinds."""
-    return spec.endswith(".onnx") or is_matrix(spec)
-
-
-def open_other(spec: str, classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """The teacher of a file, and what its provenance says of its size and content.
-
-    Args:
-        classes: how many there are, for rows that hold only some.
-
-    Raises:
-        SettingsError: no such file, or an extra is not there.
-        ModelError: it is not what its name says.
-    """
-    if spec.startswith("hfds:"):
-        rows = open_top_rows(spec, classes)
-        digest = hashlib.sha256(rows.ids.tobytes() + rows.values.tobytes()).hexdigest()
-        return rows, {"parameters": 0, "sha256": digest}
-    path = Path(spec)
-    if not path.is_file():
-        raise SettingsError(f"teacher {spec}: no such file")
-    if path.suffix == ".onnx":
-        model, parameters = open_onnx(path)
-    else:
-        model, parameters = Matrix(read_matrix(path)), 0
-    return model, {"parameters": parameters, "sha256": file_sha256(path)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from softcache.data.huggingface import load
-from softcache.errors import ModelError, SettingsError
-from softcache.models.weights import read_weights
+from softcache.errors import MissingFileError, ModelError, SettingsError
+from softcache.models.weights import file_sha256, read_weights
 from softcache.teachers.outputs import TINY, TOLERANCE
-from softcache.util.spec import public_place, query_of, split_options
-
-MATRICES = (".npy", ".npz", ".pt")
+from softcache.util.spec import Spec
 
 
 class Matrix(nn.Module):
@@ -69,16 +68,19 @@ class TopRows(Matrix):
         return dense.scatter(1, torch.from_numpy(self.ids[samples]), top).float()
 
 
-def public_rows_name(spec: str) -> str:
-    """The specification of hfds: without folders."""
-    where, mark, split = spec.removeprefix("hfds:").rpartition("@")
-    place, options = split_options(where or split)
-    return f"hfds:{public_place(place)}{query_of(options)}{mark}{split if where else ''}"
+def open_matrix(spec: Spec, classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The matrix in a file, and its provenance."""
+    if not spec.path.is_file():
+        raise MissingFileError(f"teacher {spec.text}: no such file")
+    provenance = {"parameters": 0, "sha256": file_sha256(spec.path)}
+    return Matrix(read_matrix(spec.path)), provenance
 
 
-def is_matrix(spec: str) -> bool:
-    """Whether a specification names rows that were computed before."""
-    return spec.endswith(MATRICES) or spec.startswith("hfds:")
+def open_top_rows(spec: Spec, classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The top classes of each row in a Hugging Face dataset, and their provenance."""
+    rows = read_top_rows(spec, classes)
+    digest = hashlib.sha256(rows.ids.tobytes() + rows.values.tobytes()).hexdigest()
+    return rows, {"parameters": 0, "sha256": digest}
 
 
 def read_matrix(path: Path) -> npt.NDArray[Any]:
@@ -116,27 +118,21 @@ def read_matrix(path: Path) -> npt.NDArray[Any]:
     return matrix
 
 
-def open_top_rows(spec: str, classes: int | None) -> TopRows:
+def read_top_rows(spec: Spec, classes: int | None) -> TopRows:
     """Columns of class ids and log-probabilities of a Hugging Face data set, k of each in every row.
 
     Raises:
         SettingsError: the columns or the number of classes are not named.
         ModelError: the rows are not all of k, an id is no class, or stands there twice.
     """
-    where, _, split = spec.removeprefix("hfds:").rpartition("@")
-    place, options = split_options(where or split)
-    if set(options) - {"ids", "log_probs", "name"} or not {"ids", "log_probs"} <= set(options):
-        raise SettingsError(
-            f"teacher {spec}: expected hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN@SPLIT"
-        )
     if classes is None:
-        raise SettingsError(f"teacher {spec} holds some classes of each row; add --classes")
-    table = load(place, split if where else "", options.get("name"))
+        raise SettingsError(f"teacher {spec.text} holds some classes of each row; add --classes")
+    table = load(spec.place, spec.split, spec.options.get("name"))
     columns = []
-    for column in (options["ids"], options["log_probs"]):
+    for column in (spec.options["ids"], spec.options["log_probs"]):
         if column not in table.column_names:
             raise SettingsError(
-                f"teacher {spec} has no column {column!r}; it has {', '.join(table.column_names)}"
+                f"teacher {spec.text} has no column {column!r}; it has {', '.join(table.column_names)}"
             )
         try:
             values = np.array(table.with_format("numpy")[column][:])
@@ -144,23 +140,26 @@ def open_top_rows(spec: str, classes: int | None) -> TopRows:
             values = np.empty(0, object)
         if values.ndim != 2 or values.dtype.kind not in "iuf":
             raise ModelError(
-                f"teacher {spec}: column {column!r} is {values.dtype} {values.shape}; expected k numbers in "
-                "every row. Lists of lists, as of the tokens of a text, are not classes of a sample"
+                f"teacher {spec.text}: column {column!r} is {values.dtype} {values.shape}; "
+                "expected k numbers in every row. Lists of lists, as of the tokens of a text, are not "
+                "classes of a sample"
             )
         columns.append(values)
     ids, log_probs = columns[0].astype(np.int64), columns[1].astype(np.float32)
     if ids.shape != log_probs.shape or ids.shape[1] > classes:
         raise ModelError(
-            f"teacher {spec}: ids {ids.shape} and log-probabilities {log_probs.shape} of {classes} classes; "
-            "expected as many of each, and no more than classes"
+            f"teacher {spec.text}: ids {ids.shape} and log-probabilities {log_probs.shape} of {classes} "
+            "classes; expected as many of each, and no more than classes"
         )
     if ids.size and (ids.min() < 0 or ids.max() >= classes):
-        raise ModelError(f"teacher {spec} has class id {ids.max()}; expected 0 to {classes - 1}")
+        raise ModelError(
+            f"teacher {spec.text} has class id {ids.max()}; expected 0 to {classes - 1}"
+        )
     ordered = np.sort(ids, axis=1)
     twice = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(1))
     if len(twice):
         raise ModelError(
-            f"teacher {spec} names a class twice in row {twice[0]}; expected each once"
+            f"teacher {spec.text} names a class twice in row {twice[0]}; expected each once"
         )
     return TopRows(ids, log_probs, classes)
 

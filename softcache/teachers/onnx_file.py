@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from softcache.errors import ModelError
+from softcache.errors import MissingFileError, ModelError
+from softcache.models.weights import file_sha256
 from softcache.teachers.numpy_function import NumpyTeacher
 from softcache.util.extras import import_extra
+from softcache.util.spec import Spec
 
 
-def open_onnx(path: Path) -> tuple[nn.Module, int]:
+def open_onnx(spec: Spec, classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The model as a module, and its provenance.
+
+    Raises:
+        SettingsError: there is no such file, or the onnx extra is not installed.
+        ModelError: onnxruntime cannot open it, or it takes several inputs.
+    """
+    path = spec.path
+    if not path.is_file():
+        raise MissingFileError(f"teacher {spec.text}: no such file")
     runtime = import_extra("onnxruntime", extra="onnx", what="an ONNX teacher")
     onnx = import_extra("onnx", extra="onnx", what="an ONNX teacher")
     try:
@@ -38,4 +49,5 @@ def open_onnx(path: Path) -> tuple[nn.Module, int]:
     parameters = sum(
         int(np.prod(weight.dims)) for weight in graph.initializer if weight.data_type in numbers
     )
-    return NumpyTeacher(lambda batch: session.run([output], {name: batch})[0]), parameters
+    provenance = {"parameters": parameters, "sha256": file_sha256(path)}
+    return NumpyTeacher(lambda batch: session.run([output], {name: batch})[0]), provenance

@@ -16,7 +16,7 @@ from softcache.errors import ModelError
 from softcache.teachers.matrix import Matrix
 from softcache.teachers.outputs import as_logits
 
-PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Teacher:
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "tf32":
             return tensor_float_32()
-        dtype = PRECISIONS[self.precision]
+        dtype = AUTOCAST.get(self.precision)
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from tabulate import tabulate
 
-from softcache.train.config import OPTIONS, TrainConfig
-
-LEFT_OUT = {
-    "out", "overwrite", "verify", "tensorboard", "device", "workers", "checkpoint_minutes", "baseline",
-}  # fmt: skip
+from softcache.train.config import train_settings
+from softcache.util.settings import option_name
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -59,12 +55,13 @@ def again(facts: Mapping[str, Any]) -> str:
     words = ["softcache", "train", *settings["cache"], "--student", settings["student"]]
     for data in () if facts["embedded"] else settings["data"]:
         words += ["--data", data]
-    for field in dataclasses.fields(TrainConfig):
+    for field, setting in train_settings():
         value = settings.get(field.name)
-        known = {"student", "data", "cache", "variants", *LEFT_OUT}
-        if field.name in known or value == field.default or value is None:
+        if not setting.affects_result or field.name in ("student", "data", "baseline"):
             continue
-        option = f"--{OPTIONS.get(field.name, field.name).replace('_', '-')}"
+        if value is None or value == field.default:
+            continue
+        option = f"--{option_name(field)}"
         if isinstance(value, bool):
             words.append(option if value else option.replace("--", "--no-"))
         else:
@@ -121,9 +118,9 @@ def _usage(facts: Mapping[str, Any]) -> str:
     shape = tuple(facts["input_shape"])
     return f"""```python
 from safetensors.torch import load_file
-from softcache.models.build import build
+import softcache
 
-model = build({facts["settings"]["student"]!r}, input_shape={shape}, classes={facts["classes"]})
+model = softcache.build({facts["settings"]["student"]!r}, input_shape={shape}, classes={facts["classes"]})
 model.load_state_dict(load_file("student.safetensors"))
 logits = model.eval()(inputs)  # (B, {", ".join(map(str, shape))}) {_input_kind(facts)}
 ```"""

@@ -1,6 +1,6 @@
 """The state of a run on its way, in one safetensors file: a stopped run goes on as if it had not been.
 
-Tensors are named by learner and part; everything else is JSON in the file's metadata. Nothing in it
+Tensors are named by student and part; everything else is JSON in the file's metadata. Nothing in it
 is run when it is read. On a CPU the weights at the end are those of a run without a stop, to the bit.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from softcache.errors import SettingsError
 from softcache.models.evaluate import Evaluation
-from softcache.train.student import Learner
+from softcache.train.student import Student
 from softcache.util.files import replace_file
 
 NAME = "checkpoint.safetensors"
@@ -29,7 +29,7 @@ STATE = "softcache"  # the one key of the file's metadata
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """How far a run is: batches of an epoch that are done, epochs counted from 0."""
 
     epoch: int = 0
@@ -49,33 +49,33 @@ class Checkpoint:
         """Whether it is time for a checkpoint within an epoch."""
         return time.monotonic() - self.written >= 60 * self.minutes
 
-    def save(self, learners: Sequence[Learner], place: Place) -> None:
-        """Write the state of all learners; the file before is there until this one is whole."""
+    def save(self, students: Sequence[Student], position: Position) -> None:
+        """Write the state of all students; the file before is there until this one is whole."""
         tensors: dict[str, Tensor] = {}
         facts = []
-        for number, learner in enumerate(learners):
-            found, fact = _state(learner)
+        for number, student in enumerate(students):
+            found, fact = _state(student)
             facts.append(fact)
             tensors |= {f"{number}.{name}": tensor for name, tensor in found.items()}
-        scaler = getattr(learners[0].accelerator, "scaler", None)
+        scaler = getattr(students[0].accelerator, "scaler", None)
         state = {
             "settings": self.settings,
-            "epoch": place.epoch,
-            "batch": place.batch,
-            "learners": facts,
+            "epoch": position.epoch,
+            "batch": position.batch,
+            "students": facts,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         data = save(tensors, metadata={STATE: json.dumps(state)})
         replace_file(self.path, lambda path: path.write_bytes(data))
         self.written = time.monotonic()
 
-    def load(self, learners: Sequence[Learner]) -> Place:
-        """Bring the learners to where the file says they were."""
+    def load(self, students: Sequence[Student]) -> Position:
+        """Bring the students to where the file says they were."""
         with open_checkpoint(self.path) as file:
             state = json.loads(file.metadata()[STATE])
             names = list(file.keys())
-            for number, (learner, facts) in enumerate(
-                zip(learners, state["learners"], strict=True)
+            for number, (student, facts) in enumerate(
+                zip(students, state["students"], strict=True)
             ):
                 prefix = f"{number}."
                 own = {
@@ -83,11 +83,11 @@ class Checkpoint:
                     for name in names
                     if name.startswith(prefix)
                 }
-                _restore(learner, own, facts)
-            scaler = getattr(learners[0].accelerator, "scaler", None)
+                _restore(student, own, facts)
+            scaler = getattr(students[0].accelerator, "scaler", None)
             if scaler is not None and state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
-        return Place(state["epoch"], state["batch"])
+        return Position(state["epoch"], state["batch"])
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -127,58 +127,58 @@ def open_checkpoint(path: Path) -> Any:  # noqa: ANN401  # safetensors has no ty
         raise SettingsError(f"{path} is no checkpoint: {error}") from error
 
 
-def _state(learner: Learner) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything about a learner that its next step depends on, or its metrics."""
-    tensors = _prefixed("model", learner.accelerator.unwrap_model(learner.model).state_dict())
-    if learner.average is not None:
-        tensors |= _prefixed("average", learner.average.state_dict())
-    if learner.best is not None:
-        tensors |= _prefixed("best", learner.best)
-    for number, values in learner.optimizer.state_dict()["state"].items():
+def _state(student: Student) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything about a student that its next step depends on, or its metrics."""
+    tensors = _prefixed("model", student.accelerator.unwrap_model(student.model).state_dict())
+    if student.average is not None:
+        tensors |= _prefixed("average", student.average.state_dict())
+    if student.best is not None:
+        tensors |= _prefixed("best", student.best)
+    for number, values in student.optimizer.state_dict()["state"].items():
         present = {name: value for name, value in values.items() if value is not None}
         tensors |= _prefixed(f"optimizer.{number}", present)
-    tensors |= {f"random.{i}": state for i, state in enumerate(learner.random)}
-    if learner.losses:
-        tensors["losses"] = torch.stack(learner.losses)
-    evaluation = learner.evaluation
+    tensors |= {f"random.{i}": state for i, state in enumerate(student.random)}
+    if student.losses:
+        tensors["losses"] = torch.stack(student.losses)
+    evaluation = student.evaluation
     facts = {
         "schedule": {
             name: value
-            for name, value in learner.schedule.state_dict().items()
+            for name, value in student.schedule.state_dict().items()
             if name != "lr_lambdas"
         },
-        "rates": [group["lr"] for group in learner.optimizer.param_groups],
-        "steps": learner.steps,
-        "history": learner.history,
+        "rates": [group["lr"] for group in student.optimizer.param_groups],
+        "steps": student.steps,
+        "history": student.history,
         "evaluation": evaluation and [evaluation.errors, evaluation.samples],
-        "stopped": learner.stopped,
-        "failed": learner.failed,
+        "stopped": student.stopped,
+        "failed": student.failed,
     }
     return {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
     }, facts
 
 
-def _restore(learner: Learner, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    learner.accelerator.unwrap_model(learner.model).load_state_dict(_under("model", tensors))
-    if learner.average is not None:
-        learner.average.load_state_dict(_under("average", tensors))
-    learner.best = _under("best", tensors) or None
+def _restore(student: Student, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    student.accelerator.unwrap_model(student.model).load_state_dict(_under("model", tensors))
+    if student.average is not None:
+        student.average.load_state_dict(_under("average", tensors))
+    student.best = _under("best", tensors) or None
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _under("optimizer", tensors).items():
         number, _, key = name.partition(".")
         state.setdefault(int(number), {})[key] = tensor
-    groups = learner.optimizer.state_dict()["param_groups"]
-    learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    learner.schedule.load_state_dict(dict(facts["schedule"]) | {"lr_lambdas": [None] * len(groups)})
-    for group, rate in zip(learner.optimizer.param_groups, facts["rates"], strict=True):
+    groups = student.optimizer.state_dict()["param_groups"]
+    student.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    student.schedule.load_state_dict(dict(facts["schedule"]) | {"lr_lambdas": [None] * len(groups)})
+    for group, rate in zip(student.optimizer.param_groups, facts["rates"], strict=True):
         group["lr"] = rate
-    learner.random = [tensors[f"random.{i}"] for i in range(len(learner.random))]
-    device = learner.accelerator.device
-    learner.losses = list(tensors["losses"].to(device)) if "losses" in tensors else []
-    learner.steps, learner.history = facts["steps"], list(facts["history"])
-    learner.evaluation = Evaluation(*facts["evaluation"]) if facts["evaluation"] else None
-    learner.stopped, learner.failed = facts["stopped"], facts["failed"]
+    student.random = [tensors[f"random.{i}"] for i in range(len(student.random))]
+    device = student.accelerator.device
+    student.losses = list(tensors["losses"].to(device)) if "losses" in tensors else []
+    student.steps, student.history = facts["steps"], list(facts["history"])
+    student.evaluation = Evaluation(*facts["evaluation"]) if facts["evaluation"] else None
+    student.stopped, student.failed = facts["stopped"], facts["failed"]
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,158 +1,253 @@
-"""What a training is asked for: of every student, and of the run that they share."""
+"""The settings of a training run: those of each student, and those that the students share."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softcache.cache.encodings import MAX_TEMPERATURE
 from softcache.errors import SettingsError
-from softcache.losses import parse_loss
-from softcache.models.spec import public_name
+from softcache.models.spec import parse_model
+from softcache.util.settings import Setting, check_range, option_name, setting, settings_of
 
 MAX_LEARNING_RATE = 1e6
-
 LEARNING_RATES = {"adamw": 2e-3, "sgd": 0.05}
-
 WEIGHT_DECAYS = {"adamw": 0.01, "sgd": 5e-4}
-
 SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("fp32", "bf16", "fp16")
+MAX_NAME_PART = 40  # characters of a setting in the name of a folder
 
-OPTIONS = {"learning_rate": "lr"}  # a setting whose option has another name
-
-CUT = 40  # characters of a setting in the name of a folder
+STUDENT, DATA, LOSS, OPTIMIZATION = "Students", "Data", "Loss", "Optimization"
+RESOURCES, OUTPUT = "Resources", "Output"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """What one student is, and how it learns."""
 
-    student: str
-    alpha: float | None = None  # None: 0.9 with a cache, 0 without
-    temperature: float | None = None  # None: the cache's
-    loss: str = "kl"  # of the soft targets
-    label_smoothing: float = 0.0  # of the cross-entropy
-    optimizer: str = "adamw"
-    learning_rate: float | None = None  # None: the optimizer's own of LEARNING_RATES
-    momentum: float = 0.9  # of sgd
-    weight_decay: float | None = None  # None: the optimizer's own of WEIGHT_DECAYS
-    schedule: str = "cosine"
-    warmup: float = 0.05  # share of the steps in which the learning rate rises from 0
-    clip: float | None = None  # norm of the gradient, at the most
-    accumulate: int = 1  # parts in which a batch goes through the student
-    ema: float | None = (
-        None  # decay of the average of the weights, which is what is evaluated and saved
+    student: str = setting(
+        help="The student. Repeat it to train several on the same batches, each into its own folder.",
+        group=STUDENT,
+        metavar="SPEC",
     )
-    init: Path | None = None
-    seed: int = 0  # of its first weights and its dropout
+    init: Path | None = setting(
+        None, help="Start from these weights.", group=STUDENT, metavar="WEIGHTS"
+    )
+    alpha: float | None = setting(
+        None,
+        help="Weight of the soft targets in the loss, 0 to 1.",
+        group=LOSS,
+        default_text="0.9",
+        at_least=0,
+        at_most=1,
+    )
+    temperature: float | None = setting(
+        None,
+        help="Temperature of the soft targets.",
+        group=LOSS,
+        default_text="the cache's",
+        above=0,
+        at_most=MAX_TEMPERATURE,
+    )
+    loss: str = setting(
+        "kl",
+        help="Loss on the soft targets: kl, reverse_kl, js, mse or dkd:BETA.",
+        group=LOSS,
+        metavar="NAME",
+    )
+    label_smoothing: float = setting(
+        0.0,
+        help="Share of each hard label that is spread over all classes.",
+        group=LOSS,
+        at_least=0,
+        below=1,
+    )
+    optimizer: str = setting(
+        "adamw",
+        help="Optimizer; sgd uses Nesterov momentum.",
+        group=OPTIMIZATION,
+        choices=tuple(LEARNING_RATES),
+    )
+    learning_rate: float | None = setting(
+        None,
+        help="Peak learning rate.",
+        group=OPTIMIZATION,
+        option="lr",
+        default_text="2e-3; 0.05 for sgd",
+        above=0,
+        at_most=MAX_LEARNING_RATE,
+    )
+    momentum: float = setting(0.9, help="Momentum of sgd.", group=OPTIMIZATION, at_least=0, below=1)
+    schedule: str = setting(
+        "cosine", help="Learning rate schedule.", group=OPTIMIZATION, choices=SCHEDULES
+    )
+    warmup: float = setting(
+        0.05, help="Share of the steps spent on warm-up.", group=OPTIMIZATION, at_least=0, below=1
+    )
+    weight_decay: float | None = setting(
+        None,
+        help="Weight decay.",
+        group=OPTIMIZATION,
+        default_text="0.01; 5e-4 for sgd",
+        at_least=0,
+    )
+    max_grad_norm: float | None = setting(
+        None, help="Clip the gradient to this norm.", group=OPTIMIZATION, above=0
+    )
+    micro_batches: int = setting(
+        1,
+        help="Split each batch into this many micro-batches to save memory.",
+        group=OPTIMIZATION,
+        at_least=1,
+    )
+    ema: float | None = setting(
+        None,
+        help="Evaluate and save an exponential moving average of the weights with this decay.",
+        group=OPTIMIZATION,
+        at_least=0,
+        below=1,
+    )
+    seed: int = setting(
+        0,
+        help="Seed of the student's weights and of the order of the samples.",
+        group=OPTIMIZATION,
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
+        from softcache.losses import parse_loss  # torch takes seconds to import
+
+        check_range(self)
         parse_loss(self.loss)
-        for name, choices in (
-            ("optimizer", tuple(LEARNING_RATES)),
-            ("schedule", SCHEDULES),
-        ):
-            if getattr(self, name) not in choices:
-                raise SettingsError(
-                    f"{name} {getattr(self, name)!r} is unknown; expected one of {', '.join(choices)}"
-                )
-        for name, low in (("seed", 0), ("accumulate", 1)):
-            if getattr(self, name) < low:
-                raise SettingsError(f"{name} is {getattr(self, name)}; expected {low} or more")
-        if self.learning_rate is not None and self.learning_rate > MAX_LEARNING_RATE:
-            raise SettingsError(
-                f"lr is {self.learning_rate}; expected at most {MAX_LEARNING_RATE:g}"
-            )
-        for name, number in (
-            ("temperature", self.temperature),
-            ("lr", self.learning_rate),
-            ("clip", self.clip),
-        ):
-            if number is not None and not 0 < number < math.inf:
-                raise SettingsError(f"{name} is {number}; expected a number above 0")
-        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
-            raise SettingsError(f"weight decay is {self.weight_decay}; expected 0 or more")
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise SettingsError(f"alpha is {self.alpha}; expected a number from 0 to 1")
-        for name in ("momentum", "ema", "label_smoothing", "warmup"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise SettingsError(
-                    f"{name.replace('_', ' ')} is {value}; expected a number from 0 up, less than 1"
-                )
 
     @property
-    def highest_rate(self) -> float:
-        """The learning rate with its default."""
+    def peak_learning_rate(self) -> float:
+        """The peak learning rate, by default that of the optimizer."""
         return self.learning_rate or LEARNING_RATES[self.optimizer]
 
     @property
-    def decay(self) -> float:
-        """The weight decay with its default."""
-        found = self.weight_decay
-        return WEIGHT_DECAYS[self.optimizer] if found is None else found
+    def effective_weight_decay(self) -> float:
+        """The weight decay, by default that of the optimizer."""
+        return WEIGHT_DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay
 
-    def twin(self) -> StudentConfig:
-        """The same student, which listens to the labels alone."""
+    def baseline(self) -> StudentConfig:
+        """The same student, trained on hard labels alone."""
         return dataclasses.replace(self, alpha=0.0, temperature=None, loss="kl")
 
 
-STUDENT_FIELDS = tuple(field.name for field in dataclasses.fields(StudentConfig))
-
-
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(StudentConfig):
-    """Everything that decides what `train` does.
+class TrainConfig:
+    """Everything that decides what `train` does."""
 
-    The settings of a student are those of all; `variants` says in what each one differs.
-    """
-
-    data: str | Sequence[str]
-    out: Path
-    cache: Path | Sequence[Path] | None = None  # several: each with its data, or all with one
-    variants: Sequence[Mapping[str, Any]] = ({},)
-    eval_data: str | None = None
-    epochs: int = 20
-    batch_size: int = 128
-    patience: int | None = None  # epochs without fewer errors after which a student stops
-    augment: str | None = None  # with a cache, only its own
-    extra_augment: str | None = None  # on top of the cache's, which makes its targets inexact
-    baseline: bool = False
-    classes: int | None = None  # None: as the cache or the data say
-    device: str = "auto"
-    mixed_precision: str = "no"
-    workers: int = 0
-    rotate: bool = True  # each sample begins with another view of the cache
-    checkpoint_minutes: float = 10.0  # between two checkpoints within an epoch, at least
-    tensorboard: bool = False
-    verify: bool = True
-    overwrite: bool = False
+    students: Sequence[StudentConfig]
+    caches: Sequence[Path] = ()  # each with its own data, or all with the same
+    seed: int = 0  # of the order of the samples
+    baseline: bool = setting(
+        False,
+        help="Also train each student on hard labels alone, for comparison.",
+        group=STUDENT,
+    )
+    data: Sequence[str] = setting(
+        (),
+        help="Training samples: one --data per CACHE, or one for all. Not needed if CACHE stores them.",
+        group=DATA,
+        metavar="SPEC",
+    )
+    eval_data: str | None = setting(
+        None,
+        help="Labelled data on which to count errors after each epoch.",
+        group=DATA,
+        metavar="SPEC",
+    )
+    classes: int | None = setting(
+        None,
+        help="Number of classes, if neither CACHE nor the data say.",
+        group=DATA,
+        at_least=2,
+    )
+    augment: str | None = setting(
+        None,
+        help="Augmentation when training without CACHE; with CACHE, the file of its own callable.",
+        group=DATA,
+        metavar="SPEC",
+    )
+    extra_augment: str | None = setting(
+        None,
+        help="Augmentation on top of the cache's own; it makes the soft targets inexact.",
+        group=DATA,
+        metavar="SPEC",
+    )
+    rotate: bool = setting(
+        True,
+        help="Mix the views of CACHE within each epoch; --no-rotate reads one view per epoch, for files "
+        "larger than memory.",
+        group=DATA,
+    )
+    epochs: int = setting(20, help="Passes over the data.", group=OPTIMIZATION, at_least=1)
+    batch_size: int = setting(128, help="Samples per step.", group=OPTIMIZATION, at_least=1)
+    patience: int | None = setting(
+        None,
+        help="Stop after this many epochs without fewer errors on --eval-data, and keep the best weights.",
+        group=OPTIMIZATION,
+        metavar="EPOCHS",
+        at_least=1,
+    )
+    device: str = setting(
+        "auto", help="Device: auto, cpu, cuda, cuda:1, mps.", group=RESOURCES, affects_result=False
+    )
+    precision: str = setting(
+        "fp32", help="Precision of mixed-precision training.", group=RESOURCES, choices=PRECISIONS
+    )
+    workers: int = setting(
+        0,
+        help="Worker processes that load data.",
+        group=RESOURCES,
+        at_least=0,
+        affects_result=False,
+    )
+    out: Path = setting(
+        help="Folder to write the run to.", group=OUTPUT, metavar="DIR", affects_result=False
+    )
+    checkpoint_minutes: float = setting(
+        10.0,
+        help="Minutes between checkpoints within an epoch; one follows each epoch in any case.",
+        group=OUTPUT,
+        at_least=0,
+        affects_result=False,
+    )
+    tensorboard: bool = setting(
+        False,
+        help="Write TensorBoard logs (tensorboard extra).",
+        group=OUTPUT,
+        affects_result=False,
+    )
+    verify: bool = setting(
+        True,
+        help="Check every digest of CACHE before the first step.",
+        group=OUTPUT,
+        affects_result=False,
+    )
+    overwrite: bool = setting(
+        False,
+        help="Replace a finished run in DIR, or one that was started with other settings.",
+        group=OUTPUT,
+        affects_result=False,
+    )
 
     def __post_init__(self) -> None:
-        for name, value, low in (
-            ("epochs", self.epochs, 1),
-            ("batch size", self.batch_size, 1),
-            ("workers", self.workers, 0),
-            ("patience", 1 if self.patience is None else self.patience, 1),
-        ):
-            if value < low:
-                raise SettingsError(f"{name} is {value}; expected {low} or more")
-        if self.classes is not None and self.classes < 2:
-            raise SettingsError(f"classes is {self.classes}; expected 2 or more")
+        check_range(self)
+        if not self.students:
+            raise SettingsError("no student; name one with --student")
         if self.patience is not None and not self.eval_data:
-            raise SettingsError("--patience counts epochs by their errors; add --eval-data")
-        if not self.checkpoint_minutes >= 0:
-            raise SettingsError(
-                f"checkpoint minutes is {self.checkpoint_minutes}; expected 0 or more"
-            )
+            raise SettingsError("--patience counts errors after each epoch; add --eval-data")
         if not self.data and not self.caches:
             raise SettingsError("no data; name them with --data")
-        if self.data and len(self.datas) not in (1, len(self.caches)):
+        if self.data and len(self.data) not in (1, len(self.caches)):
             raise SettingsError(
-                f"{len(self.datas)} --data for {len(self.caches)} CACHE; expected one for each, in the same "
+                f"{len(self.data)} --data for {len(self.caches)} CACHE; expected one for each, in the same "
                 "order, or one for all"
             )
         self.names()
@@ -163,56 +258,103 @@ class TrainConfig(StudentConfig):
                     "leave these options out to train on labels alone"
                 )
 
-    @property
-    def caches(self) -> list[Path]:
-        return [self.cache] if isinstance(self.cache, Path) else list(self.cache or ())
-
-    @property
-    def datas(self) -> list[str]:
-        return [self.data] if isinstance(self.data, str) else list(self.data)
-
-    @property
-    def students(self) -> list[StudentConfig]:
-        """Each student's own settings."""
-        common = {name: getattr(self, name) for name in STUDENT_FIELDS}
-        return [StudentConfig(**common | dict(variant)) for variant in self.variants]
-
     def soft_weight(self, student: StudentConfig) -> float:
-        """Alpha with its default: 0.9 with a cache, 0 without."""
+        """Alpha of a student; by default 0.9 with a cache, 0 without."""
         default = 0.9 if self.caches else 0.0
         return default if student.alpha is None else student.alpha
 
     def names(self) -> list[str]:
-        """What the students are called, by the settings in which they differ; one alone has no name.
+        """Names of the students, by the settings in which they differ; a single student has none.
 
         Raises:
             SettingsError: two of them do not differ.
         """
-        if len(self.variants) == 1:
+        if len(self.students) == 1:
             return [""]
-        settings = [
+        resolved = [
             dataclasses.asdict(student)
             | {
                 "alpha": self.soft_weight(student),
-                "learning_rate": student.highest_rate,
-                "weight_decay": student.decay,
+                "learning_rate": student.peak_learning_rate,
+                "weight_decay": student.effective_weight_decay,
             }
             for student in self.students
         ]
-        differ = [n for n in settings[0] if len({repr(one[n]) for one in settings}) > 1]
-        names = [short_name({name: one[name] for name in differ}) for one in settings]
-        for place, name in enumerate(names):
-            if name in names[:place]:
+        differing = [
+            (field.name, option_name(field))
+            for field, _ in settings_of(StudentConfig)
+            if len({repr(values[field.name]) for values in resolved}) > 1
+        ]
+        names = [
+            short_name({option: values[name] for name, option in differing}) for values in resolved
+        ]
+        for number, name in enumerate(names):
+            if name in names[:number]:
                 raise SettingsError(
                     f"two students would be called {name or 'the same'}; name each only once"
                 )
         return names
 
 
-def short_name(settings: Mapping[str, Any]) -> str:
-    """The settings in a few characters that may stand in the name of a folder."""
+def short_name(options: Mapping[str, Any]) -> str:
+    """Options in a few characters that may stand in the name of a folder."""
     parts = [
-        public_name(value) if name == "student" else f"{OPTIONS.get(name, name)}={value}"[:CUT]
-        for name, value in settings.items()
+        parse_model(value).public_name
+        if option == "student"
+        else f"{option}={value}"[:MAX_NAME_PART]
+        for option, value in options.items()
     ]
     return "".join(c if c.isalnum() or c in "-=.," else "-" for c in " ".join(parts)).strip("-.")
+
+
+def train_settings() -> Iterator[tuple[dataclasses.Field[Any], Setting]]:
+    """All settings of a run of one student: its own, then those of the run."""
+    yield from settings_of(StudentConfig)
+    yield from settings_of(TrainConfig)
+
+
+def make_train_config(
+    *,
+    student: str | Sequence[str] | None = None,
+    students: Sequence[Mapping[str, Any]] = ({},),
+    cache: Path | str | Sequence[Path | str] | None = None,
+    data: str | Sequence[str] = (),
+    **options: Any,  # fields of either class
+) -> TrainConfig:
+    """A TrainConfig from flat options, as the command line and Python callers give them.
+
+    Args:
+        student: one specification or several, of students that share all other options.
+        students: settings of each student that are stronger than the shared options.
+        cache: one cache or several.
+        data: one data specification or several.
+        options: any field of StudentConfig, shared by all students, or of TrainConfig.
+
+    Raises:
+        SettingsError: an option does not exist, or has a value out of range.
+    """
+    own = {field.name for field, _ in settings_of(StudentConfig)}
+    shared = {name: value for name, value in options.items() if name in own}
+    run = {name: value for name, value in options.items() if name not in own}
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(run) - known)
+    if unknown:
+        raise SettingsError(f"{unknown[0]!r} is not a setting of a training run")
+    specs: list[str | None] = (
+        [student] if student is None or isinstance(student, str) else [*student]
+    )
+    variants = [
+        shared | ({} if spec is None else {"student": spec}) | dict(variant)
+        for variant in students
+        for spec in specs
+    ]
+    if not all("student" in variant for variant in variants):
+        raise SettingsError("no student; name one with --student")
+    caches = [cache] if isinstance(cache, Path | str) else list(cache or ())
+    return TrainConfig(
+        students=tuple(StudentConfig(**variant) for variant in variants),
+        caches=tuple(map(Path, caches)),
+        data=(data,) if isinstance(data, str) else tuple(data or ()),
+        seed=shared.get("seed", 0),
+        **run,
+    )

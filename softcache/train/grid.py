@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from softcache.errors import SettingsError
-from softcache.train.config import OPTIONS, STUDENT_FIELDS, StudentConfig
+from softcache.train.config import StudentConfig
+from softcache.util.settings import option_name, settings_of
 
 TABLE = "student"  # of a TOML file, one for each student
 
@@ -18,8 +19,8 @@ Variant = dict[str, Any]
 
 def make_variants(
     students: Sequence[str], grid: Sequence[str], tables: Sequence[Mapping[str, Any]]
-) -> tuple[str, list[Variant]]:
-    """The first student's specification, and the settings of each.
+) -> list[Variant]:
+    """The settings of each student.
 
     Args:
         students: specifications; each is combined with all of the grid.
@@ -40,8 +41,7 @@ def make_variants(
     if not bases:
         raise SettingsError("no student; name one with --student, or in a table of --config")
     axes = [[(name, value) for value in values] for name, values in parse_grid(grid).items()]
-    found = [base | dict(point) for base in bases for point in itertools.product(*axes)]
-    return str(found[0]["student"]), found
+    return [base | dict(point) for base in bases for point in itertools.product(*axes)]
 
 
 def parse_grid(grid: Sequence[str]) -> dict[str, list[Any]]:
@@ -72,11 +72,12 @@ def field_of(option: str) -> str:
     Raises:
         SettingsError: it is no setting of a student.
     """
-    fields = {short: field for field, short in OPTIONS.items()}
-    name = fields.get(option, option.replace("-", "_"))
-    if name not in STUDENT_FIELDS:
-        known = ", ".join(OPTIONS.get(name, name).replace("_", "-") for name in STUDENT_FIELDS)
-        raise SettingsError(f"{option!r} is no setting of a student; expected one of {known}")
+    fields = {option_name(field): field.name for field, _ in settings_of(StudentConfig)}
+    name = fields.get(option.replace("_", "-"))
+    if name is None:
+        raise SettingsError(
+            f"{option!r} is not a setting of a student; expected one of {', '.join(fields)}"
+        )
     return name
 
 

@@ -18,15 +18,18 @@ def make_optimizer(model: nn.Module, config: StudentConfig) -> Optimizer:
     """AdamW, or SGD with Nesterov's momentum; biases and norms are not decayed."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.decay},
+        {
+            "params": [p for p in trained if p.ndim > 1],
+            "weight_decay": config.effective_weight_decay,
+        },
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if config.optimizer == "sgd":
         momentum = config.momentum
         return torch.optim.SGD(
-            groups, lr=config.highest_rate, momentum=momentum, nesterov=momentum > 0
+            groups, lr=config.peak_learning_rate, momentum=momentum, nesterov=momentum > 0
         )
-    return torch.optim.AdamW(groups, lr=config.highest_rate)
+    return torch.optim.AdamW(groups, lr=config.peak_learning_rate)
 
 
 def make_schedule(optimizer: Optimizer, config: StudentConfig, steps: int) -> LambdaLR:

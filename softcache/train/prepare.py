@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 
 from softcache.cache import Cache, Sampled, TopK
-from softcache.data.augment import Augmentation, parse_augment
+from softcache.data.augment import Augmentation, parse_augment, split_augment
+from softcache.data.class_names import all_class_names, check_class_names
+from softcache.data.loader import Request, ShuffledBatches
 from softcache.data.source import Source
 from softcache.errors import DataError, SettingsError
 from softcache.join.joined_data import JoinedData, labels_alone
@@ -19,10 +23,25 @@ from softcache.join.match import join
 from softcache.losses import parse_loss
 from softcache.models.build import build
 from softcache.models.weights import load_weights
-from softcache.train.checkpoint import Checkpoint, Place
+from softcache.train.checkpoint import Checkpoint, Position
 from softcache.train.config import StudentConfig, TrainConfig
 from softcache.train.run_folder import make_run_folder
-from softcache.train.student import Learner, make_learner
+from softcache.train.student import Student, make_student
+from softcache.util.device import pick_device
+from softcache.util.distributed import world_size
+from softcache.util.log import inform
+
+
+def check_classes(
+    sources: Sequence[Source], caches: Sequence[Cache], eval_source: Source | None
+) -> None:
+    """Raise DataError if the classes of the evaluation data are not those of the data and caches."""
+    if eval_source is None:
+        return
+    for source in sources:
+        check_class_names(eval_source, source.class_names, source.name)
+    for cache in caches:
+        check_class_names(eval_source, all_class_names(cache), str(cache.path))
 
 
 def temperature_of(student: StudentConfig, caches: Sequence[Cache]) -> float:
@@ -55,7 +74,7 @@ def check_losses(config: TrainConfig, caches: Sequence[Cache]) -> None:
                     f"loss {name} needs the probabilities of all classes, and {cache.path} is {encoding}; "
                     "use --loss kl"
                 )
-            mixed = "mixup" in (cache.header.augment or "")
+            mixed = split_augment(cache.header.augment).mixup
             if name == "dkd" and (mixed or bool((cache.labels < 0).any())):
                 raise SettingsError(
                     f"loss dkd takes the label of each sample apart, and {cache.path} has "
@@ -78,14 +97,14 @@ def join_all(
             f"--classes is {config.classes}, but {caches[0].path} has {caches[0].header.classes} "
             "classes; leave it out"
         )
-    wanted = [temperature_of(student, caches) for student, _, _ in planned_runs(config)]
+    temperatures = {temperature_of(plan.config, caches) for plan in planned_students(config)}
     sources_of_caches = sources if len(sources) == len(caches) else [*sources] * len(caches)
     parts = [
         join(
             source,
             cache,
             augment=config.augment,
-            temperatures=sorted(set(wanted)),
+            temperatures=sorted(temperatures),
             device=device,
             workers=config.workers,
             rotate=config.rotate,
@@ -112,43 +131,55 @@ def extra_augmentation(config: TrainConfig) -> Augmentation:
     return extra
 
 
-def planned_runs(config: TrainConfig) -> list[tuple[StudentConfig, str, Path]]:
-    """Every student with its name and its folder; then, as a baseline, its twin on the labels alone."""
-    found, twins = [], {}
+@dataclass(frozen=True)
+class PlannedStudent:
+    """A student before it is built: its settings, its name in tables, and its folder."""
+
+    config: StudentConfig
+    name: str
+    folder: Path
+
+
+def planned_students(config: TrainConfig) -> list[PlannedStudent]:
+    """Every student, then the hard-label baselines; students of a grid may share a baseline."""
+    students, baselines = [], {}
+    kind = "distilled" if config.caches else "student"
     for student, name in zip(config.students, config.names(), strict=True):
-        what, folder = "distilled" if config.caches else "student", config.out / name
-        found.append((student, f"{what} {name}".strip(), folder))
-        if config.baseline and student.twin() not in twins:  # those of a grid may have one together
-            twins[student.twin()] = (f"hard labels {name}".strip(), folder / "baseline")
-    return found + [(twin, name, folder) for twin, (name, folder) in twins.items()]
+        folder = config.out / name
+        students.append(PlannedStudent(student, f"{kind} {name}".strip(), folder))
+        own = student.baseline()
+        if config.baseline and own not in baselines:
+            title = f"hard labels {name}".strip()
+            baselines[own] = PlannedStudent(own, title, folder / "baseline")
+    return [*students, *baselines.values()]
 
 
-def make_learners(
+def make_students(
     config: TrainConfig, accelerator: Accelerator, parts: Sequence[JoinedData], steps: int
-) -> list[Learner]:
+) -> list[Student]:
     """All students, each with weights, optimizer and folder of its own."""
     input_shape, classes = parts[0].input_shape(), parts[0].classes
     caches = [part.cache for part in parts if part.cache]
-    learners = []
-    for student, name, folder in planned_runs(config):
-        torch.manual_seed(student.seed)
-        model = build(student.student, input_shape=input_shape, classes=classes)
-        if student.init:
-            load_weights(model, student.init)
-        learners.append(
-            make_learner(
+    students = []
+    for plan in planned_students(config):
+        torch.manual_seed(plan.config.seed)
+        model = build(plan.config.student, input_shape=input_shape, classes=classes)
+        if plan.config.init:
+            load_weights(model, plan.config.init)
+        students.append(
+            make_student(
                 model,
                 accelerator,
-                student,
-                name=name,
-                folder=folder,
-                alpha=config.soft_weight(student),
-                temperature=temperature_of(student, caches),
+                plan.config,
+                name=plan.name,
+                folder=plan.folder,
+                alpha=config.soft_weight(plan.config),
+                temperature=temperature_of(plan.config, caches),
                 classes=classes,
                 steps=steps,
             )
         )
-    return learners
+    return students
 
 
 def class_count(config: TrainConfig, source: Source) -> int:
@@ -167,17 +198,18 @@ def class_count(config: TrainConfig, source: Source) -> int:
     return int(labels.max()) + 1
 
 
-def make_accelerator(device: str, mixed_precision: str) -> Accelerator:
+def make_accelerator(device: str, precision: str) -> Accelerator:
     """Hugging Face accelerate on the device asked for.
 
     Raises:
         SettingsError: the device is not there, or the processes do not find each other.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("device cuda: torch sees no GPU here; use --device auto or cpu")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    # without a GPU accelerate looks at other processes only if told that the CPU is meant
-    on_cpu = device == "cpu" or (processes > 1 and not torch.cuda.is_available())
+    chosen, processes = pick_device(device), world_size()
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
+    # without a GPU accelerate looks for other processes only if it is told to use the CPU
+    on_cpu = chosen.type == "cpu"
+    mixed_precision = "no" if precision == "fp32" else precision
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision)
     if accelerator.num_processes != processes:
         raise SettingsError(
@@ -187,26 +219,58 @@ def make_accelerator(device: str, mixed_precision: str) -> Accelerator:
     return accelerator
 
 
+def shuffled_batches(
+    config: TrainConfig, parts: Sequence[JoinedData], accelerator: Accelerator
+) -> ShuffledBatches:
+    """The batches of all parts, of which each process gets its share.
+
+    Raises:
+        SettingsError: the batch is too small to be shared.
+    """
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def request(samples: npt.NDArray[np.int64], epoch: int) -> dict[int, Request]:
+        part_of = np.searchsorted(starts, samples, side="right") - 1  # (B,)
+        return {
+            int(part): parts[part].request(samples[part_of == part] - starts[part], epoch)
+            for part in np.unique(part_of)
+        }
+
+    processes = accelerator.num_processes
+    if config.batch_size < 2 * processes > 2:
+        raise SettingsError(
+            f"batch size {config.batch_size} for {processes} processes; expected at least 2 for each"
+        )
+    return ShuffledBatches(
+        int(starts[-1]),
+        config.batch_size,
+        config.seed,
+        request,
+        accelerator.process_index,
+        processes,
+    )
+
+
 def open_run_folders(
-    learners: Sequence[Learner],
+    config: TrainConfig,
+    students: Sequence[Student],
     checkpoint: Checkpoint | None,
-    place: Place,
+    start: Position,
     *,
-    going_on: bool,
-    boards: bool,
+    resuming: bool,
 ) -> None:
     """Make the folders, with the metrics of the epochs that are done."""
-    if checkpoint and going_on:
-        print(
-            f"going on with {checkpoint.path.parent}, epoch {place.epoch + 1}, batch {place.batch} (remove "
+    if checkpoint and resuming:
+        inform(
+            f"resuming {checkpoint.path.parent} at epoch {start.epoch + 1}, batch {start.batch} (remove "
             f"{checkpoint.path.name} to start again)"
         )
     elif checkpoint:
         checkpoint.remove()
-    for learner in learners:
-        make_run_folder(learner.folder, learner.history)
-        if boards:
-            learner.board = open_board(learner.folder / "tensorboard", place.epoch + 1)
+    for student in students:
+        make_run_folder(student.folder, student.history)
+        if config.tensorboard:
+            student.board = open_board(student.folder / "tensorboard", start.epoch + 1)
 
 
 def open_board(folder: Path, epoch: int) -> Any:  # noqa: ANN401  # a SummaryWriter

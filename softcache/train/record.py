@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tabulate import tabulate
 
 from softcache._version import __version__
 from softcache.cache import Cache
 from softcache.data.source import Source
 from softcache.join.joined_data import JoinedData
 from softcache.models.evaluate import Evaluation, data_digest
-from softcache.models.spec import public_name
+from softcache.models.spec import parse_model
 from softcache.models.weights import file_sha256
-from softcache.results.tables import Row, models_table
 from softcache.train.card import model_card
-from softcache.train.config import STUDENT_FIELDS, StudentConfig, TrainConfig
-from softcache.train.student import Learner
+from softcache.train.config import StudentConfig, TrainConfig
+from softcache.train.student import Student
 from softcache.util.files import replace_file
-
-# what may change between a run that was stopped and the one that goes on
-MAY_CHANGE = (
-    "out",
-    "workers",
-    "verify",
-    "overwrite",
-    "checkpoint_minutes",
-    "device",
-    "tensorboard",
-)
+from softcache.util.settings import settings_of
 
 
 def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -46,8 +38,8 @@ def lasting_settings(
     """What a run that was stopped goes on only with, as JSON: settings, data, caches, code."""
     settings = {
         field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name not in (*MAY_CHANGE, *STUDENT_FIELDS, "variants", "data", "cache")
+        for field, facts in settings_of(config)
+        if facts.affects_result
     }
     return settings | {
         "seed": config.seed,
@@ -67,33 +59,32 @@ def lasting_settings(
 def public_settings(student: StudentConfig) -> dict[str, Any]:
     """A student's settings without the folders of this machine."""
     return dataclasses.asdict(student) | {
-        "student": public_name(student.student),
+        "student": parse_model(student.student).public_name,
         "init": student.init and student.init.name,
     }
 
 
 def code_digests(student: StudentConfig) -> list[str]:
     """SHA-256 of the files of a student's own: its code, its first weights."""
-    place = student.student.rpartition(":")[0] or student.student
-    files = [Path(place), *([student.init] if student.init else [])]
+    files = [parse_model(student.student).path, *([student.init] if student.init else [])]
     return [file_sha256(file) for file in files if file.is_file()]
 
 
 def run_facts(
     config: TrainConfig,
-    learner: Learner,
+    student: Student,
     parts: Sequence[JoinedData],
     eval_source: Source | None,
 ) -> dict[str, Any]:
     """What config.json says of a run: the settings, and whose soft targets it learned from."""
-    settings = dataclasses.asdict(config) | public_settings(learner.config)
+    settings = {field.name: getattr(config, field.name) for field, _ in settings_of(config)}
+    settings |= public_settings(student.config)
     settings |= {
         "data": [part.source.name for part in parts],
         "eval_data": eval_source.name if eval_source else None,
         "cache": [path.name for path in config.caches],
-        "out": learner.folder.name,
+        "out": student.folder.name,
     }
-    del settings["variants"]
     caches = [part.cache for part in parts if part.cache]
     return {
         "softcache": __version__,
@@ -101,10 +92,10 @@ def run_facts(
         "input_dtype": str(parts[0].first_input().dtype).removeprefix("torch."),
         "classes": parts[0].classes,
         "class_names": list(caches[0].class_names if caches else parts[0].source.class_names),
-        "embedded": not config.datas,  # the samples came from the cache itself
+        "embedded": not config.data,  # the samples came from the cache itself
         # of an unfinished cache the content, and so its id, will yet change
         "content_ids": [cache.content_id() if cache.complete else None for cache in caches],
-        "temperature": learner.temperature,
+        "temperature": student.temperature,
         "teachers": [dict(teacher) for teacher in caches[0].header.teachers] if caches else [],
         "teacher_evaluation": teacher_evaluation(caches, eval_source),
         "settings": settings,
@@ -121,13 +112,43 @@ def teacher_evaluation(
 
 
 def final_table(
-    learners: Sequence[Learner], caches: Sequence[Cache], eval_source: Source | None
+    students: Sequence[Student], caches: Sequence[Cache], eval_source: Source | None
 ) -> str:
     """Teachers by what the first cache's header says of them, then the students."""
-    rows = [Row(learner.name, learner.parameters, learner.evaluation) for learner in learners]
+    rows = [Row(student.name, student.parameters, student.evaluation) for student in students]
     if not caches:
         return models_table(rows)
     known = teacher_evaluation(caches, eval_source)
     evaluation = Evaluation(known["errors"], known["samples"]) if known else None
     parameters = sum(teacher["parameters"] for teacher in caches[0].header.teachers)
     return models_table([Row("teacher", parameters, evaluation), *rows])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model in the final table."""
+
+    name: str
+    parameters: int
+    evaluation: Evaluation | None
+
+
+def models_table(rows: Sequence[Row]) -> str:
+    """Parameters, their share of the first row's, and test errors; the first row is the teacher."""
+    first = rows[0].parameters
+    lines = [
+        (
+            row.name,
+            f"{row.parameters:,}",
+            f"{row.parameters / first:.1%}" if first else "-",
+            f"{row.evaluation.errors:,} of {row.evaluation.samples:,}" if row.evaluation else "-",
+            f"{row.evaluation.accuracy:.2%}" if row.evaluation else "-",
+        )
+        for row in rows
+    ]
+    return tabulate(
+        lines,
+        headers=("model", "parameters", f"share of {rows[0].name}'s", "test errors", "accuracy"),
+        colalign=("left", "right", "right", "right", "right"),
+        disable_numparse=True,
+    )

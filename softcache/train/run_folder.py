@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
 from softcache.models.build import build
-from softcache.models.spec import is_hub, public_name
+from softcache.models.spec import HUB, parse_model
 from softcache.models.weights import load_weights
 
 
@@ -47,7 +47,7 @@ class Run:
         dtype = getattr(torch, self.facts.get("input_dtype", "float32"))
         if dtype.is_floating_point:
             return torch.rand(shape, generator=draws, dtype=dtype)
-        if is_hub(self.facts["settings"]["student"]):
+        if parse_model(self.facts["settings"]["student"]).kind in HUB:
             return torch.randint(ord("a"), ord("z") + 1, shape, generator=draws, dtype=dtype)
         return torch.ones(shape, dtype=dtype)
 
@@ -66,7 +66,7 @@ class Run:
             SettingsError, ModelError: it cannot be built, or its weights do not fit.
         """
         named = str(self.facts["settings"]["student"])
-        spec = next((spec for spec in specs if public_name(spec) == named), None)
+        spec = next((spec for spec in specs if parse_model(spec).public_name == named), None)
         try:
             model = build(spec or named, input_shape=self.input_shape, classes=self.classes)
         except (SettingsError, ModelError) as error:

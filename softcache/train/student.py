@@ -30,7 +30,7 @@ from softcache.util.files import replace_file
 
 
 @dataclass
-class Learner:
+class Student:
     """A student, what moves it, and how much it listens to the teacher.
 
     `random` is its own state of torch's generator: dropout draws as if it were trained alone.
@@ -62,7 +62,7 @@ class Learner:
         return parameter_count(self.model)
 
     @property
-    def result(self) -> nn.Module:
+    def final_model(self) -> nn.Module:
         """The model that is evaluated and saved: the average, if there is one."""
         if self.average is not None:
             return self.average.module
@@ -84,7 +84,7 @@ class Learner:
             ModelError: the student raises, or its output is not (B, C).
         """
         self.optimizer.zero_grad()
-        parts = list(_slices(len(inputs), self.config.accumulate))
+        parts = list(_slices(len(inputs), self.config.micro_batches))
         losses = []
         for place in parts:
             share = weight * (place.stop - place.start) / len(inputs)
@@ -94,8 +94,8 @@ class Learner:
                 loss = self._loss(inputs[place], _part(labels, place), soft)
                 self.accelerator.backward(loss.total * share)
             losses.append(torch.stack([part.detach().float() for part in loss]) * share)
-        if self.config.clip is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        if self.config.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
@@ -122,15 +122,17 @@ class Learner:
         if len(broken):
             raise ModelError(
                 f"{self.name}: the loss is {losses[broken[0, 0], 0]} at step "
-                f"{self.steps + int(broken[0, 0]) + 1} (epoch {epoch + 1}); lower --lr, or --clip 1"
+                f"{self.steps + int(broken[0, 0]) + 1} (epoch {epoch + 1}); lower --lr, "
+                "or add --max-grad-norm 1"
             )
 
     def check_weights(self, epoch: int) -> None:
         """Raise ModelError if a weight is not finite: the last step may break what no loss has seen."""
-        for name, tensor in self.result.state_dict().items():
+        for name, tensor in self.final_model.state_dict().items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise ModelError(
-                    f"{self.name}: {name} is not finite after epoch {epoch + 1}; lower --lr, or --clip 1"
+                    f"{self.name}: {name} is not finite after epoch {epoch + 1}; lower --lr, or add "
+                    "--max-grad-norm 1"
                 )
 
     def finish_epoch(
@@ -178,7 +180,7 @@ class Learner:
         if best == len(errors) - 1:
             self.best = {
                 name: tensor.detach().cpu().clone()
-                for name, tensor in self.result.state_dict().items()
+                for name, tensor in self.final_model.state_dict().items()
             }
         if len(errors) - 1 - best >= patience:
             self.stopped = f"no fewer errors in {patience} epoch(s)"
@@ -192,7 +194,7 @@ class Learner:
     def use_best(self) -> None:
         """Go back to the weights that had the fewest errors, if these were kept."""
         if self.best is not None:
-            self.result.load_state_dict(self.best)
+            self.final_model.load_state_dict(self.best)
             line = min(self.history, key=lambda line: int(line["errors"]))
             if "samples" in line:
                 self.evaluation = Evaluation(line["errors"], line["samples"])
@@ -201,7 +203,7 @@ class Learner:
         """Write student.safetensors and config.json, which it returns, and name the metrics."""
         state = {
             name: tensor.cpu().contiguous().clone()
-            for name, tensor in self.result.state_dict().items()
+            for name, tensor in self.final_model.state_dict().items()
         }
         replace_file(self.folder / WEIGHTS, lambda path: path.write_bytes(serialize(state)))
         facts = facts | {"name": self.name, "alpha": self.alpha, "parameters": self.parameters}
@@ -248,7 +250,9 @@ class Learner:
         return logits
 
     def _evaluate(self, source: Source, workers: int) -> Evaluation:
-        return evaluate(self.result.eval(), source, self.classes, self.accelerator.device, workers)
+        return evaluate(
+            self.final_model.eval(), source, self.classes, self.accelerator.device, workers
+        )
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
@@ -260,7 +264,7 @@ class Learner:
         set_random_state(device, outside)
 
 
-def make_learner(
+def make_student(
     model: nn.Module,
     accelerator: Accelerator,
     config: StudentConfig,
@@ -271,7 +275,7 @@ def make_learner(
     temperature: float,
     classes: int,
     steps: int,
-) -> Learner:
+) -> Student:
     """Prepare `model` for `steps` steps, as `config` says."""
     optimizer = make_optimizer(model, config)
     rate = make_schedule(optimizer, config, steps)
@@ -279,7 +283,7 @@ def make_learner(
     if config.ema is not None:
         average = make_average(model, config.ema).to(accelerator.device)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    return Learner(
+    return Student(
         name=name,
         folder=folder,
         config=config,

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from softcache.errors import SettingsError
+from softcache.errors import MissingFileError, SettingsError
 
 
 def import_callable(spec: str, *, what: str) -> Callable[..., Any]:
@@ -38,7 +38,7 @@ def import_callable(spec: str, *, what: str) -> Callable[..., Any]:
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise SettingsError(f"no such file: {path}; expected FILE.py:CALLABLE")
+        raise MissingFileError(f"no such file: {path}; expected FILE.py:CALLABLE")
     # registered under a name of its own, so that loader workers and pickle find its classes
     # of its whole path, since two files may be called models.py
     name = f"softcache_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"

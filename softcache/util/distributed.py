@@ -1,32 +1,25 @@
-"""Rank, world size and device, read in one place."""
+"""Rank and world size, read in one place; torchrun and accelerate launch set the environment."""
 
 from __future__ import annotations
 
 import os
 
-import torch
 
-from softcache.errors import SettingsError
+def rank() -> int:
+    """The number of this process among all, from 0."""
+    return int(os.environ.get("RANK", "0"))
 
 
-def pick_device(name: str) -> torch.device:
-    """The device asked for; `auto` takes a GPU if there is one, of several processes each its own.
+def local_rank() -> int:
+    """The number of this process among those on this host, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
-    Raises:
-        SettingsError: there is no such device here.
-    """
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device(
-            "cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-        )
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(
-            f"device {name}: torch cannot use it here ({' '.join(str(error).split())[:200]}); "
-            "use --device auto or cpu"
-        ) from error
-    return device
+
+def world_size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """How many processes there are on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))

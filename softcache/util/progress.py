@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+from softcache.util.distributed import rank
+from softcache.util.log import report_progress
 
 LOG_SECONDS = 30.0  # between two lines in a log
 
@@ -22,7 +24,7 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advanc
 
     Of the processes that torchrun starts, only the first shows it.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if rank() != 0:
         yield lambda amount, note="": None
         return
     if sys.stderr.isatty():
@@ -49,11 +51,9 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advanc
             last = now
             rate = (count - done) / (now - start)
             left = (total - count) / rate if rate else float("inf")
-            print(
+            report_progress(
                 f"{what}: {count:,} of {total:,} {unit} ({count / total:.0%}), {rate:,.0f} {unit}/s, "
-                f"{left:,.0f} s left{', ' + note if note else ''}",
-                file=sys.stderr,
-                flush=True,
+                f"{left:,.0f} s left{', ' + note if note else ''}"
             )
 
     yield advance_log

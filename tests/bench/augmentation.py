@@ -26,7 +26,7 @@ from softcache.data.augment import parse_augment
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.models.build import build
-from softcache.train.config import TrainConfig
+from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
 from softcache.util.tensors import to_float
 from tests.bench import alternate, machine, ratios, spread, synthetic_images, work_folder
@@ -135,7 +135,7 @@ def steps(folder: Path, samples: int, student: str, repeats: int) -> list[list[s
                 out=folder / f"{spec}.h5",
             )
         )
-        config = TrainConfig(
+        config = make_train_config(
             student=student,
             data=f"npz:{data}",
             cache=cache.path,

@@ -171,7 +171,7 @@ def keep_nothing(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> 
     augmentation = augmentation_of(config, source)
     batches = sequential_batches(len(source), config.batch_size)
     for batch in loader(source, batches, workers=config.workers):
-        samples = batch.indices.numpy()
+        samples = batch.source_indices.numpy()
         inputs = augmented(batch, augmentation, 0, samples, teacher.device)
         for one in teacher.teachers:
             one.logits(inputs, samples)

@@ -26,9 +26,9 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.models.build import build
 from softcache.models.weights import parameter_count
-from softcache.train.config import TrainConfig
+from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
-from softcache.train.student import Learner
+from softcache.train.student import Student
 from softcache.util.tensors import to_float
 from tests.bench import machine, open_arrays, work_folder
 from tests.bench.pool import Outcome, run_jobs, shown
@@ -79,7 +79,7 @@ def main() -> None:
         missing_data = without_digit(options.data, folder)
         missing = folder / "missing.h5"
         dump(DumpConfig(**common, data=missing_data, views=options.missing_views, out=missing))
-        hard = TrainConfig(
+        hard = make_train_config(
             student=PAPER_STUDENT,
             data=options.data,
             out=folder,
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def changed(config: TrainConfig, **changes: object) -> TrainConfig:
-    return TrainConfig(**(vars(config) | changes))
+    return make_train_config(**(vars(config) | changes))
 
 
 def without_digit(spec: str, folder: Path) -> str:
@@ -149,7 +149,7 @@ def student(config: TrainConfig, data: str) -> Outcome:
     return found
 
 
-def outputs(learner: Learner, spec: str) -> tuple[Tensor, Tensor]:
+def outputs(learner: Student, spec: str) -> tuple[Tensor, Tensor]:
     """Logits (N, C) and labels (N,)."""
     source = open_source(spec)
     learner.model.eval()

@@ -13,7 +13,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from unittest.mock import patch
@@ -36,12 +36,13 @@ from softcache.dump.prepare import load_teachers
 from softcache.join.joined_data import JoinedData, TrainingBatch
 from softcache.join.match import join
 from softcache.teachers.ensemble import Ensemble
-from softcache.train.config import TrainConfig
+from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import fit
 from softcache.train.prepare import make_accelerator
-from softcache.train.student import Learner
+from softcache.train.student import Student
 from softcache.types import Labels, Targets
 from tests.bench import first_samples, machine, work_folder
+from tests.configs import replace
 
 GOAL = 1e-3  # relative difference of the losses
 NOISE = 1e-6
@@ -93,7 +94,7 @@ def main() -> None:
             device=options.device,
         )
         cache = dump(dump_config)
-        config = TrainConfig(
+        config = make_train_config(
             student=options.student,
             data=data,
             out=folder / "run",
@@ -177,10 +178,10 @@ class Enough(Exception):
 def recorded_losses(stop_after: int | None) -> Iterator[list[Tensor]]:
     """The total loss of every step, which a learner otherwise averages and forgets."""
     losses: list[Tensor] = []
-    take_step = Learner.step
+    take_step = Student.step
 
     def step(
-        learner: Learner,
+        learner: Student,
         inputs: Tensor,
         labels: Labels,
         targets: Targets | None,
@@ -191,7 +192,7 @@ def recorded_losses(stop_after: int | None) -> Iterator[list[Tensor]]:
         if len(losses) == stop_after:
             raise Enough
 
-    with patch.object(Learner, "step", step):
+    with patch.object(Student, "step", step):
         yield losses
 
 

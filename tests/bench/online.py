@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +25,14 @@ from softcache.dump.loop import dump
 from softcache.dump.prepare import load_teachers
 from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
-from softcache.train.config import TrainConfig
+from softcache.train.config import make_train_config
 from softcache.train.loop import fit
 from softcache.train.prepare import make_accelerator, make_learners
 from softcache.util.tensors import to_float
 from tests.bench import alternate, first, machine, open_arrays, ratios, spread, work_folder
 from tests.bench.dump_overhead import augmentation_of, make_weights
 from tests.bench.views_curve import LiveData
+from tests.configs import replace
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def measure(spec: str, source: ArraySource, options: argparse.Namespace, folder:
         source, cache, augment=None, temperatures=[config.temperature], device=accelerator.device
     )
     live = LiveData(**vars(part) | {"targets": None}, teacher=teacher, temperature=4.0)
-    training = TrainConfig(
+    training = make_train_config(
         student=options.student,
         data=source.name,
         cache=cache.path,

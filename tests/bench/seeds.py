@@ -15,7 +15,7 @@ from tabulate import tabulate
 from softcache.cli.demo import EPOCHS, STUDENT, TEACHER, TEMPERATURE
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
-from softcache.train.config import TrainConfig
+from softcache.train.config import make_train_config
 from softcache.train.loop import train
 from tests.bench import first_samples, machine, work_folder
 
@@ -61,7 +61,7 @@ def main() -> None:
         )
         errors: dict[str, list[int]] = {}
         for seed in options.seeds:
-            config = TrainConfig(
+            config = make_train_config(
                 student=options.student,
                 data=data,
                 eval_data=options.eval_data,

@@ -26,7 +26,7 @@ from softcache.data.source import ArraySource
 from softcache.join.fingerprints import replayed
 from softcache.join.joined_data import JoinedData
 from softcache.targets.fetch import soft_targets
-from softcache.train.config import TrainConfig
+from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import fit
 from softcache.train.prepare import make_accelerator
 from softcache.train.run_folder import UNFINISHED_METRICS
@@ -82,7 +82,7 @@ def main() -> None:
                 temperature=TEMPERATURE,
             )
             for student in options.students:
-                config = TrainConfig(
+                config = make_train_config(
                     student=student,
                     data=source.name,
                     out=folder / "run",

@@ -9,7 +9,7 @@ errors and KL(teacher ‖ student) on test images, mean and standard error over 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,14 +28,15 @@ from softcache.join.match import join
 from softcache.losses import soft_loss
 from softcache.targets.fetch import soft_targets
 from softcache.teachers.ensemble import Ensemble
-from softcache.train.config import TrainConfig
+from softcache.train.config import make_train_config
 from softcache.train.loop import fit
 from softcache.train.prepare import make_accelerator
-from softcache.train.student import Learner
+from softcache.train.student import Student
 from softcache.util.tensors import to_float
 from tests.bench import first_samples, machine, work_folder
 from tests.bench.frontier import pyplot
 from tests.bench.pool import Outcome, mean_and_error, run_jobs
+from tests.configs import replace
 
 FORMS = {"errors": ".0f", "kl": ".4f"}
 Found = dict[str, dict[str, tuple[float, float]]]  # way, what, its mean and standard error
@@ -67,7 +68,7 @@ class InconsistentData(JoinedData):
         found = super().training_batch(batch, epoch, device)
         assert self.plain is not None
         targets = soft_targets(self.plain, self.temperature, device)
-        samples = batch.samples.numpy()
+        samples = batch.sample_ids.numpy()
         view = self.views(epoch, samples)
         said = targets(0, samples)
         partners = self.augmentation.partners(view, samples)
@@ -162,7 +163,7 @@ def student(way: str, views: int, seed: int, options: argparse.Namespace, folder
         Augmentation(None, 0),
     )
     temperature = options.temperature
-    config = TrainConfig(
+    config = make_train_config(
         student=options.student,
         data=options.train,
         cache=cache.path,
@@ -197,7 +198,7 @@ def student(way: str, views: int, seed: int, options: argparse.Namespace, folder
     return held_out(learner, teacher, test, temperature)
 
 
-def held_out(learner: Learner, teacher: Ensemble, test: Source, temperature: float) -> Outcome:
+def held_out(learner: Student, teacher: Ensemble, test: Source, temperature: float) -> Outcome:
     """On test images as they are."""
     learner.model.eval()
     errors, kl = 0, 0.0

@@ -14,7 +14,7 @@ from softcache.cli.demo import demo_commands
 from softcache.errors import SettingsError
 from softcache.models.build import build
 from softcache.models.weights import parameter_count
-from softcache.train.config import TrainConfig
+from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.grid import make_variants
 
 
@@ -52,7 +52,7 @@ def train_config(options: dict[str, Any]) -> TrainConfig:
     student, variants = make_variants(
         options.pop("student"), options.pop("grid"), options.pop("tables")
     )
-    return TrainConfig(student=student, variants=variants, **options)
+    return make_train_config(student=student, students=variants, **options)
 
 
 def test_a_command_line_that_does_not_parse_would_be_noticed() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,9 @@ from softcache.data.embedded import CacheSource
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import SettingsError
-from softcache.train.config import TrainConfig
+from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
+from tests.configs import replace
 from tests.conftest import SAMPLES, Run, make_arrays
 from tests.train.test_loop import save_data
 
@@ -32,7 +32,7 @@ def embedded(dump_config: DumpConfig, tmp_path: Path) -> DumpConfig:
 
 
 def student(cache: Path, out: Path, data: str = "") -> TrainConfig:
-    return TrainConfig(
+    return make_train_config(
         student="mlp:16",
         cache=cache,
         data=data or (),

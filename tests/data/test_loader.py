@@ -35,7 +35,7 @@ from tests.conftest import make_arrays
 
 
 def flat(batches: Iterable[Request]) -> list[int]:
-    return [index for batch in batches for index in batch.indices]
+    return [index for batch in batches for index in batch.source_indices]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_asking_for_single_samples_would_be_noticed(counted: CountedSource) -> N
 
 def test_a_batch_holds_what_the_source_holds(counted: CountedSource) -> None:
     batch = next(iter(loader(counted, [[5, 2]], keys=True)))
-    assert batch.indices.tolist() == [5, 2]
+    assert batch.source_indices.tolist() == [5, 2]
     assert np.array_equal(batch.inputs.numpy(), counted.inputs[[5, 2]])
     assert batch.labels.tolist() == counted.labels[[5, 2]].tolist()
     assert np.array_equal(batch.keys.numpy().view(np.uint64), sample_keys(batch.inputs))

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from softcache.dump.prepare import draft_header, load_teachers
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.files.verify import verify_cache
 from softcache.teachers.ensemble import Ensemble
-from softcache.train.config import TrainConfig
+from softcache.train.config import make_train_config
 from softcache.train.loop import train
 from tests.cache.test_merge import (
     BLOCK_ROWS,
@@ -43,6 +42,7 @@ from tests.cache.test_merge import (
     write_data,
     write_other_data,
 )
+from tests.configs import replace
 from tests.conftest import Run, make_arrays
 
 BLOCKS = -(-SAMPLES // BLOCK_ROWS)  # of one view
@@ -187,7 +187,7 @@ def test_a_killed_extension_leaves_the_old_file_and_goes_on(
         partial = partial_path(config.out)
         kept.append(committed(partial) if partial.exists() else 0)
         if point == writes // 2:
-            training = TrainConfig(
+            training = make_train_config(
                 student="mlp:4", data=config.data, out=tmp_path / "run", cache=config.out, epochs=1
             )
             train(replace(training, device="cpu"))

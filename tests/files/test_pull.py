@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +22,9 @@ from softcache.errors import FormatError, Interrupted, RemoteError, SettingsErro
 from softcache.files import remote
 from softcache.files.pull import Arrays, Piece, cache_folder, fetch_piece, local_copy, pull
 from softcache.files.remote import RemoteCache
-from softcache.train.config import TrainConfig
+from softcache.train.config import make_train_config
 from softcache.train.loop import train
+from tests.configs import replace
 from tests.servers import Served, http_server
 
 VIEWS, SAMPLES = 4, 300  # of the cache that is served
@@ -174,7 +174,7 @@ def test_parts_merge_into_the_whole_again(served: Served, tmp_path: Path) -> Non
 
 def test_a_student_learns_from_a_part(config: DumpConfig, served: Served, tmp_path: Path) -> None:
     part = pull(url(served), tmp_path / "part.h5", views=(1, 2), samples=(10, 45))
-    student = TrainConfig(
+    student = make_train_config(
         cache=part.path, student="mlp:8", data=config.data, out=tmp_path / "run", epochs=2
     )
     train(student)

@@ -38,11 +38,12 @@ from softcache.join.fingerprints import (
     replayed,
 )
 from softcache.models.build import build
-from softcache.train.config import TrainConfig
+from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
-from softcache.train.student import Learner
+from softcache.train.student import Student
 from softcache.types import Views
 from softcache.util.counter_rng import uniform
+from tests.configs import replace
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 
 AUGMENTATIONS = """
@@ -180,7 +181,7 @@ for spec in sys.argv[2:]:
     ]
     digest = hashlib.sha256()
     for batch in loader(source, requests, augmentation=augmentation, workers=1):
-        numbers = batch.samples.numpy()
+        numbers = batch.sample_ids.numpy()
         found = augmented(batch, augmentation, 1, numbers, torch.device("cpu"))
         digest.update(found.numpy().tobytes())
     print(digest.hexdigest())
@@ -357,7 +358,7 @@ def header(cache: Cache) -> Header:
 
 
 def changed(header: Header, **fields: Any) -> Header:
-    return dataclasses.replace(header, **fields)
+    return replace(header, **fields)
 
 
 @pytest.mark.parametrize("own_spec", [None, "shift:2,flip"])
@@ -500,7 +501,7 @@ IN_ORDER = np.arange(SAMPLES)
 @pytest.fixture
 def augmented_cache(dump_config: DumpConfig) -> Cache:
     """300 samples in two augmented views."""
-    return dump(dataclasses.replace(dump_config, augment="shift:2,flip,mixup", views=2, seed=5))
+    return dump(replace(dump_config, augment="shift:2,flip,mixup", views=2, seed=5))
 
 
 @pytest.fixture
@@ -521,9 +522,7 @@ def check(
 
 def with_array(cache: Cache, name: str, alter: Alter) -> Cache:
     """The cache with one array altered, as one who can write a file might."""
-    return dataclasses.replace(
-        cache, arrays={**cache.arrays, name: alter(np.array(cache.arrays[name]))}
-    )
+    return replace(cache, arrays={**cache.arrays, name: alter(np.array(cache.arrays[name]))})
 
 
 def set_at(*at: int, to: float) -> Alter:
@@ -566,7 +565,7 @@ def test_a_changed_augmentation_is_refused(
 
 
 def test_a_changed_seed_is_refused(augmented_cache: Cache, train_source: Source) -> None:
-    other = dataclasses.replace(augmented_cache, header=changed(augmented_cache.header, seed=6))
+    other = replace(augmented_cache, header=changed(augmented_cache.header, seed=6))
     with pytest.raises(DataError, match=r"sample 0 of .* in view 0 is not what the teacher"):
         check(other, train_source)
 
@@ -576,7 +575,7 @@ def test_views_that_begin_elsewhere_are_refused(
 ) -> None:
     header = changed(augmented_cache.header, first_view=1)
     with pytest.raises(DataError, match="is not what the teacher of"):
-        check(dataclasses.replace(augmented_cache, header=header), train_source)
+        check(replace(augmented_cache, header=header), train_source)
 
 
 def test_another_total_for_mixup_is_refused(augmented_cache: Cache, train_source: Source) -> None:
@@ -640,7 +639,7 @@ def test_samples_whose_numbers_begin_elsewhere_are_compared_with_other_draws(
 ) -> None:
     header = changed(augmented_cache.header, first_sample=1000)
     with pytest.raises(DataError, match=r"sample 0 of .* in view 0 is not what the teacher"):
-        check(dataclasses.replace(augmented_cache, header=header), train_source)
+        check(replace(augmented_cache, header=header), train_source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -660,7 +659,7 @@ def float_cache(dump_config: DumpConfig, tmp_path: Path) -> Cache:
     x, y = make_arrays()
     np.savez(tmp_path / "floats.npz", x=x.astype(np.float32) / 255, y=y)
     data = f"npz:{tmp_path / 'floats.npz'}"
-    config = dataclasses.replace(dump_config, data=data, eval_data=None, augment="shift:2,flip")
+    config = replace(dump_config, data=data, eval_data=None, augment="shift:2,flip")
     return dump(config)
 
 
@@ -685,14 +684,14 @@ def test_library_versions_that_differ_are_listed(
     header = changed(augmented_cache.header, seed=6, software=software)
     expected = rf"changed; torch was 1\.0, is {torch.__version__}.*; numpy was 1\.1, is"
     with pytest.raises(DataError, match=expected.replace("+", r"\+")):
-        check(dataclasses.replace(augmented_cache, header=header), train_source)
+        check(replace(augmented_cache, header=header), train_source)
 
 
 def test_inputs_of_zero_have_fingerprints_too(dump_config: DumpConfig, tmp_path: Path) -> None:
     x = np.zeros((20, 1, 8, 8), np.uint8)
     np.savez(tmp_path / "dark.npz", x=x, y=np.arange(20) % CLASSES)
     data = f"npz:{tmp_path / 'dark.npz'}"
-    cache = dump(dataclasses.replace(dump_config, data=data, eval_data=None))
+    cache = dump(replace(dump_config, data=data, eval_data=None))
     check(cache, open_source(data), places=np.arange(20))
     light = ArraySource("light", x + 3, np.arange(20) % CLASSES)
     with pytest.raises(DataError, match="sample 0 of light in view 0 is not what"):
@@ -704,7 +703,7 @@ def test_inputs_of_zero_have_fingerprints_too(dump_config: DumpConfig, tmp_path:
 
 @pytest.fixture
 def train_config(dump_config: DumpConfig, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
+    return make_train_config(
         student="mlp:4",
         data=dump_config.data,
         out=tmp_path / "run",
@@ -718,11 +717,11 @@ def test_a_cache_of_an_own_callable_trains_with_that_file(
     dump_config: DumpConfig, train_config: TrainConfig, own: Path
 ) -> None:
     spec = f"{own}:mirror,shift:1,mixup"
-    cache = dump(dataclasses.replace(dump_config, augment=spec, views=2))
+    cache = dump(replace(dump_config, augment=spec, views=2))
     assert cache.header.augment == "aug.py:mirror,shift:1,mixup"
     with pytest.raises(SettingsError, match=r"augmented by aug\.py:mirror,shift:1,mixup; give"):
         train(train_config)
-    train(dataclasses.replace(train_config, augment=spec))
+    train(replace(train_config, augment=spec))
 
 
 @pytest.mark.parametrize("rest", ["", ",flip,mixup"])
@@ -732,7 +731,7 @@ def test_teacher_and_student_are_built_for_the_shape_that_a_callable_gives(
     spec = f"{own}:larger{rest}"
     teacher = build("mlp:4", input_shape=(1, 12, 12), classes=CLASSES)
     save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
-    made_with = dataclasses.replace(
+    made_with = replace(
         dump_config,
         teacher="mlp:4",
         weights=tmp_path / "teacher.safetensors",
@@ -742,7 +741,7 @@ def test_teacher_and_student_are_built_for_the_shape_that_a_callable_gives(
     )
     cache = dump(made_with)
     assert cache.header.teachers[0]["parameters"] == 144 * 4 + 4 + 4 * 5 + 5
-    train(dataclasses.replace(train_config, augment=spec))
+    train(replace(train_config, augment=spec))
     facts = json.loads((train_config.out / "config.json").read_text())
     assert facts["input_shape"] == [1, 12, 12]
     weights = load_file(train_config.out / "student.safetensors")
@@ -753,16 +752,16 @@ def test_teacher_and_student_are_built_for_the_shape_that_a_callable_gives(
     with pytest.raises(
         ModelError, match=r"1\.weight is \(4, 64\) in the file, \(4, 144\) in the m"
     ):
-        dump(dataclasses.replace(made_with, out=tmp_path / "small.h5"))
+        dump(replace(made_with, out=tmp_path / "small.h5"))
 
 
 def test_a_file_that_has_changed_since_the_dump_is_refused(
     dump_config: DumpConfig, train_config: TrainConfig, own: Path
 ) -> None:
-    dump(dataclasses.replace(dump_config, augment=f"{own}:noise"))
+    dump(replace(dump_config, augment=f"{own}:noise"))
     own.write_text(AUGMENTATIONS.replace("0.1 * torch.rand", "0.2 * torch.rand"))
     with pytest.raises(DataError, match=r"sample 0 of .* in view 0 is not what the teacher"):
-        train(dataclasses.replace(train_config, augment=f"{own}:noise"))
+        train(replace(train_config, augment=f"{own}:noise"))
     assert not train_config.out.exists()
 
 
@@ -777,7 +776,7 @@ def test_a_callable_that_cannot_be_replayed_is_refused_by_the_dump(
 ) -> None:
     expected = r"sample \d+ of .* in view 0 comes out different the second time: .* draw only from"
     with pytest.raises(DataError, match=expected):
-        dump(dataclasses.replace(dump_config, augment=f"{own}:{name}"))
+        dump(replace(dump_config, augment=f"{own}:{name}"))
     assert not dump_config.out.exists()
 
 
@@ -786,18 +785,18 @@ def test_a_callable_without_a_state_is_not(
     dump_config: DumpConfig, train_source: Source, own: Path, name: str
 ) -> None:
     spec = f"{own}:{name}"
-    check_own(dump(dataclasses.replace(dump_config, augment=spec, views=2)), train_source, spec)
+    check_own(dump(replace(dump_config, augment=spec, views=2)), train_source, spec)
 
 
 def inputs_seen(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """What the student sees in its steps."""
     seen = []
 
-    def step(learner: Learner, inputs: Tensor, *others: object) -> None:
+    def step(learner: Student, inputs: Tensor, *others: object) -> None:
         seen.append(inputs.clone())
         learner.losses.append(torch.zeros(3))
 
-    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(Student, "step", step)
     train(config)
     return torch.cat(seen)
 
@@ -806,9 +805,9 @@ def test_extra_augmentation_draws_numbers_of_its_own(
     dump_config: DumpConfig, train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the second flip must not undo the first of every sample
-    dump(dataclasses.replace(dump_config, augment="flip"))
+    dump(replace(dump_config, augment="flip"))
     plain = {image.tobytes() for image in make_arrays()[0]}
-    seen = inputs_seen(dataclasses.replace(train_config, extra_augment="flip"), monkeypatch)
+    seen = inputs_seen(replace(train_config, extra_augment="flip"), monkeypatch)
     raw = (seen * 255).round().to(torch.uint8).numpy()
     as_they_are = sum(image.tobytes() in plain for image in raw)
     assert 100 < as_they_are < 200
@@ -820,13 +819,13 @@ def test_extra_augmentation_that_cannot_be_added_is_refused(
 ) -> None:
     dump(dump_config)
     with pytest.raises(SettingsError, match="extra-augment"):
-        train(dataclasses.replace(train_config, extra_augment=extra.format(own=own)))
+        train(replace(train_config, extra_augment=extra.format(own=own)))
 
 
 def test_a_dump_by_workers_is_the_same_to_the_byte(
     dump_config: DumpConfig, own: Path, tmp_path: Path
 ) -> None:
-    config = dataclasses.replace(dump_config, augment=f"{own}:noise,mixup")
+    config = replace(dump_config, augment=f"{own}:noise,mixup")
     alone = dump(config)
-    together = dump(dataclasses.replace(config, out=tmp_path / "workers.h5", workers=2))
+    together = dump(replace(config, out=tmp_path / "workers.h5", workers=2))
     assert together.path.read_bytes() == alone.path.read_bytes()

@@ -31,9 +31,9 @@ from softcache.join.match import join as join_data
 from softcache.join.match import join_samples
 from softcache.losses import hard_loss
 from softcache.targets.decode import to_dense
-from softcache.train.config import TrainConfig
+from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
-from softcache.train.student import Learner
+from softcache.train.student import Student
 from softcache.types import MixedLabels, SparseTargets, Targets
 from softcache.util.callables import import_callable
 from tests.conftest import make_arrays
@@ -430,7 +430,7 @@ def test_labels_that_are_not_mixed_count_as_mixed_with_nothing() -> None:
 def views_over(part: JoinedData, epochs: int) -> Indices:
     """(epochs, N): the view of each sample in each epoch."""
     return np.array(
-        [np.broadcast_to(part.views(epoch, part.numbers), len(part)) for epoch in range(epochs)]
+        [np.broadcast_to(part.views(epoch, part.sample_ids), len(part)) for epoch in range(epochs)]
     )
 
 
@@ -453,7 +453,7 @@ def test_a_sample_goes_through_all_views_in_turn_from_one_of_its_own(
     # the sample's own, wherever it is, and whatever its company
     part = joined(cache, picked(data, np.arange(SAMPLES)[::-1]))
     np.testing.assert_array_equal(views_over(part, 9), found)
-    assert np.array_equal(part.views(3, part.numbers[[7, 1]]), found[3, [7, 1]])
+    assert np.array_equal(part.views(3, part.sample_ids[[7, 1]]), found[3, [7, 1]])
 
 
 def test_without_rotation_an_epoch_is_one_view(make_cache: MakeCache, data: ArraySource) -> None:
@@ -478,13 +478,13 @@ def largest_error(
     errors = []
 
     def step(
-        learner: Learner, inputs: Tensor, labels: Tensor, targets: Tensor, weight: float
+        learner: Student, inputs: Tensor, labels: Tensor, targets: Tensor, weight: float
     ) -> None:
         live = torch.log_softmax(teacher(inputs) / learner.temperature, -1)
         errors.append((live - targets).abs().max().item())
         learner.losses.append(torch.zeros(3))
 
-    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(Student, "step", step)
     train(config)
     return max(errors)
 
@@ -506,7 +506,7 @@ def test_every_target_belongs_to_the_pixels_the_student_sees(
     cache = make_cache(data.inputs, data.labels, **options)
     order = np.arange(SAMPLES)[::-1] if reverse else np.arange(SAMPLES)
     np.savez(tmp_path / "mine.npz", x=data.inputs[order], y=data.labels[order])
-    config = TrainConfig(
+    config = make_train_config(
         student="mlp:4",
         data=f"npz:{tmp_path / 'mine.npz'}",
         out=tmp_path / "run",
@@ -545,7 +545,7 @@ def test_every_target_of_a_shard_belongs_to_the_pixels_the_student_sees(
     }
     order = rows[given]
     np.savez(tmp_path / "mine.npz", x=data.inputs[order], y=data.labels[order])
-    config = TrainConfig(
+    config = make_train_config(
         student="mlp:4",
         data=f"npz:{tmp_path / 'mine.npz'}",
         out=tmp_path / "run",

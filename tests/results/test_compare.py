@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +23,18 @@ from softcache.results.metrics import (
     latencies,
     multiply_adds,
 )
-from softcache.train.config import TrainConfig
+from softcache.train.config import make_train_config
 from softcache.train.loop import train
 from softcache.train.run_folder import expand, open_run
+from tests.configs import replace
 from tests.conftest import Run
 
 
 @pytest.fixture
 def folders(cache: Cache, data_file: Path, tmp_path: Path) -> list[Path]:
     """Two runs of the tiny cache."""
-    config = TrainConfig(
-        student="mlp:8", variants=[{"student": "mlp:8"}, {"student": "cnn:4"}], cache=cache.path,
+    config = make_train_config(
+        student="mlp:8", students=[{"student": "mlp:8"}, {"student": "cnn:4"}], cache=cache.path,
         data=f"npz:{data_file}", eval_data=f"npz:{data_file}@test", out=tmp_path / "runs", epochs=2,
         device="cpu",
     )  # fmt: skip
@@ -178,7 +178,7 @@ def test_code_of_the_users_own_is_named(cache: Cache, data_file: Path, tmp_path:
     path.write_text(
         "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))\n"
     )
-    config = TrainConfig(
+    config = make_train_config(
         student=f"{path}:net", cache=cache.path, data=f"npz:{data_file}", out=tmp_path / "own",
         epochs=1, device="cpu",
     )  # fmt: skip

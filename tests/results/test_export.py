@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from softcache.cache import Cache
 from softcache.errors import ModelError, SettingsError
 from softcache.results.export import check_exported, export_student
-from softcache.train.config import TrainConfig
+from softcache.train.config import make_train_config
 from softcache.train.loop import train
 from softcache.train.run_folder import open_run
 from tests.conftest import Run
@@ -38,7 +38,7 @@ def odd():
 
 @pytest.fixture
 def folder(cache: Cache, data_file: Path, tmp_path: Path) -> Path:
-    config = TrainConfig(
+    config = make_train_config(
         student="cnn:4x2", cache=cache.path, data=f"npz:{data_file}", out=tmp_path / "run",
         eval_data=f"npz:{data_file}@test", epochs=1, device="cpu", alpha=0.5, ema=0.9,
     )  # fmt: skip
@@ -88,7 +88,7 @@ def test_a_student_that_cannot_be_exported_is_told(
     cache: Cache, data_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "odd.py").write_text(CODE)
-    config = TrainConfig(
+    config = make_train_config(
         student=f"{tmp_path / 'odd.py'}:odd", cache=cache.path, data=f"npz:{data_file}",
         out=tmp_path / "run", epochs=1, device="cpu",
     )  # fmt: skip
@@ -153,7 +153,9 @@ def test_the_cards_commands_are_true(folder: Path, data_file: Path, run: Run) ->
 
 
 def test_a_card_of_labels_alone_has_no_teacher(data_file: Path, tmp_path: Path) -> None:
-    train(TrainConfig(student="mlp:4", data=f"npz:{data_file}", out=tmp_path / "run", epochs=1))
+    train(
+        make_train_config(student="mlp:4", data=f"npz:{data_file}", out=tmp_path / "run", epochs=1)
+    )
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert "# mlp:4\n" in card
     assert "cross-entropy with the labels" in card

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,9 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError, SettingsError
 from softcache.results import figures, report
-from softcache.train.config import TrainConfig
+from softcache.train.config import make_train_config
 from softcache.train.loop import train
+from tests.configs import replace
 from tests.conftest import Run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -33,7 +33,7 @@ def embedded(dump_config: DumpConfig) -> Cache:
 
 @pytest.fixture
 def run_folder(embedded: Cache, data_file: Path, tmp_path: Path) -> Path:
-    config = TrainConfig(
+    config = make_train_config(
         student="mlp:16", cache=embedded.path, data=(), out=tmp_path / "runs" / "small", epochs=3,
         eval_data=f"npz:{data_file}@test", baseline=True, device="cpu",
     )  # fmt: skip
@@ -149,9 +149,9 @@ def test_many_classes_show_those_it_is_least_sure_of(
 
 def test_a_twin_is_found_wherever_it_lies(embedded: Cache, data_file: Path, tmp_path: Path) -> None:
     """The students of a grid share one."""
-    config = TrainConfig(
+    config = make_train_config(
         student="mlp:16", cache=embedded.path, data=(), out=tmp_path / "grid", epochs=1, baseline=True,
-        eval_data=f"npz:{data_file}@test", variants=[{"alpha": 0.5}, {"alpha": 1.0}], device="cpu",
+        eval_data=f"npz:{data_file}@test", students=[{"alpha": 0.5}, {"alpha": 1.0}], device="cpu",
     )  # fmt: skip
     train(config)
     found = Page(report.report([config.out], tmp_path / "r.html"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from softcache.results.tables import Row, cache_line, models_table
+
 from softcache.cache import Cache
 from softcache.models.evaluate import Evaluation
-from softcache.results.tables import Row, cache_line, models_table
 
 
 def cells(table: str) -> list[list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +33,11 @@ from softcache.models.builtin import mlp
 from softcache.teachers.ensemble import Ensemble, make_ensemble
 from softcache.teachers.load import load_teacher
 from softcache.teachers.teacher import Teacher
-from softcache.train.config import TrainConfig
+from softcache.train.config import make_train_config
 from softcache.train.loop import train
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
+from tests.configs import replace
 from tests.conftest import SAMPLES, make_arrays
 
 Rows = npt.NDArray[np.float64]
@@ -476,7 +476,7 @@ def test_another_batch_size_stores_the_same_targets_but_for_rounding(
 
 def student(cache: Cache, config: DumpConfig, folder: Path, **options: object) -> list[float]:
     """Mean KL from the targets in each epoch of a student."""
-    run = TrainConfig(
+    run = make_train_config(
         student="mlp:8",
         data=config.data,
         out=folder,

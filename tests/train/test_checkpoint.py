@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from softcache.dump.loop import dump
 from softcache.errors import Interrupted, ModelError, SettingsError, SoftcacheError
 from softcache.train import checkpoint
 from softcache.train.checkpoint import NAME, Checkpoint, Place
-from softcache.train.config import TrainConfig
+from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
-from softcache.train.student import Learner
+from softcache.train.student import Student
+from tests.configs import replace
 from tests.conftest import Run
 
 STEPS = 15  # of a run: 3 epochs of 5
@@ -45,7 +45,7 @@ def student():
 def config(cache: Cache, data_file: Path, tmp_path: Path) -> TrainConfig:
     """A student with dropout and norms, and a checkpoint after every step."""
     (tmp_path / "dropout.py").write_text(STUDENT)
-    return TrainConfig(
+    return make_train_config(
         student=f"{tmp_path / 'dropout.py'}:student",
         data=f"npz:{data_file}",
         eval_data=f"npz:{data_file}@test",
@@ -81,14 +81,14 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ctrl-C as a student begins its n-th step, the checkpoint before it written."""
-    taken, steps = Learner.step, iter(range(1, 10**6))
+    taken, steps = Student.step, iter(range(1, 10**6))
 
-    def stopping(self: Learner, *arguments: Any) -> None:
+    def stopping(self: Student, *arguments: Any) -> None:
         if next(steps) == step:
             raise KeyboardInterrupt
         taken(self, *arguments)
 
-    monkeypatch.setattr(Learner, "step", stopping)
+    monkeypatch.setattr(Student, "step", stopping)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -130,7 +130,7 @@ def test_a_part_that_is_not_restored_would_be_noticed(
 
     restore = checkpoint._restore
 
-    def forgetful(learner: Learner, *found: Any) -> None:
+    def forgetful(learner: Student, *found: Any) -> None:
         kept = copy.deepcopy(getattr(learner, part))
         restore(learner, *found)
         if part == "random":
@@ -189,7 +189,7 @@ def test_how_often_is_as_asked(config: TrainConfig, monkeypatch: pytest.MonkeyPa
     places: list[Place] = []
     save = Checkpoint.save
 
-    def noted(self: Checkpoint, learners: list[Learner], place: Place) -> None:
+    def noted(self: Checkpoint, learners: list[Student], place: Place) -> None:
         places.append(place)
         save(self, learners, place)
 
@@ -319,22 +319,22 @@ def test_what_could_not_be_saved_is_saved_by_the_same_command(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk at the very end, after one of two students."""
-    config = replace(config, variants=[{"seed": 0}, {"seed": 1}])
+    config = replace(config, students=[{"seed": 0}, {"seed": 1}])
     train(config)
     whole = files(config.out)
     again = replace(config, out=tmp_path / "again" / "run")
-    save, turn = Learner.save, iter(range(10))
+    save, turn = Student.save, iter(range(10))
 
-    def full(self: Learner, facts: dict[str, Any]) -> dict[str, Any]:
+    def full(self: Student, facts: dict[str, Any]) -> dict[str, Any]:
         if next(turn) == 1:
             raise SoftcacheError("no room")
         return save(self, facts)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Learner, "save", full)
+        patched.setattr(Student, "save", full)
         with pytest.raises(SoftcacheError, match="no room"):
             train(again)
-    monkeypatch.setattr(Learner, "step", None)  # not one more step is taken
+    monkeypatch.setattr(Student, "step", None)  # not one more step is taken
     train(again)
     assert files(again.out) == whole
 

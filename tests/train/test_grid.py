@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from softcache.errors import SettingsError
-from softcache.train.config import TrainConfig
+from softcache.train.config import make_train_config
 from softcache.train.grid import make_variants, parse_grid, read_toml
 
 
 def names(tmp_path: Path, variants: list[dict[str, Any]]) -> list[str]:
-    config = TrainConfig(
-        student="mlp:1", data="d", out=tmp_path, cache=Path("c"), variants=variants
+    config = make_train_config(
+        student="mlp:1", data="d", out=tmp_path, cache=Path("c"), students=variants
     )
     return config.names()
 

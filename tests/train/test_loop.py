@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +43,13 @@ from softcache.models.evaluate import evaluate
 from softcache.targets.encode import soften
 from softcache.targets.fetch import tempered_targets
 from softcache.train.checkpoint import NAME
-from softcache.train.config import MAX_LEARNING_RATE, TrainConfig
+from softcache.train.config import MAX_LEARNING_RATE, TrainConfig, make_train_config
 from softcache.train.loop import train
 from softcache.train.run_folder import UNFINISHED_METRICS
 from softcache.types import Views
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
+from tests.configs import replace
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 
 Targets = Callable[[int, npt.NDArray[np.int64]], Any]
@@ -113,7 +113,7 @@ def student_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def config(cache: Cache, data_file: Path, tmp_path: Path) -> TrainConfig:
     """A short run from the tiny cache, into tmp_path / run: 2 epochs of 5 steps."""
-    return TrainConfig(
+    return make_train_config(
         student="mlp:16",
         data=f"npz:{data_file}",
         out=tmp_path / "run",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,15 @@ from softcache.cache import Cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import SettingsError
-from softcache.train.config import TrainConfig
+from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
+from tests.configs import replace
 from tests.conftest import Run
 
 
 @pytest.fixture
 def config(cache: Cache, data_file: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
+    return make_train_config(
         student="mlp:8",
         cache=cache.path,
         data=f"npz:{data_file}",
@@ -45,7 +45,7 @@ DIFFERENT: list[dict[str, Any]] = [
 
 
 def test_each_is_what_it_would_be_alone(config: TrainConfig, tmp_path: Path) -> None:
-    together = train(replace(config, variants=DIFFERENT))
+    together = train(replace(config, students=DIFFERENT))
     for number, variant in enumerate(DIFFERENT):
         alone = replace(config, **variant, out=tmp_path / str(number))
         train(alone)
@@ -60,7 +60,7 @@ def test_each_is_what_it_would_be_alone(config: TrainConfig, tmp_path: Path) -> 
 
 
 def test_folders_are_named_by_what_differs(config: TrainConfig, tmp_path: Path) -> None:
-    train(replace(config, variants=[{"alpha": 0.5}, {"alpha": 1.0}], baseline=True))
+    train(replace(config, students=[{"alpha": 0.5}, {"alpha": 1.0}], baseline=True))
     assert sorted(path.name for path in config.out.iterdir()) == ["alpha=0.5", "alpha=1.0"]
     # one twin for both: they would be the same
     assert [path.parent.name for path in config.out.glob("*/baseline")] == ["alpha=0.5"]

@@ -19,7 +19,7 @@ from softcache.models.evaluate import Evaluation
 from softcache.train.config import LEARNING_RATES, WEIGHT_DECAYS, StudentConfig
 from softcache.train.optimizer import learning_rate_factor, make_optimizer
 from softcache.train.run_folder import make_run_folder
-from softcache.train.student import Learner
+from softcache.train.student import Student
 from softcache.types import MixedLabels, SparseTargets
 from tests.train.test_student import STEPS, WARMUP, a_batch, a_learner, parameters
 
@@ -88,7 +88,7 @@ def test_biases_and_norms_are_not_decayed(tmp_path: Path) -> None:
 # what moves it
 
 
-def steps(folder: Path, count: int = 6, model: nn.Module | None = None, **settings: Any) -> Learner:
+def steps(folder: Path, count: int = 6, model: nn.Module | None = None, **settings: Any) -> Student:
     """A learner after some steps on the same batch."""
     torch.manual_seed(0)
     learner = a_learner(folder, model or nn.Linear(8, 5), **settings)
@@ -139,7 +139,7 @@ def test_frozen_parameters_are_left_alone() -> None:
 def test_a_batch_in_parts_is_the_whole_batch(tmp_path: Path) -> None:
     whole = steps(tmp_path)
     for parts in (2, 5, 100):  # of 12 samples, at least 2 in each
-        found = steps(tmp_path, accumulate=parts)
+        found = steps(tmp_path, micro_batches=parts)
         torch.testing.assert_close(parameters(found), parameters(whole))
         torch.testing.assert_close(found.losses, whole.losses)
 
@@ -153,7 +153,7 @@ def test_sparse_targets_and_mixed_labels_come_in_parts_too(tmp_path: Path) -> No
     found = []
     for parts in (1, 3):
         torch.manual_seed(0)
-        learner = a_learner(tmp_path, nn.Linear(8, 5), accumulate=parts)
+        learner = a_learner(tmp_path, nn.Linear(8, 5), micro_batches=parts)
         learner.step(inputs, mixed, sparse)
         found.append(parameters(learner))
     torch.testing.assert_close(*found)
@@ -162,7 +162,7 @@ def test_sparse_targets_and_mixed_labels_come_in_parts_too(tmp_path: Path) -> No
 def test_the_gradient_is_clipped_to_its_norm(tmp_path: Path) -> None:
     norms = []
     for clip in (None, 0.01):
-        learner = a_learner(tmp_path, nn.Linear(8, 5), optimizer="sgd", clip=clip)
+        learner = a_learner(tmp_path, nn.Linear(8, 5), optimizer="sgd", max_grad_norm=clip)
         learner.step(*a_batch())
         grads = [p.grad for p in learner.model.parameters() if p.grad is not None]
         norms.append(float(torch.cat([g.flatten() for g in grads]).norm()))
@@ -181,9 +181,9 @@ def test_the_average_follows_the_weights_and_is_what_counts(tmp_path: Path) -> N
                 before = expected.get(name, torch.zeros_like(tensor))
                 expected[name] = keep * before + (1 - keep) * tensor
     for name, tensor in expected.items():
-        torch.testing.assert_close(learner.result.state_dict()[name], tensor)
-    assert learner.result.state_dict()["1.num_batches_tracked"] == 30
-    assert learner.result is not learner.model
+        torch.testing.assert_close(learner.final_model.state_dict()[name], tensor)
+    assert learner.final_model.state_dict()["1.num_batches_tracked"] == 30
+    assert learner.final_model is not learner.model
 
 
 def test_smoothed_labels_are_part_of_a_uniform_one(tmp_path: Path) -> None:
@@ -197,14 +197,14 @@ def test_smoothed_labels_are_part_of_a_uniform_one(tmp_path: Path) -> None:
 # when it stops
 
 
-def counted(learner: Learner, errors: list[int], patience: int) -> list[float]:
+def counted(learner: Student, errors: list[int], patience: int) -> list[float]:
     """Epochs with these errors; a weight after each."""
     weights = []
     for epoch, count in enumerate(errors):
         if learner.stopped:
             break
         learner.step(*a_batch())
-        with patch.object(Learner, "_evaluate", lambda *_, count=count: Evaluation(count, 100)):
+        with patch.object(Student, "_evaluate", lambda *_, count=count: Evaluation(count, 100)):
             learner.finish_epoch(epoch, ANY_SOURCE, 0, patience)
         weights.append(float(parameters(learner)[0]))
     return weights

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from softcache.cache import open_cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import DataError, SettingsError
-from softcache.train.config import TrainConfig
+from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
+from tests.configs import replace
 from tests.conftest import make_arrays
 from tests.train.test_loop import NOTHING, metrics, same_weights, soft
 
@@ -101,7 +101,7 @@ def _data(tmp_path: Path) -> None:
 @pytest.fixture
 def config(models: Path, tmp_path: Path) -> TrainConfig:
     """A run of a student that is the teacher, and does not move."""
-    return TrainConfig(
+    return make_train_config(
         student=f"{models}:student",
         data=f"npz:{tmp_path}/whole.npz",
         out=tmp_path / "run",

@@ -18,7 +18,7 @@ from softcache.errors import ModelError, SettingsError, SoftcacheError
 from softcache.train.config import StudentConfig
 from softcache.train.prepare import make_accelerator
 from softcache.train.run_folder import UNFINISHED_METRICS, check_folder, make_run_folder
-from softcache.train.student import Learner, make_learner
+from softcache.train.student import Student, make_student
 from softcache.util.files import replace_file
 
 STEPS = 200
@@ -31,10 +31,10 @@ def a_learner(
     steps: int = STEPS,
     temperature: float = 1.0,
     **settings: Any,
-) -> Learner:
+) -> Student:
     """A student of inputs (B, 8) and 5 classes, always with the same weights."""
     torch.manual_seed(0)
-    return make_learner(
+    return make_student(
         model or nn.Sequential(nn.Linear(8, 16), nn.Dropout(), nn.Linear(16, 5)),
         make_accelerator("cpu", "no"),
         StudentConfig(student="mlp:16", learning_rate=0.01, weight_decay=0.1, **settings),
@@ -55,7 +55,7 @@ def a_batch(samples: int = 12) -> tuple[Tensor, Tensor, Tensor]:
     return inputs, targets.argmax(-1), targets
 
 
-def parameters(learner: Learner) -> Tensor:
+def parameters(learner: Student) -> Tensor:
     return torch.cat([p.detach().flatten() for p in learner.model.parameters()])
 
 
@@ -81,7 +81,7 @@ def test_dropout_draws_as_if_the_student_were_alone(
     assert torch.equal(trained(tmp_path, company=2), alone)
     assert torch.equal(trained(tmp_path, company=0, draws_outside=True), alone)
     # with one generator for all, company would show
-    monkeypatch.setattr(Learner, "_own_randomness", lambda self: nullcontext())
+    monkeypatch.setattr(Student, "_own_randomness", lambda self: nullcontext())
     shared = trained(tmp_path, company=0)
     assert not torch.equal(trained(tmp_path, company=2), shared)
     assert not torch.equal(trained(tmp_path, company=0, draws_outside=True), shared)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,9 @@ from softcache.cache.reader import partial_path
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError, ModelError
-from softcache.train.config import TrainConfig
+from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
+from tests.configs import replace
 from tests.conftest import make_arrays
 from tests.train.test_loop import NOTHING, soft
 
@@ -85,7 +85,7 @@ def dumped(models: Path, tmp_path: Path) -> DumpConfig:
 @pytest.fixture
 def config(models: Path, dumped: DumpConfig, tmp_path: Path) -> TrainConfig:
     """A run from the unfinished cache, of a student that is the teacher and does not move."""
-    return TrainConfig(
+    return make_train_config(
         student=f"{models}:student",
         data=dumped.data,
         cache=partial_path(dumped.out),

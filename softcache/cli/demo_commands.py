@@ -1,0 +1,40 @@
+"""The main job on the project's own data, as command lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from softcache.errors import SettingsError
+
+TEACHER = "cnn:32x2,64x2,128x2"
+
+STUDENT = "cnn:8,16x2,32x2"
+
+TEMPERATURE = 4
+
+EPOCHS = 5
+
+
+def demo_commands(data: Path, out: Path, seed: int) -> list[list[str]]:
+    """Command lines, without the program's name: dump, info, train.
+
+    Raises:
+        SettingsError: the data are not there.
+    """
+    weights = data / "teacher.safetensors"
+    if not weights.is_file():
+        raise SettingsError(
+            f"no {weights}; run the demo in a clone of the project, or name its data folder with "
+            "--data-dir"
+        )
+    cache = str(out / "mnist.h5")
+    train_data = f"idx:{data / 'mnist'}"
+    data_options = ["--data", train_data, "--eval-data", f"{train_data}@test"]
+    dump = ["dump", *f"--teacher {TEACHER} --temperature {TEMPERATURE}".split()]
+    train = ["train", cache, *f"--student {STUDENT} --epochs {EPOCHS} --seed {seed}".split()]
+    run = str(out / f"student-{seed}")
+    return [
+        [*dump, "--weights", str(weights), *data_options, "--out", cache],
+        ["info", cache],
+        [*train, *data_options, "--baseline", "--out", run, "--overwrite"],
+    ]

@@ -1,0 +1,137 @@
+"""Commands on finished caches: info, verify, repair, merge, import, export-labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from softcache.cli.commands import PATH, Command, option, out_option, settings_options
+from softcache.dump.config import DumpConfig
+from softcache.errors import Interrupted
+
+
+@click.command(cls=Command)
+@click.argument("cache", metavar="CACHE|URL")
+@option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+def info(cache: str, as_json: bool) -> None:
+    """Show the header of a cache; its rows are not read, and of a URL not even fetched."""
+    from softcache.cache import open_cache
+    from softcache.files.describe import describe, facts
+
+    if "://" in cache:
+        from softcache.files.remote import open_remote
+
+        remote = open_remote(cache)
+        opened, name = remote.with_names(), remote.file.shown
+    else:
+        opened, name = open_cache(cache, unfinished=True), cache
+    click.echo(json.dumps(facts(opened), indent=2) if as_json else describe(opened, name))
+
+
+@click.command(cls=Command)
+@click.argument("cache", type=PATH)
+@option("--expect", metavar="CONTENT_ID", help="Fail unless the cache has this content id.")
+@option("--teacher", multiple=True, metavar="SPEC", help="Teacher to run again, as for dump.")
+@option("--weights", type=PATH, multiple=True, metavar="FILE", help="Weights of each --teacher.")
+@option("--data", metavar="SPEC", help="Samples on which to run the teacher again.")
+@option(
+    "--rows",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Number of rows to compute again.",
+)
+@option("--augment", metavar="SPEC", help="File of the cache's own augmentation, if it has one.")
+@settings_options(DumpConfig, only=("device",))
+def verify(cache: Path, expect: str | None, **options: Any) -> None:
+    """Check every byte of a cache against its digests, and name what is damaged.
+
+    With --teacher and --data, random rows are also computed again and compared.
+    """
+    from softcache.files.verify import verify_cache
+
+    click.echo(verify_cache(cache, expect))
+    if options["teacher"] or options["data"]:
+        from softcache.files.recheck import recheck_rows
+
+        click.echo(recheck_rows(cache, **options))
+
+
+@click.command(cls=Command)
+@click.argument("cache", type=PATH)
+def repair(cache: Path) -> None:
+    """Mark the damaged blocks of a cache as missing, so that softcache dump fills them again."""
+    from softcache.files.verify import repair_cache
+
+    click.echo(repair_cache(cache))
+
+
+@click.command(cls=Command)
+@click.argument("caches", type=PATH, nargs=-1, required=True)
+@out_option("Cache file to write.", metavar="FILE")
+def merge(caches: tuple[Path, ...], out: Path) -> None:
+    """Join shards of samples, views, or both of one dump into one file.
+
+    Every block is checked as it is copied. A merge that was stopped continues when run again.
+    """
+    from softcache.cache import open_cache
+    from softcache.cache.merge import merge
+    from softcache.util.progress import progress
+
+    parts = [open_cache(path) for path in caches]
+    total = sum(part.header.views * part.header.samples for part in parts)
+    with progress("merge", total, "rows") as advance:
+        try:
+            merged = merge(parts, out, advance)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped; the same command continues") from None
+    header = merged.header
+    click.echo(
+        f"{out}: {header.samples:,} samples x {header.views} view(s), {header.file_bytes:,} bytes; "
+        f"content id {merged.content_id()}"
+    )
+
+
+@click.command("import", cls=Command)
+@click.argument("source", metavar="SOURCE")
+@option("--temperature", type=float, help="Temperature of the cache.  [default: that of SOURCE]")
+@option(
+    "--encoding", metavar="SPEC", help="How each row is stored.  [default: dense; topk for hfds:]"
+)
+@settings_options(
+    DumpConfig,
+    only=("data", "teacher_output", "teacher_temperature", "classes", "out", "overwrite"),
+)
+def import_labels(**options: Any) -> None:
+    """Make a cache of soft targets that you already have, one row per sample in the data's order.
+
+    \b
+    SOURCE is one of
+      FILE.npy, FILE.npz, FILE.pt                     a matrix (samples, classes)
+      hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN   the k largest of each row, from a Hugging
+                                                      Face dataset (data extra)
+    """
+    from softcache.files.describe import cache_line
+    from softcache.files.import_labels import import_labels
+
+    click.echo(cache_line(import_labels(**options)))
+
+
+@click.command("export-labels", cls=Command)
+@click.argument("cache", type=PATH)
+@out_option("File to write.", metavar="FILE.npy|FILE.parquet")
+@option("--temperature", type=float, help="Temperature of the softmax.  [default: the cache's]")
+@option("--view", type=int, default=0, show_default=True, help="View to export.")
+@option("--log-probabilities", is_flag=True, help="Write log-probabilities.")
+def export_labels(cache: Path, out: Path, **options: Any) -> None:
+    """Write the soft targets of one view as an .npy matrix (samples, classes) float32, or as Parquet.
+
+    A row of Parquet (data extra) holds sample, label, key and the list of probabilities. The other way
+    round, softcache import makes a cache of a matrix.
+    """
+    from softcache.files.export_labels import export_labels
+
+    click.echo(export_labels(cache, out, **options))

@@ -1,0 +1,78 @@
+"""`softcache help`: the grammar of specifications, from the tables of the rooms that parse them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import click
+
+from softcache.cli.commands import Command
+
+TOPICS = ("specs",)
+
+
+@click.command("help", cls=Command)
+@click.argument("topic", type=click.Choice(TOPICS), required=False)
+@click.pass_context
+def help_command(ctx: click.Context, topic: str | None) -> None:
+    """Show help on a topic: specs lists the forms of every SPEC."""
+    if topic is None:
+        click.echo(ctx.find_root().get_help())
+        click.echo(f"\nTopics: {', '.join(TOPICS)}")
+        return
+    click.echo(specs_page())
+
+
+def specs_page() -> str:
+    """Every form of every SPEC, in one page."""
+    from softcache.cache.encodings import ENCODINGS
+    from softcache.data.augmentations import OPERATIONS
+    from softcache.data.spec import KINDS as DATA_KINDS
+    from softcache.losses import LOSSES
+    from softcache.models.spec import KINDS as MODEL_KINDS
+    from softcache.teachers.spec import ALL_KINDS as TEACHER_KINDS
+
+    def entries(kinds: Iterable[object]) -> list[tuple[str, str]]:
+        return [(getattr(kind, "form", ""), getattr(kind, "meaning", "")) for kind in kinds]
+
+    sections = {
+        "Teachers (--teacher)": entries(TEACHER_KINDS.values()),
+        "Students (--student)": entries(MODEL_KINDS.values()),
+        "Data (--data, --eval-data), each with @SPLIT at the end if needed (default: train)": entries(
+            DATA_KINDS.values()
+        ),
+        "Options follow a ?, separated by &": [
+            (
+                "folder:DIR?size=256",
+                "shorter side to 256, then the central square; or size=192x256",
+            ),
+            (
+                "hfds:ID?input=COLUMN&label=COLUMN&name=CONFIG@test[:1000]",
+                "columns, configuration, slice",
+            ),
+            (
+                "csv:FILE?label=COLUMN&inputs=A,B&classes=X,Y",
+                "columns, and names of the classes in order",
+            ),
+            ("hf:vit?pretrained=false&hidden_size=192", "a student with random weights"),
+            ("hf:FOLDER?tokenizer=ID_OR_FOLDER", "or processor=, if it lies elsewhere"),
+        ],
+        "Augmentations (--augment, --extra-augment), one or more, separated by commas": [
+            (
+                "FILE.py:CALLABLE",
+                "your own, first: one raw sample in, one out; randomness is seeded",
+            ),
+            *entries(OPERATIONS.values()),
+            ("mixup", "last: mixes in another sample, with a uniform weight"),
+        ],
+        "Encodings (--encoding)": [
+            *entries(ENCODINGS.values()),
+            ("auto", "the smallest that keeps the KL within --max-kl, measured on the teacher"),
+        ],
+        "Losses (--loss)": entries(LOSSES.values()),
+    }
+    formatter = click.HelpFormatter(max_width=100)
+    for title, rows in sections.items():
+        with formatter.section(title):
+            formatter.write_dl(rows, col_max=34)
+    return formatter.getvalue().rstrip()

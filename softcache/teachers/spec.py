@@ -1,0 +1,56 @@
+"""Which kinds of teachers there are besides models, and how each is named on the command line."""
+
+from __future__ import annotations
+
+from softcache.errors import SettingsError
+from softcache.models.spec import KINDS as MODEL_KINDS
+from softcache.models.spec import parse_model
+from softcache.util.spec import CODE, Kind, Spec, split_options
+
+MATRIX_FILES = (".npy", ".npz", ".pt")
+MATRIX_KINDS = ("matrix", "hfds")  # outputs that were computed before, a row for each sample
+
+# the handler takes (Spec, number of classes) and returns a module and its provenance
+KINDS = {
+    "onnx": Kind(
+        "FILE.onnx", "run by onnxruntime (onnx extra)", "softcache.teachers.onnx_file:open_onnx"
+    ),
+    "matrix": Kind(
+        "FILE.npy, .npz, .pt",
+        "a matrix of outputs, one row per sample: see softcache import",
+        "softcache.teachers.matrix:open_matrix",
+    ),
+    "hfds": Kind(
+        "hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN",
+        "the largest log-probabilities of each sample: see softcache import",
+        "softcache.teachers.matrix:open_top_rows",
+    ),
+}
+ALL_KINDS = {
+    **MODEL_KINDS,
+    CODE: Kind(
+        "FILE.py:CALLABLE",
+        "your own callable (or package.module:CALLABLE) that returns a torch nn.Module, or a function "
+        "from numpy inputs (B, ...) to (B, classes)",
+    ),
+    **KINDS,
+}
+
+
+def parse_teacher(text: str) -> Spec:
+    """Take a teacher specification apart; nothing is opened, built or imported.
+
+    Raises:
+        SettingsError: it has none of the known forms.
+    """
+    if text.endswith(".onnx"):
+        return Spec(text, "onnx", text, file=True)
+    if text.endswith(MATRIX_FILES):
+        return Spec(text, "matrix", text, file=True)
+    if not text.startswith("hfds:"):
+        return parse_model(text)
+    where, _, split = text.removeprefix("hfds:").rpartition("@")
+    place, options = split_options(where or split)
+    if set(options) - {"ids", "log_probs", "name"} or not {"ids", "log_probs"} <= set(options):
+        raise SettingsError(f"teacher {text}: expected {KINDS['hfds'].form}@SPLIT")
+    return Spec(text, "hfds", place, options=options, split=split if where else "")

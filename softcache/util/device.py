@@ -1,0 +1,29 @@
+"""The device to compute on."""
+
+from __future__ import annotations
+
+import torch
+
+from softcache.errors import SettingsError
+from softcache.util.distributed import local_rank
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` takes a GPU if there is one, each process of a host its own.
+
+    Raises:
+        SettingsError: torch cannot use it here.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(
+            f"device {name}: torch cannot use it here ({' '.join(str(error).split())[:200]}); "
+            "use --device auto or cpu"
+        ) from error
+    return device

@@ -1,0 +1,90 @@
+"""Settings as fields of a dataclass: default, range, help and option are declared in one place.
+
+A new option is one field with `setting(...)`; the command line, range checks, run records and model
+cards follow from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass
+from typing import Any
+
+from softcache.errors import SettingsError
+
+KEY = "setting"  # in the metadata of a field
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a field that is a setting.
+
+    Attributes:
+        help: a phrase that stands alone.
+        group: the heading under which `--help` shows it.
+        option: name of the option, without dashes; by default that of the field.
+        metavar: how `--help` shows its value.
+        default_text: how `--help` shows a default that depends on something else.
+        choices: the values it may have.
+        affects_result: whether another value may give another result; a run that was stopped goes on only
+            with the same ones.
+    """
+
+    help: str
+    group: str
+    option: str = ""
+    metavar: str | None = None
+    default_text: str | None = None
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    affects_result: bool = True
+
+    def problem(self, value: object) -> str | None:
+        """What is expected, if `value` is not that."""
+        if self.choices and value not in self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        bounds = (
+            (self.at_least, "at least", operator.ge),
+            (self.above, "above", operator.gt),
+            (self.at_most, "at most", operator.le),
+            (self.below, "below", operator.lt),
+        )
+        given = [(bound, words, holds) for bound, words, holds in bounds if bound is not None]
+        if not given or (math.isfinite(value) and all(holds(value, b) for b, _, holds in given)):
+            return None
+        return " and ".join(f"{words} {bound:g}" for bound, words, _ in given)
+
+
+def setting(default: Any = MISSING, **facts: Any) -> Any:  # noqa: ANN401  # a field of any type
+    """A dataclass field with the facts of a Setting in its metadata."""
+    return dataclasses.field(default=default, metadata={KEY: Setting(**facts)})
+
+
+def settings_of(config: type | object) -> Iterator[tuple[dataclasses.Field[Any], Setting]]:
+    """The fields of a dataclass, or of an instance of one, that are settings."""
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]  # a dataclass
+        if KEY in field.metadata:
+            yield field, field.metadata[KEY]
+
+
+def option_name(field: dataclasses.Field[Any]) -> str:
+    """The option of a setting without dashes, as it is written: `learning-rate`."""
+    facts: Setting = field.metadata[KEY]
+    return facts.option or field.name.replace("_", "-")
+
+
+def check_range(config: object) -> None:
+    """Raise SettingsError for the first setting that is out of its range; None is never checked."""
+    for field, facts in settings_of(config):
+        value = getattr(config, field.name)
+        problem = None if value is None else facts.problem(value)
+        if problem:
+            raise SettingsError(f"--{option_name(field)} is {value}; expected {problem}")
