@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from softcache.cache import Cache
+from softcache.cli.commands import show_log
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 
@@ -57,6 +58,13 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def _one_thread() -> None:
     """On busy cores, steps as small as these are ten times slower with two threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _log_on_the_terminal() -> Iterator[None]:
+    """What the library tells is printed, as the command line does, so that capsys sees it."""
+    with show_log():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -102,21 +103,21 @@ class _Terminal(logging.Handler):
         click.echo(text, err=is_warning or record.name.endswith(".progress"))
 
 
-class show_log:  # reads as a word in a with statement
+@contextmanager
+def show_log() -> Iterator[None]:
     """Show the library's log on the terminal."""
-
-    def __init__(self) -> None:
-        self.handler = _Terminal()
-        self.log = logging.getLogger("softcache")
-
-    def __enter__(self) -> None:
-        self.level, self.propagate = self.log.level, self.log.propagate
-        self.log.addHandler(self.handler)
-        self.log.setLevel(logging.INFO)
-
-    def __exit__(self, *_: object) -> None:
-        self.log.removeHandler(self.handler)
-        self.log.setLevel(self.level)
+    log = logging.getLogger("softcache")
+    if any(isinstance(handler, _Terminal) for handler in log.handlers):
+        yield  # the demo runs commands within a command
+        return
+    handler, level = _Terminal(), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def option(*names: str, group: str = "Options", **facts: Any) -> Decorator:

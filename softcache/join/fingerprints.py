@@ -111,7 +111,7 @@ def replayed(header: Header, own: str | None) -> Augmentation:
             "pixels that the cached targets belong to; leave it out, or add it on top by "
             "--extra-augment if you mean to"
         )
-    if own is None and split_augment(header.augment).code:
+    if own is None and ".py:" in (header.augment or ""):
         raise SettingsError(
             f"the cache was augmented by {header.augment}; give that file with --augment, code named "
             "in a cache is never run by itself"

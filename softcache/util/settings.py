@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 from typing import Any
@@ -49,18 +48,30 @@ class Setting:
         """What is expected, if `value` is not that."""
         if self.choices and value not in self.choices:
             return f"one of {', '.join(self.choices)}"
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not self._range():
             return None
-        bounds = (
-            (self.at_least, "at least", operator.ge),
-            (self.above, "above", operator.gt),
-            (self.at_most, "at most", operator.le),
-            (self.below, "below", operator.lt),
+        inside = (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
         )
-        given = [(bound, words, holds) for bound, words, holds in bounds if bound is not None]
-        if not given or (math.isfinite(value) and all(holds(value, b) for b, _, holds in given)):
-            return None
-        return " and ".join(f"{words} {bound:g}" for bound, words, _ in given)
+        return None if inside and math.isfinite(value) else self._range()
+
+    def _range(self) -> str:
+        """The numbers that are allowed, in words; empty if all are."""
+        high = f" to {_shown(self.at_most)}" if self.at_most is not None else ""
+        high = f" to below {_shown(self.below)}" if self.below is not None else high
+        if self.above is not None:
+            return f"a number above {_shown(self.above)}{high.replace(' to ', ', up to ')}"
+        if self.at_least is not None:
+            low = _shown(self.at_least)
+            return f"a number from {low}{high}" if high else f"{low} or more"
+        return f"a number{high}" if high else ""
+
+
+def _shown(bound: float) -> str:
+    return f"{int(bound):,}" if bound == int(bound) else f"{bound:g}"
 
 
 def setting(default: Any = MISSING, **facts: Any) -> Any:  # noqa: ANN401  # a field of any type

@@ -19,7 +19,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from softcache.cache import open_cache
-from softcache.cli.demo import TEACHER
+from softcache.cli.demo_commands import TEACHER
 from softcache.data.loader import loader, sequential_batches
 from softcache.data.open import open_source
 from softcache.dump.config import DumpConfig
@@ -188,9 +188,11 @@ def report(
     known = header.evaluation or {"errors": "-"}
     rows = [["teacher", f"{teacher:,}", "-", str(known["errors"]), "67"]]
     for name, config in configs.items():
-        size = parameter_count(build(config.student, input_shape=(1, 28, 28), classes=10))
+        size = parameter_count(
+            build(config.students[0].student, input_shape=(1, 28, 28), classes=10)
+        )
         cells = [
-            f"{name}: {config.student}",
+            f"{name}: {config.students[0].student}",
             f"{size:,} ({size / teacher:.1%})",
             str(config.epochs),
         ]

@@ -25,7 +25,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from softcache.cache import Cache
-from softcache.cli.demo import EPOCHS, STUDENT, TEACHER, TEMPERATURE
+from softcache.cli.demo_commands import EPOCHS, STUDENT, TEACHER, TEMPERATURE
 from softcache.data.augment import Augmentation
 from softcache.data.loader import Batch
 from softcache.data.open import open_source
@@ -160,7 +160,7 @@ def train_once(
     stop_after: int | None,
 ) -> Run:
     """A run of fit, or of its first `stop_after` steps."""
-    accelerator = make_accelerator(config.device, config.mixed_precision)
+    accelerator = make_accelerator(config.device, config.precision)
     errors = None
     start = time.perf_counter()
     with recorded_losses(stop_after) as losses, suppress(Enough):

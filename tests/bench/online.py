@@ -27,7 +27,7 @@ from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
 from softcache.train.config import make_train_config
 from softcache.train.loop import fit
-from softcache.train.prepare import make_accelerator, make_learners
+from softcache.train.prepare import make_accelerator, make_students
 from softcache.util.tensors import to_float
 from tests.bench import alternate, first, machine, open_arrays, ratios, spread, work_folder
 from tests.bench.dump_overhead import augmentation_of, make_weights
@@ -82,7 +82,7 @@ def measure(spec: str, source: ArraySource, options: argparse.Namespace, folder:
     )
     make_weights(spec, source, 10, folder / "teacher.safetensors")
     cache = dumped(config, source, folder)
-    accelerator = make_accelerator(options.device, "no")
+    accelerator = make_accelerator(options.device, "fp32")
     teacher = load_teachers(config, source, augmentation_of(config, source))
     part = join(
         source, cache, augment=None, temperatures=[config.temperature], device=accelerator.device
@@ -105,7 +105,7 @@ def measure(spec: str, source: ArraySource, options: argparse.Namespace, folder:
         fit(training, accelerator, [data], None)
         return time.perf_counter() - start
 
-    learner = make_learners(training, accelerator, [part], options.steps)[0]
+    learner = make_students(training, accelerator, [part], options.steps)[0]
     raw = torch.from_numpy(source.inputs[: options.batch_size])
     inputs = to_float(raw).to(accelerator.device)
     labels = torch.zeros(len(inputs), dtype=torch.int64, device=accelerator.device)

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from softcache.cli.demo import TEACHER
+from softcache.cli.demo_commands import TEACHER
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.train.run_folder import UNFINISHED_METRICS

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from softcache.cli.demo import EPOCHS, STUDENT, TEACHER, TEMPERATURE
+from softcache.cli.demo_commands import EPOCHS, STUDENT, TEACHER, TEMPERATURE
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.train.config import make_train_config

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tabulate import tabulate
 
-from softcache.cli.demo import TEACHER
+from softcache.cli.demo_commands import TEACHER
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from tests.bench import alternate, first_samples, machine, ratios, spread, work_folder

@@ -105,7 +105,7 @@ def measure(
     config: TrainConfig, source: ArraySource, cache: Cache, soft: Tensor, repeats: int
 ) -> list[str]:
     """One line of the table."""
-    accelerator = make_accelerator(config.device, config.mixed_precision)
+    accelerator = make_accelerator(config.device, config.precision)
     every = np.arange(len(source))
     steps = math.ceil(len(source) / config.batch_size)
     losses: dict[str, float] = {}
@@ -139,7 +139,7 @@ def measure(
     return [
         source.name,
         f"{soft.shape[1]:,}",
-        config.student,
+        config.students[0].student,
         f"{steps:,}",
         *(f"{statistics.median(rates[name]):.1f}" for name in ("memory", "cache")),
         *spread(found),

@@ -155,7 +155,7 @@ def dump_config(
 def student(way: str, views: int, seed: int, options: argparse.Namespace, folder: Path) -> Outcome:
     """Train one student; its errors, and KL(teacher ‖ student) at the temperature, on test images."""
     source, test = open_source(options.train), open_source(f"{options.data}@test")
-    accelerator = make_accelerator("cpu", "no")
+    accelerator = make_accelerator("cpu", "fp32")
     cache = open_cache(folder / "views.h5")
     teacher = load_teachers(
         dump_config(options, folder, "views.h5", 1, options.augment),

@@ -25,6 +25,7 @@ from softcache.cache.writer import digest_offset
 from softcache.cli.app import main
 from softcache.data.augment import parse_augment
 from softcache.data.open import open_source
+from softcache.dump import select_encoding
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError, SettingsError
@@ -142,7 +143,7 @@ def check_fingerprints(found: Cache, config: DumpConfig, parts: Sequence[Cache])
         open_source(config.data),
         parse_augment(config.augment, seed=config.seed, total=SAMPLES),
         views=range(header.first_view, header.first_view + header.views),
-        samples=rows,
+        sample_ids=rows,
     )
     np.testing.assert_allclose(found.arrays["fingerprints"], again, rtol=1e-5, atol=1e-6)
 
@@ -338,9 +339,7 @@ def test_a_basis_fitted_apart_is_refused_with_advice_that_helps(
     part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = part("a", encoding="basis:4,2", shard=(0, 2))
-    monkeypatch.setattr(
-        "softcache.dump.select_encoding.FIT_VIEWS", 2
-    )  # as another machine's rounding might
+    monkeypatch.setattr(select_encoding, "FIT_VIEWS", 2)  # as another machine's rounding might
     two = part("b", encoding="basis:4,2", shard=(1, 2))
     message = r"b\.h5 and \S*a\.h5 differ in mean, .* dump the one again with --like a\.h5"
     with pytest.raises(SettingsError, match=message):
@@ -459,7 +458,7 @@ def test_ctrl_c_says_how_to_go_on(
     arguments = ["merge", *paths, "--out", str(tmp_path / "merged.h5")]
     found = CliRunner().invoke(main, arguments)
     assert found.exit_code == 130
-    assert found.stderr.splitlines()[-1] == "Error: stopped; the same command goes on"
+    assert found.stderr.splitlines()[-1] == "Error: stopped; the same command continues"
     monkeypatch.undo()
     assert CliRunner().invoke(main, arguments).exit_code == 0
 

@@ -422,16 +422,16 @@ def test_any_corruption_is_found_and_the_right_rows_are_named(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("target", "blind"),
     [
-        ("hdf5_digest", lambda file, header: header.hdf5_digest),
-        ("shared_digest", lambda arrays, header: header.shared_digest),
-        ("Cache.block_digest", lambda cache, v, block: cache.arrays["digests"][v, block]),
-        ("Cache.sample_digest", lambda cache, block: cache.arrays["sample_digests"][block]),
+        ("verify.hdf5_digest", lambda file, header: header.hdf5_digest),
+        ("verify.shared_digest", lambda arrays, header: header.shared_digest),
+        ("reader.Cache.block_digest", lambda cache, v, block: cache.arrays["digests"][v, block]),
+        ("reader.Cache.sample_digest", lambda cache, block: cache.arrays["sample_digests"][block]),
     ],
 )
 def test_that_campaign_notices_a_check_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, blind: Callable[..., object]
 ) -> None:
-    monkeypatch.setattr(f"softcache.cache.reader.{target}", blind)
+    monkeypatch.setattr(f"softcache.cache.{target}", blind)
     assert misjudged(tmp_path, 150, seed=0)
 
 
@@ -502,12 +502,12 @@ sys.addaudithook(lambda event, args: event == "open" and watching and opened.app
 watching = False
 import numpy as np
 from softcache.cache import open_cache
-from softcache.cache.reader import verify
+from softcache.cache.verify import find_damage
 {0}
 watching = True
 cache = open_cache(sys.argv[1])
 cache.rows(0, np.arange(3), 2.0)
-verify(cache), cache.content_id(), cache.class_names
+find_damage(cache), cache.content_id(), cache.class_names
 {1}
 watching = False
 foreign = {{"h5py", "torch", "click"}} & set(sys.modules)

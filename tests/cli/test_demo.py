@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from softcache.cli.app import main
-from softcache.cli.demo import demo_commands
+from softcache.cli.demo_commands import demo_commands
 from softcache.errors import SettingsError
 from softcache.models.build import build
 from softcache.models.weights import parameter_count
@@ -49,10 +49,8 @@ def test_the_command_lines_are_those_of_the_whole_job(data: Path, tmp_path: Path
 
 def train_config(options: dict[str, Any]) -> TrainConfig:
     """As the command itself makes it."""
-    student, variants = make_variants(
-        options.pop("student"), options.pop("grid"), options.pop("tables")
-    )
-    return make_train_config(student=student, students=variants, **options)
+    variants = make_variants(*(options.pop(name) for name in ("student", "grid", "tables")))
+    return make_train_config(students=variants, **options)
 
 
 def test_a_command_line_that_does_not_parse_would_be_noticed() -> None:

@@ -22,7 +22,7 @@ from softcache.data.augment import (
     TRANSFORM_STREAM,
     Augmentation,
     parse_augment,
-    public_spec,
+    split_augment,
 )
 from softcache.data.augmentations import Crop, Cutout, Flip, Jitter, Op, Shift
 from softcache.errors import SettingsError
@@ -329,7 +329,7 @@ def test_mixup_comes_last_and_once(spec: str) -> None:
     ],
 )
 def test_what_is_written_into_a_file_names_no_folder(spec: str | None, public: str | None) -> None:
-    assert public_spec(spec) == public
+    assert split_augment(spec).public_name == public
 
 
 # replay

@@ -80,7 +80,7 @@ def test_the_order_is_that_of_seed_and_epoch_alone() -> None:
 
 def test_batches_are_what_the_request_makes_of_indices_and_epoch() -> None:
     def request(indices: npt.NDArray[np.int64], epoch: int) -> Request:
-        return Request(indices.tolist(), view=10 + epoch, samples=100 + indices)
+        return Request(indices.tolist(), view=10 + epoch, sample_ids=100 + indices)
 
     batches = ShuffledBatches(10, 4, 3, request)
     batches.set_epoch(2)
@@ -90,8 +90,8 @@ def test_batches_are_what_the_request_makes_of_indices_and_epoch() -> None:
     assert flat(found) == flat(plain)
     for one in found:
         assert one.view == 12
-        assert one.samples is not None
-        assert one.samples.tolist() == [100 + index for index in one.indices]
+        assert one.sample_ids is not None
+        assert one.sample_ids.tolist() == [100 + index for index in one.source_indices]
 
 
 def test_sequential_batches_hold_every_sample_in_order() -> None:
@@ -164,23 +164,23 @@ def test_a_request_asks_for_the_partners_of_its_samples() -> None:
     assert drawn is not None
     request = make_request(mixup, [4, 9, 2], 6, samples)
     assert request.view == 6
-    assert list(request.partners) == drawn.tolist()
+    assert list(request.partner_indices) == drawn.tolist()
     # where the data are in another order, partners are looked up by their number, not their place
-    where = np.arange(20)[::-1]
-    moved = make_request(mixup, where[samples].tolist(), 6, samples, where)
-    assert list(moved.partners) == where[drawn].tolist()
-    assert list(moved.partners) != drawn.tolist()
+    source_index_of = np.arange(20)[::-1]
+    moved = make_request(mixup, source_index_of[samples].tolist(), 6, samples, source_index_of)
+    assert list(moved.partner_indices) == source_index_of[drawn].tolist()
+    assert list(moved.partner_indices) != drawn.tolist()
 
 
 def test_a_request_without_mixup_asks_for_no_partners() -> None:
     request = make_request(parse_augment("flip", seed=3, total=20), [4], 6, np.array([4]))
     assert len(request) == 1
-    assert list(request.partners) == []
+    assert list(request.partner_indices) == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_holds_the_partners_and_their_labels(counted: CountedSource, workers: int) -> None:
-    batch = next(iter(loader(counted, [Request([5, 2], partners=[2, 7])], workers=workers)))
+    batch = next(iter(loader(counted, [Request([5, 2], partner_indices=[2, 7])], workers=workers)))
     assert batch.labels.tolist() == counted.labels[[5, 2]].tolist()
     assert np.array_equal(batch.partners.numpy(), counted.inputs[[2, 7]])
     assert batch.partner_labels.tolist() == counted.labels[[2, 7]].tolist()
@@ -192,7 +192,7 @@ def test_inputs_and_partners_become_floats_before_they_are_mixed(counted: Counte
     batch = next(iter(loader(counted, [request])))
     found = augmented(batch, mixup, 1, samples, torch.device("cpu"))
     share = mixup.shares(1, samples)[:, None, None, None]
-    partners = counted.inputs[list(request.partners)] / 255
+    partners = counted.inputs[list(request.partner_indices)] / 255
     expected = counted.inputs / 255 * (1 - share) + partners * share
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
@@ -237,7 +237,7 @@ def test_worker_processes_give_the_same_batches_in_the_same_order() -> None:
     assert len(alone) == len(together) == 14
     for one, other in zip(alone, together, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert not torch.equal(alone[0].indices, alone[7].indices)
+    assert not torch.equal(alone[0].source_indices, alone[7].source_indices)
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def test_an_error_in_a_worker_process_is_the_same_one_line(
 
 def test_a_loader_gives_what_comes_before_the_error(broken_images: str) -> None:
     batches = iter(loader(open_source(broken_images), [[1, 2], [0]], workers=1))
-    assert len(next(batches).indices) == 2
+    assert len(next(batches).source_indices) == 2
     with pytest.raises(DataError, match="cannot be read as an image"):
         next(batches)
 
@@ -286,9 +286,13 @@ def test_a_joint_batch_comes_by_the_number_of_its_source(workers: int) -> None:
     for batch, requests in zip(found, wanted, strict=True):
         for part, request in requests.items():
             source = parts[part][0]
-            assert batch[part].indices.tolist() == list(request.indices)
-            assert np.array_equal(batch[part].inputs.numpy(), source.inputs[list(request.indices)])
-            assert np.array_equal(batch[part].labels.numpy(), source.labels[list(request.indices)])
+            assert batch[part].source_indices.tolist() == list(request.source_indices)
+            assert np.array_equal(
+                batch[part].inputs.numpy(), source.inputs[list(request.source_indices)]
+            )
+            assert np.array_equal(
+                batch[part].labels.numpy(), source.labels[list(request.source_indices)]
+            )
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -171,7 +171,7 @@ def fetch(spec: str, indices: Sequence[int] = (0,)) -> tuple[Tensor, npt.NDArray
 
 @pytest.mark.parametrize("spec", ["mnist", "idx:", "", "@test"])
 def test_what_has_no_form_is_refused_with_the_forms(spec: str) -> None:
-    with pytest.raises(SettingsError, match=r"is no data specification; expected idx:DIR, npz:"):
+    with pytest.raises(SettingsError, match=r"is not a data specification; expected idx:DIR, npz:"):
         open_source(spec)
 
 

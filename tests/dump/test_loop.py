@@ -870,16 +870,16 @@ def test_data_without_labels_are_dumped(dump_config: DumpConfig, tmp_path: Path)
         ({"temperature": float("nan")}, "temperature is nan; expected a number above 0"),
         ({"temperature": float("inf")}, "temperature is inf; expected a number above 0"),
         ({"views": 0}, "views is 0; expected 1 or more"),
-        ({"seed": -1}, "seed is -1; expected 0 or more"),
-        ({"batch_size": -1}, "batch_size is -1; expected 0 or more"),
+        ({"seed": -1}, "seed is -1; expected a number from 0 to"),
+        ({"batch_size": -1}, "batch-size is -1; expected 0 or more"),
         ({"workers": -1}, "workers is -1; expected 0 or more"),
-        ({"precision": "fp8"}, "precision 'fp8' is unknown; expected fp32, tf32, bf16, fp16"),
+        ({"precision": "fp8"}, "precision is fp8; expected one of fp32, tf32, bf16, fp16"),
         ({"views": 2}, "2 views without --augment would all be the same; add it, or ask for one"),
         ({"first_view": 3}, "1 views without --augment would all be the same; add it, or ask for"),
-        ({"first_view": -1}, "first_view is -1; expected 0 or more"),
-        ({"shard": (2, 2)}, "shard is 2/2; expected i/n with i from 0 to n - 1"),
-        ({"shard": (-1, 2)}, "shard is -1/2; expected i/n with i from 0 to n - 1"),
-        ({"shard": (0, 0)}, "shard is 0/0; expected i/n with i from 0 to n - 1"),
+        ({"first_view": -1}, "--views begins at -1; expected at least 0"),
+        ({"shard": (2, 2)}, "shard is 2/2; expected I/N with I from 0 to N - 1"),
+        ({"shard": (-1, 2)}, "shard is -1/2; expected I/N with I from 0 to N - 1"),
+        ({"shard": (0, 0)}, "shard is 0/0; expected I/N with I from 0 to N - 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
@@ -912,11 +912,11 @@ def test_settings_that_make_no_sense_are_refused(
         ({"weights": Path("nowhere.pt")}, r"weights nowhere\.pt: no such file"),
         (
             {"temperature": 1e7},
-            "^temperature is 10000000.0; expected",
+            "^--temperature is 10000000.0; expected",
         ),
         (
             {"seed": 1 << 63},
-            "^seed is 9223372036854775808; expected",
+            "^--seed is 9223372036854775808; expected",
         ),
         (
             {"classes": -1},

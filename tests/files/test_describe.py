@@ -18,7 +18,7 @@ from softcache.cache import allocate as cache_allocate
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import ModelError
-from softcache.files.describe import describe, facts
+from softcache.files.describe import cache_line, describe, facts
 from tests.conftest import SAMPLES, Run
 
 STOPPING = """
@@ -200,3 +200,14 @@ def test_an_import_of_torch_or_libhdf5_would_be_noticed() -> None:
 
 def test_importing_softcache_is_light_too() -> None:
     assert not imported("-c", "import softcache") & {*HEAVY, "numpy", "click"}
+
+
+def test_the_line_of_a_dump_says_what_it_came_to(cache: Cache) -> None:
+    assert cache.header.summary is not None
+    entropy, agreement = cache.header.summary["entropy"], cache.header.summary["agreement"]
+    assert cache_line(cache) == (
+        f"{cache.path}: 300 samples x 1 view(s), 5 classes, dense, "
+        f"{cache.path.stat().st_size:,} bytes; entropy {entropy:.3f} nats, top class is the label in "
+        f"{agreement:.2%}; content id {cache.content_id()}"
+    )
+    assert "\n" not in cache_line(cache)

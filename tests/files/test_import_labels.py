@@ -174,7 +174,7 @@ def test_an_odd_temperature_is_refused(data: str, tmp_path: Path) -> None:
     np.save(tmp_path / "said.npy", np.zeros((SAMPLES, CLASSES), np.float32))
     for odd in (0.0, -1.0, math.nan):
         with pytest.raises(
-            SettingsError, match=r"teacher temperature is .*; expected a number above"
+            SettingsError, match=r"teacher-temperature is .*; expected a number above"
         ):
             DumpConfig(
                 teacher="x.npy",

@@ -184,7 +184,9 @@ def test_a_redirect_to_another_server_is_followed(served: Served, cache: Cache) 
 
 
 def test_a_missing_file_is_named_at_once(served: Served) -> None:
-    with pytest.raises(RemoteError, match=r"nothing\.h5 cannot be opened \(FileNotFoundError"):
+    with pytest.raises(
+        RemoteError, match=r"nothing\.h5 cannot be opened \(ClientResponseError: 404"
+    ):
         open_file(f"{served.url}/nothing.h5")
     with pytest.raises(RemoteError, match=r"nothing\.h5 cannot be opened \(FileNotFoundError"):
         open_file(str(served.folder / "nothing.h5"))

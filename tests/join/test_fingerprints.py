@@ -42,7 +42,7 @@ from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
 from softcache.train.student import Student
 from softcache.types import Views
-from softcache.util.counter_rng import uniform
+from softcache.util.counter_rng import Draws, uniform
 from tests.configs import replace
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 
@@ -214,16 +214,16 @@ def test_samples_of_one_batch_may_each_have_a_view_of_their_own(
     augmentation = parse_augment(spec.replace("OWN", f"{own}:noise"), seed=5, total=COUNT)
     numbers, cpu = np.arange(COUNT), torch.device("cpu")
 
-    def seen(views: Views) -> Tensor:
-        request = make_request(augmentation, numbers.tolist(), augment, numbers)
+    def seen(view: Views) -> Tensor:
+        request = make_request(augmentation, numbers.tolist(), view, numbers)
         batches = loader(source, [request], augmentation=augmentation, workers=workers)
-        return augmented(next(iter(batches)), augmentation, augment, numbers, cpu)
+        return augmented(next(iter(batches)), augmentation, view, numbers, cpu)
 
-    augment = np.random.default_rng(0).integers(3, 6, COUNT)
+    views = np.random.default_rng(0).integers(3, 6, COUNT)
     each = torch.stack([seen(view) for view in range(3, 6)])
-    expected = each[augment - 3, numbers]
-    assert torch.equal(seen(augment), expected)
-    others = each[(augment - 2) % 3, numbers]  # another view would show, in nearly all
+    expected = each[views - 3, numbers]
+    assert torch.equal(seen(views), expected)
+    others = each[(views - 2) % 3, numbers]  # another view would show, in nearly all
     assert (others != expected).flatten(1).any(1).double().mean() > 0.8
 
 
@@ -482,7 +482,7 @@ def test_fingerprints_come_by_view_and_sample_with_the_size_of_the_input(
     source: ArraySource,
 ) -> None:
     augmentation, samples = parse_augment("shift:1,flip", seed=5, total=COUNT), np.array([2, 50])
-    found, sizes = fingerprints(source, augmentation, views=range(3, 6), samples=samples)
+    found, sizes = fingerprints(source, augmentation, views=range(3, 6), sample_ids=samples)
     assert found.shape == (3, 2, FINGERPRINT)
     assert sizes.shape == (3, 2)
     inputs = torch.from_numpy(source.inputs[samples]).float() / 255
@@ -588,7 +588,7 @@ def test_changed_hashing_is_refused(
     augmented_cache: Cache, train_source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # as another version of a library might draw; the signs of fingerprints change with it
-    def other(seed: int, view: int, samples: Indices, *, stream: int, draws: int) -> augment.Draws:
+    def other(seed: int, view: int, samples: Indices, *, stream: int, draws: int) -> Draws:
         return 1 - uniform(seed, view, samples, stream=stream, draws=draws) * (1 - 2**-53)
 
     monkeypatch.setattr(augment, "uniform", other)

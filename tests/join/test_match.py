@@ -50,7 +50,11 @@ def make_cache(tmp_path: Path, teacher_file: Path) -> MakeCache:
         np.savez(tmp_path / "data.npz", x=x, y=y)
         data, out = f"npz:{tmp_path / 'data.npz'}", tmp_path / "cache.h5"
         teacher = f"{teacher_file}:teacher"
-        return dump(DumpConfig(teacher, data, temperature=1.0, out=out, device="cpu", **options))
+        return dump(
+            DumpConfig(
+                teacher=teacher, data=data, temperature=1.0, out=out, device="cpu", **options
+            )
+        )
 
     return make
 
@@ -78,8 +82,9 @@ def test_the_same_data_join_in_order_without_a_word(
     make_cache: MakeCache, data: ArraySource, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = make_cache(data.inputs, data.labels)
+    capsys.readouterr()
     assert join_samples(data, cache).tolist() == list(range(SAMPLES))
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().out == ""
 
 
 def test_reordered_data_join_by_content_and_say_so(
@@ -90,11 +95,12 @@ def test_reordered_data_join_by_content_and_say_so(
     order[3:] = 3 + np.random.default_rng(0).permutation(SAMPLES - 3)
     assert order[3] != 3
     source = picked(data, order)
+    capsys.readouterr()
     places = join_samples(source, cache)
     assert places.tolist() == np.argsort(order).tolist()
     assert is_joined(cache, places, source)
     note = "note: mine is in another order than the cache (first at sample 3); joined by content\n"
-    assert capsys.readouterr().err == note
+    assert capsys.readouterr().out == note
 
 
 def test_a_join_by_place_would_be_noticed(make_cache: MakeCache, data: ArraySource) -> None:
@@ -264,7 +270,7 @@ def test_the_whole_data_set_in_order_joins_to_its_shard(
     places = join_samples(data, shard)
     assert places.tolist() == list(range(10, 20))
     assert is_joined(shard, places, data)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("one", "other"), [(10, 19), (12, 13), (19, 20), (0, 15)])
@@ -289,13 +295,13 @@ def test_the_samples_of_a_shard_alone_join_in_any_order(
     shard = shard_of(make_cache, data)
     capsys.readouterr()
     assert join_samples(picked(data, np.arange(10, 20)), shard).tolist() == list(range(10))
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().out == ""
     order = np.random.default_rng(0).permutation(10)
     source = picked(data, 10 + order)
     places = join_samples(source, shard)
     assert places.tolist() == np.argsort(order).tolist()
     assert is_joined(shard, places, source)
-    assert "note: mine is in another order than the cache (first at" in capsys.readouterr().err
+    assert "note: mine is in another order than the cache (first at" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rows", [range(9), range(10, 21), range(39)])

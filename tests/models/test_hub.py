@@ -16,11 +16,11 @@ from softcache.data.text import encode
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import ModelError, SettingsError
-from softcache.models.build import build, build_hub
+from softcache.models.build import build
 from softcache.models.hf import save_hub
 from softcache.models.hub import HubModel
 from softcache.models.preprocess import Preprocess
-from softcache.models.spec import public_hub_name, public_name
+from softcache.models.spec import KINDS, parse_model
 from softcache.models.weights import load_weights
 from tests.hub import BREEDS, VIT, save_pets, save_tokenizer, save_vit
 
@@ -28,6 +28,12 @@ BERT = (
     "hf:bert?pretrained=false&hidden_size=16&num_hidden_layers=1&num_attention_heads=2"
     "&intermediate_size=16&vocab_size=60&max_position_embeddings=32"
 )
+
+
+def build_hub(text: str, classes: int | None) -> Any:  # noqa: ANN401  # a HubModel
+    """A model of a library; of a teacher, which keeps its classes, None."""
+    spec = parse_model(text)
+    return KINDS[spec.kind].load()(spec, (), classes)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +97,7 @@ def test_a_folder_without_processor_is_a_student_but_no_teacher(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("hf:", SettingsError, "names none; expected hf:NAME"),
+        ("hf:", SettingsError, "names none; expected hf:ID_OR_FOLDER"),
         (
             "hf:vit",
             SettingsError,
@@ -192,12 +198,15 @@ def test_a_tokenizer_that_does_not_fit_is_named(words: Path, tmp_path: Path) -> 
 
 
 def test_a_public_name_has_no_folder(vit: Path, words: Path) -> None:
-    assert public_hub_name(f"hf:{vit}") == "hf:vit"
-    assert public_name(f"{BERT}&tokenizer={words}").endswith("&tokenizer=words&vocab_size=60")
-    assert (
-        public_name("hf:google/vit-base?pretrained=false") == "hf:google/vit-base?pretrained=false"
+    assert parse_model(f"hf:{vit}").public_name == "hf:vit"
+    assert parse_model(f"{BERT}&tokenizer={words}").public_name.endswith(
+        "&tokenizer=words&vocab_size=60"
     )
-    assert public_name(f"timm:local-dir:{vit}") == "timm:local-dir:vit"
+    assert (
+        parse_model("hf:google/vit-base?pretrained=false").public_name
+        == "hf:google/vit-base?pretrained=false"
+    )
+    assert parse_model(f"timm:local-dir:{vit}").public_name == "timm:local-dir:vit"
 
 
 def test_no_folder_reaches_a_cache(vit: Path, tmp_path: Path) -> None:

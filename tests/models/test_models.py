@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
 from softcache.models.build import build
-from softcache.models.spec import public_name
+from softcache.models.spec import parse_model
 from softcache.models.weights import file_sha256, load_weights, parameter_count, read_weights
 
 State = dict[str, Tensor]
@@ -94,7 +94,7 @@ def test_the_generator_decides_a_new_models_weights() -> None:
 @pytest.mark.parametrize("spec", ["resnet50", "", "model.py", "mlp800"])
 def test_what_has_no_form_is_refused_with_the_forms(spec: str) -> None:
     with pytest.raises(
-        SettingsError, match=rf"model '{spec}' is no model spec.*expected mlp:SIZES, cnn"
+        SettingsError, match=rf"model '{spec}' is not a model spec.*expected mlp:SIZES, cnn"
     ):
         build(spec, input_shape=(1, 8, 8), classes=3)
 
@@ -185,7 +185,7 @@ def test_a_callable_that_raises_is_named(user_models: Path, name: str, cause: st
     ],
 )
 def test_no_folder_of_a_specification_goes_into_a_shared_file(spec: str, name: str) -> None:
-    assert public_name(spec) == name
+    assert parse_model(spec).public_name == name
 
 
 # exported programs

@@ -94,7 +94,7 @@ def test_a_student_that_cannot_be_exported_is_told(
     )  # fmt: skip
     train(config)
     with pytest.raises(ModelError, match="the student cannot be exported as an exported program: "):
-        export_student(config.out, onnx=False, pt2=True, student=[config.student])
+        export_student(config.out, onnx=False, pt2=True, student=[config.students[0].student])
     assert not list(config.out.glob("*pt2*"))
 
 

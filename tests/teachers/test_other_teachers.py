@@ -271,6 +271,6 @@ def test_a_matrix_knows_nothing_of_other_inputs(
     changes: dict[str, str], dump_config: DumpConfig
 ) -> None:
     with pytest.raises(
-        SettingsError, match=r"said\.npy is a matrix, which knows its samples as they"
+        SettingsError, match=r"said\.npy is a matrix of outputs for these samples as they"
     ):
         config(dump_config, "said.npy", **({"eval_data": None} | changes))

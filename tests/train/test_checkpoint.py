@@ -23,7 +23,7 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import Interrupted, ModelError, SettingsError, SoftcacheError
 from softcache.train import checkpoint
-from softcache.train.checkpoint import NAME, Checkpoint, Place
+from softcache.train.checkpoint import NAME, Checkpoint, Position
 from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
 from softcache.train.student import Student
@@ -60,12 +60,12 @@ def config(cache: Cache, data_file: Path, tmp_path: Path) -> TrainConfig:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {},
-    "sgd": {"optimizer": "sgd", "clip": 1.0},
-    "averaged": {"ema": 0.9, "accumulate": 3},
+    "sgd": {"optimizer": "sgd", "max_grad_norm": 1.0},
+    "averaged": {"ema": 0.9, "micro_batches": 3},
     "patient": {"patience": 1, "learning_rate": 0.05},
     "augmented": {"extra_augment": "shift:2,cutout:3"},
     "with a twin": {"baseline": True},
-    "several": {"variants": [{"alpha": 0.5}, {"temperature": 2.0, "loss": "js"}, {"seed": 3}]},
+    "several": {"students": [{"alpha": 0.5}, {"temperature": 2.0, "loss": "js"}, {"seed": 3}]},
     "loaded by processes": {"workers": 2},
 }
 
@@ -125,7 +125,7 @@ def test_a_part_that_is_not_restored_would_be_noticed(
     again = replace(config, out=tmp_path / "again")
     with monkeypatch.context() as patched:
         stop_at(patched, 8)
-        with pytest.raises(Interrupted, match="the same command goes on"):
+        with pytest.raises(Interrupted, match="the same command continues"):
             train(again)
 
     restore = checkpoint._restore
@@ -145,8 +145,9 @@ def test_a_part_that_is_not_restored_would_be_noticed(
 
 def test_kill_9_at_any_time_costs_nothing(config: TrainConfig, tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "softcache", "train", str(config.cache), f"--student={config.student}",
-        f"--data={config.data}", f"--eval-data={config.eval_data}", "--epochs=3",
+        sys.executable, "-m", "softcache", "train", str(config.caches[0]),
+        f"--student={config.students[0].student}",
+        f"--data={config.data[0]}", f"--eval-data={config.eval_data}", "--epochs=3",
         "--batch-size=64", "--checkpoint-minutes=0", "--device=cpu",
     ]  # fmt: skip
     # in a process too: how many threads there are tells in the last bit
@@ -174,28 +175,29 @@ def test_the_place_is_told(config: TrainConfig, run: Run, monkeypatch: pytest.Mo
     with monkeypatch.context() as patched:
         stop_at(patched, 8)
         with pytest.raises(
-            Interrupted, match="stopped; the same command goes on from the last che"
+            Interrupted, match="stopped; the same command continues from the last che"
         ):
             train(config)
     found = run(
-        "train", config.cache, "--student", config.student, "--data", config.data, "--eval-data",
-        config.eval_data, "--out", config.out, "--epochs", 3, "--batch-size", 64, "--device", "cpu",
+        "train", config.caches[0], "--student", config.students[0].student, "--data",
+        config.data[0], "--eval-data", config.eval_data, "--out", config.out, "--epochs", 3,
+        "--batch-size", 64, "--device", "cpu",
         check=True,
     )  # fmt: skip
-    assert f"going on with {config.out}, epoch 2, batch 2" in found.stdout
+    assert f"resuming {config.out} at epoch 2, batch 2" in found.stdout
 
 
 def test_how_often_is_as_asked(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    places: list[Place] = []
+    places: list[Position] = []
     save = Checkpoint.save
 
-    def noted(self: Checkpoint, learners: list[Student], place: Place) -> None:
+    def noted(self: Checkpoint, learners: list[Student], place: Position) -> None:
         places.append(place)
         save(self, learners, place)
 
     monkeypatch.setattr(Checkpoint, "save", noted)
     train(replace(config, checkpoint_minutes=10.0))
-    assert places == [Place(1), Place(2), Place(3)]
+    assert places == [Position(1), Position(2), Position(3)]
     places.clear()
     train(replace(config, out=config.out.with_name("often")))
     assert len(places) == STEPS + 3
@@ -208,7 +210,7 @@ def test_how_often_is_as_asked(config: TrainConfig, monkeypatch: pytest.MonkeyPa
 def stopped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     with monkeypatch.context() as patched:
         stop_at(patched, 8)
-        with pytest.raises(Interrupted, match="the same command goes on"):
+        with pytest.raises(Interrupted, match="the same command continues"):
             train(config)
     return config
 
@@ -246,7 +248,7 @@ def test_another_cache_does_not_go_on(
 
 
 def test_changed_code_of_the_student_does_not_go_on(stopped: TrainConfig) -> None:
-    path = Path(stopped.student.removesuffix(":student"))
+    path = Path(stopped.students[0].student.removesuffix(":student"))
     path.write_text(path.read_text().replace("0.3", "0.4"))
     with pytest.raises(SettingsError, match="was begun with students"):
         train(stopped)
@@ -344,7 +346,9 @@ def test_weights_that_are_not_finite_are_not_saved(config: TrainConfig, tmp_path
     broken = replace(
         config, student="cnn:4", epochs=1, batch_size=300, learning_rate=1e6, weight_decay=1e35, warmup=0.0
     )  # fmt: skip
-    with pytest.raises(ModelError, match=r"is not finite after epoch 1; lower --lr, or --clip 1"):
+    with pytest.raises(
+        ModelError, match=r"is not finite after epoch 1; lower --lr, or add --max-grad-norm 1"
+    ):
         train(broken)
     assert not (config.out / "student.safetensors").exists()
 
@@ -356,7 +360,7 @@ def test_a_student_that_fails_leaves_the_others(
     config: TrainConfig, run: Run, tmp_path: Path
 ) -> None:
     several = [
-        "train", config.cache, "--student", "mlp:4", "--data", config.data, "--out", tmp_path / "grid",
+        "train", config.caches[0], "--student", "mlp:4", "--data", config.data[0], "--out", tmp_path / "grid",
         "--epochs", 2, "--batch-size", 64, "--device", "cpu", "--grid", "lr=1e-3,1e6",
         "--student", "cnn:4,4", "--weight-decay", 1e3,
     ]  # fmt: skip

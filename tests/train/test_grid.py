@@ -13,21 +13,18 @@ from softcache.train.grid import make_variants, parse_grid, read_toml
 
 
 def names(tmp_path: Path, variants: list[dict[str, Any]]) -> list[str]:
-    config = make_train_config(
-        student="mlp:1", data="d", out=tmp_path, cache=Path("c"), students=variants
-    )
+    config = make_train_config(data="d", out=tmp_path, cache=Path("c"), students=variants)
     return config.names()
 
 
 def test_one_student_is_itself(tmp_path: Path) -> None:
-    first, variants = make_variants(["mlp:4"], [], [])
-    assert (first, variants) == ("mlp:4", [{"student": "mlp:4"}])
+    variants = make_variants(["mlp:4"], [], [])
+    assert variants == [{"student": "mlp:4"}]
     assert names(tmp_path, variants) == [""]
 
 
 def test_each_student_is_combined_with_all_of_the_grid(tmp_path: Path) -> None:
-    first, variants = make_variants(["mlp:4", "my/models.py:small"], ["lr=1e-3,2e-3"], [])
-    assert first == "mlp:4"
+    variants = make_variants(["mlp:4", "my/models.py:small"], ["lr=1e-3,2e-3"], [])
     assert [(v["student"], v["learning_rate"]) for v in variants] == [
         ("mlp:4", 1e-3), ("mlp:4", 2e-3), ("my/models.py:small", 1e-3), ("my/models.py:small", 2e-3),
     ]  # fmt: skip
@@ -40,7 +37,7 @@ def test_each_student_is_combined_with_all_of_the_grid(tmp_path: Path) -> None:
 @pytest.mark.parametrize("grid", [["lr=1e-3,0.1,alpha=0,0.5,1"], ["lr=1e-3,0.1", "alpha=0,0.5,1"]])
 def test_a_grid_is_written_in_one_piece_or_several(grid: list[str], tmp_path: Path) -> None:
     assert parse_grid(grid) == {"learning_rate": [1e-3, 0.1], "alpha": [0.0, 0.5, 1.0]}
-    _, variants = make_variants(["mlp:4"], grid, [])
+    variants = make_variants(["mlp:4"], grid, [])
     assert len(variants) == 6
     assert len(set(names(tmp_path, variants))) == 6
 
@@ -54,7 +51,7 @@ def test_values_have_the_type_of_their_setting() -> None:
 
 def test_tables_have_students_of_their_own_or_stand_for_all(tmp_path: Path) -> None:
     tables: list[dict[str, Any]] = [{"student": "mlp:9", "lr": 0.1}, {"alpha": 1}]
-    _, variants = make_variants(["mlp:4", "mlp:5"], [], tables)
+    variants = make_variants(["mlp:4", "mlp:5"], [], tables)
     assert variants == [
         {"student": "mlp:9", "learning_rate": 0.1},
         {"student": "mlp:4", "alpha": 1.0},
@@ -69,9 +66,9 @@ def test_tables_have_students_of_their_own_or_stand_for_all(tmp_path: Path) -> N
         (([], [], []), "no student; name one with --student"),
         (
             (["a"], ["rate=1"], []),
-            "'rate' is no setting of a student; expected one of student, alp",
+            "'rate' is not a setting of a student; expected one of student, init, al",
         ),
-        ((["a"], ["epochs=1,2"], []), "'epochs' is no setting of a student"),
+        ((["a"], ["epochs=1,2"], []), "'epochs' is not a setting of a student"),
         ((["a"], ["lr=fast"], []), "learning rate is 'fast'; expected a number"),
         ((["a"], ["seed=1.5"], []), "seed is '1.5'; expected a whole number"),
         ((["a"], ["lr"], []), "--grid lr: expected NAME=VALUE,VALUE, such as lr=1e-3,2e-3"),
@@ -82,7 +79,7 @@ def test_tables_have_students_of_their_own_or_stand_for_all(tmp_path: Path) -> N
         (([], [], [{"student": 3}]), "student is 3; expected a"),
         (([], [], [{"student": "a", "lr": True}]), "learning rate is True; expected a number"),
         (([], [], [{"student": "a", "lr": [1, 2]}]), "expected a number"),
-        (([], [], [{"student": "a", "sed": 1}]), "'sed' is no setting of a student"),
+        (([], [], [{"student": "a", "sed": 1}]), "'sed' is not a setting of a student"),
     ],
 )
 def test_what_is_no_setting_is_named(
@@ -94,7 +91,7 @@ def test_what_is_no_setting_is_named(
 
 def test_two_students_that_do_not_differ_are_refused(tmp_path: Path) -> None:
     for grid in (["alpha=1,1.0"], ["alpha=0.3,0.30"]):
-        _, variants = make_variants(["mlp:4"], grid, [])
+        variants = make_variants(["mlp:4"], grid, [])
         with pytest.raises(SettingsError, match="two students would be called the same; name each"):
             names(tmp_path, variants)
 

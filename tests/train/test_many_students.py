@@ -40,7 +40,7 @@ DIFFERENT: list[dict[str, Any]] = [
     {"student": "cnn:4", "learning_rate": 0.01},
     {"student": "mlp:8", "temperature": 2.0, "alpha": 1.0},
     {"student": "mlp:8", "loss": "dkd:2", "ema": 0.9},
-    {"student": "mlp:8", "optimizer": "sgd", "clip": 1.0},
+    {"student": "mlp:8", "optimizer": "sgd", "max_grad_norm": 1.0},
 ]
 
 
@@ -74,7 +74,7 @@ def test_a_file_of_options_and_students(
 ) -> None:
     (tmp_path / "run.toml").write_text(
         f"""
-data = "{config.data}"
+data = "{config.data[0]}"
 epochs = 1
 batch-size = 64
 
@@ -176,7 +176,7 @@ def test_losses_train_from_topk(
 
 def test_patience_needs_evaluation_data(config: TrainConfig) -> None:
     with pytest.raises(
-        SettingsError, match="--patience counts epochs by their errors; add --eval-d"
+        SettingsError, match="--patience counts errors after each epoch; add --eval-d"
     ):
         replace(config, patience=2, eval_data=None)
 

@@ -234,15 +234,15 @@ def test_a_run_that_gets_better_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": "lion"}, "optimizer 'lion' is unknown; expected one of adamw, sgd"),
+        ({"optimizer": "lion"}, "optimizer is lion; expected one of adamw, sgd"),
         ({"loss": "l1"}, "loss 'l1' is unknown"),
-        ({"momentum": 1.0}, r"momentum is 1\.0; expected a number from 0 up, less than 1"),
+        ({"momentum": 1.0}, r"momentum is 1\.0; expected a number from 0 to below 1"),
         ({"ema": -0.1}, r"ema is -0\.1; expected"),
-        ({"label_smoothing": 1.0}, r"label smoothing is 1\.0; expected"),
+        ({"label_smoothing": 1.0}, r"label-smoothing is 1\.0; expected"),
         ({"warmup": 2.0}, r"warmup is 2\.0; expected"),
-        ({"clip": 0.0}, r"clip is 0\.0; expected a number above 0"),
-        ({"clip": math.nan}, "clip is nan; expected a number above 0"),
-        ({"accumulate": 0}, "accumulate is 0; expected 1 or more"),
+        ({"max_grad_norm": 0.0}, r"max-grad-norm is 0\.0; expected a number above 0"),
+        ({"max_grad_norm": math.nan}, "max-grad-norm is nan; expected a number above 0"),
+        ({"micro_batches": 0}, "micro-batches is 0; expected 1 or more"),
         ({"seed": -1}, "seed is -1; expected 0 or more"),
     ],
 )

@@ -16,6 +16,7 @@ from softcache.cache.reader import partial_path
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError, ModelError
+from softcache.train import loop
 from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
 from tests.configs import replace
@@ -151,9 +152,7 @@ def test_an_unfinished_cache_trains_with_its_complete_views_alone(
     np.testing.assert_array_equal(sorted_rows(found[:2]), sorted_rows(views))
     assert max(soft(config.out)) < NOTHING
     # rows of the views that are not there would show
-    monkeypatch.setattr(
-        "softcache.train.loop.open_trainable", lambda path: open_cache(path, unfinished=True)
-    )
+    monkeypatch.setattr(loop, "open_trainable", lambda path: open_cache(path, unfinished=True))
     train(replace(config, overwrite=True, verify=False))
     assert max(soft(config.out)) > 100 * NOTHING
 

@@ -1,11 +1,9 @@
-"""The tables and lines that people look at."""
+"""The table at the end of a training run."""
 
 from __future__ import annotations
 
-from softcache.results.tables import Row, cache_line, models_table
-
-from softcache.cache import Cache
 from softcache.models.evaluate import Evaluation
+from softcache.train.record import Row, models_table
 
 
 def cells(table: str) -> list[list[str]]:
@@ -53,14 +51,3 @@ def test_a_teacher_without_parameters_has_a_table_too() -> None:
     # a rule, or an exported program that holds its weights as constants; the format allows 0
     table = models_table([Row("teacher", 0, None), Row("distilled", 12, None)])
     assert cells(table)[2] == ["distilled", "12", "-", "-", "-"]
-
-
-def test_the_line_of_a_dump_says_what_it_came_to(cache: Cache) -> None:
-    assert cache.header.summary is not None
-    entropy, agreement = cache.header.summary["entropy"], cache.header.summary["agreement"]
-    assert cache_line(cache) == (
-        f"{cache.path}: 300 samples x 1 view(s), 5 classes, dense, "
-        f"{cache.path.stat().st_size:,} bytes; entropy {entropy:.3f} nats, top class is the label in "
-        f"{agreement:.2%}; content id {cache.content_id()}"
-    )
-    assert "\n" not in cache_line(cache)
