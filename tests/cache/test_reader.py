@@ -19,17 +19,17 @@ from softcache.cache.reader import digest_of, gaps, open_trainable, partial_path
 from softcache.cache.verify import Damage, find_damage
 from softcache.cache.writer import Writer, forget
 from softcache.errors import FormatError, SettingsError
-from tests.cache.test_header import Place, tiny_cache, with_preamble, with_values
-from tests.cache.test_writer import (
+from tests.cache.header_cases import Place, tiny_cache, with_values
+from tests.cache.test_header import with_preamble
+from tests.cache.test_writer import digest_offset, locate
+from tests.cache.writer_cases import (
     CLASS_NAMES,
     CLASSES,
     SAMPLES,
     VIEWS,
     begin,
-    digest_offset,
     draft,
     fill,
-    locate,
     row_values,
     run_dump,
     sample_values,

@@ -17,7 +17,7 @@ from softcache.cache.merge import merge
 from softcache.cache.summary import pooled_fidelity, rows_to_look_at, summarize
 from softcache.dump.loop import dump
 from tests.cache.test_merge import exact_config, views, write_data
-from tests.cache.test_writer import (
+from tests.cache.writer_cases import (
     CLASSES,
     SAMPLES,
     VIEWS,

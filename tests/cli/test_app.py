@@ -2,137 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import click
-import h5py
-import numpy as np
 import pytest
-import torch
-from click.testing import CliRunner, Result
 
-from softcache import __version__
-from softcache.cache import Cache, open_cache
+from softcache.cache import open_cache
 from softcache.cache.reader import partial_path
-from softcache.cli.app import main
 from softcache.dump import loop as dump_loop
-from softcache.dump.config import DumpConfig
 from softcache.errors import ModelError
 from softcache.train import loop as train_loop
-from softcache.train.config import StudentConfig, TrainConfig, make_train_config
-from softcache.train.grid import make_variants
-from tests.conftest import Run, make_arrays
-
-Arguments = Sequence[str | Path]
-
-COMMANDS = (
-    "dump", "train", "info", "verify", "merge", "repair", "demo", "pull", "push", "import",
-    "export-labels", "compare", "report", "export", "help",
-)  # fmt: skip
-
-MODELS = '''
-import torch
-from torch import nn
-
-class Model(nn.Module):
-    def __init__(self, answer):
-        super().__init__()
-        self.answer, self.linear = answer, nn.Linear(64, 5)
-
-    def forward(self, x):
-        return self.answer(self.linear(x.flatten(1)))
-
-def teacher():
-    return Model(lambda z: z)
-
-def nan():
-    return Model(lambda z: z * torch.nan)
-
-def pair():
-    return Model(lambda z: (z, z))
-
-def narrow():
-    return Model(lambda z: z[:, :3])
-
-def raises():
-    """In mid-dump: not on the single sample of the trial."""
-    def answer(z):
-        if len(z) > 1:
-            raise ValueError("no\\nmore")
-        return z
-    return Model(answer)
-'''
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Files for a command line; `folder` holds all but the data and the finished cache."""
-
-    folder: Path
-    data: str
-    cache: Cache
-
-    def dump(self, teacher: str = "teacher", *more: str | Path) -> Arguments:
-        """A dump of the tiny data; options in `more` override those before."""
-        spec = teacher if ":" in teacher else f"{self.folder}/models.py:{teacher}"
-        options = ["--teacher", spec, "--data", self.data, "--out", str(self.folder / "new.h5")]
-        return ["dump", *options, *more]
-
-    def train(self, *more: str | Path, cache: str | Path = "") -> Arguments:
-        """A run from the finished cache; options in `more` override those before."""
-        options = ["--out", str(self.folder / "run"), "--epochs", "1"]
-        options += [] if "--student" in more else ["--student", "mlp:4"]
-        data = [] if "--data" in more else ["--data", self.data]
-        return ["train", cache or self.cache.path, *options, *data, *more]
-
-    def file(self, name: str, content: bytes) -> Path:
-        path = self.folder / name
-        path.write_bytes(content)
-        return path
-
-    def arrays(self, change: str) -> str:
-        """The tiny data with a change, under their own name."""
-        images, labels = make_arrays()
-        if change == "cut":
-            images, labels = images[:-1], labels[:-1]
-        elif change == "other":
-            images, labels = make_arrays(seed=5)
-        elif change == "label":
-            labels[200] = 9
-        np.savez(self.folder / "tiny.npz", x_train=images, y_train=labels)
-        return f"npz:{self.folder / 'tiny.npz'}"
-
-    def hdf5(self) -> Path:
-        path = self.folder / "foreign.h5"
-        with h5py.File(path, "w") as file:
-            file["log_probs"] = np.zeros((3, 5), np.float16)
-        return path
-
-    def weights(self) -> Path:
-        path = self.folder / "weights.pt"
-        torch.save({"linear.weight": torch.zeros(5, 63), "bias": torch.zeros(5)}, path)
-        return path
-
-
-@pytest.fixture
-def place(tmp_path: Path, cache: Cache, data_file: Path) -> Place:
-    folder = tmp_path / "place"
-    folder.mkdir()
-    (folder / "models.py").write_text(MODELS)
-    return Place(folder, f"npz:{data_file}", cache)
-
-
-def softcache(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, list(map(str, arguments)))
-
+from tests.cli.app_cases import Arguments, Place, softcache
 
 Make = Callable[[Place], Arguments]
+
 
 # what is wrong: the command line, the exit code, the message
 BAD_INPUTS: dict[str, tuple[Make, int, str]] = {
@@ -559,127 +444,3 @@ def test_ctrl_c_before_the_first_row_or_step_is_one_line_too(
     result = softcache(*(place.dump() if command == "dump" else place.train()))
     assert result.exit_code == 130
     assert re.fullmatch(r"Error: stopped.*\n", result.stderr)
-
-
-# what the commands say
-
-
-def test_every_command_has_help() -> None:
-    overview = softcache("--help").stdout
-    for command in COMMANDS:
-        result = softcache(command, "--help")
-        assert result.exit_code == 0
-        assert result.stdout.startswith(f"Usage: main {command} ")
-        assert f"\n  {command} " in overview
-    assert set(COMMANDS) <= set(main.commands)
-
-
-def test_the_version_is_the_packages() -> None:
-    result = softcache("--version")
-    assert result.exit_code == 0
-    assert result.stdout.strip().endswith(f"version {__version__}")
-
-
-def test_an_option_has_the_default_of_its_setting() -> None:
-    arguments = ["--data=d", "--out=o"]
-    options = main.commands["dump"].make_context("dump", ["--teacher=mlp:4", *arguments]).params
-    del options["dry_run"]  # what to do, and no setting
-    options["first_view"], options["views"] = options["views"]
-    check_defaults(DumpConfig(**options))
-    options = main.commands["train"].make_context("train", ["--student=mlp:4", *arguments]).params
-    variants = make_variants(*(options.pop(name) for name in ("student", "grid", "tables")))
-    assert variants == [{"student": "mlp:4"}]
-    config = make_train_config(students=variants, **options)
-    check_defaults(config)
-    check_defaults(config.students[0])
-
-
-def check_defaults(config: DumpConfig | TrainConfig | StudentConfig) -> None:
-    for field in dataclasses.fields(config):
-        if field.default is not dataclasses.MISSING and field.name not in ("data", "caches"):
-            assert (getattr(config, field.name) or None) == (field.default or None), field.name
-
-
-def test_options_have_one_name_and_one_type_in_all_commands() -> None:
-    """But for what they hold: train takes several --data, import a --temperature without a default."""
-    seen: dict[str, tuple[str, str]] = {}
-    for command in main.commands.values():
-        for param in command.params:
-            if isinstance(param, click.Option):
-                name = max(param.opts, key=len)
-                kind = f"{param.type.name} {getattr(param.type, 'choices', '')}"
-                if (command.name, name) not in TYPES_THAT_DIFFER:
-                    first, expected = seen.setdefault(name, (str(command.name), kind))
-                    assert kind == expected, f"{name} of {command.name} and {first}"
-
-
-TYPES_THAT_DIFFER = {
-    ("train", "--precision"),  # tf32 is of a dump alone
-    ("train", "--batch-size"),  # auto is of a dump alone
-    ("pull", "--views"),  # a range, not a number
-}
-
-
-def test_info_tells_people_what_the_header_says(place: Place) -> None:
-    shown = softcache("info", place.cache.path).stdout
-    for line in (
-        f"content      {place.cache.content_id()}",
-        "samples      300 of npz:tiny.npz@train, 1 view(s), augmented by nothing, seed 0",
-        "classes      5: 0, 1, 2, 3, 4",
-        "temperature  4",
-    ):
-        assert f"{line}\n" in shown
-
-
-def test_info_tells_programs_the_same(place: Place) -> None:
-    facts = json.loads(softcache("info", place.cache.path, "--json").stdout)
-    assert facts["complete"] is True
-    assert facts["coverage"] == 1.0
-    assert facts["content_id"] == place.cache.content_id()
-    assert facts["bytes_per_sample"] == place.cache.path.stat().st_size / 300
-    assert facts["evaluation"]["samples"] == 100
-    assert facts["summary"]["rows"] == 300
-
-
-def test_verify_tells_the_content_id(place: Place) -> None:
-    content_id = place.cache.content_id()
-    result = softcache("verify", place.cache.path, "--expect", content_id)
-    assert result.exit_code == 0
-    assert result.stdout == f"{place.cache.path}: intact, content id {content_id}\n"
-
-
-# processes
-
-
-def test_a_process_tells_an_error_like_the_rest(run: Run) -> None:
-    result = run("info", "nowhere.h5")
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert result.stderr == (
-        "Error: nowhere.h5: No such file or directory; expected a cache as softcache dump makes it\n"
-    )
-
-
-def imported(program: str, *arguments: str | Path) -> set[str]:
-    """Modules that a process has loaded at the end of `program`."""
-    program += "\nimport sys\nprint('\\nloaded', *sys.modules)"
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return set(done.stdout.splitlines()[-1].split()[1:])
-
-
-INFO = "import sys; from softcache.cli.app import main; main(sys.argv[1:], standalone_mode=False)"
-
-
-def test_torch_is_imported_only_where_it_is_used(cache: Cache) -> None:
-    slow = {"torch", "accelerate", "h5py", "safetensors"}
-    assert not slow & imported("import softcache")
-    assert not slow & imported("import softcache.cli.app")
-    for more in ([], ["--json"]):
-        modules = imported(INFO, "info", cache.path, *more)
-        assert "softcache.files.describe" in modules
-        assert not slow & modules
-
-
-def test_an_import_of_torch_would_be_noticed() -> None:
-    assert "torch" in imported("import softcache.losses")

@@ -20,7 +20,7 @@ from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
 from tests.configs import replace
 from tests.conftest import SAMPLES, Run, make_arrays
-from tests.train.test_loop import save_data
+from tests.train.loop_cases import save_data
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
 from tests.configs import replace
 from tests.conftest import make_arrays
-from tests.train.test_loop import NOTHING, metrics, same_weights, soft
+from tests.train.loop_cases import NOTHING, metrics, same_weights, soft
 
 SAMPLES = 60
 

@@ -21,7 +21,7 @@ from softcache.train.config import TrainConfig, make_train_config
 from softcache.train.loop import train
 from tests.configs import replace
 from tests.conftest import make_arrays
-from tests.train.test_loop import NOTHING, soft
+from tests.train.loop_cases import NOTHING, soft
 
 SAMPLES = 60
 BLOCKS = -(-SAMPLES // 7)  # of a view
