@@ -269,8 +269,8 @@ def hard_loss(logits: Tensor, labels: Labels, smoothing: float = 0.0) -> Tensor:
     """
     if isinstance(labels, MixedLabels):
         both = (labels.own >= 0) & (labels.partners >= 0)
-        own = _cross_entropy(logits, labels.own, smoothing) * (1 - labels.shares)
-        losses = own + _cross_entropy(logits, labels.partners, smoothing) * labels.shares
+        own = _cross_entropy(logits, labels.own, smoothing) * (1 - labels.partner_weights)
+        losses = own + _cross_entropy(logits, labels.partners, smoothing) * labels.partner_weights
         return (losses * both).sum() / both.sum().clamp(min=1)
     return _cross_entropy(logits, labels, smoothing).sum() / (labels >= 0).sum().clamp(min=1)
 

@@ -33,7 +33,7 @@ class MixedLabels(NamedTuple):
 
     own: Tensor  # (B,) int64
     partners: Tensor  # (B,) int64
-    shares: Tensor  # (B,) float32, of the partners
+    partner_weights: Tensor  # (B,) float32: 1 - lambda, the weight of each partner
 
 
 Labels = Tensor | MixedLabels  # a tensor: (B,) int64, negative where unlabelled

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from softcache.cache.disk import explained, pwrite, sync_folder
+from softcache.cache.disk import disk_errors, pwrite, sync_folder
 from softcache.cache.encodings import ArraySpec
 from softcache.cache.header import (
     MAX_BLOCKS,
@@ -117,7 +117,7 @@ def _unborn(path: Path) -> Iterator[Path]:
     """Where the unfinished file for `path` is made, before it gets its name."""
     partial = partial_path(path)
     unborn = partial.with_name(f"{partial.name}.new")
-    with explained(partial, "create"):
+    with disk_errors(partial, "create"):
         try:
             yield unborn
             unborn.replace(partial)

@@ -33,7 +33,7 @@ def reason(error: OSError) -> str:
 
 
 @contextmanager
-def explained(path: Path, deed: str) -> Iterator[None]:
+def disk_errors(path: Path, deed: str) -> Iterator[None]:
     """Say of an error of the disk which file it hit, and what to do."""
     try:
         yield

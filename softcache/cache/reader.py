@@ -90,7 +90,7 @@ class Cache:
             )
         return self.header.encoding.decode(stored, own, wanted, classes)
 
-    def ask_for(self, array: Array, rows: npt.NDArray[np.int64]) -> None:
+    def prefetch_rows(self, array: Array, rows: npt.NDArray[np.int64]) -> None:
         """Let the system read rows (B,), counted through all views, before they are wanted."""
         if self.buffer is None or not hasattr(mmap, "MADV_WILLNEED"):
             return

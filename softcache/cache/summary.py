@@ -14,7 +14,7 @@ CHUNK_VALUES = 1 << 22  # and at once
 RUN = 32  # rows side by side: of a file larger than memory, each row apart costs a read of its own
 
 
-def rows_to_look_at(cache: Cache) -> int:
+def summary_row_count(cache: Cache) -> int:
     header = cache.header
     count = max(1, min(header.views * header.samples, SUMMARY_VALUES // header.classes))
     return count - count % _run(count)
@@ -32,7 +32,7 @@ def summarize(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> 
     whose top class is the label, None without labels. rows: how many rows were looked at.
     """
     header = cache.header
-    total, count = header.views * header.samples, rows_to_look_at(cache)
+    total, count = header.views * header.samples, summary_row_count(cache)
     run = _run(count)
     starts = (np.arange(0, count, run) * (total / count)).astype(np.int64)
     rows = (starts[:, None] + np.arange(run)).reshape(-1)
@@ -43,7 +43,7 @@ def summarize(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> 
         if count < total:
             for array in header.arrays:
                 if array.axis == "rows":
-                    cache.ask_for(array, some)
+                    cache.prefetch_rows(array, some)
         view, sample = np.divmod(some, header.samples)
         for one in np.unique(view):
             samples = sample[view == one]

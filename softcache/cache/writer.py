@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from softcache.cache.allocate import Stored, Values
-from softcache.cache.disk import explained, pwrite, sync_folder
+from softcache.cache.disk import disk_errors, pwrite, sync_folder
 from softcache.cache.encodings import Axis
 from softcache.cache.header import (
     PREAMBLE,
@@ -49,7 +49,7 @@ class Writer:
         self.path = path
         self.cache: Cache = open_cache(partial_path(path), unfinished=True)
         self.header: Header = self.cache.header
-        with explained(path, "open"):
+        with disk_errors(path, "open"):
             self._file = os.open(partial_path(path), os.O_RDWR)
         self._filling: dict[
             tuple[int | None, int], tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.bool_]]
@@ -63,7 +63,7 @@ class Writer:
         }
         try:
             if recheck:
-                with explained(path, "write"):
+                with disk_errors(path, "write"):
                     self._recheck()
         except BaseException:
             os.close(self._file)
@@ -109,7 +109,7 @@ class Writer:
             DataError: the samples differ from those of view 0.
             SoftcacheError: the disk is full, or fails.
         """
-        with explained(self.path, "write"):
+        with disk_errors(self.path, "write"):
             self._fill(view, start, rows)
             if view == 0:
                 self._fill(None, start, samples)
@@ -124,7 +124,7 @@ class Writer:
         written, self._written, self._written_bytes = self._written, [], 0
         # what fails here stays missing: after a failed sync the system forgets the lost pages, and a
         # second sync would succeed without them
-        with explained(self.path, "write"):
+        with disk_errors(self.path, "write"):
             if written:
                 os.fdatasync(self._file)
                 for offset, digest in written:
@@ -143,7 +143,7 @@ class Writer:
         text, old = header.to_bytes(), self.header.user_block // 2
         if PREAMBLE.size + len(text) > old:
             raise SoftcacheError(f"header of {len(text):,} bytes; the file has room for {old:,}")
-        with explained(self.path, "finish"):
+        with disk_errors(self.path, "finish"):
             raw = os.pread(self._file, PREAMBLE.size, 0)
             if parse_preamble(raw, self.header.file_bytes)[0] == old:
                 pwrite(self._file, text, PREAMBLE.size)
@@ -237,10 +237,10 @@ class Writer:
                 )
 
 
-def forget(partial: Path, blocks: Iterable[tuple[int | None, int]]) -> None:
+def mark_missing(partial: Path, blocks: Iterable[tuple[int | None, int]]) -> None:
     """Mark blocks (view, block) of an unfinished file as missing; view None: labels and keys."""
     header = open_cache(partial, unfinished=True).header
-    with explained(partial, "write"):
+    with disk_errors(partial, "write"):
         file = os.open(partial, os.O_RDWR)
         try:
             for view, block in blocks:

@@ -52,7 +52,7 @@ class Augmentation:
             return None
         return (self._draw(view, samples, PARTNER_STREAM) * self.total).astype(np.int64)
 
-    def shares(self, view: Views, samples: Samples) -> npt.NDArray[np.float64]:
+    def partner_weights(self, view: Views, samples: Samples) -> npt.NDArray[np.float64]:
         """The share of its partner in each sample (B,), uniform in [0, 1); 0 without mixup.
 
         Zhang et al., "mixup" (arXiv 1710.09412), with the uniform weights of Beyer et al. (arXiv
@@ -108,7 +108,7 @@ class Augmentation:
         if partners is None or not self.mixup:
             return mine
         theirs = self._operate(partners, view, samples, first_stream=PARTNER_OPS_STREAM)
-        share = torch.from_numpy(self.shares(view, samples)).to(mine)
+        share = torch.from_numpy(self.partner_weights(view, samples)).to(mine)
         return torch.lerp(mine, theirs, share.view(-1, *[1] * (mine.ndim - 1)))
 
     def _operate(self, images: Tensor, view: Views, samples: Samples, first_stream: int) -> Tensor:

@@ -34,7 +34,7 @@ class FolderSource:
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
         names = [self.files[i] for i in indices]
         arrays = [images.read_image(self.folder / name, self.pixels) for name in names]
-        inputs = images.same_shape(arrays, names, str(self.folder))
+        inputs = images.stack_images(arrays, names, str(self.folder))
         return torch.from_numpy(inputs), self.labels[np.asarray(indices, np.int64)]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softcache.data import text
-from softcache.data.images import Pixels, as_array, parse_pixels, same_shape
+from softcache.data.images import Pixels, as_array, parse_pixels, stack_images
 from softcache.data.source import DEFAULT_SPLIT, UNLABELLED
 from softcache.data.tables import class_labels
 from softcache.errors import DataError, SettingsError, SoftcacheError
@@ -68,7 +68,7 @@ class HubSource:
         names = [f"sample {number}" for number in at]
         if self.kind == "image":
             arrays = [as_array(value, self.pixels) for value in values]
-            return torch.from_numpy(same_shape(arrays, names, self.name))
+            return torch.from_numpy(stack_images(arrays, names, self.name))
         try:
             return torch.from_numpy(np.stack([np.asarray(value) for value in values]))
         except (ValueError, TypeError) as error:

@@ -97,7 +97,7 @@ def _resized(image: Image, size: tuple[int, int], *, crop: bool) -> Image:
     return image.resize((width, height), Resampling.BILINEAR, box)
 
 
-def same_shape(images: list[npt.NDArray[Any]], names: list[str], where: str) -> npt.NDArray[Any]:
+def stack_images(images: list[npt.NDArray[Any]], names: list[str], where: str) -> npt.NDArray[Any]:
     """Images (C, H, W) as one array (B, C, H, W).
 
     Raises:

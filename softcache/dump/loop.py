@@ -13,7 +13,7 @@ from softcache.cache import Cache, Header, Sampled, open_cache
 from softcache.cache.header import INPUTS
 from softcache.cache.merge import copy_view
 from softcache.cache.reader import partial_path
-from softcache.cache.summary import rows_to_look_at, summarize
+from softcache.cache.summary import summarize, summary_row_count
 from softcache.cache.writer import Writer
 from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.loader import Batch, Request, augmented, loader, make_request
@@ -22,7 +22,7 @@ from softcache.data.source import Source, check_labels
 from softcache.dump import fidelity
 from softcache.dump.check_resume import check_same
 from softcache.dump.config import DumpConfig
-from softcache.dump.pipeline import Behind, Stopwatch, ahead
+from softcache.dump.pipeline import BackgroundConsumer, Stopwatch, prefetch
 from softcache.dump.prepare import (
     check_out,
     draft_header,
@@ -79,17 +79,17 @@ def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
             open_unfinished(config, draft, source, teacher, augmentation, finished)
             if finished is not None:
                 copy_views(finished, config.out)
-        config = replace(config, batch_size=group.agree("batch size", config.batch_size))
+        config = replace(config, batch_size=group.broadcast("batch size", config.batch_size))
         with Writer(config.out) as writer:
             watch = fill_cache(writer, config, source, teacher, augmentation, group)
-        group.meet()
+        group.barrier()
         if group.first:
             finish_dump(config, source, teacher, augmentation)
             header = open_cache(config.out).header
             known = (header.summary or {})["fidelity"]
             inform(fidelity.fidelity_line(known, isinstance(header.encoding, Sampled)))
             inform(watch.advice())
-        group.meet()
+        group.barrier()
     except KeyboardInterrupt:
         partial = partial_path(config.out)
         kept = f"{partial} keeps what was done: the same command goes on"
@@ -124,7 +124,7 @@ def finish_dump(
     """Measure what was stored, and give the file its name."""
     # as it began, the job checked what was there; all else its processes have written since
     with Writer(config.out, recheck=False) as writer:
-        with progress("summary", rows_to_look_at(writer.cache), "rows") as advance:
+        with progress("summary", summary_row_count(writer.cache), "rows") as advance:
             summary = summarize(writer.cache, advance)
         found = fidelity.measure_fidelity(
             writer.cache, source, teacher, augmentation, workers=config.workers
@@ -193,8 +193,8 @@ def fill_cache(
     )
     total = header.samples * header.views
     done = total - sum(int(writer.missing(view).sum()) for view in range(header.views))
-    with progress("dump", total, "rows", done) as advance, Behind(store) as disk:
-        for batch in watch.waits("data", ahead(batches)):
+    with progress("dump", total, "rows", done) as advance, BackgroundConsumer(store) as disk:
+        for batch in watch.waits("data", prefetch(batches)):
             task = asked.popleft()
             with watch.time("teacher"):
                 samples, drawn = batch.sample_ids.numpy(), header.first_view + task.view

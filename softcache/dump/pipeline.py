@@ -36,7 +36,7 @@ class _End:
     pass
 
 
-def ahead(items: Iterable[T], depth: int = DEPTH) -> Iterator[T]:
+def prefetch(items: Iterable[T], depth: int = DEPTH) -> Iterator[T]:
     """Iterate over `items` in a thread of its own, which is `depth` items ahead at the most."""
     waiting: queue.Queue[T | _Failed | _End] = queue.Queue(depth)
     stopped = threading.Event()
@@ -71,7 +71,7 @@ def ahead(items: Iterable[T], depth: int = DEPTH) -> Iterator[T]:
         thread.join()
 
 
-class Behind(Generic[T]):
+class BackgroundConsumer(Generic[T]):
     """Calls `consume` on every item in a thread of its own; a context manager.
 
     At its end everything that was put has been consumed, also if the loop around it failed: what is
@@ -84,7 +84,7 @@ class Behind(Generic[T]):
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="softcache-behind", daemon=True)
 
-    def __enter__(self) -> Behind[T]:
+    def __enter__(self) -> BackgroundConsumer[T]:
         self._thread.start()
         return self
 

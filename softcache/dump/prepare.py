@@ -23,7 +23,7 @@ from softcache.dump.check_resume import check_same
 from softcache.dump.config import AUTO, DumpConfig
 from softcache.dump.select_encoding import encoding_for_dump, encoding_of
 from softcache.errors import ModelError, SettingsError, SoftcacheError
-from softcache.join.fingerprints import fingerprinted_rows, software, steady_fingerprints
+from softcache.join.fingerprints import fingerprinted_rows, reproducible_fingerprints, software
 from softcache.models.evaluate import data_digest, evaluate
 from softcache.teachers.batch_size import fastest_batch
 from softcache.teachers.ensemble import Ensemble, make_ensemble
@@ -167,7 +167,7 @@ def open_unfinished(
     names = names or tuple(str(label) for label in range(teacher.classes))
     arrays["class_names"] = np.array([name.encode() for name in names])
     arrays["fingerprinted"] = chosen = fingerprinted_rows(draft.samples)
-    arrays["fingerprints"] = steady_fingerprints(
+    arrays["fingerprints"] = reproducible_fingerprints(
         source,
         augmentation,
         draft.view_range,

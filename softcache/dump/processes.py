@@ -45,14 +45,14 @@ class ProcessGroup:
         news, self._seen_rows = total - self._seen_rows, total
         return news
 
-    def agree(self, name: str, value: int) -> int:
+    def broadcast(self, name: str, value: int) -> int:
         """What the first process says; the others wait for it."""
         if self.store is not None and self.first:
             self.store.set(name, str(value))
-        self.meet()
+        self.barrier()
         return value if self.store is None else int(self.store.get(name))
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here.
 
         Raises:

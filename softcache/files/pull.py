@@ -22,7 +22,7 @@ from softcache.cache.reader import digest_of, partial_path
 from softcache.cache.summary import summarize
 from softcache.cache.writer import Writer
 from softcache.errors import FormatError, Interrupted, SettingsError, SoftcacheError
-from softcache.files.remote import PART, RemoteCache, is_url, open_remote, side_by_side
+from softcache.files.remote import PART, RemoteCache, in_parallel, is_url, open_remote
 from softcache.util.log import inform
 from softcache.util.progress import progress
 
@@ -221,7 +221,7 @@ def fetch_missing(writer: Writer, remote: RemoteCache, part: Part) -> None:
     whole = len(part.views) * len(part.samples) * header.bytes_per_row
     with progress("pull", max(whole, total), "bytes", max(whole - total, 0)) as advance:
         for piece, (rows, known) in zip(
-            wanted, side_by_side(lambda piece: fetch_piece(remote, piece), wanted), strict=True
+            wanted, in_parallel(lambda piece: fetch_piece(remote, piece), wanted), strict=True
         ):
             first = header.block_range(piece.first).start
             last = header.block_range(piece.stop - 1).stop

@@ -121,10 +121,10 @@ class RemoteFile:
     def read_long(self, start: int, length: int) -> bytes:
         """The same in requests of PART bytes, side by side."""
         ranges = [(at, min(PART, start + length - at)) for at in range(start, start + length, PART)]
-        return b"".join(side_by_side(lambda part: self.read(*part), ranges))
+        return b"".join(in_parallel(lambda part: self.read(*part), ranges))
 
 
-def side_by_side(work: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+def in_parallel(work: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
     """The result of each task, in order; a few tasks at a time are done or wait to be taken."""
     pool = ThreadPoolExecutor(THREADS)
     try:

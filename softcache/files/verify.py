@@ -7,7 +7,7 @@ from pathlib import Path
 from softcache.cache import open_cache
 from softcache.cache.reader import partial_path
 from softcache.cache.verify import check_damage, damage_list, damage_with_progress
-from softcache.cache.writer import forget
+from softcache.cache.writer import mark_missing
 from softcache.errors import FormatError
 
 
@@ -60,7 +60,7 @@ def repair_cache(path: Path) -> str:
         if part.samples
         for block in range(part.samples.start // per_block, -(-part.samples.stop // per_block))
     ]
-    forget(partial, blocks)
+    mark_missing(partial, blocks)
     return (
         f"{partial}: {len(blocks)} of {cache.header.blocks * (cache.header.views + 1)} blocks marked as "
         f"missing ({damage_list(damage)}); the softcache dump that made it fills them again"

@@ -65,7 +65,7 @@ def fingerprints(
     return found, sizes
 
 
-def steady_fingerprints(
+def reproducible_fingerprints(
     source: Source, augmentation: Augmentation, views: range, sample_ids: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
     """Fingerprints (views, F, FINGERPRINT) that come out the same in another order.

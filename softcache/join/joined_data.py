@@ -92,7 +92,9 @@ class JoinedData:
         own = batch.labels.to(device)
         labels: Labels = own
         if self.augmentation.mixup:
-            shares = torch.from_numpy(self.augmentation.shares(view, sample_ids)).to(device)
+            shares = torch.from_numpy(self.augmentation.partner_weights(view, sample_ids)).to(
+                device
+            )
             labels = MixedLabels(own, batch.partner_labels.to(device), shares.float())
         if self.cache is None or self.targets is None:
             return TrainingBatch(inputs, labels, {})
@@ -101,7 +103,7 @@ class JoinedData:
         return TrainingBatch(inputs, labels, soft)
 
 
-def together(batches: Sequence[TrainingBatch]) -> TrainingBatch:
+def concatenate_batches(batches: Sequence[TrainingBatch]) -> TrainingBatch:
     """Batches of several data sets as one.
 
     Raises:
@@ -116,15 +118,15 @@ def together(batches: Sequence[TrainingBatch]) -> TrainingBatch:
         )
     return TrainingBatch(
         torch.cat([batch.inputs for batch in batches]),
-        labels_together([batch.labels for batch in batches]),
+        concatenate_labels([batch.labels for batch in batches]),
         {
-            temperature: targets_together([batch.targets[temperature] for batch in batches])
+            temperature: concatenate_targets([batch.targets[temperature] for batch in batches])
             for temperature in batches[0].targets
         },
     )
 
 
-def targets_together(targets: Sequence[Targets]) -> Targets:
+def concatenate_targets(targets: Sequence[Targets]) -> Targets:
     """Targets of several batches; sparse if all are, of the same number of ids."""
     sparse = [one for one in targets if isinstance(one, SparseTargets)]
     if len(sparse) == len(targets) and len({one.ids.shape[1] for one in sparse}) == 1:
@@ -138,7 +140,7 @@ def targets_together(targets: Sequence[Targets]) -> Targets:
     return torch.cat([to_dense(one).clamp(min=LOWEST) for one in targets])
 
 
-def labels_together(labels: Sequence[Labels]) -> Labels:
+def concatenate_labels(labels: Sequence[Labels]) -> Labels:
     """Labels of several batches; those that are not mixed count as mixed with nothing."""
     plain = [one for one in labels if isinstance(one, Tensor)]
     if len(plain) == len(labels):
@@ -152,7 +154,7 @@ def labels_together(labels: Sequence[Labels]) -> Labels:
     return MixedLabels(*(torch.cat(part) for part in zip(*mixed, strict=True)))
 
 
-def labels_alone(source: Source, augment: str | None, seed: int, classes: int) -> JoinedData:
+def hard_label_data(source: Source, augment: str | None, seed: int, classes: int) -> JoinedData:
     """A source to learn from without a teacher."""
     every = np.arange(len(source))
     known = getattr(source, "labels", None)  # those of a Dataset come one by one

@@ -18,9 +18,9 @@ from softcache.join.match import join
 from softcache.models.weights import parameter_count
 from softcache.results.metrics import (
     calibration,
+    count_macs,
     divergence_from_teacher,
     latencies,
-    multiply_adds,
     outputs,
 )
 from softcache.train.run_folder import Run, expand, open_run
@@ -31,19 +31,19 @@ NOISE = 0.1  # of a latency
 
 
 @dataclass(frozen=True)
-class Compared:
+class StudentMetrics:
     """A student's figures; None where they were not measured."""
 
     name: str
     parameters: int
-    multiply_adds: int
+    count_macs: int
     bytes: int
     seconds: Mapping[int, float]  # of a batch on the CPU, by its size
     error: float | None  # share
     calibration: float | None
     kl: float | None
 
-    def beats(self, other: Compared) -> bool:
+    def beats(self, other: StudentMetrics) -> bool:
         """At least as good in error, parameters and latency, and better in one.
 
         Latencies that differ by less than NOISE count as the same.
@@ -85,7 +85,7 @@ def compare(
         (
             ("* " if not any(other.beats(one) for other in found) else "  ") + one.name,
             f"{one.parameters:,}",
-            f"{one.multiply_adds:,}",
+            f"{one.count_macs:,}",
             f"{one.bytes:,}",
             *(f"{1e3 * one.seconds[batch]:.2f}" for batch in BATCHES),
             "-" if one.error is None else f"{one.error:.2%}",
@@ -113,7 +113,7 @@ def measure_all(
     cache: Path | None,
     data: str | None,
     student: Sequence[str],
-) -> list[Compared]:
+) -> list[StudentMetrics]:
     """The figures of every run, in the order given."""
     models = {name: run.model(student) for name, run in runs.items()}
     seconds = {
@@ -121,7 +121,7 @@ def measure_all(
         for batch in BATCHES
     }
     source = open_source(eval_data) if eval_data else None
-    part = open_part(cache, data) if cache else None
+    part = open_joined(cache, data) if cache else None
     found = []
     for name, run in runs.items():
         facts, model = run.facts, models[name]
@@ -134,10 +134,10 @@ def measure_all(
         if part is not None and part.cache is not None:
             kl = divergence_from_teacher(model, part, part.cache.header.temperature)
         found.append(
-            Compared(
+            StudentMetrics(
                 name,
                 parameter_count(model),
-                multiply_adds(model, run.example(1)),
+                count_macs(model, run.example(1)),
                 run.weights.stat().st_size,
                 {batch: seconds[batch][name] for batch in BATCHES},
                 error,
@@ -148,7 +148,7 @@ def measure_all(
     return found
 
 
-def open_part(path: Path, data: str | None, augment: str | None = None) -> JoinedData:
+def open_joined(path: Path, data: str | None, augment: str | None = None) -> JoinedData:
     """A cache joined to its samples, one view at a time."""
     cache = open_trainable(path)
     return join(

@@ -107,7 +107,7 @@ def divergence_from_teacher(
     return total / count
 
 
-def multiply_adds(model: nn.Module, sample: Tensor) -> int:
+def count_macs(model: nn.Module, sample: Tensor) -> int:
     """Of one sample (1, *shape), in matrix products and convolutions."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(sample)

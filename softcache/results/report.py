@@ -28,7 +28,7 @@ from softcache.errors import MissingCacheError, SettingsError
 from softcache.files.describe import describe
 from softcache.join.match import join_samples
 from softcache.results import figures
-from softcache.results.compare import BATCHES, Compared, measure_all, open_part
+from softcache.results.compare import BATCHES, StudentMetrics, measure_all, open_joined
 from softcache.results.metrics import best_temperature, calibration, gradient_similarity
 from softcache.targets.decode import to_dense
 from softcache.targets.fetch import soft_targets
@@ -316,7 +316,7 @@ def runs_section(
     return found
 
 
-def runs_table(runs: dict[str, Run], measured: Sequence[Compared]) -> Table:
+def runs_table(runs: dict[str, Run], measured: Sequence[StudentMetrics]) -> Table:
     """Every student, and how many errors fewer it makes than its twin."""
     errors = {one.name: one.error for one in measured}
     rows = []
@@ -329,7 +329,7 @@ def runs_table(runs: dict[str, Run], measured: Sequence[Compared]) -> Table:
                 one.name,
                 facts["settings"]["student"],
                 f"{one.parameters:,}",
-                f"{one.multiply_adds:,}",
+                f"{one.count_macs:,}",
                 f"{1e3 * one.seconds[BATCHES[0]]:.2f}",
                 "-" if own is None else f"{1 - own:.2%}",
                 gain,
@@ -380,7 +380,7 @@ def add_reasons(
         return
     cache = caches[0]
     entropy = (cache.header.summary or {}).get("entropy")
-    part = open_part(cache.path, data)
+    part = open_joined(cache.path, data)
     rows = []
     for name, run in runs.items():
         if run.classes != cache.header.classes:

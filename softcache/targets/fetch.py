@@ -86,7 +86,7 @@ def make_gather(cache: Cache) -> Callable[[Indices], dict[str, Tensor]]:
         if slow_batches:
             slow_batches -= 1
             for array in arrays:
-                cache.ask_for(array, at)
+                cache.prefetch_rows(array, at)
         start, rows = time.perf_counter(), torch.from_numpy(at)
         picked = {a.name: torch.index_select(array, 0, rows) for a, array in arrays.items()}
         if time.perf_counter() - start > row_seconds * len(at):

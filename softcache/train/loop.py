@@ -18,7 +18,7 @@ from softcache.data.loader import joint_loader
 from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.errors import Interrupted, ModelError
-from softcache.join.joined_data import JoinedData, together
+from softcache.join.joined_data import JoinedData, concatenate_batches
 from softcache.train.checkpoint import NAME, Checkpoint, Position, check_checkpoint
 from softcache.train.config import TrainConfig
 from softcache.train.prepare import (
@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> list[Student]:
     if accelerator.is_main_process:
         finished = [student for student in students if not student.failed]
         for student in finished:
-            student.use_best()
+            student.restore_best()
             facts = student.save(run_facts(config, student, parts, eval_source))
             write_card(student.folder, facts)
         checkpoint.remove()
@@ -131,7 +131,7 @@ def fit(
         for epoch in range(start.epoch, config.epochs):
             step = batches.set_epoch(epoch, start.batch if epoch == start.epoch else 0)
             for weight, loaded in zip(batches.weights(), loader, strict=True):
-                batch = together(
+                batch = concatenate_batches(
                     [parts[part].training_batch(own, epoch, device) for part, own in loaded.items()]
                 )
                 # (B,) numbers of the samples through all parts

@@ -18,7 +18,7 @@ from softcache.data.class_names import all_class_names, check_class_names
 from softcache.data.loader import Request, ShuffledBatches
 from softcache.data.source import Source
 from softcache.errors import DataError, SettingsError
-from softcache.join.joined_data import JoinedData, labels_alone
+from softcache.join.joined_data import JoinedData, hard_label_data
 from softcache.join.match import join
 from softcache.losses import parse_loss
 from softcache.models.build import build
@@ -44,7 +44,7 @@ def check_classes(
         check_class_names(eval_source, all_class_names(cache), str(cache.path))
 
 
-def temperature_of(student: StudentConfig, caches: Sequence[Cache]) -> float:
+def student_temperature(student: StudentConfig, caches: Sequence[Cache]) -> float:
     """The temperature of a student's soft targets: as asked for, else the caches' own.
 
     Raises:
@@ -91,13 +91,13 @@ def join_all(
     """Each data set with its cache; without a cache, with its labels alone."""
     if not caches:
         classes = class_count(config, sources[0])
-        return [labels_alone(sources[0], config.augment, config.seed, classes)]
+        return [hard_label_data(sources[0], config.augment, config.seed, classes)]
     if config.classes not in (None, caches[0].header.classes):
         raise SettingsError(
             f"--classes is {config.classes}, but {caches[0].path} has {caches[0].header.classes} "
             "classes; leave it out"
         )
-    temperatures = {temperature_of(plan.config, caches) for plan in planned_students(config)}
+    temperatures = {student_temperature(plan.config, caches) for plan in planned_students(config)}
     sources_of_caches = sources if len(sources) == len(caches) else [*sources] * len(caches)
     parts = [
         join(
@@ -174,7 +174,7 @@ def make_students(
                 name=plan.name,
                 folder=plan.folder,
                 alpha=config.soft_weight(plan.config),
-                temperature=temperature_of(plan.config, caches),
+                temperature=student_temperature(plan.config, caches),
                 classes=classes,
                 steps=steps,
             )

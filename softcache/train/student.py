@@ -191,7 +191,7 @@ class Student:
         self.losses.clear()
         self.optimizer.state.clear()
 
-    def use_best(self) -> None:
+    def restore_best(self) -> None:
         """Go back to the weights that had the fewest errors, if these were kept."""
         if self.best is not None:
             self.final_model.load_state_dict(self.best)

@@ -23,7 +23,7 @@ from softcache.data.source import Source
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.dump.prepare import load_teachers
-from softcache.join.joined_data import JoinedData, TrainingBatch, labels_alone
+from softcache.join.joined_data import JoinedData, TrainingBatch, hard_label_data
 from softcache.join.match import join
 from softcache.losses import soft_loss
 from softcache.targets.fetch import soft_targets
@@ -76,7 +76,9 @@ class InconsistentData(JoinedData):
         if partners is not None:
             theirs = targets(0, partners)
             assert isinstance(theirs, torch.Tensor)
-            share = torch.from_numpy(self.augmentation.shares(view, samples)).float()[:, None]
+            share = torch.from_numpy(self.augmentation.partner_weights(view, samples)).float()[
+                :, None
+            ]
             said = (said.exp() * (1 - share) + theirs.exp() * share).log()
         return found._replace(targets={self.temperature: said})
 
@@ -186,7 +188,7 @@ def student(way: str, views: int, seed: int, options: argparse.Namespace, folder
             rotate=not way.startswith("in step"),
         )
     else:
-        alone = labels_alone(source, options.augment, 1000 + seed, cache.header.classes)
+        alone = hard_label_data(source, options.augment, 1000 + seed, cache.header.classes)
         part = (
             LiveData(**vars(alone), teacher=teacher, temperature=temperature)
             if way == "live teacher"

@@ -17,7 +17,7 @@ from softcache.cache import Header, open_cache
 from softcache.cache.allocate import create
 from softcache.cache.reader import digest_of, gaps, open_trainable, partial_path
 from softcache.cache.verify import Damage, find_damage
-from softcache.cache.writer import Writer, forget
+from softcache.cache.writer import Writer, mark_missing
 from softcache.errors import FormatError, SettingsError
 from tests.cache.header_cases import Place, tiny_cache, with_values
 from tests.cache.test_header import with_preamble
@@ -207,9 +207,9 @@ def test_a_view_that_is_complete_behind_one_that_is_not_does_not_train(tmp_path:
     with Writer(path) as writer:
         fill(writer)
         header = writer.header
-    forget(partial_path(path), [(1, 2)])
+    mark_missing(partial_path(path), [(1, 2)])
     assert open_trainable(partial_path(path)).header.views == 1
-    forget(partial_path(path), [(0, 3)])
+    mark_missing(partial_path(path), [(0, 3)])
     assert header.blocks == 4
     with pytest.raises(
         FormatError, match="is unfinished, and not one of its views is complete, which training"
@@ -227,7 +227,7 @@ def test_a_finished_cache_that_lost_a_digest_does_not_train(
     block: tuple[int | None, int], path: Path
 ) -> None:
     # though its first view may be whole: a finished file lacks nothing unless it is damaged
-    forget(path, [block])
+    mark_missing(path, [block])
     with pytest.raises(FormatError, match="is damaged: 1 of its 12 digests are gone"):
         open_trainable(path)
 

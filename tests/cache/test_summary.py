@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from softcache.cache import Cache, open_cache, summary
 from softcache.cache.merge import merge
-from softcache.cache.summary import pooled_fidelity, rows_to_look_at, summarize
+from softcache.cache.summary import pooled_fidelity, summarize, summary_row_count
 from softcache.dump.loop import dump
 from tests.cache.test_merge import exact_config, views, write_data
 from tests.cache.writer_cases import (
@@ -84,13 +84,13 @@ def test_of_many_rows_some_are_looked_at_spread_through_all_views(
     found = summarize(cache)
     entropy, agreement = by_hand(np.arange(0, VIEWS * SAMPLES, 6))
     assert (found["entropy"], found["agreement"]) == pytest.approx((entropy, agreement))
-    assert found["rows"] == rows_to_look_at(cache) == 10
+    assert found["rows"] == summary_row_count(cache) == 10
     assert found["entropy"] != pytest.approx(by_hand(np.arange(10))[0])
 
 
 def test_one_row_at_least_is_looked_at(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(summary, "SUMMARY_VALUES", CLASSES - 1)
-    assert rows_to_look_at(cache) == summarize(cache)["rows"] == 1
+    assert summary_row_count(cache) == summarize(cache)["rows"] == 1
 
 
 @pytest.mark.parametrize("rows", [1, 7, 31])
@@ -227,7 +227,7 @@ def test_many_rows_stand_in_runs_that_reach_from_first_to_last(
 ) -> None:
     """As one dense file would be read: no row twice, none beyond the last."""
     header = replace(cache.header, views=1, samples=rows, classes=5)
-    count = rows_to_look_at(replace(cache, header=header))
+    count = summary_row_count(replace(cache, header=header))
     assert summary._run(count) == run
     assert count % run == 0
     spread = rows / count

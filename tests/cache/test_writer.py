@@ -17,7 +17,7 @@ import pytest
 from softcache.cache import Header, open_cache
 from softcache.cache import writer as writer_module
 from softcache.cache.reader import partial_path
-from softcache.cache.writer import Writer, forget
+from softcache.cache.writer import Writer, mark_missing
 from softcache.errors import FormatError, SoftcacheError
 from tests.cache.writer_cases import (
     BATCH,
@@ -256,7 +256,7 @@ def test_blocks_that_are_forgotten_are_missing_and_filled_again(
     begin(path)
     with Writer(path) as writer:
         fill(writer)
-    forget(partial_path(path), [(1, 3), (None, 0)])
+    mark_missing(partial_path(path), [(1, 3), (None, 0)])
     assert open_cache(partial_path(path), unfinished=True).missing_blocks() == 2
     with Writer(path) as writer:
         assert np.flatnonzero(writer.missing(0)).tolist() == list(range(8))

@@ -156,13 +156,13 @@ MIXUP = parse_augment("mixup", seed=5, total=40)
 
 
 def test_partners_and_shares_are_those_of_the_sample_in_any_batch() -> None:
-    partners, shares = MIXUP.partners(1, ALL), MIXUP.shares(1, ALL)
+    partners, shares = MIXUP.partners(1, ALL), MIXUP.partner_weights(1, ALL)
     assert partners is not None
     for batch in (ALL[::-1], ALL[7:9], ALL[30:31]):
         found = MIXUP.partners(1, batch)
         assert found is not None
         assert found.tolist() == partners[batch].tolist()
-        assert MIXUP.shares(1, batch).tolist() == shares[batch].tolist()
+        assert MIXUP.partner_weights(1, batch).tolist() == shares[batch].tolist()
 
 
 @pytest.mark.parametrize(("seed", "view"), [(6, 1), (5, 2)])
@@ -172,7 +172,7 @@ def test_another_seed_or_view_has_other_partners_and_shares(seed: int, view: int
     assert partners is not None
     assert others is not None
     assert (partners == others).sum() < 10  # 1 of 40 is so by chance
-    assert not (MIXUP.shares(1, ALL) == other.shares(view, ALL)).any()
+    assert not (MIXUP.partner_weights(1, ALL) == other.partner_weights(view, ALL)).any()
 
 
 @pytest.mark.parametrize("total", [1, 2, 7])
@@ -189,7 +189,7 @@ def test_every_sample_of_the_data_may_be_a_partner_and_no_other(total: int) -> N
 def test_shares_are_uniform_and_tell_nothing_of_the_partner() -> None:
     samples = np.arange(COUNT)
     mixup = parse_augment("mixup", seed=0, total=COUNT)
-    partners, shares = mixup.partners(0, samples), mixup.shares(0, samples)
+    partners, shares = mixup.partners(0, samples), mixup.partner_weights(0, samples)
     assert partners is not None
     assert is_uniform(shares)
     assert is_uniform((shares - partners / COUNT) % 1)
@@ -198,14 +198,14 @@ def test_shares_are_uniform_and_tell_nothing_of_the_partner() -> None:
 def test_without_mixup_there_are_no_partners_and_shares_are_zero() -> None:
     augmentation = parse_augment("flip", seed=5, total=40)
     assert augmentation.partners(1, ALL) is None
-    assert augmentation.shares(1, ALL).tolist() == [0] * 40
+    assert augmentation.partner_weights(1, ALL).tolist() == [0] * 40
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
 def test_mixup_is_the_weighted_mean_with_the_partner(shape: tuple[int, ...]) -> None:
     own, partners = torch.zeros(40, *shape), torch.ones(40, *shape)
     found = MIXUP(own, partners, 1, ALL).flatten(1)
-    expected = torch.from_numpy(MIXUP.shares(1, ALL)).float()
+    expected = torch.from_numpy(MIXUP.partner_weights(1, ALL)).float()
     torch.testing.assert_close(found, expected[:, None].expand_as(found))
 
 
@@ -214,7 +214,7 @@ def test_at_share_zero_the_sample_is_itself_and_at_one_its_partner(
     share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fixed = np.full(40, share)
-    monkeypatch.setattr(Augmentation, "shares", lambda self, view, samples: fixed)
+    monkeypatch.setattr(Augmentation, "partner_weights", lambda self, view, samples: fixed)
     own, partners = images_of(80)[:40], images_of(80)[40:]
     assert torch.equal(MIXUP(own, partners, 1, ALL), partners if share else own)
 
@@ -234,9 +234,9 @@ def test_a_sample_and_its_partner_are_augmented_by_draws_of_their_own(spec: str)
     same = (alone - mixed).abs().flatten(1).amax(1) < 1e-6
     assert int(same.sum()) < (35 if spec == "flip" else 20)
     # and the sample's own draws are those without mixup: what is left is the partner's, alone
-    share = torch.from_numpy(parse_augment("mixup", seed=5, total=40).shares(1, samples)).float()[
-        :, None, None, None
-    ]
+    share = torch.from_numpy(
+        parse_augment("mixup", seed=5, total=40).partner_weights(1, samples)
+    ).float()[:, None, None, None]
     partner = (mixed - (1 - share) * alone) / share
     op = parse_augment(spec, seed=5, total=40).ops[0]
     draws = uniform(5, 1, samples, stream=PARTNER_OPS_STREAM, draws=op.draws)

@@ -191,7 +191,7 @@ def test_inputs_and_partners_become_floats_before_they_are_mixed(counted: Counte
     request = make_request(mixup, range(20), 1, samples)
     batch = next(iter(loader(counted, [request])))
     found = augmented(batch, mixup, 1, samples, torch.device("cpu"))
-    share = mixup.shares(1, samples)[:, None, None, None]
+    share = mixup.partner_weights(1, samples)[:, None, None, None]
     partners = counted.inputs[list(request.partner_indices)] / 255
     expected = counted.inputs / 255 * (1 - share) + partners * share
     assert found.dtype == torch.float32

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from softcache.dump.pipeline import ADVICE, Behind, Stopwatch, ahead
+from softcache.dump.pipeline import ADVICE, BackgroundConsumer, Stopwatch, prefetch
 
 
 def threads() -> int:
@@ -16,7 +16,7 @@ def threads() -> int:
 
 
 def test_items_come_in_order_and_once() -> None:
-    assert list(ahead(iter(range(100)), depth=3)) == list(range(100))
+    assert list(prefetch(iter(range(100)), depth=3)) == list(range(100))
     assert threads() == 0
 
 
@@ -29,7 +29,7 @@ def test_no_more_than_depth_items_are_made_ahead() -> None:
             made += 1
             yield made
 
-    found = ahead(items(), depth=2)
+    found = prefetch(items(), depth=2)
     assert next(found) == 1
     await_quiet(lambda: made)
     assert made <= 1 + 2 + 1  # taken, waiting, and the one that finds no room
@@ -52,13 +52,13 @@ def test_an_error_in_the_source_is_raised_after_the_items_before_it() -> None:
 
     seen: list[int] = []
     with pytest.raises(ValueError, match="no third"):
-        seen.extend(ahead(items()))
+        seen.extend(prefetch(items()))
     assert seen == [1, 2]
     assert threads() == 0
 
 
 def test_a_loop_that_stops_early_leaves_no_thread() -> None:
-    for item in ahead(iter(range(10**9)), depth=2):
+    for item in prefetch(iter(range(10**9)), depth=2):
         if item == 5:
             break
     deadline = time.monotonic() + 10
@@ -69,7 +69,7 @@ def test_a_loop_that_stops_early_leaves_no_thread() -> None:
 
 def test_all_that_was_put_is_consumed_in_order() -> None:
     seen: list[int] = []
-    with Behind(seen.append, depth=2) as behind:
+    with BackgroundConsumer(seen.append, depth=2) as behind:
         for item in range(50):
             behind.put(item)
     assert seen == list(range(50))
@@ -83,7 +83,7 @@ def test_finish_waits_for_the_last_item() -> None:
         time.sleep(0.02)
         seen.append(item)
 
-    with Behind(slowly) as behind:
+    with BackgroundConsumer(slowly) as behind:
         for item in range(4):
             behind.put(item)
         behind.finish()
@@ -96,7 +96,7 @@ def test_an_error_in_the_consumer_fails_the_loop() -> None:
             raise OSError("the disk is gone")
 
     def loop() -> None:
-        with Behind(consume, depth=1) as behind:
+        with BackgroundConsumer(consume, depth=1) as behind:
             for item in range(1000):
                 behind.put(item)
 
@@ -110,7 +110,7 @@ def test_an_error_at_the_last_item_is_not_lost() -> None:
         raise OSError("too late")
 
     def loop() -> None:
-        with Behind(consume) as behind:
+        with BackgroundConsumer(consume) as behind:
             behind.put(1)
 
     with pytest.raises(OSError, match="too late"):
@@ -125,7 +125,7 @@ def test_what_was_put_before_the_loop_failed_is_kept() -> None:
         seen.append(item)
 
     def loop() -> None:
-        with Behind(slowly, depth=8) as behind:
+        with BackgroundConsumer(slowly, depth=8) as behind:
             for item in range(5):
                 behind.put(item)
             raise ValueError("the teacher failed")

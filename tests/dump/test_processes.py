@@ -177,8 +177,8 @@ def test_one_process_alone_is_a_group() -> None:
     assert group.first
     assert [group.add("runs", 1) for _ in range(3)] == [1, 2, 3]
     assert [group.add_rows(amount) for amount in (5, 7)] == [5, 7]
-    assert group.agree("batch size", 32) == 32
-    group.meet()
+    assert group.broadcast("batch size", 32) == 32
+    group.barrier()
     group.fail()
 
 
@@ -198,4 +198,4 @@ def test_a_process_that_waits_hears_that_another_has_failed() -> None:
     here, there = ProcessGroup(0, 2, store), ProcessGroup(1, 2, store)
     there.fail()
     with pytest.raises(SoftcacheError, match="another process of this job has failed"):
-        here.meet()
+        here.barrier()

@@ -13,7 +13,7 @@ from softcache.cli.app import main
 from softcache.errors import FormatError, RemoteError, SettingsError
 from softcache.files import remote
 from softcache.files.pull import pull
-from softcache.files.remote import open_file, open_remote, public_url, side_by_side, without_secrets
+from softcache.files.remote import in_parallel, open_file, open_remote, public_url, without_secrets
 from tests.conftest import SAMPLES
 from tests.servers import Served, http_server
 
@@ -281,7 +281,7 @@ def test_work_side_by_side_comes_in_order_and_stops_at_the_first_error() -> None
         done.append(task)
         return task
 
-    found = side_by_side(work, range(1000))
+    found = in_parallel(work, range(1000))
     taken: list[int] = []
     with pytest.raises(ValueError, match="no more"):
         taken += found

@@ -19,13 +19,12 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import DataError, SettingsError
 from softcache.join import match
-from softcache.join.joined_data import (
+from softcache.join.joined_data import concatenate_batches, (
     JoinedData,
     TrainingBatch,
-    labels_alone,
-    labels_together,
-    targets_together,
-    together,
+    concatenate_labels,
+    concatenate_targets,
+    hard_label_data,
 )
 from softcache.join.match import join as join_data
 from softcache.join.match import join_samples
@@ -362,13 +361,13 @@ def a_batch(
 
 def test_batches_of_several_data_sets_become_one() -> None:
     one, other = a_batch(3, targets=some_rows(3)), a_batch(2, targets=some_rows(2))
-    found = together([one, other])
+    found = concatenate_batches([one, other])
     assert torch.equal(found.inputs, torch.cat([one.inputs, other.inputs]))
     assert isinstance(found.labels, Tensor)
     assert found.labels.tolist() == [0, 1, 2, 0, 1]
     assert isinstance(found.targets[1.0], Tensor)
     assert torch.equal(found.targets[1.0], torch.cat([some_rows(3), some_rows(2)]))
-    assert together([one]) is one
+    assert concatenate_batches([one]) is one
 
 
 @pytest.mark.parametrize(
@@ -381,7 +380,7 @@ def test_inputs_of_different_shapes_or_types_are_refused(inputs: Tensor) -> None
         DataError,
         match=r"inputs of the data sets differ: \[.*\(1, 8, 8\).*\]; expected one shape and type",
     ):
-        together([a_batch(3), other])
+        concatenate_batches([a_batch(3), other])
 
 
 def some_rows(samples: int, classes: int = 9) -> Tensor:
@@ -403,7 +402,7 @@ def sparse(log_probs: Tensor, k: int) -> SparseTargets:
 def test_targets_are_together_what_they_are_alone(ks: tuple[int, ...], stays_sparse: bool) -> None:
     rows = [some_rows(4 + at) for at in range(len(ks))]
     parts = [sparse(one, k) if k else one for one, k in zip(rows, ks, strict=True)]
-    found = targets_together(parts)
+    found = concatenate_targets(parts)
     assert found is not None
     assert isinstance(found, SparseTargets) is stays_sparse
     expected = torch.cat([to_dense(part) for part in parts])
@@ -412,20 +411,20 @@ def test_targets_are_together_what_they_are_alone(ks: tuple[int, ...], stays_spa
 
 
 def test_without_targets_there_are_none_together() -> None:
-    assert together([a_batch(3), a_batch(2)]).targets == {}
+    assert concatenate_batches([a_batch(3), a_batch(2)]).targets == {}
 
 
 def test_labels_that_are_not_mixed_count_as_mixed_with_nothing() -> None:
     plain = torch.tensor([3, -1])
     mixed = MixedLabels(torch.tensor([0, 1]), torch.tensor([2, -1]), torch.tensor([0.25, 0.5]))
-    found = labels_together([plain, mixed])
+    found = concatenate_labels([plain, mixed])
     assert isinstance(found, MixedLabels)
     log_probs = some_rows(4, 5)
     # the two that have all their labels: one alone, the other with its partner
     expected = -(log_probs[0, 3] + 0.75 * log_probs[2, 0] + 0.25 * log_probs[2, 2]) / 2
     torch.testing.assert_close(hard_loss(log_probs, found), expected)
-    assert torch.equal(labels_together([mixed])[0], mixed[0])
-    both = labels_together([plain, plain])
+    assert torch.equal(concatenate_labels([mixed])[0], mixed[0])
+    both = concatenate_labels([plain, plain])
     assert isinstance(both, Tensor)
     assert both.tolist() == [3, -1, 3, -1]
 
@@ -470,7 +469,7 @@ def test_without_rotation_an_epoch_is_one_view(make_cache: MakeCache, data: Arra
 
 
 def test_on_labels_alone_every_epoch_is_a_view_of_its_own(data: ArraySource) -> None:
-    found = views_over(labels_alone(data, "flip", 3, 5), 9)
+    found = views_over(hard_label_data(data, "flip", 3, 5), 9)
     assert (found == np.arange(9)[:, None]).all()
 
 

@@ -15,13 +15,13 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import ModelError, SettingsError
 from softcache.models.build import build
-from softcache.results.compare import Compared, compare, measure_all
+from softcache.results.compare import StudentMetrics, compare, measure_all
 from softcache.results.metrics import (
     best_temperature,
     calibration,
+    count_macs,
     gradient_similarity,
     latencies,
-    multiply_adds,
 )
 from softcache.train.config import make_train_config
 from softcache.train.loop import train
@@ -47,11 +47,11 @@ def folders(cache: Cache, data_file: Path, tmp_path: Path) -> list[Path]:
 
 def test_multiply_adds_are_those_of_the_layers() -> None:
     assert (
-        multiply_adds(build("mlp:8", input_shape=(1, 8, 8), classes=5), torch.zeros(1, 1, 8, 8))
+        count_macs(build("mlp:8", input_shape=(1, 8, 8), classes=5), torch.zeros(1, 1, 8, 8))
         == 64 * 8 + 40
     )
     convolution = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 36, 2))
-    assert multiply_adds(convolution, torch.zeros(1, 3, 6, 6)) == 36 * 4 * 3 * 9 + 4 * 36 * 2
+    assert count_macs(convolution, torch.zeros(1, 3, 6, 6)) == 36 * 4 * 3 * 9 + 4 * 36 * 2
 
 
 def test_the_calibration_error_by_hand() -> None:
@@ -84,9 +84,9 @@ def test_latency_is_of_the_model_and_the_batch() -> None:
 def test_gradients_are_more_alike_under_soft_targets(
     dump_config: DumpConfig, tmp_path: Path
 ) -> None:
-    from softcache.results.compare import open_part
+    from softcache.results.compare import open_joined
 
-    part = open_part(dump(replace(dump_config, embed_inputs=True)).path, None)
+    part = open_joined(dump(replace(dump_config, embed_inputs=True)).path, None)
     torch.manual_seed(0)
     model = build("mlp:16", input_shape=(1, 8, 8), classes=5).eval()
     found = gradient_similarity(model, part, 4.0, batches=4)
@@ -143,8 +143,8 @@ def test_kl_is_that_of_the_last_weights(folders: list[Path], cache: Cache, data_
 def test_the_front_is_of_those_that_no_other_beats(
     other: tuple[float, int, float], beats: bool
 ) -> None:
-    def made(error: float, parameters: int, seconds: float) -> Compared:
-        return Compared("x", parameters, 1, 1, {1: seconds, 64: 1.0}, error, None, math.nan)
+    def made(error: float, parameters: int, seconds: float) -> StudentMetrics:
+        return StudentMetrics("x", parameters, 1, 1, {1: seconds, 64: 1.0}, error, None, math.nan)
 
     assert made(0.2, 10, 2.0).beats(made(*other)) == beats
 

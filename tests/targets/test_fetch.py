@@ -188,13 +188,13 @@ def test_rows_of_a_slow_file_are_asked_for_and_come_the_same(
 ) -> None:
     cache = make_cache(logits, 2.0)
     asked: list[list[int]] = []
-    ask = Cache.ask_for
+    ask = Cache.prefetch_rows
 
     def noted(self: Cache, array: CacheArray, rows: npt.NDArray[np.int64]) -> None:
         asked.append(rows.tolist())
         ask(self, array, rows)
 
-    monkeypatch.setattr(Cache, "ask_for", noted)
+    monkeypatch.setattr(Cache, "prefetch_rows", noted)
     rows = np.array([2, 0, 2, 1])
     monkeypatch.setattr("softcache.targets.fetch.SLOW_ROW", 10.0)
     quick = make_gather(cache)

@@ -216,7 +216,7 @@ def test_a_patient_run_stops_and_goes_back_to_its_best(tmp_path: Path) -> None:
     weights = counted(learner, [50, 30, 40, 30, 35, 10], patience=3)
     assert len(weights) == 5
     assert learner.stopped == "no fewer errors in 3 epoch(s)"
-    learner.use_best()
+    learner.restore_best()
     assert float(parameters(learner)[0]) == weights[1]
     assert learner.evaluation == Evaluation(30, 100)
 
@@ -227,7 +227,7 @@ def test_a_run_that_gets_better_goes_on(tmp_path: Path) -> None:
     weights = counted(learner, [50, 49, 49, 48, 48, 47], patience=2)
     assert len(weights) == 6
     assert learner.stopped is None
-    learner.use_best()
+    learner.restore_best()
     assert float(parameters(learner)[0]) == weights[-1]
 
 

@@ -252,7 +252,7 @@ def test_mixup_from_dump_to_student_mixes_pixels_targets_and_labels(
     mix = parse_augment("mixup", seed=5, total=FEW)
     weight = import_callable(f"{recorders}:teacher", what="teacher")().weight.detach()
     for line, view in zip(metrics(config.out), range(3), strict=True):
-        partners, shares = mix.partners(view, everyone), mix.shares(view, everyone)
+        partners, shares = mix.partners(view, everyone), mix.partner_weights(view, everyone)
         assert partners is not None
         assert (partners != everyone).mean() > 0.9
         share = torch.from_numpy(shares).float()
@@ -283,7 +283,7 @@ def test_a_mixed_sample_without_both_labels_takes_no_part_in_the_cross_entropy(
     config = as_recorder(config, recorders, cache, data=data, batch_size=FEW)
     train(replace(config, epochs=1))
     mix, everyone = parse_augment("mixup", seed=5, total=FEW), np.arange(FEW)
-    partners, shares = mix.partners(0, everyone), mix.shares(0, everyone)
+    partners, shares = mix.partners(0, everyone), mix.partner_weights(0, everyone)
     assert partners is not None
     weight = import_callable(f"{recorders}:teacher", what="teacher")().weight.detach()
     log_probs = (torch.from_numpy(seen_by("teacher", recorders, 1)[0]) @ weight).log_softmax(-1)
