@@ -19,7 +19,8 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import DataError, SettingsError
 from softcache.join import match
-from softcache.join.joined_data import concatenate_batches, (
+from softcache.join.joined_data import (
+    concatenate_batches,
     JoinedData,
     TrainingBatch,
     concatenate_labels,
