@@ -1,4 +1,4 @@
-"""The Python interface: a cache opened for torch, and a Dataset whose samples carry soft targets."""
+"""The Python interface: dump, train, an open cache, and a Dataset with soft targets."""
 
 from __future__ import annotations
 
@@ -33,38 +33,41 @@ CPU = torch.device("cpu")
 
 
 class SoftCache:
-    """An open cache: what it says of itself, and its soft targets as tensors."""
+    """An open cache: its header, and its soft targets as tensors."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
 
     @property
     def header(self) -> Header:
-        """All that the cache says of itself."""
+        """The cache's header: teacher, data, encoding and shape."""
         return self.cache.header
 
     @property
     def temperature(self) -> float:
+        """The temperature of the stored soft targets."""
         return self.header.temperature
 
     @property
     def classes(self) -> int:
+        """Number of classes."""
         return self.header.classes
 
     @property
     def views(self) -> int:
+        """Number of views of each sample."""
         return self.header.views
 
     @property
     def content_id(self) -> str:
-        """SHA-256 over header and digests: one line that names every byte."""
+        """SHA-256 of the header and all digests, which identifies the content of the file."""
         return self.cache.content_id()
 
     def __len__(self) -> int:
         return self.header.samples
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open, (self.cache.path,)  # a map of a file has no copy in another process
+        return open, (self.cache.path,)  # a memory map cannot be pickled
 
     def targets(
         self,
@@ -74,35 +77,36 @@ class SoftCache:
         temperature: float | None = None,
         device: torch.device | str = CPU,
     ) -> Targets:
-        """The teacher's log-probabilities of some samples.
+        """The teacher's log-probabilities for a batch of samples.
 
         Args:
-            rows: (B,) numbers of samples, 0 to len - 1, in the order of the data of the dump.
+            rows: (B,) rows of the cache, 0 to len - 1, in the order of the dumped data.
             view: 0 to views - 1.
-            temperature: of the softmax; the cache's own by default.
-            device: where they are wanted.
+            temperature: temperature of the softmax; by default that of the cache.
+            device: device of the result.
 
         Returns:
-            (B, C) float32 log softmax(z / temperature); of topk and sampled caches SparseTargets, which
-            distillation_loss() takes as they are and softcache.to_dense() makes dense.
+            (B, C) float32 log softmax(z / temperature). For topk and sampled caches SparseTargets, which
+            distillation_loss() takes directly and softcache.to_dense() converts.
 
         Raises:
-            SettingsError: a row, the view or the temperature cannot be had.
+            SettingsError: a row, the view or the temperature is out of range.
         """
-        at = np.asarray(rows, np.int64).reshape(-1)
+        cache_rows = np.asarray(rows, np.int64).reshape(-1)
         for name, number, end in (
-            ("row", int(at.max(initial=0)), len(self)),
-            ("row", int(at.min(initial=0)), len(self)),
+            ("row", int(cache_rows.max(initial=0)), len(self)),
+            ("row", int(cache_rows.min(initial=0)), len(self)),
             ("view", view, self.views),
         ):
             if not 0 <= number < end:
                 raise SettingsError(
                     f"{name} {number} of {self.cache.path}; expected 0 to {end - 1}"
                 )
-        wanted = self.temperature if temperature is None else float(temperature)
-        if not 0 < wanted < np.inf:
-            raise SettingsError(f"temperature is {wanted}; expected a number above 0")
-        return soft_targets(self.cache, wanted, torch.device(device))(np.asarray(view), at)
+        temperature = self.temperature if temperature is None else float(temperature)
+        if not 0 < temperature < np.inf:
+            raise SettingsError(f"temperature is {temperature}; expected a number above 0")
+        read_targets = soft_targets(self.cache, temperature, torch.device(device))
+        return read_targets(np.asarray(view), cache_rows)
 
 
 def dump(
@@ -112,19 +116,21 @@ def dump(
     out: str | Path,
     **settings: Any,  # fields of DumpConfig
 ) -> SoftCache:
-    """Write a teacher's soft targets for every sample into one file, as `softcache dump` does.
+    """Write a teacher's soft targets for every sample to one file, like `softcache dump`.
+
+    A dump that was stopped continues when the function is called again with the same arguments.
 
     Args:
-        teacher: the specification of a teacher, or of several whose probabilities are averaged.
-        data: the specification of the samples.
+        teacher: specification of the teacher, or of several teachers to average the probabilities of.
+        data: specification of the samples.
         out: the file to write.
         settings: any other field of softcache.dump.config.DumpConfig, such as temperature=4.0.
 
     Returns:
-        The finished cache. A dump that was stopped continues when it is called again.
+        The finished cache.
 
     Raises:
-        SoftcacheError: the settings, the data or the teacher are not as they should be.
+        SoftcacheError: the settings, the data or the teacher are invalid.
     """
     from softcache.dump.config import DumpConfig
     from softcache.dump.loop import dump as run_dump
@@ -139,40 +145,42 @@ def train(
     out: str | Path,
     **settings: Any,  # fields of TrainConfig and StudentConfig
 ) -> list[Student]:
-    """Train students from a cache, as `softcache train` does.
+    """Train students from a cache, like `softcache train`.
 
     Args:
-        cache: a cache, several, or URLs of caches; None trains on labels alone.
-        student: the specification of a student, or of several that share all batches.
-        out: the folder of the run.
+        cache: one or more caches, as paths or URLs; None trains on labels alone.
+        student: specification of the student, or of several students that share every batch.
+        out: folder to write the run to.
         settings: any other field of softcache.train.config.TrainConfig or StudentConfig, such as
             data="folder:images", epochs=20, learning_rate=1e-3.
 
     Returns:
-        The trained students, baselines last: `final_model` is an nn.Module, `evaluation` its test errors.
+        The trained students, then their baselines: `final_model` is an nn.Module, and `evaluation` its
+        test errors.
 
     Raises:
-        SoftcacheError: the settings, the cache, the data or a student are not as they should be.
+        SoftcacheError: the settings, the caches, the data or a student are invalid.
     """
     from softcache.train.config import make_train_config
     from softcache.train.loop import train as run_training
 
-    places = [cache] if isinstance(cache, str | Path) else list(cache or ())
+    caches = [cache] if isinstance(cache, str | Path) else list(cache or ())
     config = make_train_config(
-        student=student, cache=[local_copy(place) for place in places], out=Path(out), **settings
+        student=student, cache=[local_copy(path) for path in caches], out=Path(out), **settings
     )
     return run_training(config)
 
 
 def open(path: str | Path, *, verify: bool = False) -> SoftCache:
-    """Open a cache; nothing of it is read but header and digests.
+    """Open a cache; only its header and digests are read.
 
     Args:
-        path: or a URL, which is pulled into the cache folder first.
-        verify: check every byte against its digest first.
+        path: file or URL; a URL is first pulled into the local cache folder.
+        verify: also check every byte against its digest.
 
     Raises:
-        FormatError: it breaks a rule of the format, is unfinished, or is damaged.
+        FormatError: the file breaks a rule of the format, is damaged, or is unfinished without a complete
+            view.
     """
     cache = open_trainable(local_copy(path))
     if verify:
@@ -181,12 +189,16 @@ def open(path: str | Path, *, verify: bool = False) -> SoftCache:
 
 
 class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """The samples of a data set with the soft targets of exactly their pixels.
+    """The samples of a data set, each with the soft targets of exactly the pixels it returns.
 
-    An item is (input, label, log-probabilities): the input as the teacher saw it in the view of this
-    epoch, float; the label int64, -1 where there is none or two samples of different labels are mixed;
-    (C,) float32 log softmax(z / temperature). Samples are joined by their content, once, at the start; item i
-    is sample i of the data set (of a shard, the i-th of its samples in the data set's order).
+    An item is a tuple (input, label, log-probabilities):
+
+    - the input, float, as the teacher saw it in this epoch's view;
+    - the label, int64; -1 if the sample is unlabelled or mixed with a sample of another label;
+    - (C,) float32 log softmax(z / temperature).
+
+    Samples are matched to the cache by content, once, at construction. Item i is sample i of the data
+    set; for the cache of a shard, it is sample i of the shard in the order of the data set.
     """
 
     def __init__(
@@ -201,16 +213,16 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         """Join a data set to a cache.
 
         Args:
-            dataset: the map-style Dataset or the specification that the cache was dumped from; None:
-                the samples in the cache itself.
-            cache: an open one, or its file.
-            temperature: of the soft targets; the cache's own by default.
-            augment: the file of the cache's own callable, if it has one.
-            rotate: whether each sample begins with another view, or an epoch is one view of all.
+            dataset: the map-style Dataset or the specification that the cache was dumped from; None uses
+                the samples embedded in the cache.
+            cache: an open cache, or its path or URL.
+            temperature: temperature of the soft targets; by default that of the cache.
+            augment: the cache's own augmentation, needed only if it is a callable.
+            rotate: mix all views within each epoch; otherwise an epoch is a single view of all samples.
 
         Raises:
-            DataError: these are not the samples of the cache; the first that differs is named.
-            SettingsError: the temperature or the augmentation cannot be had.
+            DataError: the samples are not those of the cache; the message names the first that differs.
+            SettingsError: the temperature or the augmentation does not fit the cache.
         """
         self.cache = cache if isinstance(cache, SoftCache) else open(cache)
         self.temperature = float(temperature or self.cache.temperature)
@@ -223,26 +235,25 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             device=CPU,
             rotate=rotate,
         )
-        self._rows = np.argsort(
-            self._joined.source_indices
-        )  # of the cache, in the order of the data set
+        self._cache_rows = np.argsort(self._joined.source_indices)  # by item
 
     def __len__(self) -> int:
         return len(self._joined)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the views of an epoch, counted from 0; call it before each."""
+        """Switch to the views of an epoch, counted from 0; call it before every epoch."""
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """A batch at a time, as torch's DataLoader asks for it where this is defined."""
-        part = self._joined
-        request = part.request(self._rows[np.asarray(indices, np.int64)], self.epoch)
-        (batch,) = loader(part.source, [request], augmentation=part.augmentation)
-        inputs, labels, targets = part.training_batch(batch, self.epoch, CPU)
+        """A whole batch; torch's DataLoader calls this instead of `__getitem__`."""
+        joined = self._joined
+        cache_rows = self._cache_rows[np.asarray(indices, np.int64)]
+        request = joined.request(cache_rows, self.epoch)
+        (batch,) = loader(joined.source, [request], augmentation=joined.augmentation)
+        inputs, labels, targets = joined.training_batch(batch, self.epoch, CPU)
         if isinstance(labels, MixedLabels):
             labels = torch.where(labels.own == labels.partners, labels.own, -1)
         dense = to_dense(targets[self.temperature])

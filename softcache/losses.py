@@ -14,16 +14,15 @@ from torch.nn import functional
 from softcache.errors import SettingsError
 from softcache.types import Labels, MixedLabels, SparseTargets, Targets
 
-DKD_BETA = 8.0  # of Zhao et al., for CIFAR-100
-
-LOWEST = -1e5  # a log-probability whose exp is 0, and which is finite
+DKD_BETA = 8.0  # the value that Zhao et al. use for CIFAR-100
+LOWEST = -1e5  # a finite log-probability with an exp of 0, used instead of -inf
 
 
 class Loss(NamedTuple):
     """A loss and its two parts, scalars."""
 
     total: Tensor
-    soft: Tensor  # of the soft targets at the temperature, without the factor T²
+    soft: Tensor  # divergence from the soft targets at the temperature, without the factor T²
     hard: Tensor  # cross-entropy with the labels at temperature 1
 
 
@@ -43,25 +42,30 @@ def distillation_loss(
     section 2; the factor T² keeps the two gradients in proportion when T changes.
 
     Args:
-        logits: (B, C) float, of the student, at temperature 1.
-        targets: log softmax(z_teacher / T), (B, C) or sparse; None where alpha is 0.
-        labels: (B,) int64; a negative label takes no part in the cross-entropy.
+        logits: (B, C) float, the student's logits at temperature 1.
+        targets: log softmax(z_teacher / T), (B, C) or sparse; may be None if alpha is 0.
+        labels: (B,) int64, or mixed labels; negative labels are left out of the cross-entropy.
         temperature: T > 0.
         alpha: weight of the soft targets, in [0, 1].
-        loss: what stands in the place of the KL: a name of LOSSES, `dkd:8` with its beta.
-        label_smoothing: share of the label that is spread over all classes, in [0, 1).
+        loss: the loss to use instead of KL: a name in LOSSES, with a parameter if it takes one (`dkd:8`).
+        label_smoothing: probability mass spread from the label over all classes, in [0, 1).
+
+    Returns:
+        The total and its two parts, scalars, computed in float32 (float64 for float64 logits).
 
     Raises:
-        SettingsError: a number is out of range, the shapes differ, or the loss is not defined here.
+        SettingsError: a number is out of range, the shapes differ, or the loss is not defined for these
+            targets or labels.
     """
     if not 0 < temperature < math.inf or not 0 <= alpha <= 1:
         raise SettingsError(
-            f"temperature is {temperature}, alpha {alpha}; expected a number above 0, and one from 0 to 1"
+            f"temperature is {temperature} and alpha is {alpha}; expected a temperature above 0 and an "
+            "alpha from 0 to 1"
         )
     if targets is not None and targets.shape != logits.shape:
         raise SettingsError(
-            f"targets have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}; expected the same, "
-            "(samples, classes)"
+            f"targets have shape {tuple(targets.shape)} and logits {tuple(logits.shape)}; expected the "
+            "same shape (samples, classes)"
         )
     zero = logits.new_zeros((), dtype=torch.float32)
     soft = zero if targets is None else soft_loss(logits, targets, temperature, loss, labels)
@@ -76,10 +80,20 @@ def soft_loss(
     loss: str = "kl",
     labels: Labels | None = None,
 ) -> Tensor:
-    """Mean over the batch of a loss between teacher and student, 0 where they are equal.
+    """Mean over the batch of a loss between teacher and student; 0 where they are equal.
+
+    Args:
+        logits: (B, C) float, the student's logits at temperature 1.
+        targets: the teacher's log-probabilities at the temperature, (B, C) or sparse.
+        temperature: T > 0, applied to the student's logits.
+        loss: a name in LOSSES, with a parameter if it takes one (`dkd:8`).
+        labels: (B,) int64; needed only by losses that treat the label separately.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits).
 
     Raises:
-        SettingsError: there is no such loss, or it is not defined for these targets or labels.
+        SettingsError: the loss is unknown, or not defined for these targets or labels.
     """
     name, parameter = parse_loss(loss)
     log_q = functional.log_softmax(_wide(logits) / temperature, dim=-1)  # (B, C)
@@ -87,10 +101,13 @@ def soft_loss(
 
 
 def parse_loss(spec: str) -> tuple[str, float]:
-    """The name of a loss, and its parameter: `kl`, `dkd` or `dkd:8`.
+    """Split a loss such as `kl`, `dkd` or `dkd:8` into its name and its parameter.
+
+    Returns:
+        The name, and the parameter: the given one, the default, or 0 if the loss takes none.
 
     Raises:
-        SettingsError: there is no such loss.
+        SettingsError: the loss is unknown, or its parameter is invalid.
     """
     name, colon, number = spec.partition(":")
     default = LOSSES[name].parameter if name in LOSSES else None
@@ -105,12 +122,20 @@ def parse_loss(spec: str) -> tuple[str, float]:
 
 
 def kl(log_q: Tensor, targets: Targets) -> Tensor:
-    """KL(teacher ‖ student) = sum p (log p - log q) of each row, (B,), in nats; Hinton et al."""
+    """KL(teacher ‖ student) = sum p (log p - log q) of each row, in nats; Hinton et al.
+
+    Args:
+        log_q: (B, C), the student's log-probabilities.
+        targets: the teacher's log-probabilities, (B, C) or sparse.
+
+    Returns:
+        (B,) in nats.
+    """
     if not isinstance(targets, SparseTargets):
         return functional.kl_div(log_q, targets, reduction="none", log_target=True).sum(-1)
-    # the sum over the classes not named needs only the sum of all log q
+    # the sum over the classes without an id needs only the sum of all log q
     head_q, named = log_q.gather(1, targets.ids), _named(targets)
-    # a class of probability 0 adds 0, and not 0 · -inf
+    # a class of probability 0 must add 0, not 0 · -inf
     head = targets.log_probs.exp() * (targets.log_probs.clamp(min=LOWEST) - head_q)
     rest_q = log_q.sum(1) - head_q.masked_fill(~named, 0).sum(1)
     rest = targets.rest.exp() * (
@@ -120,9 +145,16 @@ def kl(log_q: Tensor, targets: Targets) -> Tensor:
 
 
 def reverse_kl(log_q: Tensor, targets: Targets) -> Tensor:
-    """KL(student ‖ teacher) = sum q (log q - log p) of each row, (B,).
+    """KL(student ‖ teacher) = sum q (log q - log p) of each row.
 
-    It seeks a mode where KL covers all: Gu et al., "MiniLLM" (arXiv 2306.08543), section 2.1.
+    It is mode-seeking where KL is mode-covering: Gu et al., "MiniLLM" (arXiv 2306.08543), section 2.1.
+
+    Args:
+        log_q: (B, C), the student's log-probabilities.
+        targets: the teacher's log-probabilities, (B, C) or sparse.
+
+    Returns:
+        (B,) in nats.
     """
     if not isinstance(targets, SparseTargets):
         return (log_q.exp() * (log_q - targets.clamp(min=LOWEST))).sum(-1)
@@ -133,17 +165,26 @@ def reverse_kl(log_q: Tensor, targets: Targets) -> Tensor:
 
 
 def jensen_shannon(log_q: Tensor, targets: Targets) -> Tensor:
-    """KL(p ‖ m) / 2 + KL(q ‖ m) / 2 with m = (p + q) / 2 of each row, (B,), at most log 2.
+    """KL(p ‖ m) / 2 + KL(q ‖ m) / 2 with m = (p + q) / 2 of each row.
 
     Lin, "Divergence measures based on the Shannon entropy" (IEEE Trans. Inf. Theory 37, 1991),
     section IV, with equal weights.
+
+    Args:
+        log_q: (B, C), the student's log-probabilities.
+        targets: the teacher's log-probabilities, (B, C) or sparse.
+
+    Returns:
+        (B,) in nats, at most log 2.
     """
     if not isinstance(targets, SparseTargets):
         return _jensen_shannon_terms(targets, log_q).sum(-1)
     head_q, named = log_q.gather(1, targets.ids), _named(targets)
     rest = targets.rest[:, None]
-    instead = _jensen_shannon_terms(targets.log_probs, head_q) - _jensen_shannon_terms(rest, head_q)
-    return _jensen_shannon_terms(rest, log_q).sum(1) + instead.masked_fill(~named, 0).sum(1)
+    # every class counts as one of the rest at first, then the named ones are corrected
+    head = _jensen_shannon_terms(targets.log_probs, head_q)
+    correction = head - _jensen_shannon_terms(rest, head_q)  # (B, k)
+    return _jensen_shannon_terms(rest, log_q).sum(1) + correction.masked_fill(~named, 0).sum(1)
 
 
 def _jensen_shannon_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -153,58 +194,86 @@ def _jensen_shannon_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def mean_squared_error(log_q: Tensor, targets: Targets) -> Tensor:
-    """Half the mean over the classes of (log q - log p)², both centred, of each row, (B,).
+    """Half the mean over the classes of (log q - log p)², both centred, of each row.
 
-    Times T² it is that of the centred logits at T = 1, to which T² KL tends as T grows: Hinton et
-    al., section 2.1; Kim et al. (arXiv 2105.08919), section 3.
+    Multiplied by T², it equals the same error of the centred logits at T = 1, which is the limit of T² KL
+    as T grows: Hinton et al., section 2.1; Kim et al. (arXiv 2105.08919), section 3.
+
+    Args:
+        log_q: (B, C), the student's log-probabilities.
+        targets: (B, C), the teacher's log-probabilities.
+
+    Returns:
+        (B,).
+
+    Raises:
+        SettingsError: the targets are sparse.
     """
     if isinstance(targets, SparseTargets):
         raise SettingsError(
-            "loss mse compares the logits of all classes, and topk and sampled keep a few; use kl, or a "
-            "cache that is dense, quantized or basis"
+            "loss mse compares the logits of all classes, but topk and sampled keep only a few; use kl, or "
+            "a dense, quantized or basis cache"
         )
     difference = log_q - targets.clamp(min=LOWEST)
     return (difference - difference.mean(-1, keepdim=True)).square().mean(-1) / 2
 
 
 def decoupled(log_q: Tensor, targets: Targets, labels: Labels | None, beta: float) -> Tensor:
-    """TCKD + beta NCKD of each row, (B,): Zhao et al., "Decoupled Knowledge Distillation" (arXiv
-    2203.08679), equation 7 with alpha = 1: the KL of label against all others, and that among the others."""
+    """TCKD + beta NCKD of each row: the KL of the label against all other classes, and the KL among those.
+
+    Zhao et al., "Decoupled Knowledge Distillation" (arXiv 2203.08679), equation 7 with alpha = 1.
+
+    Args:
+        log_q: (B, C), the student's log-probabilities.
+        targets: the teacher's log-probabilities, (B, C) or sparse.
+        labels: (B,) int64, all of them known.
+        beta: weight of the second term.
+
+    Returns:
+        (B,) in nats.
+
+    Raises:
+        SettingsError: a label is missing, or the labels are mixed.
+    """
     if not isinstance(labels, Tensor) or bool((labels < 0).any()):
         raise SettingsError(
-            "loss dkd takes the label of each sample apart, and here are mixed samples or ones without a "
-            "label; use kl"
+            "loss dkd needs the label of every sample, but this batch has mixed samples or samples without "
+            "a label; use kl"
         )
     label = labels[:, None]  # (B, 1)
-    others_q = log_q.scatter(1, label, -torch.inf).logsumexp(1)  # (B,) log of the sum of the others
+    others_q = log_q.scatter(1, label, -torch.inf).logsumexp(1)  # (B,)
     label_q = log_q.gather(1, label)[:, 0]
     if isinstance(targets, SparseTargets):
-        at, named = targets.ids == label, _named(targets)
-        here = at & named
+        is_label, named = targets.ids == label, _named(targets)
+        label_head = is_label & named
         label_p = torch.where(
-            here.any(1), targets.log_probs.masked_fill(~here, -torch.inf).amax(1), targets.rest
+            label_head.any(1),
+            targets.log_probs.masked_fill(~label_head, -torch.inf).amax(1),
+            targets.rest,
         )
-        named = named & ~at
+        named = named & ~is_label
         head = targets.log_probs.masked_fill(~named, -torch.inf)  # (B, k)
         head_q = log_q.gather(1, targets.ids).masked_fill(~named, 0)
-        count = targets.classes - 1 - named.sum(1)  # of those that share `rest`
-        spread = targets.rest + count.to(log_q.dtype).log()
-        others_p = torch.logaddexp(head.logsumexp(1), spread).clamp(min=LOWEST)
+        # the number of classes, other than the label, that share `rest`
+        rest_count = targets.classes - 1 - named.sum(1)
+        rest_mass = targets.rest + rest_count.to(log_q.dtype).log()
+        others_p = torch.logaddexp(head.logsumexp(1), rest_mass).clamp(min=LOWEST)
         rest_q = log_q.sum(1) - label_q - head_q.sum(1)
-        shares = head - others_p[:, None]
-        among = (shares.exp() * (shares.clamp(min=LOWEST) - head_q + others_q[:, None])).sum(1)
+        given_p = head - others_p[:, None]  # (B, k), given that the class is not the label
+        divergence = given_p.clamp(min=LOWEST) - head_q + others_q[:, None]
+        non_target = (given_p.exp() * divergence).sum(1)
         rest = (targets.rest - others_p).clamp(min=LOWEST)
-        among = among + rest.exp() * (count * (rest + others_q) - rest_q)
+        non_target = non_target + rest.exp() * (rest_count * (rest + others_q) - rest_q)
     else:
         label_p = targets.gather(1, label)[:, 0]
         others = targets.scatter(1, label, -torch.inf)
         others_p = others.logsumexp(1).clamp(min=LOWEST)
-        shares = others - others_p[:, None]
-        shares_q = (log_q - others_q[:, None]).scatter(1, label, 0.0)
-        among = (shares.exp() * (shares.clamp(min=LOWEST) - shares_q)).sum(1)
+        given_p = others - others_p[:, None]  # (B, C), given that the class is not the label
+        given_q = (log_q - others_q[:, None]).scatter(1, label, 0.0)
+        non_target = (given_p.exp() * (given_p.clamp(min=LOWEST) - given_q)).sum(1)
     label_p = label_p.clamp(min=LOWEST)
-    whether = label_p.exp() * (label_p - label_q) + others_p.exp() * (others_p - others_q)
-    return whether + beta * among
+    target = label_p.exp() * (label_p - label_q) + others_p.exp() * (others_p - others_q)
+    return target + beta * non_target
 
 
 @dataclass(frozen=True)
@@ -212,11 +281,11 @@ class LossKind:
     """An entry in the table of losses.
 
     Attributes:
-        form: how a specification is written.
-        meaning: what it is, in a phrase.
+        form: how the loss is written on the command line.
+        meaning: what it computes, in a phrase.
         rows: the loss of each row (B,), from the student's log-probabilities at the temperature (B, C),
-            the targets, the labels, and the number behind the colon.
-        parameter: the number behind the colon, if none is given; None if it takes none.
+            the targets, the labels and the parameter.
+        parameter: the default of the number after the colon; None if the loss takes no number.
     """
 
     form: str
@@ -252,7 +321,7 @@ LOSSES = {
 
 
 def _named(targets: SparseTargets) -> Tensor:
-    """Which ids (B, k) say something: the others count among the rest."""
+    """Which ids count, (B, k) bool: an id with a log-probability of -inf is a placeholder."""
     return targets.log_probs > -torch.inf
 
 
@@ -261,22 +330,30 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def hard_loss(logits: Tensor, labels: Labels, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over the labelled samples; 0 where there is none.
+    """Mean cross-entropy over the labelled samples; 0 if there are none.
 
-    Of mixed samples, the cross-entropies with both labels by their shares: Zhang et al., "mixup"
-    (arXiv 1710.09412), section 2; they need both labels. Smoothed labels: Szegedy et al., "Rethinking
-    the Inception architecture" (arXiv 1512.00567), section 7.
+    A mixed sample has the cross-entropies with both labels, weighted as in the mixture, and counts only if
+    both are known: Zhang et al., "mixup" (arXiv 1710.09412), section 2. Label smoothing: Szegedy et al.,
+    "Rethinking the Inception architecture" (arXiv 1512.00567), section 7.
+
+    Args:
+        logits: (B, C) float, at temperature 1.
+        labels: (B,) int64, negative where unlabelled; or mixed labels.
+        smoothing: probability mass spread from the label over all classes, in [0, 1).
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits).
     """
     if isinstance(labels, MixedLabels):
-        both = (labels.own >= 0) & (labels.partners >= 0)
+        labelled = (labels.own >= 0) & (labels.partners >= 0)
         own = _cross_entropy(logits, labels.own, smoothing) * (1 - labels.partner_weights)
         losses = own + _cross_entropy(logits, labels.partners, smoothing) * labels.partner_weights
-        return (losses * both).sum() / both.sum().clamp(min=1)
+        return (losses * labelled).sum() / labelled.sum().clamp(min=1)
     return _cross_entropy(logits, labels, smoothing).sum() / (labels >= 0).sum().clamp(min=1)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Of each sample, (B,); 0 where the label is negative."""
+    """The cross-entropy of each sample, (B,); 0 where the label is negative."""
     return functional.cross_entropy(
         _wide(logits),
         labels.clamp(min=-1),

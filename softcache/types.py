@@ -1,4 +1,4 @@
-"""Types that several rooms share: labels, soft targets, indices."""
+"""Types that several packages share: labels, soft targets, indices."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """Log-probabilities of a few classes, and one that all the other classes share.
+    """Log-probabilities of a few classes, and a single one that all other classes share.
 
-    An id may stand several times in a row, if all but one of its log-probabilities are -inf.
+    An id may occur several times in a row if all but one of its log-probabilities are -inf.
     """
 
     ids: Tensor  # (B, k) int64
@@ -25,11 +25,12 @@ class SparseTargets:
 
     @property
     def shape(self) -> torch.Size:
+        """The shape of the same targets as a dense tensor, (B, C)."""
         return torch.Size((len(self.ids), self.classes))
 
 
 class MixedLabels(NamedTuple):
-    """Labels of samples into which others are mixed."""
+    """Labels of samples that mixup has mixed with a partner."""
 
     own: Tensor  # (B,) int64
     partners: Tensor  # (B,) int64
@@ -37,9 +38,6 @@ class MixedLabels(NamedTuple):
 
 
 Labels = Tensor | MixedLabels  # a tensor: (B,) int64, negative where unlabelled
-
 Targets = Tensor | SparseTargets  # a tensor: (B, C) float32 log-probabilities
-
-Samples = npt.NDArray[np.int64]  # (B,) numbers of samples in the draws
-
-Views = int | npt.NDArray[np.int64]  # one for all samples, or (B,) one for each
+SampleIds = npt.NDArray[np.int64]  # (B,) numbers of samples in the augmentation's draws
+Views = int | npt.NDArray[np.int64]  # one view for the whole batch, or (B,) one for each sample

@@ -1,4 +1,4 @@
-"""Settings of a dump or a training run, changed for a test."""
+"""Change the settings of a dump or a training run for a test."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from softcache.train.config import StudentConfig, TrainConfig
 from softcache.util.settings import settings_of
 
 Config = TypeVar("Config")
-
-OF_A_STUDENT = {field.name for field, _ in settings_of(StudentConfig)}
+STUDENT_FIELDS = {field.name for field, _ in settings_of(StudentConfig)}
 
 
 def replace(config: Config, **options: Any) -> Config:  # fields of any type
-    """dataclasses.replace(); of a TrainConfig, settings of a student go to all its students."""
+    """dataclasses.replace(); settings of a student are applied to all students of a TrainConfig.
+
+    `cache` and `data` take one value or several, as on the command line.
+    """
     if not isinstance(config, TrainConfig):
         return dataclasses.replace(config, **options)  # type: ignore[type-var]
-    own = {name: options.pop(name) for name in [*options] if name in OF_A_STUDENT}
-    if "seed" in own:
-        options["seed"] = own["seed"]
+    student_options = {name: options.pop(name) for name in [*options] if name in STUDENT_FIELDS}
+    if "seed" in student_options:
+        options["seed"] = student_options["seed"]
     students: Sequence[StudentConfig | Mapping[str, Any]] = options.pop("students", config.students)
     options["students"] = tuple(
-        dataclasses.replace(student, **own)
+        dataclasses.replace(student, **student_options)
         if isinstance(student, StudentConfig)
-        else dataclasses.replace(config.students[0], **own | dict(student))
+        else dataclasses.replace(config.students[0], **student_options | dict(student))
         for student in students
     )
     if "cache" in options:

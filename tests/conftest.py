@@ -1,4 +1,4 @@
-"""Small real files that the tests share: data, a teacher, a cache."""
+"""Small but real files shared by the tests: data, a teacher, a cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 def teacher():
-    """Untrained but always the same: its logits depend on every pixel."""
+    """Untrained but deterministic: its logits depend on every pixel."""
     generator = torch.Generator().manual_seed(7)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
     for parameter in model.parameters():
@@ -35,17 +35,17 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def make_arrays(samples: int = SAMPLES, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 1, 8, 8) uint8 whose class shows as a bright row, and labels (N,)."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, CLASSES, samples)
-    images = random.integers(0, 120, (samples, 1, SIDE, SIDE), dtype=np.uint8)
+    """Images (N, 1, 8, 8) uint8, in which a bright row marks the class, and labels (N,)."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, samples)
+    images = rng.integers(0, 120, (samples, 1, SIDE, SIDE), dtype=np.uint8)
     images[np.arange(samples), 0, labels] += 120
     return images, labels
 
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes a module one that is not installed, whatever other tests have loaded of it."""
+    """Hide a module as if it were not installed, even if other tests have imported it."""
 
     def hide(module: str) -> None:
         for name in [module, *(name for name in sys.modules if name.startswith(f"{module}."))]:
@@ -56,20 +56,20 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """On busy cores, steps as small as these are ten times slower with two threads."""
+    """With two threads, steps as small as these are ten times slower on busy cores."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _log_on_the_terminal() -> Iterator[None]:
-    """What the library tells is printed, as the command line does, so that capsys sees it."""
+    """Print the library's log, as the command line does, so that capsys captures it."""
     with show_log():
         yield
 
 
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An npz file with the splits train and test."""
+    """An npz file with a train and a test split."""
     path = tmp_path_factory.mktemp("data") / "tiny.npz"
     x, y = make_arrays()
     x_test, y_test = make_arrays(100, seed=1)
@@ -79,6 +79,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python file that defines teacher()."""
     path = tmp_path_factory.mktemp("teacher") / "models.py"
     path.write_text(TEACHER)
     return path
@@ -86,7 +87,7 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def dump_config(data_file: Path, teacher_file: Path, tmp_path: Path) -> DumpConfig:
-    """What makes the tiny cache, at tmp_path / tiny.h5."""
+    """Settings that dump the tiny cache to tmp_path / tiny.h5."""
     return DumpConfig(
         teacher=f"{teacher_file}:teacher",
         data=f"npz:{data_file}",
@@ -105,7 +106,7 @@ def cache(dump_config: DumpConfig) -> Cache:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Run `softcache ARGUMENTS` as a process of its own, in tmp_path."""
+    """Run `softcache ARGUMENTS` as a separate process in tmp_path."""
 
     def run(*arguments: str | Path, check: bool = False) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "softcache", *map(str, arguments)]

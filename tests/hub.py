@@ -1,4 +1,4 @@
-"""Small models, tokenizers and data sets, made with the classes of Hugging Face's own libraries."""
+"""Small models, tokenizers and data sets for tests, made with Hugging Face's own libraries."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ GOOD, BAD = ("great", "lovely", "superb", "fine"), ("awful", "dull", "poor", "gr
 THINGS = ("film", "book", "song", "meal", "room")
 
 
-def image(label: int, random: np.random.Generator) -> Any:  # noqa: ANN401  # of Pillow
-    """Stripes, of which the direction tells the class; of any size and colour."""
+def image(label: int, random: np.random.Generator) -> Any:  # noqa: ANN401  # a Pillow image
+    """Stripes whose direction shows the class, in a random size and colour."""
     from PIL import Image
 
     height, width = random.integers(30, 50, 2)
@@ -28,7 +28,7 @@ def image(label: int, random: np.random.Generator) -> Any:  # noqa: ANN401  # of
 
 
 def save_pets(folder: Path, train: int = 240, test: int = 60) -> Path:
-    """Images of different sizes with splits train and test, as save_to_disk writes them."""
+    """Save images of different sizes, in the splits train and test, with save_to_disk()."""
     import datasets
 
     random = np.random.default_rng(0)
@@ -46,7 +46,7 @@ def save_pets(folder: Path, train: int = 240, test: int = 60) -> Path:
 
 
 def save_reviews(folder: Path, train: int = 240, test: int = 60) -> Path:
-    """Short texts, good and bad ones."""
+    """Save short reviews, good and bad, in the splits train and test, with save_to_disk()."""
     import datasets
 
     random = np.random.default_rng(0)
@@ -68,21 +68,21 @@ def save_reviews(folder: Path, train: int = 240, test: int = 60) -> Path:
 
 
 def save_tokenizer(folder: Path, kind: str, *, padding: bool = True) -> Path:
-    """A tokenizer of whole words, or of byte pairs."""
+    """Save a tokenizer: `kind` is words, or pairs for byte-pair encoding."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]"]
     words = kind == "words"
-    made = Tokenizer((models.WordLevel if words else models.BPE)(unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer((models.WordLevel if words else models.BPE)(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer: Any = trainers.WordLevelTrainer(special_tokens=special)
     if not words:
         trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=special, show_progress=False)
     texts = [f"The {thing} was {word}" for thing in THINGS for word in GOOD + BAD]
-    made.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=tokenizer,
         unk_token="[UNK]",
         pad_token="[PAD]" if padding else None,
         model_max_length=32,
@@ -91,7 +91,7 @@ def save_tokenizer(folder: Path, kind: str, *, padding: bool = True) -> Path:
 
 
 def save_vit(folder: Path, classes: int = len(BREEDS), **config: Any) -> Path:
-    """A ViT with random weights and an image processor."""
+    """Save a ViT with random weights, and its image processor; `config` overrides its settings."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     settings = {

@@ -1,4 +1,4 @@
-"""Servers of files for tests: HTTP with byte ranges, honest or not, and S3."""
+"""File servers for tests: HTTP with byte ranges, well-behaved or not, and S3."""
 
 from __future__ import annotations
 
@@ -11,17 +11,28 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-# of the bytes that were asked for, those that are given; None: the connection is cut in the middle
+# from (start, requested bytes) to the bytes that are sent; None cuts the connection half way
 Answer = Callable[[int, bytes], bytes | None]
 
 
 @dataclass
 class Served:
-    """A running server: what it is asked for, and how it answers."""
+    """A running server: the requests it received, and how it answers.
+
+    Attributes:
+        url: address of the server, without a trailing slash.
+        folder: the folder whose files it serves.
+        asked: (first byte, number of bytes) of each range request.
+        headers: the headers of each request.
+        answer: what it sends for a body; see Answer.
+        ranges: whether it supports range requests.
+        redirect: where it redirects every request; empty for no redirect.
+        size_said: the size it claims in reply to HEAD; None for the real one.
+    """
 
     url: str
     folder: Path
-    asked: list[tuple[int, int]] = field(default_factory=list)  # (first byte, how many) of ranges
+    asked: list[tuple[int, int]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     answer: Answer = lambda start, body: body
     ranges: bool = True
@@ -31,7 +42,7 @@ class Served:
 
 @contextmanager
 def http_server(folder: Path) -> Iterator[Served]:
-    """Serve the files of a folder on a port of this machine."""
+    """Serve the files of a folder on a free local port."""
     served: Served
 
     class Handler(BaseHTTPRequestHandler):
@@ -59,21 +70,21 @@ def http_server(folder: Path) -> Iterator[Served]:
                 self.send_error(404)
                 return
             size = file.stat().st_size
-            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            byte_range = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             start, end, status = 0, size if with_body else 0, 200
-            if asked and served.ranges:
-                start, end, status = int(asked[1]), min(int(asked[2]) + 1, size), 206
+            if byte_range and served.ranges:
+                start, end = int(byte_range[1]), min(int(byte_range[2]) + 1, size)
+                status = 206
                 served.asked.append((start, end - start))
             with file.open("rb") as opened:
                 opened.seek(start)
                 body = opened.read(end - start)
-            given = served.answer(start, body) if with_body else body
-            said = len(body) if given is None else len(given)
-            said = said if with_body else size
+            sent = served.answer(start, body) if with_body else body
+            length = len(body) if sent is None else len(sent)
+            if not with_body:
+                length = size if served.size_said is None else served.size_said
             self.send_response(status)
-            if not with_body and served.size_said is not None:
-                said = served.size_said
-            self.send_header("Content-Length", str(said))
+            self.send_header("Content-Length", str(length))
             if served.ranges:
                 self.send_header("Accept-Ranges", "bytes")
             if status == 206:
@@ -81,8 +92,8 @@ def http_server(folder: Path) -> Iterator[Served]:
                 self.send_header("Content-Range", f"bytes {start}-{last}/{size}")
             self.end_headers()
             if with_body:
-                self.wfile.write(body[: len(body) // 2] if given is None else given)
-            if given is None:
+                self.wfile.write(body[: len(body) // 2] if sent is None else sent)
+            if sent is None:
                 self.close_connection = True
 
         def handle(self) -> None:
@@ -104,7 +115,7 @@ def http_server(folder: Path) -> Iterator[Served]:
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """An S3 server of this process; its address."""
+    """Run an S3 server in this process; yields its address."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -1,4 +1,4 @@
-"""The Python interface: soft targets as tensors, and samples with the targets of their own pixels."""
+"""The Python interface: soft targets as tensors, and samples with the soft targets of their pixels."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tests.test_readme import Own
 
 @pytest.fixture
 def views(dump_config: DumpConfig) -> Cache:
+    """A cache of three views with embedded inputs."""
     return dump(replace(dump_config, views=3, augment="shift:1", embed_inputs=True))
 
 
@@ -36,11 +37,11 @@ def test_targets_are_those_of_the_rows_at_any_temperature(views: Cache) -> None:
     cache = softcache.open(views.path)
     rows = torch.tensor([5, 0, 299])
     for view, temperature in ((0, None), (2, 1.5)):
-        found = cache.targets(rows, view=view, temperature=temperature)
-        assert isinstance(found, torch.Tensor)
-        assert found.dtype == torch.float32
+        targets = cache.targets(rows, view=view, temperature=temperature)
+        assert isinstance(targets, torch.Tensor)
+        assert targets.dtype == torch.float32
         np.testing.assert_allclose(
-            found, views.rows(view, rows.numpy(), temperature), rtol=1e-4, atol=1e-4
+            targets, views.rows(view, rows.numpy(), temperature), rtol=1e-4, atol=1e-4
         )
     assert (len(cache), cache.classes, cache.views, cache.temperature) == (SAMPLES, 5, 3, 4.0)
     assert cache.content_id == views.content_id()
@@ -48,16 +49,18 @@ def test_targets_are_those_of_the_rows_at_any_temperature(views: Cache) -> None:
 
 def test_targets_of_few_classes_stay_sparse_and_can_be_made_dense(dump_config: DumpConfig) -> None:
     cache = softcache.open(dump(replace(dump_config, encoding="topk:2")).path)
-    found = cache.targets([1, 2])
-    assert isinstance(found, softcache.SparseTargets)
-    dense = softcache.to_dense(found)
+    sparse = cache.targets([1, 2])
+    assert isinstance(sparse, softcache.SparseTargets)
+    dense = softcache.to_dense(sparse)
     torch.testing.assert_close(dense.exp().sum(-1), torch.ones(2))
     labels = torch.tensor([0, 1])
-    loss = [
-        softcache.distillation_loss(torch.zeros(2, 5), t, labels, temperature=4.0, alpha=1.0).total
-        for t in (found, dense)
+    losses = [
+        softcache.distillation_loss(
+            torch.zeros(2, 5), targets, labels, temperature=4.0, alpha=1.0
+        ).total
+        for targets in (sparse, dense)
     ]
-    torch.testing.assert_close(*loss)
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize(
@@ -94,15 +97,15 @@ def test_every_target_is_what_the_teacher_says_of_these_pixels(
 ) -> None:
     teacher = import_callable(f"{teacher_file}:teacher", what="teacher")().eval()
     data = softcache.SoftLabelDataset(Own(), views.path)
-    seen = []
+    seen_labels = []
     for epoch in range(3):
         data.set_epoch(epoch)
         for inputs, labels, targets in DataLoader(data, batch_size=50):
             with torch.no_grad():
                 live = torch.log_softmax(teacher(inputs) / 4.0, -1)
             assert (live - targets).abs().max() < 2e-3
-            seen.append(labels)
-    np.testing.assert_array_equal(torch.cat(seen), np.tile(make_arrays()[1], 3))
+            seen_labels.append(labels)
+    np.testing.assert_array_equal(torch.cat(seen_labels), np.tile(make_arrays()[1], 3))
 
 
 def test_targets_of_another_epoch_would_be_noticed(views: Cache, teacher_file: Path) -> None:
@@ -119,9 +122,9 @@ def test_targets_of_another_epoch_would_be_noticed(views: Cache, teacher_file: P
 def test_one_sample_is_the_one_of_a_batch(views: Cache) -> None:
     data = softcache.SoftLabelDataset(None, softcache.open(views.path), temperature=2.0)
     batch = data.__getitems__([7, 3])
-    for place, index in enumerate((7, 3)):
-        for one, other in zip(data[index], batch[place], strict=True):
-            assert torch.equal(one, other)
+    for index, batch_item in zip((7, 3), batch, strict=True):
+        for tensor, batch_tensor in zip(data[index], batch_item, strict=True):
+            assert torch.equal(tensor, batch_tensor)
     assert len(data) == SAMPLES
 
 
@@ -130,30 +133,31 @@ def test_workers_give_the_same(workers: int, views: Cache) -> None:
     data = softcache.SoftLabelDataset(Own(), views.path)
     loader = DataLoader(data, batch_size=64, num_workers=workers)
     again = softcache.SoftLabelDataset(Own(), views.path)
-    for batch, wanted in zip(loader, DataLoader(again, batch_size=64), strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(batch, wanted, strict=True))
+    for batch, expected in zip(loader, DataLoader(again, batch_size=64), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, expected, strict=True))
 
 
 def test_mixed_samples_of_two_labels_count_as_unlabelled(dump_config: DumpConfig) -> None:
     cache = dump(replace(dump_config, views=2, augment="mixup"))
     data = softcache.SoftLabelDataset(Own(), cache.path)
     labels = np.array([int(data[i][1]) for i in range(SAMPLES)])
-    own = make_arrays()[1]
+    unmixed_labels = make_arrays()[1]
     assert 0.05 < (labels >= 0).mean() < 0.6
-    np.testing.assert_array_equal(labels[labels >= 0], own[labels >= 0])
+    np.testing.assert_array_equal(labels[labels >= 0], unmixed_labels[labels >= 0])
 
 
 def test_items_are_numbered_as_in_the_data_set(views: Cache) -> None:
-    own = Own()
+    reordered = Own()
     order = np.random.default_rng(0).permutation(SAMPLES)
-    own.images, own.labels = own.images[order], own.labels[order]
-    found, plain = (
-        softcache.SoftLabelDataset(data, views.path, rotate=False) for data in (own, None)
+    reordered.images, reordered.labels = reordered.images[order], reordered.labels[order]
+    data, embedded = (
+        softcache.SoftLabelDataset(dataset, views.path, rotate=False)
+        for dataset in (reordered, None)
     )
-    for item in (0, 7, 299):
-        assert int(found[item][1]) == int(own.labels[item])
-        for one, other in zip(found[item], plain[int(order[item])], strict=True):
-            assert torch.equal(one, other)
+    for index in (0, 7, 299):
+        assert int(data[index][1]) == int(reordered.labels[index])
+        for a, b in zip(data[index], embedded[int(order[index])], strict=True):
+            assert torch.equal(a, b)
 
 
 def test_other_samples_are_refused(views: Cache) -> None:
@@ -172,8 +176,8 @@ def test_raw_samples_may_be_floats_as_they_were_dumped(views: Cache) -> None:
 
 
 def test_it_can_go_to_another_process(views: Cache) -> None:
-    data = pickle.loads(pickle.dumps(softcache.open(views.path)))
-    assert data.content_id == views.content_id()
+    cache = pickle.loads(pickle.dumps(softcache.open(views.path)))
+    assert cache.content_id == views.content_id()
 
 
 # the module
@@ -192,7 +196,7 @@ def test_importing_it_does_not_import_torch() -> None:
         "import sys, softcache; print('torch' in sys.modules); softcache.open; "
         "print('torch' in sys.modules)"
     )
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert found.stdout.split() == ["False", "True"]
+    assert result.stdout.split() == ["False", "True"]

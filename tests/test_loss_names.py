@@ -29,26 +29,26 @@ def log_softmax(logits: Array) -> Array:
 
 
 def kl(p: Array, q: Array) -> Array:
-    found: Array = (p * (np.log(p) - np.log(q))).sum(-1)
-    return found
+    divergence: Array = (p * (np.log(p) - np.log(q))).sum(-1)
+    return divergence
 
 
 def decoupled(p: Array, q: Array, beta: float) -> Array:
-    """Equation 7 of Zhao et al., in the probabilities that its text names."""
+    """Equation 7 of Zhao et al., written out in probabilities."""
     rows = np.arange(BATCH)
     p_label, q_label = p[rows, LABELS], q[rows, LABELS]
-    whether = kl(np.stack([p_label, 1 - p_label], -1), np.stack([q_label, 1 - q_label], -1))
+    target = kl(np.stack([p_label, 1 - p_label], -1), np.stack([q_label, 1 - q_label], -1))
     others = np.array([[c for c in range(CLASSES) if c != label] for label in LABELS])
     p_others = np.take_along_axis(p, others, 1) / (1 - p_label)[:, None]
     q_others = np.take_along_axis(q, others, 1) / (1 - q_label)[:, None]
-    found: Array = whether + beta * kl(p_others, q_others)
-    return found
+    loss: Array = target + beta * kl(p_others, q_others)
+    return loss
 
 
 def squared(log_p: Array, log_q: Array) -> Array:
     centred = [x - x.mean(-1, keepdims=True) for x in (log_p, log_q)]
-    found: Array = ((centred[0] - centred[1]) ** 2).mean(-1) / 2
-    return found
+    loss: Array = ((centred[0] - centred[1]) ** 2).mean(-1) / 2
+    return loss
 
 
 ORACLES: dict[str, Callable[[Array, Array], Array]] = {
@@ -66,7 +66,7 @@ def logits(seed: int) -> Array:
 
 
 def sparse_targets(k: int = 3) -> SparseTargets:
-    """The largest k of each row, the rest spread; in the first row an id stands twice."""
+    """The largest k of each row, with the rest spread; the first row has one id twice."""
     log_p = torch.tensor(log_softmax(logits(1)))
     head, ids = log_p.topk(k, dim=-1)
     rest = torch.log((1 - head.exp().sum(-1)) / (CLASSES - k))
@@ -85,8 +85,8 @@ def test_every_loss_has_its_closed_form_here() -> None:
 def test_a_loss_is_its_closed_form(loss: str, temperature: float) -> None:
     student, teacher = logits(0), logits(1)
     log_p, log_q = log_softmax(teacher / temperature), log_softmax(student / temperature)
-    found = soft_loss(torch.tensor(student), torch.tensor(log_p), temperature, loss, LABELS)
-    assert float(found) == pytest.approx(ORACLES[loss](np.exp(log_p), np.exp(log_q)).mean())
+    value = soft_loss(torch.tensor(student), torch.tensor(log_p), temperature, loss, LABELS)
+    assert float(value) == pytest.approx(ORACLES[loss](np.exp(log_p), np.exp(log_q)).mean())
 
 
 @pytest.mark.parametrize("loss", SPARSE)
@@ -94,16 +94,18 @@ def test_of_sparse_targets_it_is_that_of_the_dense_ones(loss: str) -> None:
     student, sparse = torch.tensor(logits(0)), sparse_targets()
     dense = to_dense(sparse)
     torch.testing.assert_close(dense.exp().sum(-1), torch.ones(BATCH, dtype=torch.float64))
-    found = soft_loss(student, sparse, 1.0, loss, LABELS)
-    torch.testing.assert_close(found, soft_loss(student, dense, 1.0, loss, LABELS))
+    value = soft_loss(student, sparse, 1.0, loss, LABELS)
+    torch.testing.assert_close(value, soft_loss(student, dense, 1.0, loss, LABELS))
 
 
 def test_a_lost_tail_would_be_noticed() -> None:
     student, sparse = torch.tensor(logits(0)), sparse_targets()
     cut = SparseTargets(sparse.ids, sparse.log_probs, sparse.rest - 1, CLASSES)
     for loss in SPARSE:
-        one, other = (soft_loss(student, t, 1.0, loss, LABELS) for t in (sparse, cut))
-        assert abs(float(one - other)) > 1e-3, loss
+        whole, without_tail = (
+            soft_loss(student, targets, 1.0, loss, LABELS) for targets in (sparse, cut)
+        )
+        assert abs(float(whole - without_tail)) > 1e-3, loss
 
 
 @pytest.mark.parametrize("loss", ORACLES)
@@ -122,12 +124,12 @@ def test_its_gradient_is_that_of_finite_differences(loss: str) -> None:
     targets: list[Tensor | SparseTargets] = [torch.tensor(log_softmax(logits(1) / 2))]
     if loss != "mse":
         targets.append(sparse_targets())
-    for given in targets:
+    for target in targets:
 
-        def of(student: Tensor, given: Tensor | SparseTargets = given) -> Tensor:
-            return soft_loss(student, given, 2.0, loss, LABELS)
+        def value(student: Tensor, target: Tensor | SparseTargets = target) -> Tensor:
+            return soft_loss(student, target, 2.0, loss, LABELS)
 
-        assert torch.autograd.gradcheck(of, torch.tensor(logits(0), requires_grad=True))
+        assert torch.autograd.gradcheck(value, torch.tensor(logits(0), requires_grad=True))
 
 
 @pytest.mark.parametrize("loss", ORACLES)
@@ -135,9 +137,9 @@ def test_certain_teachers_and_far_logits_give_finite_losses_and_gradients(loss: 
     student = (30 * torch.tensor(logits(0)).float()).requires_grad_()
     certain = torch.full((BATCH, CLASSES), -1e5)
     certain[torch.arange(BATCH), LABELS] = 0.0
-    found = soft_loss(student, certain, 1.0, loss, LABELS)
-    found.backward()  # type: ignore[no-untyped-call]
-    assert found.isfinite()
+    value = soft_loss(student, certain, 1.0, loss, LABELS)
+    value.backward()  # type: ignore[no-untyped-call]
+    assert value.isfinite()
     assert student.grad is not None
     assert student.grad.isfinite().all()
 
@@ -161,23 +163,23 @@ def test_decoupled_with_the_mass_of_the_others_is_kl() -> None:
         log_p = torch.tensor(log_softmax(logits(1)[row : row + 1]))
         label = LABELS[row : row + 1]
         beta = 1 - float(log_p[0, label].exp())
-        found = soft_loss(student, log_p, 1.0, f"dkd:{beta!r}", label)
-        assert float(found) == pytest.approx(float(soft_loss(student, log_p, 1.0)))
+        value = soft_loss(student, log_p, 1.0, f"dkd:{beta!r}", label)
+        assert float(value) == pytest.approx(float(soft_loss(student, log_p, 1.0)))
 
 
 def test_the_jensen_shannon_divergence_is_symmetric_and_at_most_log_2() -> None:
-    one, other = (torch.tensor(log_softmax(20 * logits(seed))) for seed in (0, 1))
-    there, back = soft_loss(one, other, 1.0, "js"), soft_loss(other, one, 1.0, "js")
-    torch.testing.assert_close(there, back)
-    assert 0.3 < float(there) <= math.log(2)
+    p, q = (torch.tensor(log_softmax(20 * logits(seed))) for seed in (0, 1))
+    forward, backward = soft_loss(p, q, 1.0, "js"), soft_loss(q, p, 1.0, "js")
+    torch.testing.assert_close(forward, backward)
+    assert 0.3 < float(forward) <= math.log(2)
 
 
 @pytest.mark.parametrize(
     ("loss", "labels", "message"),
     [
-        ("dkd", None, "loss dkd takes the label of each sample apart"),
-        ("dkd", torch.tensor([0, 1, 2, 3, 4, -1]), "or ones without a label; use kl"),
-        ("dkd", MixedLabels(LABELS, LABELS, torch.zeros(BATCH)), "here are mixed samples"),
+        ("dkd", None, "loss dkd needs the label of every sample"),
+        ("dkd", torch.tensor([0, 1, 2, 3, 4, -1]), "or samples without a label; use kl"),
+        ("dkd", MixedLabels(LABELS, LABELS, torch.zeros(BATCH)), "this batch has mixed samples"),
     ],
 )
 def test_decoupled_without_plain_labels_is_refused(
@@ -189,7 +191,7 @@ def test_decoupled_without_plain_labels_is_refused(
 
 
 def test_the_squared_error_of_a_few_classes_is_refused() -> None:
-    with pytest.raises(SettingsError, match="mse compares the logits of all classes, and topk and"):
+    with pytest.raises(SettingsError, match="mse compares the logits of all classes, but topk and"):
         soft_loss(torch.tensor(logits(0)), sparse_targets(), 1.0, "mse")
 
 

@@ -104,9 +104,9 @@ def test_the_soft_loss_by_hand() -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
 def test_the_soft_loss_of_equal_distributions_is_zero(temperature: float, scale: float) -> None:
-    # the cross-entropy of p and p, which some call KL, is the entropy: not 0
+    # the cross-entropy of p with itself, which is sometimes called KL, is the entropy, not 0
     logits = scale * np.random.default_rng(0).normal(size=(BATCH, CLASSES))
-    moved = logits + np.arange(BATCH)[:, None]  # logits that differ by a constant are the same
+    moved = logits + np.arange(BATCH)[:, None]  # a constant added to the logits changes nothing
     assert float(loss_of(moved, logits, temperature=temperature).soft) == pytest.approx(0, abs=1e-6)
     assert np.abs(gradient(moved, logits, temperature=temperature, alpha=1.0)).max() < 1e-6
 
@@ -126,7 +126,7 @@ def test_it_is_a_mean_over_the_batch(student: Array, teacher: Array) -> None:
 
 
 def test_classes_that_the_teacher_gives_nothing_add_nothing() -> None:
-    # as the file stores them: the lowest float16 stands for a probability of 0
+    # as a cache stores them: the lowest float16 represents a probability of 0
     log_p = torch.tensor([[0.0, -65504.0, -65504.0]])
     logits = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
     loss = soft_loss(logits, log_p, 1.0)
@@ -162,13 +162,13 @@ def test_half_precision_is_computed_in_float32(
 # gradients
 
 
-def finite_differences(function: Any, at: Array, step: float = 1e-5) -> Array:  # noqa: ANN401
-    found = np.empty_like(at)
-    for place in np.ndindex(at.shape):
-        move = np.zeros_like(at)
-        move[place] = step
-        found[place] = (function(at + move) - function(at - move)) / (2 * step)
-    return found
+def finite_differences(function: Any, point: Array, step: float = 1e-5) -> Array:  # noqa: ANN401
+    differences = np.empty_like(point)
+    for index in np.ndindex(point.shape):
+        move = np.zeros_like(point)
+        move[index] = step
+        differences[index] = (function(point + move) - function(point - move)) / (2 * step)
+    return differences
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -179,8 +179,8 @@ def test_the_gradient_is_that_of_finite_differences(
     expected = finite_differences(
         lambda z: oracle(z, teacher, np.array(LABELS), temperature, alpha), student
     )
-    found = gradient(student, teacher, temperature=temperature, alpha=alpha)
-    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-4)
+    grad = gradient(student, teacher, temperature=temperature, alpha=alpha)
+    np.testing.assert_allclose(grad, expected, atol=1e-6, rtol=1e-4)
     assert np.abs(expected).max() > 0.01
 
 
@@ -188,8 +188,8 @@ def test_finite_differences_tell_one_temperature_from_another(
     student: Array, teacher: Array
 ) -> None:
     expected = finite_differences(lambda z: oracle(z, teacher, np.array(LABELS), 4.0, 0.9), student)
-    found = gradient(student, teacher, temperature=3.9, alpha=0.9)
-    assert not np.allclose(found, expected, atol=1e-6, rtol=1e-4)
+    grad = gradient(student, teacher, temperature=3.9, alpha=0.9)
+    assert not np.allclose(grad, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_the_factor_of_the_squared_temperature(student: Array, teacher: Array) -> None:
@@ -201,13 +201,13 @@ def test_the_factor_of_the_squared_temperature(student: Array, teacher: Array) -
 def test_the_gradient_keeps_its_size_as_the_temperature_grows(
     student: Array, teacher: Array
 ) -> None:
-    # Hinton et al. (arXiv 1503.02531), equation 4: for large T the soft gradient is, but for the
-    # factor 1 / T² that ours takes away, (z - v) / N of logits z and v with a mean of 0
+    # Hinton et al. (arXiv 1503.02531), equation 4: for large T the soft gradient is (z - v) / (N T²) for
+    # logits z and v with a mean of 0; our factor T² cancels the 1 / T²
     centred = [logits - logits.mean(-1, keepdims=True) for logits in (student, teacher)]
     expected = (centred[0] - centred[1]) / (CLASSES * BATCH)
     for temperature in (100.0, 400.0):
-        found = gradient(student, teacher, temperature=temperature, alpha=1.0)
-        np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+        grad = gradient(student, teacher, temperature=temperature, alpha=1.0)
+        np.testing.assert_allclose(grad, expected, atol=0.05 * np.abs(expected).max())
 
 
 def test_no_gradient_goes_to_the_teacher(student: Array, teacher: Array) -> None:
@@ -226,9 +226,9 @@ def test_unlabelled_samples_take_no_part_in_the_hard_loss(student: Array, teache
     labelled = torch.tensor(student[labels >= 0]).float()
     alone = hard_loss(labelled, torch.tensor(labels[labels >= 0]))
     assert float(loss_of(student, teacher).hard) == pytest.approx(float(alone), rel=1e-6)
-    found = gradient(student, teacher, alpha=0.0)
-    assert not found[labels < 0].any()
-    assert (found[labels >= 0] != 0).all()
+    grad = gradient(student, teacher, alpha=0.0)
+    assert not grad[labels < 0].any()
+    assert (grad[labels >= 0] != 0).all()
 
 
 def test_unlabelled_samples_take_part_in_the_soft_loss(student: Array, teacher: Array) -> None:
@@ -252,7 +252,7 @@ def test_a_batch_without_labels_has_a_hard_loss_of_zero_and_no_nan(
 
 
 def test_torchs_own_mean_would_be_nan_there(student: Array) -> None:
-    # so that the check above can fail
+    # shows that the test above can fail
     mean = torch.nn.functional.cross_entropy(
         torch.tensor(student), torch.full((BATCH,), -1), ignore_index=-1
     )
@@ -266,8 +266,8 @@ def test_alpha_one_listens_to_the_teacher_alone(student: Array, teacher: Array) 
     loss = loss_of(student, teacher, alpha=1.0)
     assert float(loss.hard) == 0
     for labels in (LABELS, [0] * BATCH):
-        found = gradient(student, teacher, labels=labels, alpha=1.0)
-        assert np.array_equal(found, gradient(student, teacher, labels=[-1] * BATCH, alpha=1.0))
+        grad = gradient(student, teacher, labels=labels, alpha=1.0)
+        assert np.array_equal(grad, gradient(student, teacher, labels=[-1] * BATCH, alpha=1.0))
 
 
 def test_alpha_zero_listens_to_the_labels_alone(student: Array, teacher: Array) -> None:
@@ -294,23 +294,23 @@ def test_at_temperature_one_a_certain_teacher_is_the_label(student: Array) -> No
 # labels of mixed samples
 
 PARTNERS = [3, 4, 0, -1, -100, 0]  # with LABELS, samples 0, 1 and 5 have both labels
-SHARES = [0.25, 0.9, 0.5, 0.5, 0.5, 0.0]
+WEIGHTS = [0.25, 0.9, 0.5, 0.5, 0.5, 0.0]  # partner weights, 1 - lambda
 
 
 def mixed(
-    own: list[int] = LABELS, partners: list[int] = PARTNERS, shares: list[float] = SHARES
+    own: list[int] = LABELS, partners: list[int] = PARTNERS, weights: list[float] = WEIGHTS
 ) -> MixedLabels:
-    return MixedLabels(torch.tensor(own), torch.tensor(partners), torch.tensor(shares))
+    return MixedLabels(torch.tensor(own), torch.tensor(partners), torch.tensor(weights))
 
 
 def mixed_oracle(student: Array, labels: MixedLabels) -> float:
-    """Cross-entropy with (1 - share) of one class and share of another, where both are known."""
+    """Mean cross-entropy with 1 - weight of one class and weight of another, where both are known."""
     log_q, losses = log_softmax(student), []
-    for row, own, partner, share in zip(log_q, *(part.tolist() for part in labels), strict=True):
+    for row, own, partner, weight in zip(log_q, *(part.tolist() for part in labels), strict=True):
         if own >= 0 and partner >= 0:
             target = np.zeros(CLASSES)
-            target[own] += 1 - share
-            target[partner] += share
+            target[own] += 1 - weight
+            target[partner] += weight
             losses.append(-(target * row).sum())
     return float(np.mean(losses))
 
@@ -323,7 +323,7 @@ def test_mixed_labels_are_those_of_the_closed_form(student: Array) -> None:
     assert hard_of(student, mixed()) == pytest.approx(mixed_oracle(student, mixed()), rel=1e-5)
 
 
-def test_a_share_taken_for_the_other_ones_would_be_noticed(student: Array) -> None:
+def test_exchanged_weights_would_be_noticed(student: Array) -> None:
     exchanged = mixed(PARTNERS, LABELS)
     assert mixed_oracle(student, exchanged) != pytest.approx(
         mixed_oracle(student, mixed()), rel=0.1
@@ -337,18 +337,19 @@ def test_the_mixed_loss_by_hand() -> None:
     assert float(hard_loss(logits, mixed([0], [2], [0.25]))) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(("share", "whose"), [(0.0, LABELS), (1.0, PARTNERS)])
-def test_a_share_of_zero_or_one_is_the_label_of_one(
-    student: Array, share: float, whose: list[int]
+@pytest.mark.parametrize(("weight", "labels"), [(0.0, LABELS), (1.0, PARTNERS)])
+def test_a_weight_of_zero_or_one_leaves_one_label(
+    student: Array, weight: float, labels: list[int]
 ) -> None:
-    both = [0, 1, 5]
-    found = hard_of(student, mixed(shares=[share] * BATCH))
-    assert found == pytest.approx(hard_oracle(student[both], np.array(whose)[both]), rel=1e-5)
+    labelled = [0, 1, 5]
+    loss = hard_of(student, mixed(weights=[weight] * BATCH))
+    expected = hard_oracle(student[labelled], np.array(labels)[labelled])
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_sample_mixed_with_one_of_its_class_is_of_that_class(student: Array) -> None:
-    found = hard_of(student, mixed(LABELS, LABELS))
-    assert found == pytest.approx(hard_of(student, torch.tensor(LABELS)), rel=1e-5)
+    loss = hard_of(student, mixed(LABELS, LABELS))
+    assert loss == pytest.approx(hard_of(student, torch.tensor(LABELS)), rel=1e-5)
 
 
 def test_mixed_samples_without_both_labels_give_zero_and_a_gradient_without_nan(
@@ -375,7 +376,7 @@ def test_the_gradient_of_mixed_labels_is_that_of_finite_differences(student: Arr
     logits = torch.tensor(student, dtype=torch.float32, requires_grad=True)
     hard_loss(logits, mixed()).backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
-    expected = finite_differences(lambda at: mixed_oracle(at, mixed()), student)
+    expected = finite_differences(lambda z: mixed_oracle(z, mixed()), student)
     np.testing.assert_allclose(logits.grad.double().numpy(), expected, atol=1e-5)
 
 
@@ -394,9 +395,12 @@ def test_mixed_labels_are_weighed_against_the_teacher_as_plain_ones_are(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, r"temperature is 0\.0, alpha 0\.7; expected a number above 0"),
+        (
+            {"temperature": 0.0},
+            r"temperature is 0\.0 and alpha is 0\.7; expected a temperature above 0",
+        ),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"alpha": 2.0}, r"alpha 2\.0; expected .* from 0 to 1"),
+        ({"alpha": 2.0}, r"alpha is 2\.0; expected .* alpha from 0 to 1"),
     ],
 )
 def test_numbers_out_of_range_are_refused(
@@ -409,8 +413,8 @@ def test_numbers_out_of_range_are_refused(
         )  # fmt: skip
 
 
-def test_other_shapes_are_told(student: Array, teacher: Array) -> None:
+def test_different_shapes_are_refused(student: Array, teacher: Array) -> None:
     with pytest.raises(
-        SettingsError, match=r"targets have shape \(6, 4\), logits \(6, 5\); expected th"
+        SettingsError, match=r"targets have shape \(6, 4\) and logits \(6, 5\); expected th"
     ):
         loss_of(student, teacher[:, :4])

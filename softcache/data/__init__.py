@@ -1,1 +1,1 @@
-"""Samples: sources by kind, their keys, augmentation and loading."""
+"""Samples: data sources of every kind, content keys, augmentation and loading."""

@@ -1,4 +1,4 @@
-"""The built-in augmentations, batched on tensors."""
+"""The built-in augmentations, on batches of images."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from softcache.util.counter_rng import Draws
 class Op(Protocol):
     """One augmentation of a batch of float images."""
 
-    draws: int  # random numbers it needs for a sample
+    draws: int  # random numbers that it needs for each sample
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        """Augmented images (B, C, H, W) from images (B, C, H, W) and draws (B, self.draws)."""
+        """Augment images (B, C, H, W) by draws (B, self.draws), uniform in [0, 1)."""
 
 
 @dataclass(frozen=True)
 class Shift:
-    """Move the image by up to `pixels` each way, in whole pixels; what comes in is zero."""
+    """Shift the image by up to `pixels` whole pixels in each direction, padding with zeros."""
 
     pixels: int
     draws = 2
@@ -38,8 +38,8 @@ class Shift:
         padded = torch.nn.functional.pad(images, [self.pixels] * 4)
         rows = offsets[:, 0, None] + torch.arange(height, device=device)  # (B, H)
         columns = offsets[:, 1, None] + torch.arange(width, device=device)  # (B, W)
-        samples = torch.arange(len(images), device=device)
-        moved = padded.movedim(1, -1)[samples[:, None, None], rows[:, :, None], columns[:, None]]
+        batch = torch.arange(len(images), device=device)
+        moved = padded.movedim(1, -1)[batch[:, None, None], rows[:, :, None], columns[:, None]]
         return moved.movedim(-1, 1)  # (B, C, H, W)
 
 
@@ -56,10 +56,10 @@ class Flip:
 
 @dataclass(frozen=True)
 class Crop:
-    """A random part of the image at the image's own size: random resized crop.
+    """Random resized crop, bilinear, resized to the size of the image.
 
-    Area uniform from `area` to 1 of the image, ratio of sides log-uniform from 3/4 to 4/3, place
-    uniform, bilinear: Szegedy et al., "Going deeper with convolutions" (arXiv 1409.4842), section 6.
+    The area is uniform from `area` to 1 of the image, the aspect ratio log-uniform from 3/4 to 4/3, the
+    position uniform: Szegedy et al., "Going deeper with convolutions" (arXiv 1409.4842), section 6.
     """
 
     area: float
@@ -71,7 +71,7 @@ class Crop:
         sides = np.minimum(
             np.sqrt(area[:, None] * np.stack([ratio, 1 / ratio], -1)), 1
         )  # (B, 2) x, y
-        centres = (1 - sides) * (2 * draws[:, 2:] - 1)  # in -1..1 from edge to edge
+        centres = (1 - sides) * (2 * draws[:, 2:] - 1)  # (B, 2) x, y; -1 and 1 are the edges
         matrix = np.zeros((len(draws), 2, 3), np.float32)
         matrix[:, [0, 1], [0, 1]], matrix[:, :, 2] = sides, centres
         grid = torch.nn.functional.affine_grid(
@@ -84,7 +84,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Jitter:
-    """Brightness, contrast and saturation times 1 - strength to 1 + strength, in this order."""
+    """Scale brightness, contrast and saturation, in this order, by 1 - strength to 1 + strength."""
 
     strength: float
     draws = 3
@@ -101,9 +101,9 @@ class Jitter:
 
 @dataclass(frozen=True)
 class Cutout:
-    """A square of `size` pixels becomes 0: DeVries and Taylor (arXiv 1708.04552).
+    """Set a square of `size` by `size` pixels to 0: DeVries and Taylor (arXiv 1708.04552).
 
-    Its centre is anywhere in the image, so that a part of it may lie outside.
+    The centre is anywhere in the image, so part of the square can lie outside it.
     """
 
     size: int
@@ -112,9 +112,9 @@ class Cutout:
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         height, width = images.shape[-2:]
         centres = torch.from_numpy((draws * [height, width]).astype(np.int64)).to(images.device)
-        low = centres - self.size // 2  # (B, 2)
+        corners = centres - self.size // 2  # (B, 2) top, left
         rows, columns = (
-            (torch.arange(length, device=images.device) - low[:, axis, None])
+            (torch.arange(length, device=images.device) - corners[:, axis, None])
             for axis, length in enumerate((height, width))
         )
         inside = ((rows >= 0) & (rows < self.size))[:, :, None]
@@ -124,11 +124,11 @@ class Cutout:
 
 @dataclass(frozen=True)
 class OpKind:
-    """An entry in the table of operations: how it is written, what it does, and how it is made."""
+    """An entry in the table of operations: how it is written, what it does and how it is made."""
 
     form: str
     meaning: str
-    make: Callable[[str], Op | None]  # from what stands behind the colon; None if that is invalid
+    make: Callable[[str], Op | None]  # from the text after the colon; None if that is invalid
 
 
 OPERATIONS = {
@@ -161,18 +161,18 @@ OPERATIONS = {
 
 
 def parse_op(part: str, spec: str) -> Op:
-    """The operation that `part` of an augmentation names.
+    """Make the operation that `part` of the augmentation `spec` describes.
 
     Raises:
-        SettingsError: there is no such operation, or its size is out of range.
+        SettingsError: the operation is unknown, or its size is out of range.
     """
     name, _, size = part.partition(":")
     op = OPERATIONS[name].make(size) if name in OPERATIONS else None
     if op is None:
         listed = ", ".join(kind.form for kind in OPERATIONS.values())
         raise SettingsError(
-            f"augmentation {part!r} in {spec!r} is unknown; expected {listed}, separated by commas; "
-            "before them FILE.py:CALLABLE, after them mixup"
+            f"augmentation {part!r} in {spec!r} is unknown; expected {listed}, separated by commas, "
+            "with FILE.py:CALLABLE first and mixup last if needed"
         )
     return op
 

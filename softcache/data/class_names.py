@@ -1,4 +1,4 @@
-"""Are the classes of two places the same, in the same order?"""
+"""Check that two data sets, caches or teachers have the same classes in the same order."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from softcache.errors import DataError
 
 
 def check_class_names(source: Source, names: Sequence[str], whose: str) -> None:
-    """Raise DataError if the classes of a source are not those of `names`, in their order.
+    """Raise DataError if a source does not have the classes `names`, in this order.
 
-    Where one of them names no classes, or only numbers them, there is nothing to compare.
+    If either side names no classes, or both only number them, there is nothing to compare.
+
+    Args:
+        whose: what `names` belong to, for the error message.
     """
-    mine = source.class_names
-    numbered = all(name.isdecimal() for name in (*mine, *names))
-    if not mine or not names or numbered or tuple(mine) == tuple(names):
+    source_names = source.class_names
+    numbered = all(name.isdecimal() for name in (*source_names, *names))
+    if not source_names or not names or numbered or tuple(source_names) == tuple(names):
         return
-    pairs = zip((*mine, "none"), (*names, "none"), strict=False)
-    at, (own, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    pairs = zip((*source_names, "none"), (*names, "none"), strict=False)
+    label, (source_name, name) = next(
+        (label, pair) for label, pair in enumerate(pairs) if pair[0] != pair[1]
+    )
     raise DataError(
-        f"{source.name} has {len(mine)} classes, and {whose} {len(names)}; class {at} is {own!r} in the one "
-        f"and {theirs!r} in the other: labels would be compared with other classes. Give both the same "
-        "classes, in the same order"
+        f"{source.name} has {len(source_names)} classes and {whose} has {len(names)}; class {label} is "
+        f"{source_name!r} in the first and {name!r} in the second, so labels would be compared with the "
+        "wrong classes; give both the same classes in the same order"
     )
 
 
 def all_class_names(cache: Cache) -> tuple[str, ...]:
-    """Every class of a cache by name."""
+    """The names of all classes of a cache."""
     return tuple(name.decode("utf-8", "replace") for name in cache.arrays["class_names"])

@@ -1,4 +1,4 @@
-"""The samples that a cache itself holds."""
+"""Samples embedded in a cache."""
 
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ from softcache.errors import SettingsError
 
 
 class CacheSource:
-    """The samples that a cache was made with --embed-inputs holds itself."""
+    """The samples of a cache that was dumped with --embed-inputs.
+
+    Raises:
+        SettingsError: the cache has no inputs.
+    """
 
     def __init__(self, cache: Cache) -> None:
         if not cache.header.embeds_inputs:
             raise SettingsError(
-                f"{cache.path} holds soft targets alone; name its samples, {cache.header.data}, with --data, "
-                "or dump it with --embed-inputs"
+                f"{cache.path} holds only soft targets; give its samples, {cache.header.data}, with --data, "
+                "or dump it again with --embed-inputs"
             )
         self.cache, self.name = cache, cache.header.data
         self.class_names = tuple(cache.class_names)
 
     def __reduce__(self) -> tuple[Callable[[Path], CacheSource], tuple[Path]]:
-        return _reopen, (self.cache.path,)  # a map of a file has no copy in another process
+        return _reopen, (self.cache.path,)  # a memory map cannot be pickled for another process
 
     def __len__(self) -> int:
         return self.cache.header.samples
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        at = np.asarray(indices, np.int64)
-        return torch.from_numpy(self.cache.arrays[INPUTS][at]), self.cache.labels[at]
+        rows = np.asarray(indices, np.int64)
+        return torch.from_numpy(self.cache.arrays[INPUTS][rows]), self.cache.labels[rows]
 
 
 def _reopen(path: Path) -> CacheSource:

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's `datasets`: a hub's, a save_to_disk folder, or Parquet and other files."""
+"""Hugging Face `datasets`: from the hub, a save_to_disk folder, or Parquet and other files."""
 
 from __future__ import annotations
 
@@ -22,50 +22,47 @@ from softcache.util.extras import import_extra
 from softcache.util.spec import Spec
 
 FILES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+LABELS = ("label", "labels")  # label columns to look for if no column is a ClassLabel
+FOLDERS = ("dataset_info.json", "dataset_dict.json")  # files that mark a save_to_disk folder
 
-LABELS = ("label", "labels")  # columns that are taken if no other says that it is one
-
-FOLDERS = ("dataset_info.json", "dataset_dict.json")  # of save_to_disk
-
-Table = Any  # a Dataset of the library
-
+Table = Any  # a datasets.Dataset
 Module = Any
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """Images, texts or numbers of one column, with the labels of another."""
+    """The images, texts or numbers of one column, with the labels of another."""
 
     name: str
-    dataset: Any = field(repr=False)  # of one column
+    dataset: Any = field(repr=False)  # a datasets.Dataset with one column
     column: str
     kind: str  # image, text or numbers
     labels: npt.NDArray[np.int64] = field(repr=False)
     class_names: tuple[str, ...]
     pixels: Pixels
-    length: int  # of texts, in characters
+    length: int  # of texts, in characters; longer texts are cut
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        at = np.asarray(indices, np.int64)
+        rows = np.asarray(indices, np.int64)
         try:
-            values = self.dataset[at.tolist()][self.column]
-        except Exception as error:  # what is stored may be no image
+            values = self.dataset[rows.tolist()][self.column]
+        except Exception as error:  # the stored bytes may not be an image
             raise DataError(
-                f"{self.name}: samples {at[0]} to {at[-1]} cannot be read "
+                f"{self.name}: samples {rows[0]} to {rows[-1]} cannot be read "
                 f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
             ) from error
-        for number, value in zip(at, values, strict=True):
+        for row, value in zip(rows, values, strict=True):
             if value is None:
-                raise DataError(f"{self.name}: sample {number} has no {self.column}")
-        return self._tensor(values, at), self.labels[at]
+                raise DataError(f"{self.name}: sample {row} has no {self.column}")
+        return self._tensor(values, rows), self.labels[rows]
 
-    def _tensor(self, values: Sequence[Any], at: npt.NDArray[np.int64]) -> Tensor:
+    def _tensor(self, values: Sequence[Any], rows: npt.NDArray[np.int64]) -> Tensor:
         if self.kind == "text":
             return text.encode(values, self.length)
-        names = [f"sample {number}" for number in at]
+        names = [f"sample {row}" for row in rows]
         if self.kind == "image":
             arrays = [as_array(value, self.pixels) for value in values]
             return torch.from_numpy(stack_images(arrays, names, self.name))
@@ -73,20 +70,20 @@ class HubSource:
             return torch.from_numpy(np.stack([np.asarray(value) for value in values]))
         except (ValueError, TypeError) as error:
             raise DataError(
-                f"{self.name}: {self.column} of samples {at[0]} to {at[-1]} have different shapes, or are no "
-                "numbers; expected one shape"
+                f"{self.name}: {self.column} of samples {rows[0]} to {rows[-1]} have different shapes, or "
+                "are not numbers; expected numbers of one shape"
             ) from error
 
 
 def open_hub_data(data: Spec) -> HubSource:
-    """Open a data set of the hub, a folder of save_to_disk, or a file.
+    """Open a data set from the hub, a save_to_disk folder or a file.
 
-    Options: input=COLUMN, label=COLUMN (`label=` for none), name=CONFIG, classes=X,Y; size= and
-    mode= of images; length= cuts texts at so many characters.
+    Options: input=COLUMN, label=COLUMN (`label=` for none), name=CONFIG, classes=X,Y; for images also
+    size= and mode=; for texts length=, the number of characters to cut them at.
 
     Raises:
-        SettingsError: a column or a split is not there, or must be named.
-        DataError: it cannot be loaded.
+        SettingsError: a column or a split does not exist, or must be named.
+        DataError: the data set cannot be loaded.
     """
     spec, options = f"hfds:{data.place}", data.options
     table = load(data.place, data.split, options.get("name"))
@@ -99,71 +96,79 @@ def open_hub_data(data: Spec) -> HubSource:
         )
     labels, names = _labels(table, label, options, spec)
     name = replace(data, split=data.split or DEFAULT_SPLIT).public_name
-    part = table.select_columns([column])
+    inputs = table.select_columns([column])
     return HubSource(
         name,
-        part.with_format("numpy") if kind == "numbers" else part,
+        inputs.with_format("numpy") if kind == "numbers" else inputs,
         column,
         kind,
         labels,
         names,
         parse_pixels(options, spec),
-        _length(part, column, options, spec) if kind == "text" else 0,
+        _length(inputs, column, options, spec) if kind == "text" else 0,
     )
 
 
 def load(place: str, split: str, config: str | None = None) -> Table:
-    """One split of a data set, as the library has it.
+    """Load one split of a data set.
+
+    Args:
+        place: a hub id, a folder or a file.
+        split: the split, which may be a slice such as `train[:1000]`; empty for train.
+        config: the configuration of a data set on the hub; None for the default.
+
+    Returns:
+        A `datasets.Dataset`.
 
     Raises:
-        SettingsError: it has no such split.
-        DataError: it cannot be loaded.
+        SettingsError: the data set has no such split.
+        DataError: the data set cannot be loaded.
     """
     datasets = import_extra("datasets", extra="data", what="hfds:")
-    path, wanted = Path(place).expanduser(), split or "train"
-    shown, quiet = datasets.is_progress_bar_enabled(), datasets.disable_progress_bars
-    quiet()
+    path, split_name = Path(place).expanduser(), split or "train"
+    bars_enabled = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
     try:
         if any((path / name).is_file() for name in FOLDERS):
-            return _slice(datasets, datasets.load_from_disk(str(path)), wanted, bool(split))
+            return _slice(datasets, datasets.load_from_disk(str(path)), split_name, bool(split))
         if path.is_file():
             if path.suffix not in FILES:
                 raise SettingsError(f"hfds:{place}: expected a folder or one of {', '.join(FILES)}")
-            return datasets.load_dataset(FILES[path.suffix], data_files=str(path), split=wanted)
+            return datasets.load_dataset(FILES[path.suffix], data_files=str(path), split=split_name)
         where = str(path) if path.is_dir() else place
-        return datasets.load_dataset(where, config, split=wanted)
+        return datasets.load_dataset(where, config, split=split_name)
     except SoftcacheError:
         raise
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises errors of many types
         raise DataError(
-            f"hfds:{place}@{wanted} cannot be loaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}); expected the id of a data set on the hub, a folder of "
-            "save_to_disk, or a file such as .parquet, and one of its splits"
+            f"hfds:{place}@{split_name} cannot be loaded ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}); expected a hub id, a save_to_disk folder or a file such "
+            "as .parquet, and one of its splits"
         ) from error
     finally:
-        if shown:
+        if bars_enabled:
             datasets.enable_progress_bars()
 
 
-def _slice(datasets: Module, found: Table, split: str, named: bool) -> Table:
-    """A split such as `train[:1000]` of what lies in a folder."""
+def _slice(datasets: Module, table: Table, split: str, named: bool) -> Table:
+    """A split such as `train[:1000]` of a save_to_disk folder."""
     base = split.partition("[")[0]
-    if isinstance(found, datasets.DatasetDict):
-        if base not in found:
-            raise SettingsError(f"the folder has no split {base!r}; it has {', '.join(found)}")
-        found = found[base]
-    elif named and found.split is not None and base != str(found.split):
-        raise SettingsError(f"the folder holds the split {str(found.split)!r}, not {base!r}")
+    if isinstance(table, datasets.DatasetDict):
+        if base not in table:
+            raise SettingsError(f"the folder has no split {base!r}; it has {', '.join(table)}")
+        table = table[base]
+    elif named and table.split is not None and base != str(table.split):
+        raise SettingsError(f"the folder holds the split {str(table.split)!r}, not {base!r}")
     if base == split:
-        return found
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute({base: len(found)})
+        return table
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({base: len(table)})
     rows = [
         np.arange(
-            0 if part.from_ is None else part.from_, len(found) if part.to is None else part.to
+            0 if part.from_ is None else part.from_, len(table) if part.to is None else part.to
         )
         for part in parts
     ]
-    return found.select(np.concatenate(rows))
+    return table.select(np.concatenate(rows))
 
 
 def _label_column(table: Table, options: Mapping[str, str], spec: str) -> str | None:
@@ -171,13 +176,14 @@ def _label_column(table: Table, options: Mapping[str, str], spec: str) -> str | 
         if options["label"]:
             _check_column(table, options["label"], spec)
         return options["label"] or None
-    found = [name for name, kind in table.features.items() if hasattr(kind, "str2int")]
-    found = found or [name for name in LABELS if name in table.features]
-    if len(found) > 1:
+    # only the library's ClassLabel has str2int
+    columns = [name for name, feature in table.features.items() if hasattr(feature, "str2int")]
+    columns = columns or [name for name in LABELS if name in table.features]
+    if len(columns) > 1:
         raise SettingsError(
-            f"{spec} has labels in columns {', '.join(found)}; say which with ?label=COLUMN"
+            f"{spec} has labels in columns {', '.join(columns)}; choose one with ?label=COLUMN"
         )
-    return found[0] if found else None
+    return columns[0] if columns else None
 
 
 def _input_column(
@@ -190,17 +196,16 @@ def _input_column(
         _check_column(table, options["input"], spec)
         return options["input"]
     kinds: dict[str, str | None] = {
-        name: _kind(kind) for name, kind in table.features.items() if name != label
+        name: _kind(feature) for name, feature in table.features.items() if name != label
     }
-    for wanted in ("image", "text", "numbers"):
-        found = [name for name, kind in kinds.items() if kind == wanted]
-        if len(found) == 1:
-            return found[0]
-        if found:
+    for preferred in ("image", "text", "numbers"):
+        columns = [name for name, kind in kinds.items() if kind == preferred]
+        if len(columns) == 1:
+            return columns[0]
+        if columns:
             break
     raise SettingsError(
-        f"{spec} has columns {', '.join(table.column_names)}; say which holds the input with "
-        "?input=COLUMN"
+        f"{spec} has columns {', '.join(table.column_names)}; choose the input with ?input=COLUMN"
     )
 
 
@@ -212,6 +217,7 @@ def _check_column(table: Table, column: str, spec: str) -> None:
 
 
 def _kind(feature: object) -> str | None:
+    """What a column holds: image, text or numbers; None for anything else."""
     if type(feature).__name__ == "Image":
         return "image"
     if getattr(feature, "dtype", None) in ("string", "large_string"):
@@ -234,22 +240,22 @@ def _labels(
     if label is None:
         return np.full(len(table), UNLABELLED, np.int64), ()
     names = tuple(getattr(table.features[label], "names", None) or ())
-    known = tuple(options["classes"].split(",")) if options.get("classes") else ()
+    given_names = tuple(options["classes"].split(",")) if options.get("classes") else ()
     column = table.select_columns([label]).with_format("arrow")[:].column(label)
-    labels, found = class_labels(column, known, f"{spec}: column {label!r}")
-    return labels, names or found
+    labels, column_names = class_labels(column, given_names, f"{spec}: column {label!r}")
+    return labels, names or column_names
 
 
-def _length(part: Table, column: str, options: Mapping[str, str], spec: str) -> int:
-    """Characters of the longest text, or the number at which they are cut."""
+def _length(table: Table, column: str, options: Mapping[str, str], spec: str) -> int:
+    """The option `length`, or by default the length of the longest text, in characters."""
     if "length" in options:
         if not re.fullmatch(r"[1-9]\d{0,6}", options["length"]):
             raise SettingsError(
-                f"{spec}: length {options['length']!r}; expected a number from 1 up"
+                f"{spec}: length {options['length']!r}; expected a whole number from 1 to 9999999"
             )
         return int(options["length"])
     compute = import_extra("pyarrow.compute", extra="data", what="hfds:")
     longest = 1
-    for batch in part.with_format("arrow").iter(10_000):
+    for batch in table.with_format("arrow").iter(10_000):
         longest = max(longest, compute.max(compute.utf8_length(batch.column(column))).as_py() or 1)
     return longest

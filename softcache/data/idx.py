@@ -1,4 +1,4 @@
-"""The IDX files of MNIST."""
+"""The IDX files of MNIST and data sets like it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from softcache.util.messages import one_line
 from softcache.util.spec import Spec
 
 STEMS = {"train": "train", "test": "t10k"}
-
 TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
 def open_idx(spec: Spec) -> ArraySource:
-    """Images and labels of one split, train or test."""
+    """Open the images and labels of one split, train or test.
+
+    Raises:
+        SettingsError: the split is neither train nor test.
+        DataError: a file is missing, damaged or not an IDX file.
+    """
     folder, split = spec.path, spec.split or DEFAULT_SPLIT
     if split not in STEMS:
         raise SettingsError(f"idx:{folder}@{split}: no such split; expected @train or @test")
@@ -44,16 +48,20 @@ def _idx_file(folder: Path, name: str) -> Path:
 
 
 def read_idx(path: Path) -> npt.NDArray[Any]:
-    """An IDX file: two zero bytes, type, rank, big-endian sizes, values (LeCun's MNIST page)."""
+    """Read an IDX file: two zero bytes, type, rank, big-endian sizes, values (LeCun's MNIST page).
+
+    Raises:
+        DataError: the file is damaged, or not an IDX file.
+    """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         zero, kind, rank = struct.unpack_from(">HBB", raw)
         if zero or kind not in TYPES:
-            raise DataError(f"{path} begins with {raw[:4].hex()}; it is no IDX file")
+            raise DataError(f"{path} begins with {raw[:4].hex()}; it is not an IDX file")
         shape = struct.unpack_from(f">{rank}I", raw, 4)
         values = np.frombuffer(raw, TYPES[kind], offset=4 + 4 * rank)
         return values.reshape(shape).astype(values.dtype.newbyteorder("="))
-    except DataError:  # which is a ValueError too
+    except DataError:  # it is a ValueError too
         raise
     except (struct.error, ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({one_line(error)}); fetch it again") from error
+        raise DataError(f"{path} is damaged ({one_line(error)}); download it again") from error

@@ -1,4 +1,4 @@
-"""Images of files and data sets as arrays of one size and one kind."""
+"""Images from files and data sets as arrays of one size and mode."""
 
 from __future__ import annotations
 
@@ -15,52 +15,50 @@ from softcache.errors import DataError, SettingsError
 from softcache.util.extras import import_extra
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-
 OPTIONS = ("size", "mode")
+MODES = {"rgb": "RGB", "grey": "L"}  # value of the option: Pillow's mode
 
-MODES = {"rgb": "RGB", "grey": "L"}
-
-Image = Any  # of Pillow
+Image = Any  # a PIL.Image.Image
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """What is made of every image, before anything else sees it."""
+    """The size and mode that every image is converted to when it is read."""
 
     size: tuple[int, int] | None = None  # height, width
-    crop: bool = False  # keep the ratio: the shorter side to the size, then the centre of it
-    mode: str | None = None  # of Pillow; None: grey stays grey, all else is RGB
+    crop: bool = False  # centre-crop a square first, so that the aspect ratio is kept
+    mode: str | None = None  # Pillow's mode; None keeps grey images grey and makes all others RGB
 
 
 def parse_pixels(options: Mapping[str, str], spec: str) -> Pixels:
-    """Of the options `size=256` (shorter side, then the centre), `size=192x256`, `mode=rgb|grey`.
+    """Parse `size=256` (resize the shorter side, crop the centre), `size=192x256` and `mode=rgb|grey`.
 
     Raises:
-        SettingsError: they are written otherwise.
+        SettingsError: an option has another form.
     """
     size, mode = options.get("size"), options.get("mode")
-    found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", size) if size else None
-    if size is not None and not found:
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", size) if size else None
+    if size is not None and not match:
         raise SettingsError(
-            f"{spec!r}: size {size!r}; expected size=N, the shorter side before a square is cut out of "
-            "the middle, or size=HEIGHTxWIDTH"
+            f"{spec!r}: size {size!r}; expected size=N (resize the shorter side to N, then crop the centre) "
+            "or size=HEIGHTxWIDTH"
         )
     if mode is not None and mode not in MODES:
         raise SettingsError(f"{spec!r}: mode {mode!r}; expected rgb or grey")
-    height = int(found[1]) if found else 0
+    height = int(match[1]) if match else 0
     return Pixels(
-        (height, int(found[2] or height)) if found else None,
-        crop=bool(found and not found[2]),
+        (height, int(match[2] or height)) if match else None,
+        crop=bool(match and not match[2]),
         mode=MODES[mode] if mode else None,
     )
 
 
 def read_image(path: Path, pixels: Pixels) -> npt.NDArray[Any]:
-    """An image file as as_array() gives it.
+    """Read an image file into an array, as `as_array` does.
 
     Raises:
-        SettingsError: Pillow is not there.
-        DataError: the file is no image.
+        SettingsError: Pillow is not installed.
+        DataError: the file cannot be read as an image.
     """
     image = import_extra("PIL.Image", extra="vision", what="reading images")
     try:
@@ -73,9 +71,9 @@ def read_image(path: Path, pixels: Pixels) -> npt.NDArray[Any]:
 
 
 def as_array(image: Image, pixels: Pixels) -> npt.NDArray[Any]:
-    """A grey image of 8 or 16 bits as (1, H, W), any other as RGB (3, H, W) of 8 bits."""
-    deep = image.mode.startswith("I;16")  # convert() would cut 16 bits off at 255
-    grey = deep or image.mode == "L"
+    """Convert an image to an array: grey to (1, H, W) uint8 or uint16, any other to RGB (3, H, W) uint8."""
+    # 16-bit grey stays as it is: convert() would clip its values at 255
+    grey = image.mode.startswith("I;16") or image.mode == "L"
     if pixels.mode or not grey:
         image = image.convert(pixels.mode or "RGB")
     if pixels.size:
@@ -85,12 +83,12 @@ def as_array(image: Image, pixels: Pixels) -> npt.NDArray[Any]:
 
 
 def _resized(image: Image, size: tuple[int, int], *, crop: bool) -> Image:
-    """Bilinear with antialiasing, as Pillow does it when it makes images smaller."""
+    """Resize bilinearly, with Pillow's antialiasing when the image gets smaller."""
     from PIL.Image import Resampling
 
     height, width = size
     box = None
-    if crop:  # the square in the middle, of which a square is made
+    if crop:
         side = min(image.size)
         left, top = ((length - side) / 2 for length in image.size)
         box = (left, top, left + side, top + side)
@@ -98,16 +96,21 @@ def _resized(image: Image, size: tuple[int, int], *, crop: bool) -> Image:
 
 
 def stack_images(images: list[npt.NDArray[Any]], names: list[str], where: str) -> npt.NDArray[Any]:
-    """Images (C, H, W) as one array (B, C, H, W).
+    """Stack images (C, H, W) into one array (B, C, H, W).
+
+    Args:
+        images: the arrays, one for each image.
+        names: the names of the images, for the error message.
+        where: the data set or folder that they come from, for the error message.
 
     Raises:
-        DataError: they have different sizes; the first that differs from the first is named.
+        DataError: an image differs from the first one in shape.
     """
     for image, name in zip(images, names, strict=True):
         if image.shape != images[0].shape:
             raise DataError(
-                f"{name} in {where} has shape {image.shape}, {names[0]} has {images[0].shape}; images of "
-                "one data set need one size and one kind: add ?size=256 (the shorter side, then the middle), "
-                "?size=256x256 or ?mode=rgb to it"
+                f"{name} in {where} has shape {image.shape}, {names[0]} has {images[0].shape}; all images of "
+                "a data set need the same size and mode: add ?size=256 (resize and crop the centre), "
+                "?size=256x256 or ?mode=rgb to its specification"
             )
     return np.stack(images)

@@ -1,4 +1,4 @@
-"""The keys by which a cache knows its samples."""
+"""Content keys, by which a cache recognises its samples."""
 
 from __future__ import annotations
 
@@ -22,5 +22,7 @@ def sample_keys(inputs: Tensor) -> npt.NDArray[np.uint64]:
     seed = xxhash.xxh3_64_intdigest(layout.encode())
     raw, size = rows.reshape(-1).view(np.uint8).data, rows[:1].nbytes
     digest = xxhash.xxh3_64_intdigest
-    keys = (digest(raw[at : at + size], seed) for at in range(0, len(rows) * size, size or 1))
+    keys = (
+        digest(raw[start : start + size], seed) for start in range(0, len(rows) * size, size or 1)
+    )
     return np.fromiter(keys, np.uint64, len(rows)) if size else np.full(len(rows), seed, np.uint64)

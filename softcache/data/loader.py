@@ -1,4 +1,4 @@
-"""Batches: what a loop asks of a source, and what it gets, in any order and any number of workers."""
+"""Requests for batches, and the loaders that answer them, in any order and with any number of workers."""
 
 from __future__ import annotations
 
@@ -23,29 +23,37 @@ from softcache.util.tensors import to_float
 
 @dataclass(frozen=True)
 class Request:
-    """What a loader is asked for: samples of the source, in one view."""
+    """A request for one batch of a source.
 
-    source_indices: Sequence[int]  # (B,)
+    Attributes:
+        source_indices: (B,) indices of the samples in the source.
+        view: one view for the whole batch, or (B,) one for each sample.
+        sample_ids: (B,) numbers of the samples in the augmentation's draws; by default `source_indices`.
+        partner_indices: (B,) indices in the source of the samples that mixup mixes in; empty without mixup.
+        raw: whether the batch also holds the inputs before the user's own transform.
+    """
+
+    source_indices: Sequence[int]
     view: Views = 0
-    sample_ids: npt.NDArray[np.int64] | None = None  # (B,) in the draws; by default source_indices
-    partner_indices: Sequence[int] = ()  # (B,) in the source, of those that mixup mixes in
-    raw: bool = False  # also as the source has them
+    sample_ids: npt.NDArray[np.int64] | None = None
+    partner_indices: Sequence[int] = ()
+    raw: bool = False
 
     def __len__(self) -> int:
         return len(self.source_indices)
 
 
 class Batch(NamedTuple):
-    """Samples as the source holds them, before they become floats."""
+    """Samples after the user's own transform, before they become floats."""
 
     source_indices: Tensor  # (B,) int64
-    sample_ids: Tensor  # (B,) int64, in the draws of the augmentation
-    inputs: Tensor  # (B, *shape), uint8 for images, else as the source gives them
-    labels: Tensor  # (B,) int64, UNLABELLED where there is none
-    keys: Tensor  # (B,) int64, the bits of sample_keys(); empty where they were not asked for
-    partners: Tensor  # (B, *shape), inputs of the partners; empty without
-    partner_labels: Tensor  # (B,) int64, their labels; empty without
-    raw: Tensor  # (B, *shape), inputs as the source has them; empty where they were not asked for
+    sample_ids: Tensor  # (B,) int64, numbers in the augmentation's draws
+    inputs: Tensor  # (B, *shape), uint8 for images, else the dtype of the source
+    labels: Tensor  # (B,) int64, UNLABELLED where there is no label
+    keys: Tensor  # (B,) int64, the bits of sample_keys(); empty unless requested
+    partners: Tensor  # (B, *shape), inputs of the partners; empty without mixup
+    partner_labels: Tensor  # (B,) int64, labels of the partners; empty without mixup
+    raw: Tensor  # (B, *shape), inputs before the user's transform; empty unless requested
 
 
 def loader(
@@ -60,9 +68,12 @@ def loader(
     """A DataLoader that fetches a whole batch at a time.
 
     Args:
-        batches: what each batch is to hold: a Request, or only indices.
-        augmentation: whose own transform, if the user gave one, is applied where samples are loaded.
-        keys: whether batches carry the samples' keys.
+        source: the source to fetch from.
+        batches: a Request or the source indices of each batch.
+        augmentation: if it has the user's own transform, this is applied in the worker processes.
+        workers: the number of worker processes; 0 loads in this process.
+        keys: whether the batches hold content keys.
+        pin_memory: whether the batches are copied into pinned memory.
     """
     return _loader(_Batches(source, keys, augmentation), batches, workers, pin_memory)
 
@@ -74,19 +85,29 @@ def joint_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[dict[int, Batch]]:
-    """The same over several sources: a batch is asked for, and comes, by the source's number."""
-    each = [_Batches(source, False, augmentation) for source, augmentation in parts]
-    return _loader(_JointBatches(each), batches, workers, pin_memory)
+    """A DataLoader over several sources.
+
+    Args:
+        parts: each source with its augmentation.
+        batches: for each joint batch, the Request to each part by the part's index.
+        workers: the number of worker processes; 0 loads in this process.
+        pin_memory: whether the batches are copied into pinned memory.
+
+    Returns:
+        A loader of joint batches: for each, the Batch of each part by the part's index.
+    """
+    datasets = [_Batches(source, False, augmentation) for source, augmentation in parts]
+    return _loader(_JointBatches(datasets), batches, workers, pin_memory)
 
 
 def _loader(
     dataset: Dataset[Any], batches: Sampler[Any] | Iterable[Any], workers: int, pin_memory: bool
 ) -> DataLoader[Any]:
-    as_is: Any = _as_is  # what __getitems__ gives is one batch already
-    wanted: Any = batches
+    batch_sampler: Any = batches
+    as_is: Any = _as_is  # __getitems__ returns a complete batch
     return _Loader(
         dataset,
-        batch_sampler=wanted,
+        batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=as_is,
         pin_memory=pin_memory,
@@ -95,13 +116,13 @@ def _loader(
 
 
 class _Loader(DataLoader[Any]):
-    """Raises softcache's own errors as they were raised in a worker, without its traceback."""
+    """Raises softcache's own errors from worker processes as they are, without a worker traceback."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
         for batch in batches:
             if isinstance(batch, SoftcacheError):
-                # workers that are left behind with the error would hold up what comes after it
+                # workers left running would block whatever comes after the error
                 self._iterator = None
                 getattr(batches, "_shutdown_workers", lambda: None)()
                 raise batch
@@ -115,11 +136,14 @@ def make_request(
     sample_ids: npt.NDArray[np.int64],
     source_index_of: npt.NDArray[np.int64] | None = None,
 ) -> Request:
-    """Ask for samples in a view, and for the partners that the augmentation mixes in.
+    """Request samples in a view, along with the partners that the augmentation mixes in.
 
     Args:
-        sample_ids: (B,) the ids of the samples at `source_indices`.
-        source_index_of: (all samples,) by sample id; None where the two are the same.
+        augmentation: chooses the partners.
+        source_indices: (B,) indices of the samples in the source.
+        view: one view for the whole batch, or (B,) one for each sample.
+        sample_ids: (B,) ids of the samples at `source_indices`.
+        source_index_of: (all samples,) the source index of each sample id; None if the two are equal.
     """
     partners = augmentation.partners(view, sample_ids)
     if partners is None:
@@ -135,21 +159,22 @@ def augmented(
     sample_ids: npt.NDArray[np.int64],
     device: torch.device,
 ) -> Tensor:
-    """The inputs of a batch as teacher and student see them in a view, (B, *shape), on `device`."""
+    """The inputs of a batch as teacher and student see them in a view, (B, *shape) float on `device`."""
     partners = to_float(batch.partners.to(device)) if len(batch.partners) else None
     return augmentation(to_float(batch.inputs.to(device)), partners, view, sample_ids)
 
 
 def sequential_batches(samples: int, batch_size: int) -> list[range]:
     """Every sample once, in order; the last batch may be smaller."""
-    return [range(a, min(a + batch_size, samples)) for a in range(0, samples, batch_size)]
+    starts = range(0, samples, batch_size)
+    return [range(start, min(start + batch_size, samples)) for start in starts]
 
 
 class ShuffledBatches(Sampler[Any]):
-    """Every sample once per epoch, in an order drawn from (seed, epoch) alone.
+    """Every sample once per epoch, in an order that depends on (seed, epoch) alone.
 
-    Of several processes, each gets its share of every batch. A last batch that gives one of them
-    fewer than two samples is left out: batch normalization has no variance of one sample.
+    Each process gets its share of every batch. A last batch is dropped if it would leave a process with
+    fewer than two samples, since batch normalization needs two.
     """
 
     def __init__(
@@ -161,16 +186,25 @@ class ShuffledBatches(Sampler[Any]):
         process: int = 0,
         processes: int = 1,
     ) -> None:
-        """`request` makes of samples (B,) and the epoch what the loader is asked for."""
+        """Prepare the batches of epoch 0.
+
+        Args:
+            samples: the number of samples.
+            batch_size: the number of samples in a batch of all processes together.
+            seed: the seed of the order.
+            request: makes the request to the loader from the samples (B,) and the epoch.
+            process: the rank of this process.
+            processes: the number of processes.
+        """
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
         self.epoch = self.first = 0
         self.process, self.processes = process, processes
-        last = samples % batch_size
-        self.drop_last = 0 < last < 2 * processes and samples > last and batch_size > 1
+        remainder = samples % batch_size
+        self.drop_last = 0 < remainder < 2 * processes and samples > remainder and batch_size > 1
         self.request = request or (lambda indices, epoch: Request(indices.tolist()))
 
     def set_epoch(self, epoch: int, first: int = 0) -> int:
-        """Go to an epoch, of which the batches before `first` are done; returns `first`."""
+        """Move to an epoch and skip its batches before `first`; returns `first`."""
         self.epoch, self.first = epoch, first
         return first
 
@@ -178,11 +212,11 @@ class ShuffledBatches(Sampler[Any]):
         return math.ceil(self.samples / self.batch_size) - int(self.drop_last)
 
     def weights(self) -> Iterator[float]:
-        """Of this process's share of each batch, so that the mean of all is that of the batch."""
+        """Loss weights of this process, by batch: the mean over processes is then the batch mean."""
         for step in range(self.first, len(self)):
             batch = min(self.batch_size, self.samples - step * self.batch_size)
-            own = len(range(self.process, batch, self.processes))
-            yield own * self.processes / batch
+            share = len(range(self.process, batch, self.processes))
+            yield share * self.processes / batch
 
     def __iter__(self) -> Iterator[Any]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
@@ -193,7 +227,7 @@ class ShuffledBatches(Sampler[Any]):
 
 
 class _Batches(Dataset[Batch]):
-    """The source as torch's fetcher wants it: one call of __getitems__ a batch."""
+    """A source as a Dataset whose __getitems__ is called once per batch by torch's fetcher."""
 
     def __init__(self, source: Source, keys: bool, augmentation: Augmentation | None) -> None:
         self.source, self.keys = source, keys
@@ -202,14 +236,17 @@ class _Batches(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, wanted: Request | Sequence[int]) -> Batch | SoftcacheError:
+    def __getitems__(self, request: Request | Sequence[int]) -> Batch | SoftcacheError:
         try:
-            return self.batch(wanted)
-        except SoftcacheError as error:  # torch would wrap it in the text of a traceback
+            return self.batch(request)
+        except (
+            SoftcacheError
+        ) as error:  # raised here, torch would wrap it in the text of a traceback
             return error
 
-    def batch(self, wanted: Request | Sequence[int]) -> Batch:
-        request = wanted if isinstance(wanted, Request) else Request(wanted)
+    def batch(self, request: Request | Sequence[int]) -> Batch:
+        """Fetch the samples of a request; plain indices are a request without a view."""
+        request = request if isinstance(request, Request) else Request(request)
         source_indices = np.asarray(request.source_indices, np.int64)
         sample_ids = source_indices
         if request.sample_ids is not None:
@@ -234,7 +271,7 @@ class _Batches(Dataset[Batch]):
 
 
 class _JointBatches(Dataset[dict[int, Batch]]):
-    """Several sources as torch's fetcher wants them."""
+    """Several sources as one Dataset, for joint batches."""
 
     def __init__(self, parts: Sequence[_Batches]) -> None:
         self.parts = parts
@@ -242,12 +279,12 @@ class _JointBatches(Dataset[dict[int, Batch]]):
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
-    def __getitems__(self, wanted: dict[int, Request]) -> dict[int, Batch] | SoftcacheError:
+    def __getitems__(self, requests: dict[int, Request]) -> dict[int, Batch] | SoftcacheError:
         try:
-            return {part: self.parts[part].batch(request) for part, request in wanted.items()}
+            return {part: self.parts[part].batch(request) for part, request in requests.items()}
         except SoftcacheError as error:
             return error
 
 
-def _as_is(batch: Any) -> Any:  # noqa: ANN401  # batches of either kind
+def _as_is(batch: Any) -> Any:  # noqa: ANN401  # a Batch or a joint batch
     return batch

@@ -13,12 +13,16 @@ from softcache.util.spec import Spec
 
 
 def open_npz(spec: Spec) -> ArraySource:
-    """Arrays x and y, or x_SPLIT and y_SPLIT."""
+    """Open the arrays x_SPLIT and y_SPLIT, or x and y for the train split; labels are optional.
+
+    Raises:
+        DataError: there is no such file, or it does not contain such arrays.
+    """
     path, split = spec.path, spec.split or DEFAULT_SPLIT
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise DataError(f"npz:{path} is no npz file; expected one that holds x and y")
+                raise DataError(f"npz:{path} is not an npz file; expected one that holds x and y")
             suffix = f"_{split}" if f"x_{split}" in arrays else ""
             if f"x{suffix}" not in arrays or (not suffix and split != DEFAULT_SPLIT):
                 raise DataError(
@@ -31,6 +35,6 @@ def open_npz(spec: Spec) -> ArraySource:
         raise MissingDataError(f"npz:{path}: no such file") from error
     except DataError:
         raise
-    except Exception as error:  # numpy's parsers raise many kinds on damaged files
+    except Exception as error:  # numpy raises errors of many types on damaged files
         raise DataError(f"npz:{path} cannot be read as arrays ({one_line(error)})") from error
     return array_source(replace(spec, split=split).public_name, inputs, labels)

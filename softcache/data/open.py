@@ -1,4 +1,4 @@
-"""Open a source of samples from its specification."""
+"""Open a data source from its specification."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def open_source(text: str) -> Source:
     """Open a data specification; `softcache help specs` lists the forms.
 
     Raises:
-        SettingsError: the specification has none of the known forms.
-        DataError: the files are missing, or are not what the form says.
+        SettingsError: the specification has no known form, or an invalid option.
+        DataError: the files are missing or invalid, or hold no samples.
     """
     spec = parse_data(text)
     source: Source = KINDS[spec.kind].load()(spec)

@@ -1,4 +1,4 @@
-"""What a source of samples is: inputs and labels by index, a batch at a time."""
+"""The interface of a data source: inputs and labels by index, a batch at a time."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from torch import Tensor
 from softcache.errors import DataError
 
 DEFAULT_SPLIT = "train"
-
-UNLABELLED = -1
+UNLABELLED = -1  # the label of a sample without one
 
 
 class Source(Protocol):
-    """Anything that gives samples by index, a batch at a time."""
+    """Anything that returns samples by index, a batch at a time."""
 
     @property
     def name(self) -> str:
-        """The specification without folders: what may be written into a shared file."""
+        """The specification without folders, safe to write into a shared file."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -32,12 +31,12 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        """Raw inputs (B, *shape) and labels (B,) of the samples at `indices`."""
+        """Raw inputs (B, *shape) and labels (B,) int64 of the samples at `indices` of the source."""
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Samples that lie in one array: `inputs` (N, *shape) and `labels` (N,)."""
+    """Samples in two arrays: `inputs` (N, *shape) and `labels` (N,)."""
 
     name: str
     inputs: npt.NDArray[Any]
@@ -48,13 +47,22 @@ class ArraySource:
         return len(self.inputs)
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        at = np.asarray(indices, np.int64)
-        return torch.from_numpy(self.inputs[at]), self.labels[at]
+        rows = np.asarray(indices, np.int64)
+        return torch.from_numpy(self.inputs[rows]), self.labels[rows]
 
 
 def array_source(
     name: str, inputs: npt.NDArray[Any], labels: npt.NDArray[Any] | None
 ) -> ArraySource:
+    """Make a source of arrays in any byte order and width.
+
+    Args:
+        inputs: (N, *shape), integers or floats.
+        labels: (N,) or (N, 1) integers; None if the samples are unlabelled.
+
+    Raises:
+        DataError: an array has another shape or dtype.
+    """
     if inputs.ndim < 2 or inputs.dtype.kind not in "uif":
         raise DataError(
             f"{name}: inputs are {inputs.dtype} of shape {inputs.shape}; expected numbers of shape "
@@ -65,11 +73,11 @@ def array_source(
     labels = labels.squeeze(1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.shape != (len(inputs),) or labels.dtype.kind not in "ui":
         raise DataError(
-            f"{name}: labels are {labels.dtype} of shape {labels.shape}; expected whole numbers of "
+            f"{name}: labels are {labels.dtype} of shape {labels.shape}; expected integers of "
             f"shape ({len(inputs)},), one for each input"
         )
     if inputs.dtype.kind == "u" and inputs.dtype.itemsize > 2:
-        inputs = inputs.astype(np.int64)  # torch computes with no wider unsigned types
+        inputs = inputs.astype(np.int64)  # torch cannot compute with wider unsigned dtypes
     if inputs.dtype.kind == "f" and inputs.dtype.itemsize > 8:
         inputs = inputs.astype(np.float64)
     inputs = inputs.astype(inputs.dtype.newbyteorder("="), copy=False)
@@ -79,11 +87,18 @@ def array_source(
 def check_labels(
     labels: npt.NDArray[np.int64], samples: npt.NDArray[np.int64], classes: int, source: Source
 ) -> None:
-    """Raise DataError if a label is neither a class nor UNLABELLED; (B,) each."""
-    wrong = np.flatnonzero((labels >= classes) | (labels < UNLABELLED))
-    if len(wrong):
-        at = int(wrong[0])
+    """Raise DataError if a label is neither a class nor UNLABELLED.
+
+    Args:
+        labels: (B,).
+        samples: (B,) numbers of the samples, for the error message.
+        classes: the number of classes.
+        source: the source that the labels come from, for the error message.
+    """
+    invalid = np.flatnonzero((labels >= classes) | (labels < UNLABELLED))
+    if len(invalid):
+        first = int(invalid[0])
         raise DataError(
-            f"{source.name}: sample {samples[at]} has label {labels[at]}; expected 0 to "
+            f"{source.name}: sample {samples[first]} has label {labels[first]}; expected 0 to "
             f"{classes - 1}, or {UNLABELLED} for none"
         )

@@ -1,4 +1,4 @@
-"""Which kinds of data there are, and how each is named on the command line."""
+"""The kinds of data sources, and how each is written on the command line."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from softcache.util.spec import (
 HUB_OPTIONS = ("input", "label", "name", "length", "classes", *IMAGE_OPTIONS)
 TABLE_OPTIONS = ("label", "inputs", "classes")
 
-# the handler takes the Spec and returns a Source
+# each handler takes a Spec and returns a Source
 KINDS = {
     "idx": Kind(
         "idx:DIR",
-        "IDX files under MNIST's own names, plain or gzipped",
+        "IDX files with MNIST's own names, plain or gzipped",
         "softcache.data.idx:open_idx",
     ),
     "npz": Kind(
@@ -65,29 +65,29 @@ KINDS = {
 
 
 def parse_data(text: str) -> Spec:
-    """Take a data specification apart; nothing is opened.
+    """Parse a data specification; nothing is opened.
 
     Raises:
-        SettingsError: it has none of the known forms, or an option that its kind does not take.
+        SettingsError: it has no known form, or an option that its kind does not take.
     """
-    where, _, split = text.rpartition("@")
-    if not where:
-        where, split = text, ""
-    name, _, rest = where.partition(":")
-    if not rest:
+    unsplit, _, split = text.rpartition("@")
+    if not unsplit:
+        unsplit, split = text, ""
+    name, _, place_and_options = unsplit.partition(":")
+    if not place_and_options:
         raise SettingsError(
-            f"data {text!r} is not a data specification; expected {forms(KINDS)}, each with @SPLIT at "
-            "the end if needed"
+            f"data {text!r} is not a data specification; expected {forms(KINDS)}, followed by @SPLIT "
+            "if needed"
         )
     if name.endswith(".py"):
-        place, attribute = split_callable(where)
+        place, attribute = split_callable(unsplit)
         return Spec(text, CODE, place, attribute, split=split)
     if name not in KINDS or name == CODE:
         raise SettingsError(
-            f"data {text!r} is of unknown kind {name!r}; expected {forms(KINDS)}, each with @SPLIT at "
-            "the end if needed"
+            f"data {text!r} is of unknown kind {name!r}; expected {forms(KINDS)}, followed by @SPLIT "
+            "if needed"
         )
-    place, options = split_options(rest)
+    place, options = split_options(place_and_options)
     kind = KINDS[name]
-    check_options(options, kind.options or (), where)
+    check_options(options, kind.options or (), unsplit)
     return Spec(text, name, place, options=options, split=split, file=kind.file)

@@ -1,4 +1,4 @@
-"""Tables of numbers, CSV and Parquet, as samples; and labels of a column of any kind."""
+"""CSV and Parquet tables of numbers as samples, and labels from a column of any type."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ from softcache.errors import DataError, MissingDataError, SettingsError
 from softcache.util.extras import import_extra
 from softcache.util.spec import Spec
 
-LABEL = "label"  # the column that is taken if none is named
+LABEL = "label"  # the label column if none is named
 
-Labels = tuple[npt.NDArray[np.int64], tuple[str, ...]]
-
-Column = Any  # of Arrow
-
-Table = Any  # of Arrow
-
+Labels = tuple[npt.NDArray[np.int64], tuple[str, ...]]  # labels (N,) and class names
+Column = Any  # a pyarrow.ChunkedArray
+Table = Any  # a pyarrow.Table
 Module = Any
 
 
 def read_table(
     kind: str, path: Path, options: Mapping[str, str]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], tuple[str, ...]]:
-    """Inputs (N, columns) float32, labels (N,) and names of classes of a table.
+    """Read the inputs, labels and class names of a table.
 
-    Options: label=COLUMN (`label=` for none), inputs=A,B (all others by default), classes=X,Y
-    (the names of the classes in order, if labels are words).
+    Options: label=COLUMN (`label=` for none), inputs=A,B (by default all other columns), classes=X,Y
+    (the class names in order, if the labels are words).
+
+    Args:
+        kind: csv or parquet.
+
+    Returns:
+        Inputs (N, columns) float32, labels (N,) int64, and the class names, empty if labels are numbers.
 
     Raises:
-        SettingsError: a column is not there, or no label is named.
-        DataError: the file is no such table, or a column holds something else than numbers.
+        SettingsError: a column does not exist, or the label column must be named.
+        DataError: the file cannot be read as a table, or a column holds anything but numbers.
     """
     spec = f"{kind}:{path}"
     table = _read(kind, path)
@@ -49,23 +52,29 @@ def read_table(
                 f"it has {', '.join(table.column_names)}"
             )
     if not inputs or not len(table):
-        raise DataError(f"{spec} has {len(table)} rows and {len(inputs)} columns of inputs")
+        raise DataError(
+            f"{spec} has {len(table)} rows and {len(inputs)} input columns; expected at least one of each"
+        )
     columns = [_numbers(table.column(name), f"{spec}: column {name!r}") for name in inputs]
     if label is None:
         return np.stack(columns, 1), np.full(len(table), UNLABELLED, np.int64), ()
-    known = tuple(options["classes"].split(",")) if options.get("classes") else ()
-    labels, names = class_labels(table.column(label), known, f"{spec}: column {label!r}")
+    classes = tuple(options["classes"].split(",")) if options.get("classes") else ()
+    labels, names = class_labels(table.column(label), classes, f"{spec}: column {label!r}")
     return np.stack(columns, 1), labels, names
 
 
-def class_labels(column: Column, known: tuple[str, ...], where: str) -> Labels:
-    """Labels (N,) of an Arrow column of whole numbers or of words; what is null has no label.
+def class_labels(column: Column, classes: tuple[str, ...], where: str) -> Labels:
+    """Labels (N,) from an Arrow column of whole numbers or words; a null is a missing label.
 
     Args:
-        known: the classes in order; else the words that occur, sorted.
+        classes: the class names in order; empty for the words of the column, sorted.
+        where: the column, for error messages.
+
+    Returns:
+        The labels and the class names.
 
     Raises:
-        DataError: the column holds something else, or a word that is no class.
+        DataError: the column holds other values, or a word that is not a class.
     """
     arrow = import_extra("pyarrow", extra="data", what="a table")
     compute = import_extra("pyarrow.compute", extra="data", what="a table")
@@ -73,20 +82,21 @@ def class_labels(column: Column, known: tuple[str, ...], where: str) -> Labels:
         column = column.cast(column.type.value_type)
     if arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type):
         words = [word.as_py() for word in compute.unique(column)]
-        names = known or tuple(sorted(word for word in words if word is not None))
-        odd = sorted(word for word in words if word is not None and word not in names)
-        if odd:
-            raise DataError(f"{where} has {odd[0]!r}; expected one of {', '.join(names)[:200]}")
-        places = compute.index_in(column, value_set=arrow.array(names, column.type))
-        return _filled(places, compute), names
+        names = classes or tuple(sorted(word for word in words if word is not None))
+        unknown = sorted(word for word in words if word is not None and word not in names)
+        if unknown:
+            raise DataError(f"{where} has {unknown[0]!r}; expected one of {', '.join(names)[:200]}")
+        labels = compute.index_in(column, value_set=arrow.array(names, column.type))
+        return _filled(labels, compute), names
     kinds = arrow.types
     if not (kinds.is_integer(column.type) or kinds.is_boolean(column.type)):
         numbers = _numbers(column, where)
         if not (numbers == numbers.round()).all():
             raise DataError(
-                f"{where} has {numbers[numbers != numbers.round()][0]}; no class number"
+                f"{where} has {numbers[numbers != numbers.round()][0]}, which is not a class number; "
+                "expected whole numbers from 0"
             )
-    return _filled(column.cast(arrow.int64()), compute), known
+    return _filled(column.cast(arrow.int64()), compute), classes
 
 
 def _filled(column: Column, compute: Module) -> npt.NDArray[np.int64]:
@@ -100,7 +110,7 @@ def _read(kind: str, path: Path) -> Table:
         raise MissingDataError(f"{kind}:{path}: no such file")
     try:
         return reader.read_csv(path) if kind == "csv" else reader.read_table(path)
-    except Exception as error:  # Arrow raises many kinds for a damaged file
+    except Exception as error:  # Arrow raises errors of many types on damaged files
         raise DataError(
             f"{kind}:{path} cannot be read as a table ({' '.join(str(error).split())[:300]})"
         ) from error
@@ -112,8 +122,8 @@ def _label_column(columns: list[str], options: Mapping[str, str], spec: str) -> 
     if LABEL in columns:
         return LABEL
     raise SettingsError(
-        f"{spec} has columns {', '.join(columns)}; say which is the label with ?label=COLUMN, or ?label= "
-        "if there is none"
+        f"{spec} has columns {', '.join(columns)}; name the label with ?label=COLUMN, or add ?label= if "
+        "there is none"
     )
 
 
@@ -124,20 +134,25 @@ def _numbers(column: Column, where: str) -> npt.NDArray[np.float32]:
         column = column.cast(arrow.int8())
     if not (kinds.is_integer(column.type) or kinds.is_floating(column.type)):
         raise DataError(
-            f"{where} holds {column.type}; expected numbers: choose the columns with ?inputs=A,B, texts are "
-            "for hfds:"
+            f"{where} holds {column.type}; expected numbers: choose the columns with ?inputs=A,B, or use "
+            "hfds: for texts"
         )
     if column.null_count:
         row = next(i for i, value in enumerate(column) if not value.is_valid)
-        raise DataError(f"{where} has no value in row {row}; expected a number in each")
+        raise DataError(f"{where} has no value in row {row}; expected a number in every row")
     return np.asarray(column.to_numpy(), np.float32)
 
 
 def open_table(spec: Spec) -> ArraySource:
-    """A table, whose rows are samples."""
+    """Open a table as a source with one sample per row.
+
+    Raises:
+        SettingsError: a split is given, a column does not exist, or the label column must be named.
+        DataError: the file cannot be read as a table of numbers.
+    """
     if spec.split:
         raise SettingsError(
-            f"{spec.kind}:{spec.place}@{spec.split}: a table has no splits; name a file for each"
+            f"{spec.kind}:{spec.place}@{spec.split}: a table has no splits; use one file per split"
         )
     inputs, labels, class_names = read_table(spec.kind, spec.path, spec.options)
     return ArraySource(spec.public_name, inputs, labels, class_names)

@@ -1,4 +1,4 @@
-"""Texts as tensors: a raw sample is its Unicode code points, so that any tokenizer can begin with it."""
+"""Texts as tensors: a raw sample is its Unicode code points, so any tokenizer can be applied to it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from torch import Tensor
 
 
 def encode(texts: Sequence[str], length: int) -> Tensor:
-    """Texts as code points (B, length) int64; longer ones are cut, shorter ones end in zeros."""
+    """Encode texts as code points (B, length) int64; longer ones are cut, shorter ones padded with 0."""
     points = np.array(texts, f"<U{length}").reshape(-1, 1).view("<i4")  # (B, length)
     return torch.from_numpy(points.astype(np.int64))
 
 
 def decode(points: Tensor) -> list[str]:
-    """The texts of code points (B, length), whole numbers of any type.
+    """Decode code points (B, length), integers of any dtype, into texts.
 
     Raises:
-        ValueError: these are no code points.
+        ValueError: the values are not code points.
     """
     if points.ndim != 2 or points.dtype.is_floating_point:
         raise ValueError(
-            f"inputs {tuple(points.shape)} of {points.dtype} are no texts; expected code points "
-            "(samples, length), as hfds: gives them of a column of texts"
+            f"inputs {tuple(points.shape)} of {points.dtype} are not texts; expected code points "
+            "(samples, length), as hfds: returns for a text column"
         )
     rows = points.cpu().numpy()
     if rows.size and (int(rows.min()) < 0 or int(rows.max()) > 0x10FFFF):
-        raise ValueError(f"{int(rows.max())} is no Unicode code point; these inputs are no texts")
+        value = int(rows.min()) if int(rows.min()) < 0 else int(rows.max())
+        raise ValueError(f"{value} is not a Unicode code point; these inputs are not texts")
     width = rows.shape[1]
     return [str(text) for text in np.ascontiguousarray(rows, "<i4").view(f"<U{width}")[:, 0]]

@@ -1,1 +1,1 @@
-"""Samples joined to rows of a cache, and the fingerprints that tell whether a view is replayed."""
+"""Samples joined to cache rows, and fingerprints that check that views are replayed exactly."""

@@ -1,4 +1,4 @@
-"""Is an augmented input still the one that the teacher saw? Fingerprints tell, before training."""
+"""Fingerprints: check before training that augmented inputs are still those that the teacher saw."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from softcache.data.source import Source
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.util.counter_rng import uniform
 
-FINGERPRINTED = 8  # samples of each view
-
+FINGERPRINTED = 8  # samples with fingerprints in each view
 TOLERANCE = 2e-3  # of the input's root mean square: far above float noise, far below another crop
 
 
 def software() -> dict[str, str]:
-    """Versions of what decides how inputs and logits come out."""
+    """Versions of the software that inputs and logits depend on."""
     return {
         "softcache": __version__,
         "torch": torch.__version__,
@@ -42,79 +41,92 @@ def fingerprints(
     source_indices: npt.NDArray[np.int64] | None = None,
     source_index_of: npt.NDArray[np.int64] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Fingerprints (views, F, FINGERPRINT) of samples in every view, and their inputs' size.
+    """Compute fingerprints of samples in every view.
 
     Args:
-        sample_ids: (F,) in the draws of the augmentation.
-        source_indices: (F,) in the source; by default the sample ids.
-        source_index_of: (all samples,) by sample id, among which mixup chooses.
+        source: the source of the samples.
+        augmentation: makes the views.
+        views: the numbers of the views.
+        sample_ids: (F,) numbers of the samples in the augmentation's draws.
+        source_indices: (F,) indices of the samples in the source; by default the sample ids.
+        source_index_of: (all samples,) the source index of each sample id, for mixup; None if they are equal.
 
     Returns:
-        The fingerprints, and the root mean square of each input (views, F).
+        The fingerprints (views, F, FINGERPRINT), and the root mean square of each input (views, F).
     """
     indices = (sample_ids if source_indices is None else source_indices).tolist()
     requests = [
         make_request(augmentation, indices, view, sample_ids, source_index_of) for view in views
     ]
-    found = np.empty((len(views), len(sample_ids), FINGERPRINT), np.float32)
-    sizes = np.empty((len(views), len(sample_ids)), np.float32)
-    for at, batch in enumerate(loader(source, requests, augmentation=augmentation)):
-        inputs = augmented(batch, augmentation, views[at], sample_ids, torch.device("cpu"))
-        found[at] = fingerprint(inputs)
-        sizes[at] = inputs.double().flatten(1).square().mean(1).sqrt().numpy()
-    return found, sizes
+    prints = np.empty((len(views), len(sample_ids), FINGERPRINT), np.float32)
+    rms = np.empty((len(views), len(sample_ids)), np.float32)
+    for row, batch in enumerate(loader(source, requests, augmentation=augmentation)):
+        inputs = augmented(batch, augmentation, views[row], sample_ids, torch.device("cpu"))
+        prints[row] = fingerprint(inputs)
+        rms[row] = inputs.double().flatten(1).square().mean(1).sqrt().numpy()
+    return prints, rms
 
 
 def reproducible_fingerprints(
     source: Source, augmentation: Augmentation, views: range, sample_ids: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """Fingerprints (views, F, FINGERPRINT) that come out the same in another order.
+    """Fingerprints (views, F, FINGERPRINT), computed twice, the second time in reverse order.
 
     Raises:
-        DataError: they do not, so the data or the augmentation cannot be replayed.
+        DataError: the two differ, so the data or the augmentation cannot be replayed.
     """
-    found, sizes = fingerprints(source, augmentation, views=views, sample_ids=sample_ids)
-    again, _ = fingerprints(
+    first, rms = fingerprints(source, augmentation, views=views, sample_ids=sample_ids)
+    second, _ = fingerprints(
         source, augmentation, views=views[::-1], sample_ids=sample_ids[::-1].copy()
     )
-    off = np.abs(found - again[::-1, ::-1]).max(-1)
-    unsteady = np.argwhere(~(off <= TOLERANCE * np.maximum(sizes, 1e-3)))
-    if len(unsteady):
-        view, place = map(int, unsteady[0])
+    differing = _differing(np.abs(first - second[::-1, ::-1]).max(-1), rms)
+    if len(differing):
+        view, number = map(int, differing[0])
         raise DataError(
-            f"sample {sample_ids[place]} of {source.name} in view {views[view]} comes out different "
-            "the second time: the data or the augmentation have a state of its own; draw only from "
-            "python's random, numpy.random and torch, which are seeded for each sample, and give data "
+            f"sample {sample_ids[number]} of {source.name} in view {views[view]} is different when it is "
+            "loaded again: the data or the augmentation has a random state of its own; draw only from "
+            "Python's random, numpy.random and torch, which are seeded for each sample, and give data "
             "without random transforms"
         )
-    return found
+    return first
+
+
+def _differing(
+    distances: npt.NDArray[np.float32], rms: npt.NDArray[np.float32]
+) -> npt.NDArray[np.intp]:
+    """Positions (D, 2), view and sample, where fingerprints (views, F) differ; NaN always does."""
+    return np.argwhere(~(distances <= TOLERANCE * np.maximum(rms, 1e-3)))
 
 
 def fingerprinted_rows(samples: int) -> npt.NDArray[np.int64]:
-    """Which samples get fingerprints: a few, spread evenly."""
+    """The cache rows (F,) that get fingerprints: a few, spread evenly over all samples."""
     return np.unique(np.linspace(0, samples - 1, FINGERPRINTED).astype(np.int64))
 
 
 def replayed(header: Header, own: str | None) -> Augmentation:
-    """The augmentation that made the cache's views.
+    """The augmentation that made a cache's views.
 
-    Built-in ones are known from the header. A callable of the user's own is never imported for a
-    name in a file: `own` must give it, and be what the header names.
+    Built-in augmentations are rebuilt from the header. Code that a header names is never imported: the user
+    must give the file in `own`.
+
+    Args:
+        header: the header of the cache.
+        own: the user's augmentation, which must be the one in the header; None or empty to use the header.
 
     Raises:
-        SettingsError: it is not given, or is another one.
+        SettingsError: the user's augmentation is missing, or is not the one in the header.
     """
     own = own or None
     if split_augment(own).public_name not in (None, header.augment):
         raise SettingsError(
             f"--augment {own} is not the cache's own ({header.augment or 'none'}): it would change the "
-            "pixels that the cached targets belong to; leave it out, or add it on top by "
-            "--extra-augment if you mean to"
+            "pixels that the cached targets belong to; leave it out, or add it on top with "
+            "--extra-augment"
         )
     if own is None and ".py:" in (header.augment or ""):
         raise SettingsError(
-            f"the cache was augmented by {header.augment}; give that file with --augment, code named "
-            "in a cache is never run by itself"
+            f"the cache was augmented by {header.augment}; give that file with --augment, since code "
+            "named in a cache is never run automatically"
         )
     return parse_augment(own or header.augment, seed=header.seed, total=header.data_samples)
 
@@ -126,32 +138,39 @@ def check_replay(
     source_indices: npt.NDArray[np.int64],
     source_index_of: npt.NDArray[np.int64],
 ) -> None:
-    """Raise DataError if an input of today is not the one that the teacher saw.
+    """Check that the inputs are still those that the teacher saw.
 
     Args:
-        source_indices: (samples,) index in `source` of each row of the cache.
-        source_index_of: (data_samples,) by sample id, among which mixup chooses.
+        cache: holds the fingerprints of the dump.
+        source: the data to train on.
+        augmentation: the augmentation to train with.
+        source_indices: (samples,) the source index of each cache row.
+        source_index_of: (data_samples,) the source index of each sample id, for mixup.
+
+    Raises:
+        DataError: an input differs from the one that the teacher saw.
+        FormatError: the cache has fingerprints of samples that it does not have.
     """
     header = cache.header
-    chosen = np.array(cache.arrays["fingerprinted"])
-    if chosen.min() < 0 or chosen.max() >= header.samples:
+    cache_rows = np.array(cache.arrays["fingerprinted"])  # (F,)
+    if cache_rows.min() < 0 or cache_rows.max() >= header.samples:
         raise FormatError(
-            f"{cache.path} has fingerprints of samples {chosen.min()} to {chosen.max()}; expected 0 to "
-            f"{header.samples - 1}: the file is damaged or forged, get it again"
+            f"{cache.path} has fingerprints of samples {cache_rows.min()} to {cache_rows.max()}; expected 0 "
+            f"to {header.samples - 1}: the file is damaged or forged, get it again"
         )
-    now, sizes = fingerprints(
+    current, rms = fingerprints(
         source,
         augmentation,
         views=header.view_range,
-        sample_ids=chosen + header.first_sample,
-        source_indices=source_indices[chosen],
+        sample_ids=cache_rows + header.first_sample,
+        source_indices=source_indices[cache_rows],
         source_index_of=source_index_of,
     )
-    off = np.abs(now - cache.arrays["fingerprints"][: header.views]).max(-1)  # (views, F)
-    drifted = np.argwhere(~(off <= TOLERANCE * np.maximum(sizes, 1e-3)))
-    if len(drifted):
-        view, number = map(int, drifted[0])
-        source_index = source_indices[chosen[number]]
+    distances = np.abs(current - cache.arrays["fingerprints"][: header.views]).max(-1)  # (views, F)
+    differing = _differing(distances, rms)
+    if len(differing):
+        view, number = map(int, differing[0])
+        source_index = source_indices[cache_rows[number]]
         versions = [
             f"{name} was {header.software.get(name)}, is {version}"
             for name, version in software().items()
@@ -159,16 +178,16 @@ def check_replay(
         ]
         raise DataError(
             f"sample {source_index} of {source.name} in view {header.first_view + view} is not what the "
-            f"teacher of {cache.path} saw (its fingerprint is off by {off[view, number]:.2g}): the "
+            f"teacher of {cache.path} saw (its fingerprint is off by {distances[view, number]:.2g}): the "
             "augmentation or the data's own transform has changed; "
             f"{'; '.join(versions) or 'no library version differs'}"
         )
 
 
 def fingerprint(inputs: Tensor) -> npt.NDArray[np.float32]:
-    """Projections on fixed random signs of inputs (F, *shape), (F, FINGERPRINT); see FORMAT.md."""
+    """Project inputs (F, *shape) onto fixed random signs, (F, FINGERPRINT) float32; see FORMAT.md."""
     rows = inputs.cpu().double().flatten(1).numpy()  # (F, n)
-    places = np.arange(rows.shape[1])
-    signs = [uniform(0, j, places, stream=0, draws=1)[:, 0] < 0.5 for j in range(FINGERPRINT)]
+    pixels = np.arange(rows.shape[1])
+    signs = [uniform(0, j, pixels, stream=0, draws=1)[:, 0] < 0.5 for j in range(FINGERPRINT)]
     projected = rows @ np.where(np.stack(signs, -1), 1.0, -1.0) / np.sqrt(rows.shape[1])
     return np.asarray(projected, np.float32)

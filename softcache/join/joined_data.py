@@ -1,4 +1,4 @@
-"""The samples of a source with what a cache says of them, and batches of both."""
+"""Samples joined to the soft targets of a cache, and training batches of both."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from softcache.types import Labels, MixedLabels, SparseTargets, Targets, Views
 from softcache.util.counter_rng import uniform
 from softcache.util.tensors import to_float
 
+Indices = npt.NDArray[np.int64]
+
 
 class TrainingBatch(NamedTuple):
-    """What a student sees of some samples, and what it is to say of them."""
+    """The inputs of a training step, with their labels and soft targets."""
 
     inputs: Tensor  # (B, *shape) float, augmented
     labels: Labels  # (B,)
@@ -33,19 +35,29 @@ class TrainingBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class JoinedData:
-    """The samples of a source that are learned from, and what a cache says of them.
+    """The training samples of a source, joined to the soft targets of a cache.
 
-    Without a cache there are labels alone, and every epoch is a view of its own.
+    Without a cache there are only labels, and every epoch is a view of its own.
+
+    Attributes:
+        source: the source of the inputs and labels.
+        source_indices: (N,) the index of each sample in the source.
+        sample_ids: (N,) the number of each sample in the augmentation's draws.
+        source_index_of: (all samples,) the source index of each sample id, for mixup; None if they are equal.
+        augmentation: makes the views.
+        classes: the number of classes.
+        cache: the cache with the soft targets; None for hard labels alone.
+        targets: fetches soft targets by view and cache row, at each temperature.
+        rotate: whether each sample starts with a view of its own, so that an epoch mixes all views.
     """
 
     source: Source
-    source_indices: Indices  # (N,) index of each sample in the source
-    sample_ids: Indices  # (N,) id of each sample in the draws of the augmentation
-    source_index_of: Indices | None  # (all samples,) by sample id, for mixup
+    source_indices: Indices
+    sample_ids: Indices
+    source_index_of: Indices | None
     augmentation: Augmentation
     classes: int
     cache: Cache | None = None
-    # by view and row of the cache, at each temperature
     targets: Callable[[Views, Indices], Mapping[float, Targets]] | None = None
     rotate: bool = True
 
@@ -53,7 +65,7 @@ class JoinedData:
         return len(self.source_indices)
 
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of one input."""
+        """The shape of one input, without the batch dimension."""
         return tuple(self.first_input().shape[1:])
 
     def first_input(self) -> Tensor:
@@ -62,10 +74,10 @@ class JoinedData:
         return to_float(self.augmentation.transformed(raw, self.views(0, first), first))
 
     def views(self, epoch: int, sample_ids: Indices) -> Views:
-        """The view in which each sample is seen in an epoch, one for all or (B,).
+        """The view of each sample in an epoch: one for the whole batch, or (B,) one for each sample.
 
-        All views of a cache in turn; if rotated, each sample begins with another one, so that an
-        epoch is a mixture of all views.
+        The views of a cache take turns. With rotation each sample starts with a view of its own, so that
+        an epoch is a mixture of all views.
         """
         if self.cache is None:
             return epoch
@@ -76,7 +88,7 @@ class JoinedData:
         return np.asarray(header.first_view + turn % header.views)
 
     def request(self, rows: Indices, epoch: int) -> Request:
-        """What to ask a loader for, for rows (B,) of the cache, or samples where there is none."""
+        """The request to a loader for cache rows (B,), or for samples (B,) if there is no cache."""
         source_indices, sample_ids = self.source_indices[rows].tolist(), self.sample_ids[rows]
         view = self.views(epoch, sample_ids)
         return make_request(
@@ -84,37 +96,40 @@ class JoinedData:
         )
 
     def training_batch(self, batch: Batch, epoch: int, device: torch.device) -> TrainingBatch:
-        """What came for a request of this epoch, augmented, with its labels and soft targets."""
+        """A batch requested in this epoch, augmented on `device`, with its labels and soft targets.
+
+        Raises:
+            DataError: a label is not a class.
+        """
         sample_ids = batch.sample_ids.numpy()
         view = self.views(epoch, sample_ids)
         check_labels(batch.labels.numpy(), batch.source_indices.numpy(), self.classes, self.source)
         inputs = augmented(batch, self.augmentation, view, sample_ids, device)
-        own = batch.labels.to(device)
-        labels: Labels = own
+        own_labels = batch.labels.to(device)
+        labels: Labels = own_labels
         if self.augmentation.mixup:
-            shares = torch.from_numpy(self.augmentation.partner_weights(view, sample_ids)).to(
-                device
-            )
-            labels = MixedLabels(own, batch.partner_labels.to(device), shares.float())
+            weights = torch.from_numpy(self.augmentation.partner_weights(view, sample_ids))
+            partner_labels = batch.partner_labels.to(device)
+            labels = MixedLabels(own_labels, partner_labels, weights.to(device).float())
         if self.cache is None or self.targets is None:
             return TrainingBatch(inputs, labels, {})
         header = self.cache.header
-        soft = self.targets(view - header.first_view, sample_ids - header.first_sample)
-        return TrainingBatch(inputs, labels, soft)
+        cache_rows = sample_ids - header.first_sample
+        return TrainingBatch(inputs, labels, self.targets(view - header.first_view, cache_rows))
 
 
 def concatenate_batches(batches: Sequence[TrainingBatch]) -> TrainingBatch:
-    """Batches of several data sets as one.
+    """Concatenate batches of several data sets.
 
     Raises:
-        DataError: their inputs have different shapes or types.
+        DataError: the inputs have different shapes or dtypes.
     """
     if len(batches) == 1:
         return batches[0]
     layouts = {(str(batch.inputs.dtype), tuple(batch.inputs.shape[1:])) for batch in batches}
     if len(layouts) > 1:
         raise DataError(
-            f"inputs of the data sets differ: {sorted(layouts)}; expected one shape and type"
+            f"inputs of the data sets differ: {sorted(layouts)}; expected the same shape and dtype"
         )
     return TrainingBatch(
         torch.cat([batch.inputs for batch in batches]),
@@ -127,41 +142,49 @@ def concatenate_batches(batches: Sequence[TrainingBatch]) -> TrainingBatch:
 
 
 def concatenate_targets(targets: Sequence[Targets]) -> Targets:
-    """Targets of several batches; sparse if all are, of the same number of ids."""
-    sparse = [one for one in targets if isinstance(one, SparseTargets)]
-    if len(sparse) == len(targets) and len({one.ids.shape[1] for one in sparse}) == 1:
+    """Concatenate targets; the result is sparse only if all are sparse with the same number of ids."""
+    sparse = [part for part in targets if isinstance(part, SparseTargets)]
+    if len(sparse) == len(targets) and len({part.ids.shape[1] for part in sparse}) == 1:
         return SparseTargets(
-            torch.cat([one.ids for one in sparse]),
-            torch.cat([one.log_probs for one in sparse]),
-            torch.cat([one.rest for one in sparse]),
+            torch.cat([part.ids for part in sparse]),
+            torch.cat([part.log_probs for part in sparse]),
+            torch.cat([part.rest for part in sparse]),
             sparse[0].classes,
         )
-    # a class that was not drawn has -inf, which would make 0 · -inf of a dense one
-    return torch.cat([to_dense(one).clamp(min=LOWEST) for one in targets])
+    # a class that was not drawn has -inf, which would become 0 · -inf in a dense loss
+    return torch.cat([to_dense(part).clamp(min=LOWEST) for part in targets])
 
 
 def concatenate_labels(labels: Sequence[Labels]) -> Labels:
-    """Labels of several batches; those that are not mixed count as mixed with nothing."""
-    plain = [one for one in labels if isinstance(one, Tensor)]
+    """Concatenate labels; if any are mixed, plain labels become mixed ones with partners of weight 0."""
+    plain = [part for part in labels if isinstance(part, Tensor)]
     if len(plain) == len(labels):
         return torch.cat(plain)
     mixed = [
-        MixedLabels(one, one, torch.zeros(len(one), device=one.device))
-        if isinstance(one, Tensor)
-        else one
-        for one in labels
+        MixedLabels(part, part, torch.zeros(len(part), device=part.device))
+        if isinstance(part, Tensor)
+        else part
+        for part in labels
     ]
-    return MixedLabels(*(torch.cat(part) for part in zip(*mixed, strict=True)))
+    return MixedLabels(*(torch.cat(parts) for parts in zip(*mixed, strict=True)))
 
 
 def hard_label_data(source: Source, augment: str | None, seed: int, classes: int) -> JoinedData:
-    """A source to learn from without a teacher."""
-    every = np.arange(len(source))
-    known = getattr(source, "labels", None)  # those of a Dataset come one by one
-    if known is not None:
-        check_labels(known, every, classes, source)
+    """A source to train on without a teacher.
+
+    Args:
+        source: the source of the inputs and labels.
+        augment: the specification of the augmentation; None for none.
+        seed: the seed of the augmentation.
+        classes: the number of classes.
+
+    Raises:
+        DataError: a label is not a class.
+        SettingsError: the augmentation is invalid.
+    """
+    indices = np.arange(len(source))
+    labels = getattr(source, "labels", None)  # a Dataset has none; its labels are checked by batch
+    if labels is not None:
+        check_labels(labels, indices, classes, source)
     augmentation = parse_augment(augment, seed=seed, total=len(source))
-    return JoinedData(source, every, every, every, augmentation, classes)
-
-
-Indices = npt.NDArray[np.int64]
+    return JoinedData(source, indices, indices, indices, augmentation, classes)

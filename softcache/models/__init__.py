@@ -1,1 +1,1 @@
-"""Students and teachers from a specification, their preprocessing and evaluation."""
+"""Students and teachers built from a specification, with their preprocessing and evaluation."""

@@ -10,16 +10,16 @@ from softcache.models.spec import KINDS, parse_model
 
 
 def build(text: str, *, input_shape: Sequence[int], classes: int) -> nn.Module:
-    """The model that a specification names, on the CPU; `softcache help specs` lists the forms.
+    """Build the model that a specification names, on the CPU; `softcache help specs` lists the forms.
 
     Args:
-        input_shape: shape of one input, without the batch.
-        classes: number of outputs of built-in architectures, and of the last layer of `hf:` and
+        input_shape: shape of one input, without the batch axis.
+        classes: number of outputs of the built-in architectures, and of the last layer of `hf:` and
             `timm:` models.
 
     Raises:
-        SettingsError: the specification has none of the known forms.
-        ModelError: what it names cannot be built.
+        SettingsError: `text` is not a model specification, or an option in it is invalid.
+        ModelError: the model cannot be built.
     """
     spec = parse_model(text)
     model: nn.Module = KINDS[spec.kind].load()(spec, input_shape, classes)

@@ -14,17 +14,17 @@ from softcache.util.spec import Spec
 
 
 def build_mlp(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Module:
-    """`mlp:800,800`."""
+    """Build `mlp:SIZES`, such as `mlp:800,800`."""
     return mlp(input_shape, _sizes(spec, "mlp:800,800"), classes)
 
 
 def build_cnn(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Module:
-    """`cnn:32x2,64x2`."""
+    """Build `cnn:WIDTHS`, such as `cnn:32x2,64x2`."""
     return cnn(_channels(spec, input_shape), _stages(spec), classes)
 
 
 def build_resnet(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Module:
-    """`resnet:20,16`."""
+    """Build `resnet:DEPTH,WIDTH`, such as `resnet:20,16`."""
     sizes = _sizes(spec, "resnet:20,16")
     if len(sizes) != 2 or sizes[0] < 8 or (sizes[0] - 2) % 6:
         raise SettingsError(
@@ -34,7 +34,7 @@ def build_resnet(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Mod
 
 
 def mlp(input_shape: Sequence[int], hidden: Sequence[int], classes: int) -> nn.Module:
-    """A multi-layer perceptron with ReLU on the flattened input."""
+    """A multilayer perceptron with ReLU, on flattened inputs."""
     layers: list[nn.Module] = [nn.Flatten()]
     width = int(torch.Size(input_shape).numel())
     for size in hidden:
@@ -44,50 +44,52 @@ def mlp(input_shape: Sequence[int], hidden: Sequence[int], classes: int) -> nn.M
 
 
 def cnn(channels: int, stages: Sequence[tuple[int, int]], classes: int) -> nn.Module:
-    """3x3 convolutions in stages of (width, how many); the last of a stage has stride 2.
+    """3x3 convolutions in stages of (width, repeats); the last one of each stage has stride 2.
 
-    Strides in place of pooling follow Springenberg et al., "Striving for simplicity: the all
-    convolutional net" (arXiv 1412.6806); the mean over all places goes to one linear layer.
+    Strides instead of pooling follow Springenberg et al., "Striving for simplicity: the all
+    convolutional net" (arXiv 1412.6806). Global average pooling and one linear layer come last.
     """
     layers: list[nn.Module] = []
     for width, repeats in stages:
-        for place in range(repeats):
-            layers.append(_conv_bn(channels, width, stride=2 if place == repeats - 1 else 1))
+        for index in range(repeats):
+            layers.append(_conv_bn(channels, width, stride=2 if index == repeats - 1 else 1))
             layers.append(nn.ReLU())
             channels = width
     return _channels_last(OrderedDict(features=nn.Sequential(*layers)), channels, classes)
 
 
 def resnet(channels: int, depth: int, width: int, classes: int) -> nn.Module:
-    """The residual network for CIFAR of He et al. (arXiv 1512.03385), section 4.2, 6n + 2 layers.
+    """The CIFAR residual network of He et al. (arXiv 1512.03385), section 4.2, with 6n + 2 layers.
 
     Shortcuts that change the shape are 1x1 convolutions (their option B).
     """
     layers: list[nn.Module] = [_conv_bn(channels, width, stride=1), nn.ReLU()]
     channels = width
     for stage in range(3):
-        for place in range((depth - 2) // 6):
+        for block in range((depth - 2) // 6):
             out = width * 2**stage
-            layers.append(_Residual(channels, out, stride=2 if stage and not place else 1))
+            layers.append(_Residual(channels, out, stride=2 if stage and not block else 1))
             channels = out
     return _channels_last(OrderedDict(features=nn.Sequential(*layers)), channels, classes)
 
 
 class _Residual(nn.Module):
+    """Two 3x3 convolutions with batch norm, and a shortcut around them."""
+
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
             _conv_bn(channels, width, stride), nn.ReLU(), _conv_bn(width, width, stride=1)
         )
-        same = stride == 1 and channels == width
-        self.shortcut = nn.Identity() if same else _conv_bn(channels, width, stride, kernel=1)
+        same_shape = stride == 1 and channels == width
+        self.shortcut = nn.Identity() if same_shape else _conv_bn(channels, width, stride, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.shortcut(x))
 
 
 class _ChannelsLast(nn.Module):
-    """Images in the memory layout in which convolutions are fastest; values are unchanged."""
+    """Puts images into the memory layout in which convolutions are fastest; values stay the same."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=torch.channels_last)
@@ -116,7 +118,7 @@ def _conv_bn(channels: int, width: int, stride: int, kernel: int = 3) -> nn.Modu
 def _sizes(spec: Spec, example: str) -> list[int]:
     sizes = spec.place.split(",")
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise SettingsError(f"model {spec.text!r}: expected sizes from 1 up, as in {example}")
+        raise SettingsError(f"model {spec.text!r}: expected sizes of at least 1, as in {example}")
     return [int(size) for size in sizes]
 
 
@@ -133,6 +135,6 @@ def _channels(spec: Spec, input_shape: Sequence[int]) -> int:
     if len(input_shape) != 3:
         raise ModelError(
             f"model {spec.text}: inputs of shape {tuple(input_shape)} are not images (channels, height, "
-            "width); use mlp:SIZES, or a model of your own"
+            "width); use mlp:SIZES or your own model"
         )
     return input_shape[0]

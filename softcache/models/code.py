@@ -1,4 +1,4 @@
-"""Models of a user's own: FILE.py:CALLABLE and package.module:CALLABLE."""
+"""Models from the user's own code: FILE.py:CALLABLE and package.module:CALLABLE."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from softcache.util.spec import Spec
 
 
 def build_from_code(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Module:
-    """The torch module that the callable returns.
+    """Return the torch module that the callable returns.
 
     Raises:
         SettingsError: the callable cannot be imported, or raises.
-        ModelError: it returns something else.
+        ModelError: the callable returns anything but a torch module.
     """
     model = call_code(spec)
     if not isinstance(model, nn.Module):
@@ -28,5 +28,9 @@ def build_from_code(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.
 
 
 def call_code(spec: Spec) -> Any:  # noqa: ANN401  # whatever it returns
-    """What the callable returns."""
+    """Import the callable, call it and return its result.
+
+    Raises:
+        SettingsError: the callable cannot be imported, or raises.
+    """
     return call_user(import_callable(spec.text, what="model"), what=f"model {spec.text}")

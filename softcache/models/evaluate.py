@@ -1,4 +1,4 @@
-"""Test errors of a model on labelled data."""
+"""Classification errors of a model on labelled data, and a digest that identifies the data."""
 
 from __future__ import annotations
 
@@ -21,13 +21,19 @@ BATCH = 1000
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How many of `samples` a model got wrong."""
+    """How many samples of a data set a model got wrong.
+
+    Attributes:
+        errors: number of samples whose largest logit is not that of their label.
+        samples: number of all samples.
+    """
 
     errors: int
     samples: int
 
     @cached_property
     def accuracy(self) -> float:
+        """Share of the samples that the model got right."""
         return 1 - self.errors / self.samples
 
 
@@ -38,7 +44,12 @@ def evaluate(
     device: torch.device,
     workers: int = 0,
 ) -> Evaluation:
-    """Errors of `model`, which is in eval mode, on all of `source`.
+    """Count the errors of `model`, already in eval mode, on every sample of `source`.
+
+    Args:
+        model: takes inputs (B, *shape) float32 on `device` and returns logits (B, C).
+        classes: number of classes C; labels must be below it.
+        workers: number of data loader processes.
 
     Raises:
         DataError: a sample has no label, or one out of range.
@@ -48,8 +59,10 @@ def evaluate(
     with torch.inference_mode():
         for batch in loader(source, sequential_batches(len(source), BATCH), workers=workers):
             if bool((batch.labels < 0).any()):
-                at = int(batch.source_indices[batch.labels < 0][0])
-                raise DataError(f"{source.name}: sample {at} has no label; errors need labels")
+                source_index = int(batch.source_indices[batch.labels < 0][0])
+                raise DataError(
+                    f"{source.name}: sample {source_index} has no label; evaluation needs labels"
+                )
             check_labels(batch.labels.numpy(), batch.source_indices.numpy(), classes, source)
             inputs = to_float(batch.inputs.to(device))
             try:
@@ -59,15 +72,15 @@ def evaluate(
             except Exception as error:  # a user's model may fail in any way
                 raise ModelError(
                     f"the model raised {type(error).__name__} on inputs {tuple(inputs.shape)} of "
-                    f"{source.name}: {' '.join(str(error).split())}; evaluation data need the shape "
-                    "of the training data"
+                    f"{source.name}: {' '.join(str(error).split())}; evaluation inputs need the "
+                    "same shape as training inputs"
                 ) from error
             errors += int((logits.argmax(-1).cpu() != batch.labels).sum())
     return Evaluation(errors, len(source))
 
 
 def data_digest(source: Source, workers: int = 0) -> str:
-    """A short name for the content of a data set: xxh3 over its keys and labels, in order."""
+    """Hash the content of a data set, 16 hex digits: xxh3 over its sample keys and labels, in order."""
     digest = xxhash.xxh3_64()
     for batch in loader(source, sequential_batches(len(source), BATCH), workers=workers):
         digest.update(sample_keys(batch.inputs).astype("<u8").tobytes())

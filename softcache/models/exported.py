@@ -1,4 +1,4 @@
-"""Exported programs of torch, FILE.pt2."""
+"""Programs saved by torch.export, FILE.pt2."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from softcache.util.spec import Spec
 
 
 def build_exported(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Module:
-    """The program in FILE.pt2; shape and classes are as it was exported.
+    """Load the program in FILE.pt2; its input shape and classes are those it was exported with.
 
     Raises:
-        ModelError: there is no such file, or it holds no exported program.
+        ModelError: there is no such file, or it is not an exported program.
     """
     path = spec.path
     if not path.is_file():
@@ -24,11 +24,11 @@ def build_exported(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.M
     try:
         return ExportedModel(torch.export.load(path).module())
     except Exception as error:  # a damaged archive fails in many ways
-        raise ModelError(f"model {path} is no exported program: {first_line(error)}") from error
+        raise ModelError(f"model {path} is not an exported program: {first_line(error)}") from error
 
 
 class ExportedModel(nn.Module):
-    """An exported program; it was exported in train or eval mode and cannot change it."""
+    """An exported program, which stays in the mode, train or eval, that it was exported in."""
 
     def __init__(self, program: nn.Module) -> None:
         super().__init__()
@@ -38,5 +38,6 @@ class ExportedModel(nn.Module):
         return self.program(inputs)  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> ExportedModel:
+        """Accept any mode, where torch's own module raises."""
         self.training = mode
         return self

@@ -1,4 +1,4 @@
-"""A model of transformers or timm behind one interface, from raw inputs to logits."""
+"""A model from transformers or timm behind one interface, from raw inputs to logits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from softcache.util.spec import Spec
 
 
 class HubModel(nn.Module):
-    """A model of a library, from raw inputs to logits.
+    """A library's model with its preprocessing, from raw inputs to logits.
 
-    class_names: what it calls its classes, in order; empty if it only numbers them.
+    Attributes:
+        model: the library's own module.
+        prepare: maps raw inputs (B, *shape) to what `model` takes.
+        class_names: the model's names of its classes, in order; empty if it only numbers them.
     """
 
     def __init__(
@@ -24,32 +27,32 @@ class HubModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.prepare, self.class_names = model, prepare, class_names
-        hooks: Any = self  # torch has no types for them
-        hooks.register_state_dict_post_hook(_own_names)
-        hooks.register_load_state_dict_pre_hook(_wrapped_names)
+        hooks: Any = self  # torch has no types for the hooks
+        hooks.register_state_dict_post_hook(_remove_prefix)
+        hooks.register_load_state_dict_pre_hook(_add_prefix)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Raw inputs (B, *shape) to logits (B, C)."""
         prepared = self.prepare(inputs)
-        found = self.model(**prepared) if isinstance(prepared, Mapping) else self.model(prepared)
-        return found if isinstance(found, Tensor) else found.logits
+        output = self.model(**prepared) if isinstance(prepared, Mapping) else self.model(prepared)
+        return output if isinstance(output, Tensor) else output.logits
 
 
-def _own_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Weights have the names that their library gives them: without `model.` before each."""
+def _remove_prefix(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Save weights under the names that the library uses, without the leading `model.`."""
     inner = f"{prefix}model."
     for name in [name for name in state if name.startswith(inner)]:
         state[prefix + name.removeprefix(inner)] = state.pop(name)
 
 
-def _wrapped_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """The way back, before they are loaded."""
+def _add_prefix(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Undo _remove_prefix() before weights are loaded."""
     for name in [name for name in state if name.startswith(prefix)]:
         state[f"{prefix}model.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 def option_value(written: str) -> Any:  # noqa: ANN401  # JSON
-    """A field as JSON, or as the text that it is."""
+    """The value of an option: parsed as JSON, or the text itself if it is not JSON."""
     try:
         return json.loads(written)
     except ValueError:
@@ -63,7 +66,7 @@ def library_errors(spec: Spec) -> Iterator[None]:
         yield
     except (ModelError, SettingsError):
         raise
-    except Exception as error:  # the libraries raise many kinds
+    except Exception as error:  # the libraries raise errors of many types
         missing = isinstance(error, OSError) and not spec.path.expanduser().exists()
         hint = f"; there is no folder {spec.place} here" if missing else ""
         raise ModelError(

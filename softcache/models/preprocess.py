@@ -1,7 +1,7 @@
-"""What a model does with images before its first layer, as a module: size, crop, normalization.
+"""Image preprocessing as a module: resize, crop and normalize, before a model's first layer.
 
-Batched, on the model's own device, and part of what is exported. Every student and teacher does its own,
-on the same view of the same raw image.
+It is batched, runs on the model's own device, and is part of what is exported. Every student and
+teacher prepares the same view of the same raw image in its own way.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from torch.nn import functional
 from softcache.errors import ModelError
 
 MODES = {"bilinear": "bilinear", "bicubic": "bicubic", "nearest": "nearest-exact"}
-
-RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # as Pillow counts them
-
-# steps of a processor that are not known here: what they would do must not be left out in silence
+RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+# a processor with any other step is refused: leaving the step out would silently change its images
 KNOWN_STEPS = {
     "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_flip_channel_order",
 }  # fmt: skip
@@ -28,22 +26,36 @@ KNOWN_STEPS = {
 
 @dataclass(frozen=True)
 class Steps:
-    """What is done, in this order; None: nothing."""
+    """Preprocessing steps, in the order in which they are applied.
 
-    resize: int | tuple[int, int] | None = None  # the shorter side, or height and width
-    interpolation: str = "bilinear"  # of MODES, antialiased
-    crop: tuple[int, int] | None = None  # of the centre, height and width
-    round_crop: bool = (
-        False  # half a pixel to the even one, as torchvision; else down, as transformers
-    )
-    scale: float = 1.0  # of values in [0, 1]
+    Attributes:
+        resize: target length of the shorter side, or height and width; None to keep the size.
+        interpolation: a key of MODES; bilinear and bicubic are antialiased.
+        crop: height and width of the center crop; None for no crop.
+        round_crop: whether a crop offset of half a pixel is rounded to even, as in torchvision, or
+            down, as in transformers.
+        scale: factor for values in [0, 1].
+        mean: mean of each channel, or empty for no normalization.
+        std: standard deviation of each channel.
+        flip_channels: whether RGB becomes BGR.
+    """
+
+    resize: int | tuple[int, int] | None = None
+    interpolation: str = "bilinear"
+    crop: tuple[int, int] | None = None
+    round_crop: bool = False
+    scale: float = 1.0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    flip_channels: bool = False  # BGR
+    flip_channels: bool = False
 
 
 class Preprocess(nn.Module):
-    """Images (B, C, H, W) float in [0, 1] as a model wants them; no weights."""
+    """Prepares images (B, C, H, W), floats in [0, 1], for a model; has no weights.
+
+    Args:
+        channels: number of channels that the model takes; grey images are repeated to that many.
+    """
 
     mean: Tensor
     std: Tensor
@@ -58,10 +70,10 @@ class Preprocess(nn.Module):
         steps = self.steps
         if images.ndim != 4 or images.is_floating_point() is False:
             raise ValueError(
-                f"inputs {tuple(images.shape)} of {images.dtype} are no images; expected floats "
+                f"inputs {tuple(images.shape)} of {images.dtype} are not images; expected floats "
                 "(samples, channels, height, width)"
             )
-        if images.shape[1] == 1 and self.channels > 1:  # grey as grey colours
+        if images.shape[1] == 1 and self.channels > 1:
             images = images.expand(-1, self.channels, -1, -1)
         if steps.resize is not None:
             images = resize(images, steps.resize, steps.interpolation)
@@ -75,61 +87,76 @@ class Preprocess(nn.Module):
 
 
 def resize(images: Tensor, size: int | tuple[int, int], interpolation: str) -> Tensor:
-    """Images (B, C, H, W) with antialiasing; of a single size, the shorter side comes to it."""
+    """Resize images (B, C, H, W), antialiased unless `interpolation` is nearest.
+
+    Args:
+        size: length of the shorter side, which keeps the aspect ratio, or height and width.
+        interpolation: a key of MODES.
+    """
     height, width = images.shape[-2:]
     if isinstance(size, int):
         short, long = min(height, width), max(height, width)
-        other = int(size * long / short)
-        size = (size, other) if height <= width else (other, size)
+        longer = int(size * long / short)
+        size = (size, longer) if height <= width else (longer, size)
     if size == (height, width):
         return images
     mode = MODES[interpolation]
-    smooth = interpolation != "nearest"
-    found = functional.interpolate(images, size=size, mode=mode, antialias=smooth)
-    return found.clamp(0, 1) if interpolation == "bicubic" else found  # which overshoots
+    antialias = interpolation != "nearest"
+    resized = functional.interpolate(images, size=size, mode=mode, antialias=antialias)
+    return resized.clamp(0, 1) if interpolation == "bicubic" else resized  # bicubic overshoots
 
 
 def center_crop(images: Tensor, size: tuple[int, int], *, rounded: bool = False) -> Tensor:
-    """The middle of images (B, C, H, W), with zeros around it where they are smaller."""
+    """Crop the center of images (B, C, H, W), with zeros around images that are smaller.
+
+    Args:
+        size: height and width of the crop.
+        rounded: round an offset of half a pixel to even instead of down.
+    """
     height, width = images.shape[-2:]
-    more = max(size[0] - height, 0), max(size[1] - width, 0)
-    if any(more):
-        top, left = -(-more[0] // 2), -(-more[1] // 2)
-        images = functional.pad(images, (left, more[1] - left, top, more[0] - top))
+    padding = max(size[0] - height, 0), max(size[1] - width, 0)
+    if any(padding):
+        top, left = -(-padding[0] // 2), -(-padding[1] // 2)
+        images = functional.pad(images, (left, padding[1] - left, top, padding[0] - top))
         height, width = images.shape[-2:]
-    halves = (height - size[0]) / 2, (width - size[1]) / 2
-    top, left = (round(half) if rounded else int(half) for half in halves)
+    offsets = (height - size[0]) / 2, (width - size[1]) / 2
+    top, left = (round(offset) if rounded else int(offset) for offset in offsets)
     return images[..., top : top + size[0], left : left + size[1]]
 
 
-def steps_of_processor(settings: Mapping[str, Any], who: str) -> Steps:
-    """The steps of an image processor of transformers, from its settings.
+def steps_of_processor(settings: Mapping[str, Any], what: str) -> Steps:
+    """The steps of a transformers image processor.
+
+    Args:
+        settings: the processor's to_dict().
+        what: name of the model in messages.
 
     Raises:
-        ModelError: it does something that is not known here.
+        ModelError: the processor does something that softcache does not support.
     """
     active = {name for name, value in settings.items() if name.startswith("do_") and value}
-    odd = sorted(active - KNOWN_STEPS)
-    odd += [name for name in ("rescale_offset", "include_top") if settings.get(name)]
-    if odd:
+    unsupported = sorted(active - KNOWN_STEPS)
+    unsupported += [name for name in ("rescale_offset", "include_top") if settings.get(name)]
+    if unsupported:
         raise ModelError(
-            f"{who}: its image processor does {', '.join(odd)}, which softcache does not; wrap the model in "
-            "a FILE.py:CALLABLE that does it"
+            f"{what}: its image processor uses {', '.join(unsupported)}, which softcache does not support; "
+            "wrap the model in a FILE.py:CALLABLE that does it"
         )
-    crop = _sides(settings.get("crop_size"), who) if "do_center_crop" in active else None
+    crop = _sides(settings.get("crop_size"), what) if "do_center_crop" in active else None
     size = settings.get("size")
-    share = settings.get("crop_pct")
+    fraction = settings.get("crop_pct")
     resized: int | tuple[int, int] | None = None
     if "do_resize" in active:
-        resized = _size(size, who)
-        if share and isinstance(resized, int):  # ConvNext's: large ones as they are, others cut
-            whole = (resized, resized)
-            resized, crop = (int(resized / share), whole) if resized < 384 else (whole, crop)
+        resized = _size(size, what)
+        # ConvNeXt resizes and crops below 384 pixels, and squashes from there on
+        if fraction and isinstance(resized, int):
+            square = (resized, resized)
+            resized, crop = (int(resized / fraction), square) if resized < 384 else (square, crop)
     rescale = settings.get("rescale_factor", 1 / 255) if "do_rescale" in active else 1.0
     normalized = "do_normalize" in active
     return Steps(
         resize=resized,
-        interpolation=_interpolation(settings.get("resample", 2), who),
+        interpolation=_interpolation(settings.get("resample", 2), what),
         crop=(crop, crop) if isinstance(crop, int) else crop,
         scale=_one_if_close(255 * float(rescale)),
         mean=_channels(settings["image_mean"]) if normalized else (),
@@ -138,22 +165,29 @@ def steps_of_processor(settings: Mapping[str, Any], who: str) -> Steps:
     )
 
 
-def steps_of_timm(settings: Mapping[str, Any], who: str) -> Steps:
-    """The steps of timm's data config for evaluation, from resolve_model_data_config().
+def steps_of_timm(settings: Mapping[str, Any], what: str) -> Steps:
+    """The evaluation steps of a timm model.
+
+    Args:
+        settings: the data config that resolve_model_data_config() returns.
+        what: name of the model in messages.
 
     Raises:
-        ModelError: it asks for something that is not known here.
+        ModelError: the config needs something that softcache does not support.
     """
     height, width = settings["input_size"][-2:]
-    share, mode = float(settings.get("crop_pct") or 1), settings.get("crop_mode") or "center"
+    fraction = float(settings.get("crop_pct") or 1)
+    mode = settings.get("crop_mode") or "center"
     if mode not in ("center", "squash"):
-        raise ModelError(f"{who}: crop mode {mode!r}; wrap the model in a FILE.py:CALLABLE")
-    resized: int | tuple[int, int] = (int(height / share), int(width / share))
+        raise ModelError(
+            f"{what}: crop mode {mode!r}; expected center or squash, or wrap the model in a FILE.py:CALLABLE"
+        )
+    resized: int | tuple[int, int] = (int(height / fraction), int(width / fraction))
     if mode == "center" and height == width:
-        resized = int(height / share)
+        resized = int(height / fraction)
     return Steps(
         resize=resized,
-        interpolation=_interpolation(settings.get("interpolation") or "bilinear", who),
+        interpolation=_interpolation(settings.get("interpolation") or "bilinear", what),
         crop=(height, width),
         round_crop=True,
         mean=_channels(settings["mean"]),
@@ -169,28 +203,32 @@ def _channels(values: float | Sequence[float]) -> tuple[float, ...]:
     return tuple(values) if isinstance(values, list | tuple) else (float(values),)  # type: ignore[arg-type]
 
 
-def _interpolation(name: object, who: str) -> str:
-    found = RESAMPLING.get(int(name)) if isinstance(name, int) else str(name)
-    if found not in MODES:
+def _interpolation(resample: object, what: str) -> str:
+    """The key of MODES for Pillow's number or timm's name."""
+    name = RESAMPLING.get(int(resample)) if isinstance(resample, int) else str(resample)
+    if name not in MODES:
         raise ModelError(
-            f"{who}: interpolation {name!r}; softcache knows {', '.join(MODES)}: wrap the model in a "
+            f"{what}: interpolation {resample!r}; expected {', '.join(MODES)}, or wrap the model in a "
             "FILE.py:CALLABLE"
         )
-    return found
+    return name
 
 
-def _sides(size: object, who: str) -> tuple[int, int]:
-    found = _size(size, who)
-    return (found, found) if isinstance(found, int) else found
+def _sides(size: object, what: str) -> tuple[int, int]:
+    parsed = _size(size, what)
+    return (parsed, parsed) if isinstance(parsed, int) else parsed
 
 
-def _size(size: Any, who: str) -> int | tuple[int, int]:  # noqa: ANN401  # JSON
-    """What is written as 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
+def _size(size: Any, what: str) -> int | tuple[int, int]:  # noqa: ANN401  # JSON
+    """Parse 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
     if isinstance(size, int):
         return size
-    known = {name: value for name, value in dict(size or {}).items() if value is not None}
-    if set(known) == {"height", "width"}:
-        return int(known["height"]), int(known["width"])
-    if set(known) == {"shortest_edge"}:
-        return int(known["shortest_edge"])
-    raise ModelError(f"{who}: size {known} of its image processor; wrap it in a FILE.py:CALLABLE")
+    sides = {name: value for name, value in dict(size or {}).items() if value is not None}
+    if set(sides) == {"height", "width"}:
+        return int(sides["height"]), int(sides["width"])
+    if set(sides) == {"shortest_edge"}:
+        return int(sides["shortest_edge"])
+    raise ModelError(
+        f"{what}: size {sides} of its image processor; expected height and width, or shortest_edge; wrap "
+        "the model in a FILE.py:CALLABLE"
+    )

@@ -1,4 +1,4 @@
-"""Image classifiers of timm."""
+"""Image classifiers from timm."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from softcache.util.spec import Spec
 
 
 def build_timm(spec: Spec, input_shape: Sequence[int], classes: int | None) -> HubModel:
-    """The model of that name; options other than `pretrained` go to timm.create_model().
+    """Build a timm model; options other than `pretrained` are passed to timm.create_model().
 
     Args:
-        classes: number of outputs; None keeps the trained ones.
+        classes: number of outputs; None keeps those of the pretrained model.
+
+    Raises:
+        SettingsError: timm is not installed.
+        ModelError: the model cannot be built, or its preprocessing is not supported.
     """
-    who = f"model {spec.text}"
-    timm = import_extra("timm", extra="timm", what=who)
+    what = f"model {spec.text}"
+    timm = import_extra("timm", extra="timm", what=what)
     options = {name: option_value(value) for name, value in spec.options.items()}
     options.pop("pretrained", None)
     if classes is not None:
@@ -27,6 +31,6 @@ def build_timm(spec: Spec, input_shape: Sequence[int], classes: int | None) -> H
         model = timm.create_model(spec.place, pretrained=is_pretrained(spec), **options)
         settings = dict(timm.data.resolve_model_data_config(model))
         side = options.get("img_size")
-        if isinstance(side, int):  # timm's data config does not know of it
+        if isinstance(side, int):  # which timm's data config ignores
             settings["input_size"] = (settings["input_size"][0], side, side)
-        return HubModel(model, Preprocess(steps_of_timm(settings, who), settings["input_size"][0]))
+        return HubModel(model, Preprocess(steps_of_timm(settings, what), settings["input_size"][0]))

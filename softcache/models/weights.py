@@ -1,4 +1,4 @@
-"""Weights from a file; nothing in it is run."""
+"""Weights from a file, read without running any code in it, and hashes of them."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from softcache.util.messages import first_line
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load safetensors, or a checkpoint of tensors as torch.save writes it (weights_only).
+    """Load weights from safetensors, or from a torch.save() checkpoint with weights_only=True.
 
     Raises:
-        ModelError: no such file, not such a file, or its names or shapes do not fit the model.
+        ModelError: the file does not exist or cannot be read, or its names or shapes do not fit the
+            model.
     """
     state = read_weights(path)
-    wanted = model.state_dict()
+    expected = model.state_dict()
     problems = [
-        *(f"{name} is missing" for name in wanted if name not in state),
-        *(f"{name} is not in the model" for name in state if name not in wanted),
+        *(f"{name} is missing" for name in expected if name not in state),
+        *(f"{name} is not in the model" for name in state if name not in expected),
         *(
-            f"{name} is {tuple(state[name].shape)} in the file, {tuple(wanted[name].shape)} "
+            f"{name} is {tuple(state[name].shape)} in the file, {tuple(expected[name].shape)} "
             "in the model"
-            for name in wanted
-            if name in state and state[name].shape != wanted[name].shape
+            for name in expected
+            if name in state and state[name].shape != expected[name].shape
         ),
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ModelError(
             f"weights {path} do not fit the model: {'; '.join(problems[:5])}{more}; "
-            "check the model's specification against the one the weights were made with"
+            "use the specification of the model that the weights were saved from"
         )
     model.load_state_dict(state)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by name; nothing in it is run.
+    """Read the tensors of a weights file by name; no code in it is run.
 
     Raises:
-        ModelError: no such file, or it holds anything but tensors.
+        ModelError: the file does not exist, or holds anything but tensors.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -60,33 +61,35 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # torch raises pickle's own errors for what weights_only refuses
         raise ModelError(
-            f"weights {path} hold more than tensors, which is never loaded; save model.state_dict() "
-            "alone, best as safetensors"
+            f"weights {path} hold more than tensors, which softcache never loads; save "
+            "model.state_dict() alone, preferably as safetensors"
         ) from error
     for nested in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(nested), dict):
             state = state[nested]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ModelError(f"weights {path} hold no state dict; expected tensors by name")
+        raise ModelError(f"weights {path} are not a state dict; expected tensors by name")
     return _plain_names(state)
 
 
 def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix that DistributedDataParallel puts before every name."""
+    """Remove the prefix that DistributedDataParallel adds to every name."""
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parameter_count(model: nn.Module) -> int:
+    """Number of scalars in all parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def state_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and values of the model's parameters and buffers."""
+    """SHA-256 over the names, dtypes, shapes and values of parameters and buffers, in hex."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,1 +1,1 @@
-"""What only a dump needs: a checked teacher, ensembles, ONNX files, numpy functions, matrices."""
+"""What only a dump needs: checked teachers, ensembles, ONNX files, numpy functions and matrices."""

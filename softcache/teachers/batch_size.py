@@ -1,4 +1,4 @@
-"""The batch size that is fastest and fits into memory."""
+"""Find the batch size at which a teacher is fastest and still fits into memory."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from torch import Tensor
 from softcache.errors import ModelError
 from softcache.teachers.teacher import is_out_of_memory
 
-LARGEST_BATCH = 4096  # that is tried
-
-GAIN = 1.05  # in rows/s, for which a batch of double the size is worth its memory
+LARGEST_BATCH = 4096  # the largest one tried
+GAIN = 1.05  # the smallest speedup in rows/s for which doubling the batch is worth its memory
 
 
 def fastest_batch(teacher: Callable[[Tensor], Tensor], sample: Tensor) -> int:
-    """The batch size, doubled from 32 on, beyond which rows/s no longer grow or memory ends.
+    """Double the batch size from 32 until rows/s stop growing or memory runs out; return the best.
 
     Args:
-        sample: (1, *shape).
+        teacher: the function to time, from inputs (B, *shape) to a tensor.
+        sample: (1, *shape), repeated to fill each batch.
+
+    Returns:
+        The batch size in samples; 1 if even 32 do not fit.
+
+    Raises:
+        ModelError: the teacher fails for a reason other than memory.
     """
     best, best_rate, size = 1, 0.0, 32
     while size <= LARGEST_BATCH:
@@ -36,7 +42,7 @@ def fastest_batch(teacher: Callable[[Tensor], Tensor], sample: Tensor) -> int:
 
 
 def _rows_per_second(teacher: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
-    teacher(inputs).cpu()  # warms up, and waits
+    teacher(inputs).cpu()  # warm up; copying to the CPU waits for the GPU
     start = time.perf_counter()
     teacher(inputs).cpu()
     return len(inputs) / (time.perf_counter() - start)

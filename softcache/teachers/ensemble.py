@@ -22,27 +22,33 @@ from softcache.teachers.teacher import Teacher
 class Ensemble:
     """One teacher, or several whose softened probabilities are averaged.
 
-    The weighted arithmetic mean of Hinton, Vinyals and Dean (arXiv 1503.02531), section 5.
+    The mean is the weighted arithmetic one of Hinton, Vinyals and Dean (arXiv 1503.02531), section 5.
+
+    Attributes:
+        weights: the teachers' shares, which sum to 1.
     """
 
     teachers: tuple[Teacher, ...]
-    weights: tuple[float, ...]  # they sum to 1
+    weights: tuple[float, ...]
 
     @property
     def device(self) -> torch.device:
+        """The device that all teachers are on."""
         return self.teachers[0].device
 
     @property
     def classes(self) -> int:
+        """Number of classes, the same for all teachers."""
         return self.teachers[0].classes or 0
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What the teachers call their classes; empty if they only number them."""
+        """The first teacher's class names, in order; empty if no teacher names its classes."""
         return next((t.class_names for t in self.teachers if t.class_names), ())
 
     @property
     def provenance(self) -> tuple[dict[str, Any], ...]:
+        """What the header records about each teacher, with its weight."""
         return tuple(
             teacher.provenance | {"weight": weight}
             for teacher, weight in zip(self.teachers, self.weights, strict=True)
@@ -50,7 +56,7 @@ class Ensemble:
 
     @property
     def in_float32(self) -> Ensemble | None:
-        """The same in full precision, to compare; None if it is."""
+        """The same ensemble in float32, to measure what the precision costs; None if it is in float32."""
         if all(teacher.precision == "fp32" for teacher in self.teachers):
             return None
         exact = tuple(dataclasses.replace(t, precision="fp32") for t in self.teachers)
@@ -62,23 +68,29 @@ class Ensemble:
         """Log-probabilities (B, C) float32 at `temperature` of float inputs (B, *shape).
 
         Args:
-            samples: (B,) the numbers of the samples, for messages.
+            samples: (B,) sample ids, for messages and to look up the rows of a matrix; by default
+                0 to B - 1.
 
         Raises:
             ModelError: a teacher raises, or its output is not finite logits (B, C).
         """
-        said = [soften(t.logits(inputs, samples), temperature) for t in self.teachers]
-        if len(said) == 1:
-            return said[0]
-        weighted = [s + math.log(w) for s, w in zip(said, self.weights, strict=True)]
+        log_probs = [soften(t.logits(inputs, samples), temperature) for t in self.teachers]
+        if len(log_probs) == 1:
+            return log_probs[0]
+        weighted = [
+            part + math.log(weight) for part, weight in zip(log_probs, self.weights, strict=True)
+        ]
         return torch.log_softmax(torch.logsumexp(torch.stack(weighted), 0), dim=-1)
 
 
 def make_ensemble(teachers: Sequence[Teacher], weights: Sequence[float]) -> Ensemble:
-    """Several teachers as one; no weights mean equal ones.
+    """Combine teachers into one.
+
+    Args:
+        weights: relative weights, one for each teacher; empty for equal weights.
 
     Raises:
-        SettingsError: weights that do not fit.
+        SettingsError: the weights are not one positive finite number for each teacher.
         ModelError: the teachers have different numbers of classes.
     """
     if weights and (
@@ -86,13 +98,13 @@ def make_ensemble(teachers: Sequence[Teacher], weights: Sequence[float]) -> Ense
     ):
         raise SettingsError(
             f"{len(weights)} teacher weights {list(weights)} for {len(teachers)} teachers; expected "
-            "one above 0 for each, or none"
+            "a positive weight for each, or none"
         )
     counts = [teacher.classes for teacher in teachers]
     if len(set(counts)) > 1:
         named = ", ".join(f"{teacher.spec} {teacher.classes}" for teacher in teachers)
         raise ModelError(
-            f"teachers have different numbers of classes: {named}; average only teachers of one task"
+            f"teachers have different numbers of classes: {named}; average only teachers of the same task"
         )
     shares = list(weights) or [1.0] * len(teachers)
     return Ensemble(tuple(teachers), tuple(share / sum(shares) for share in shares))

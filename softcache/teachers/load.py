@@ -1,4 +1,4 @@
-"""A teacher from its specification: built, loaded, and tried on one sample."""
+"""Build a teacher from its specification, load its weights, and try it on one sample."""
 
 from __future__ import annotations
 
@@ -37,29 +37,35 @@ def load_teacher(
     """Build the teacher, load its weights, and try it on one sample.
 
     Args:
-        sample: (1, *shape) float, tells the built-in architectures their input's shape.
-        classes: how many are declared; None to take what the teacher gives.
-        output: what it gives, of OUTPUTS.
-        softened: the temperature at which that was softened.
+        sample: (1, *shape) float; its shape is the input shape of built-in architectures.
+        classes: declared number of classes; None to take the width of the teacher's output.
+        precision: precision of the forward pass, one of PRECISIONS.
+        compiled: run the model through torch.compile.
+        output: what the model returns, one of OUTPUTS.
+        softened: temperature at which the model's output was already softened.
 
     Raises:
-        SettingsError: an unknown specification, a built-in architecture without weights, or a
-            precision that the device has not.
-        ModelError: it cannot be built, its weights do not fit, or its output is wrong.
+        SettingsError: the specification is unknown, a built-in architecture has no weights, or the
+            device does not support the precision.
+        ModelError: the model cannot be built, its weights do not fit, or its output is wrong.
     """
     if precision == "tf32" and device.type != "cuda":
-        raise SettingsError(f"precision tf32 needs a GPU; {device} has none, use fp32 or bf16")
+        raise SettingsError(
+            f"precision tf32 needs a CUDA GPU, but the device is {device}; use fp32 or bf16"
+        )
     parsed = parse_teacher(spec)
     built_in = parsed.kind in BUILT_IN
     if (built_in or not is_pretrained(parsed)) and weights is None:
-        raise SettingsError(f"teacher {spec} would be untrained; name its --weights")
+        raise SettingsError(
+            f"teacher {spec} would be untrained; name its weights file with --weights"
+        )
     width = classes
     if built_in and weights is not None:
         width = width or _width_of(weights)
     facts: dict[str, Any]
     if parsed.kind in KINDS:
         if weights is not None:
-            raise SettingsError(f"teacher {spec} has its weights in it; leave --weights out")
+            raise SettingsError(f"teacher {spec} contains its weights; leave --weights out")
         model, facts = KINDS[parsed.kind].load()(parsed, classes)
     else:
         model = build_teacher(parsed, input_shape=sample.shape[1:], classes=width)
@@ -77,14 +83,25 @@ def load_teacher(
     if compiled:
         model.compile()
     teacher = Teacher(spec, model, width, device, precision, provenance, output, softened)
-    found = teacher.logits(sample).shape[1]
-    if found < 2:
-        raise ModelError(f"teacher {spec} gives {found} class; expected 2 or more")
-    return dataclasses.replace(teacher, classes=found)
+    output_width = teacher.logits(sample).shape[1]
+    if output_width < 2:
+        raise ModelError(
+            f"teacher {spec} returns outputs of width {output_width}; expected at least 2 classes"
+        )
+    return dataclasses.replace(teacher, classes=output_width)
 
 
 def build_teacher(spec: Spec, *, input_shape: Sequence[int], classes: int | None) -> nn.Module:
-    """The model that `spec` names; a callable of the user's own may also return a numpy function."""
+    """Build the model that `spec` names; a user's callable may also return a numpy function.
+
+    Args:
+        input_shape: shape of one input, without the batch axis.
+        classes: number of outputs of a model without pretrained ones; None if it is not known.
+
+    Raises:
+        SettingsError: the callable cannot be imported, or an option is invalid.
+        ModelError: the model cannot be built, or the callable returns neither a module nor a function.
+    """
     if spec.kind == CODE:
         model = call_code(spec)
         if isinstance(model, nn.Module):
@@ -95,16 +112,16 @@ def build_teacher(spec: Spec, *, input_shape: Sequence[int], classes: int | None
             f"model {spec.text} returned {type(model).__name__}; expected a torch nn.Module, or a function "
             "from numpy inputs (B, ...) to (B, classes)"
         )
-    trained = spec.kind in HUB and is_pretrained(spec)  # it keeps all its outputs
-    outputs = None if trained else classes or 2
+    pretrained = spec.kind in HUB and is_pretrained(spec)  # keeps the outputs it was trained with
+    outputs = None if pretrained else classes or 2
     model = MODEL_KINDS[spec.kind].load()(spec, input_shape, outputs)
     return cast(nn.Module, model)
 
 
 def _width_of(weights: Path) -> int:
-    """Rows of the last matrix, which is the number of classes of a built-in architecture."""
+    """The number of classes of a built-in architecture: the number of rows of its last matrix."""
     matrices = {name: len(t) for name, t in read_weights(weights).items() if t.ndim == 2}
     if not matrices:
-        raise ModelError(f"weights {weights} hold no matrix, so not those of a classifier")
-    # files may order names as text, 13.weight before 9.weight
+        raise ModelError(f"weights {weights} have no matrix; expected the weights of a classifier")
+    # a file may sort names as text, 13.weight before 9.weight
     return matrices[max(matrices, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])]

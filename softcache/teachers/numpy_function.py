@@ -1,4 +1,4 @@
-"""Functions of numpy arrays as teachers: scikit-learn, XGBoost, a remote model."""
+"""Functions of numpy arrays as teachers: scikit-learn, XGBoost, a model behind an API."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 
 class NumpyTeacher(nn.Module):
-    """A function of numpy arrays as a module."""
+    """Wraps a function of numpy arrays as a module.
+
+    Args:
+        function: from inputs (B, *shape) float32 to outputs (B, C).
+    """
 
     def __init__(self, function: Callable[[npt.NDArray[np.float32]], object]) -> None:
         super().__init__()
         self.function = function
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(B, *shape) float32 to what the function gives, (B, C)."""
-        found = self.function(inputs.float().cpu().numpy())
-        return torch.as_tensor(np.asarray(found, np.float32)).to(inputs.device)
+        """Inputs (B, *shape) to the function's outputs (B, C) float32, on the same device."""
+        outputs = self.function(inputs.float().cpu().numpy())
+        return torch.as_tensor(np.asarray(outputs, np.float32)).to(inputs.device)

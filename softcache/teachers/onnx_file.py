@@ -16,11 +16,14 @@ from softcache.util.spec import Spec
 
 
 def open_onnx(spec: Spec, classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """The model as a module, and its provenance.
+    """Open an ONNX file; of several outputs, the first one is used.
+
+    Returns:
+        The model as a module, and its provenance.
 
     Raises:
         SettingsError: there is no such file, or the onnx extra is not installed.
-        ModelError: onnxruntime cannot open it, or it takes several inputs.
+        ModelError: onnxruntime cannot open the file, or the model does not take exactly one input.
     """
     path = spec.path
     if not path.is_file():
@@ -34,20 +37,23 @@ def open_onnx(spec: Spec, classes: int | None) -> tuple[nn.Module, dict[str, Any
             str(path), options, providers=runtime.get_available_providers()
         )
         graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception as error:  # both raise many kinds
+    except Exception as error:  # both libraries raise errors of many types
         raise ModelError(
-            f"teacher {path} is no ONNX model that onnxruntime opens: {' '.join(str(error).split())[:300]}"
+            f"teacher {path} is not an ONNX model that onnxruntime can open: "
+            f"{' '.join(str(error).split())[:300]}"
         ) from error
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1:
         raise ModelError(
-            f"teacher {path} takes {len(inputs)} inputs ({', '.join(i.name for i in inputs)}); expected one"
+            f"teacher {path} takes {len(inputs)} inputs ({', '.join(i.name for i in inputs)}); expected "
+            "exactly one"
         )
     name, output = inputs[0].name, outputs[0].name
-    kinds = onnx.TensorProto
-    numbers = {kinds.FLOAT, kinds.FLOAT16, kinds.DOUBLE, kinds.BFLOAT16}  # others are shapes
+    types = onnx.TensorProto
+    # constants of other types are shapes and axes, not parameters
+    float_types = {types.FLOAT, types.FLOAT16, types.DOUBLE, types.BFLOAT16}
     parameters = sum(
-        int(np.prod(weight.dims)) for weight in graph.initializer if weight.data_type in numbers
+        int(np.prod(weight.dims)) for weight in graph.initializer if weight.data_type in float_types
     )
     provenance = {"parameters": parameters, "sha256": file_sha256(path)}
     return NumpyTeacher(lambda batch: session.run([output], {name: batch})[0]), provenance

@@ -1,4 +1,7 @@
-"""What a teacher gives, as logits: checked, for softmax of probabilities would be silently wrong."""
+"""Check a teacher's outputs and turn them into logits.
+
+A softmax of probabilities taken for logits would be wrong without any error.
+"""
 
 from __future__ import annotations
 
@@ -7,44 +10,45 @@ from torch import Tensor
 
 from softcache.errors import ModelError
 
-TINY = 1e-38  # what a probability of 0 counts as: its logarithm is finite in float32
-
-FLAGS = "--teacher-output (of softcache import: --holds)"
-
-TOLERANCE = 0.01  # of a sum of probabilities
+TINY = 1e-38  # replaces a probability of 0, so that its logarithm is finite in float32
+TOLERANCE = 0.01  # for a sum of probabilities
 
 
-def _are_probabilities(said: Tensor) -> bool:
-    """Whether so many rows are distributions that they cannot be logits which happen to look so."""
-    if len(said) < 8 or said.shape[1] < 2 or bool((said < 0).any()):
-        return False
-    return bool(((said.sum(-1) - 1).abs() <= 1e-4).all())
+def as_logits(values: Tensor, output: str, spec: str) -> Tensor:
+    """Turn a teacher's outputs (B, C) into logits at T = 1, (B, C).
 
-
-def as_logits(said: Tensor, output: str, who: str) -> Tensor:
-    """What a teacher gives, (B, C), as logits at T = 1.
+    Args:
+        output: what the values are, one of OUTPUTS.
+        spec: the teacher's specification, for messages.
 
     Raises:
-        ModelError: it is not what `output` says, or probabilities under the name of logits.
+        ModelError: the values are not what `output` says, or are probabilities declared as logits.
     """
     if output == "logits":
-        if _are_probabilities(said):
+        if _are_probabilities(values):
             raise ModelError(
-                f"teacher {who} gives rows that are not negative and sum to 1: probabilities, not logits, "
-                f"and a softmax of them would flatten every target; say {FLAGS} probabilities"
+                f"teacher {spec} returns rows that are nonnegative and sum to 1: probabilities, not logits, "
+                "and a softmax of them would flatten every target; add --teacher-output probabilities"
             )
-        return said
-    sums = said.sum(-1) if output == "probabilities" else said.logsumexp(-1).exp()
-    wrong = ~((sums - 1).abs() <= TOLERANCE)
+        return values
+    sums = values.sum(-1) if output == "probabilities" else values.logsumexp(-1).exp()
+    invalid = ~((sums - 1).abs() <= TOLERANCE)
     if output == "probabilities":
-        wrong |= (said < 0).any(-1)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0, 0])
+        invalid |= (values < 0).any(-1)
+    if bool(invalid.any()):
+        row = int(invalid.nonzero()[0, 0])
         raise ModelError(
-            f"teacher {who} gives a row that is no {output.replace('_', '-')}: its sum is "
-            f"{float(sums[row]):.4g}, its least value {float(said[row].min()):.4g}; "
-            f"say what it gives with {FLAGS}"
+            f"teacher {spec} returns a row that does not hold {output.replace('_', '-')}: its probabilities "
+            f"sum to {float(sums[row]):.4g}, its smallest value is {float(values[row].min()):.4g}; say "
+            "what the teacher returns with --teacher-output"
         )
     if output == "probabilities":
-        return said.clamp(min=TINY).log()
-    return said.clamp(min=float(np.log(TINY)))
+        return values.clamp(min=TINY).log()
+    return values.clamp(min=float(np.log(TINY)))
+
+
+def _are_probabilities(values: Tensor) -> bool:
+    """Whether enough rows are distributions to rule out logits that sum to 1 by coincidence."""
+    if len(values) < 8 or values.shape[1] < 2 or bool((values < 0).any()):
+        return False
+    return bool(((values.sum(-1) - 1).abs() <= 1e-4).all())

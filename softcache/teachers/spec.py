@@ -1,4 +1,4 @@
-"""Which kinds of teachers there are besides models, and how each is named on the command line."""
+"""The kinds of teachers besides models, and how each is written on the command line."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from softcache.models.spec import parse_model
 from softcache.util.spec import CODE, Kind, Spec, split_options
 
 MATRIX_FILES = (".npy", ".npz", ".pt")
-MATRIX_KINDS = ("matrix", "hfds")  # outputs that were computed before, a row for each sample
+MATRIX_KINDS = ("matrix", "hfds")  # precomputed outputs, one row per sample
 
-# the handler takes (Spec, number of classes) and returns a module and its provenance
+# the handler takes (Spec, number of classes) and returns (module, provenance)
 KINDS = {
     "onnx": Kind(
-        "FILE.onnx", "run by onnxruntime (onnx extra)", "softcache.teachers.onnx_file:open_onnx"
+        "FILE.onnx",
+        "a model that onnxruntime runs (onnx extra)",
+        "softcache.teachers.onnx_file:open_onnx",
     ),
     "matrix": Kind(
         "FILE.npy, .npz, .pt",
-        "a matrix of outputs, one row per sample: see softcache import",
+        "a matrix of precomputed outputs, one row per sample; see softcache import",
         "softcache.teachers.matrix:open_matrix",
     ),
     "hfds": Kind(
         "hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN",
-        "the largest log-probabilities of each sample: see softcache import",
+        "the largest log-probabilities of each sample; see softcache import",
         "softcache.teachers.matrix:open_top_rows",
     ),
 }
@@ -38,10 +40,10 @@ ALL_KINDS = {
 
 
 def parse_teacher(text: str) -> Spec:
-    """Take a teacher specification apart; nothing is opened, built or imported.
+    """Parse a teacher specification; nothing is opened, built or imported.
 
     Raises:
-        SettingsError: it has none of the known forms.
+        SettingsError: `text` is not a teacher specification.
     """
     if text.endswith(".onnx"):
         return Spec(text, "onnx", text, file=True)

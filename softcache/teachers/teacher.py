@@ -1,4 +1,4 @@
-"""One teacher: a model in eval mode whose outputs are checked at every batch."""
+"""A teacher: a model in eval mode whose outputs are checked in every batch."""
 
 from __future__ import annotations
 
@@ -21,43 +21,53 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model in eval mode that gives checked logits."""
+    """A model in eval mode that returns checked logits.
+
+    Attributes:
+        spec: the specification, for messages.
+        classes: expected number of classes; None to accept any width.
+        precision: precision of the forward pass, one of PRECISIONS.
+        provenance: what the header records about this teacher.
+        output: what the model returns, one of OUTPUTS.
+        softened: temperature at which the model's output was already softened.
+    """
 
     spec: str
     model: nn.Module
-    classes: int | None  # None: whatever it gives
+    classes: int | None
     device: torch.device
     precision: str
     provenance: dict[str, Any]
-    output: str = "logits"  # what the model gives, of OUTPUTS
-    softened: float = 1.0  # the temperature at which that was softened
+    output: str = "logits"
+    softened: float = 1.0
 
     def logits(self, inputs: Tensor, samples: npt.NDArray[np.int64] | None = None) -> Tensor:
         """Logits (B, C) float32 of float inputs (B, *shape), on the teacher's device.
 
         Args:
-            samples: (B,) the numbers of the samples, for messages.
+            samples: (B,) sample ids, for messages and to look up the rows of a matrix; by default
+                0 to B - 1.
 
         Raises:
             ModelError: the teacher raises, or its output is not finite logits (B, C).
         """
-        numbers = np.arange(len(inputs)) if samples is None else samples
-        which = f"samples {numbers[0]} to {numbers[-1]}"
+        sample_ids = np.arange(len(inputs)) if samples is None else samples
+        where = f"samples {sample_ids[0]} to {sample_ids[-1]}"
         try:
             if isinstance(self.model, Matrix):
-                logits: Any = self.model.rows(numbers).to(self.device)
+                output: Any = self.model.rows(sample_ids).to(self.device)
             else:
                 with torch.inference_mode(), self._autocast():
-                    logits = self._run(inputs.to(self.device))
+                    output = self._run(inputs.to(self.device))
         except Exception as error:  # a user's model may fail in any way
             raise ModelError(
-                f"teacher {self.spec} raised {type(error).__name__} on {which}, inputs "
+                f"teacher {self.spec} raised {type(error).__name__} on {where}, inputs "
                 f"{tuple(inputs.shape)} of {inputs.dtype}: {' '.join(str(error).split())}"
             ) from error
-        return self._checked(logits, len(inputs), which, numbers)
+        return self._checked(output, len(inputs), where, sample_ids)
 
     def _run(self, inputs: Tensor) -> Any:  # noqa: ANN401  # whatever a user's model returns
-        """The model's output; a batch that does not fit into memory goes in halves."""
+        """Run the model; a batch that does not fit into memory is split in halves."""
         try:
             return self.model(inputs)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -69,38 +79,42 @@ class Teacher:
         return torch.cat([self._run(inputs[:half]), self._run(inputs[half:])])
 
     def _checked(
-        self, logits: object, batch: int, which: str, numbers: npt.NDArray[np.int64]
+        self, output: object, batch: int, where: str, sample_ids: npt.NDArray[np.int64]
     ) -> Tensor:
+        """The model's output as float32 logits (B, C)."""
         expected = f"expected a tensor of logits of shape ({batch}, {self.classes or 'classes'})"
-        if not isinstance(logits, Tensor):
+        if not isinstance(output, Tensor):
             raise ModelError(
-                f"teacher {self.spec} returns {type(logits).__name__} for {which}; {expected}: "
+                f"teacher {self.spec} returns {type(output).__name__} for {where}; {expected}: "
                 "wrap it in a callable that returns the logits alone"
             )
-        width = self.classes or (logits.shape[1] if logits.ndim == 2 else 0)
-        if logits.shape != (batch, width):
+        width = self.classes or (output.shape[1] if output.ndim == 2 else 0)
+        if output.shape != (batch, width):
             raise ModelError(
-                f"teacher {self.spec} returns shape {tuple(logits.shape)} for {which}; {expected}"
+                f"teacher {self.spec} returns shape {tuple(output.shape)} for {where}; {expected}"
             )
-        # softmax(z / T): the logits are T times the logarithm, but for a constant
-        logits = as_logits(logits.detach().float(), self.output, self.spec) * self.softened
+        # p = softmax(z / T), so z = T log p up to a constant
+        logits = as_logits(output.detach().float(), self.output, self.spec) * self.softened
         if not bool(logits.isfinite().all()):
             row = int((~logits.isfinite()).any(-1).nonzero()[0, 0])
             column = int((~logits[row].isfinite()).nonzero()[0, 0])
             raise ModelError(
                 f"teacher {self.spec} returns {logits[row, column].item()} for sample "
-                f"{numbers[row]}, class {column}; expected finite logits"
-                + (f" (--precision fp32 instead of {self.precision} may help)" * self._is_low)
+                f"{sample_ids[row]}, class {column}; expected finite logits"
+                + (
+                    f" (--precision fp32 instead of {self.precision} may help)"
+                    * self._has_reduced_precision
+                )
             )
         return logits
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What the model calls its classes; empty if it only numbers them."""
+        """The model's names of its classes, in order; empty if it only numbers them."""
         return tuple(getattr(self.model, "class_names", ()))
 
     @property
-    def _is_low(self) -> bool:
+    def _has_reduced_precision(self) -> bool:
         return self.precision != "fp32"
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -112,18 +126,18 @@ class Teacher:
 
 @contextmanager
 def tensor_float_32() -> Iterator[None]:
-    """Matrix products and convolutions in TF32 on a GPU: 10 bits of mantissa."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    """Run matrix products and convolutions on a GPU in TF32, which has 10 bits of mantissa."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the host, which torch says in words only."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error)
+    """Whether the GPU or the host ran out of memory; for the host, only torch's message tells."""
+    has_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return has_type or "can't allocate memory" in str(error)

@@ -1,1 +1,1 @@
-"""Stage 2: a cache becomes students. The teacher is not here."""
+"""Stage 2: students are trained from a cache. Nothing here can load a teacher."""

@@ -1,4 +1,4 @@
-"""A model card: what a student is, whom it learned from, and the command that makes it again."""
+"""The model card of a student: results, provenance, and the command that reproduces it."""
 
 from __future__ import annotations
 
@@ -13,31 +13,37 @@ from softcache.util.settings import option_name
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
-    """Markdown, from what config.json says."""
+    """The model card as Markdown.
+
+    Args:
+        facts: the contents of config.json.
+    """
     settings = facts["settings"]
     teachers = facts["teachers"]
-    taught = facts["alpha"] > 0 and teachers
+    distilled = bool(facts["alpha"] > 0 and teachers)
     title = f"{settings['student']}" + (
-        f", distilled from {', '.join(teacher['name'] for teacher in teachers)}" if taught else ""
+        f", distilled from {', '.join(teacher['name'] for teacher in teachers)}"
+        if distilled
+        else ""
     )
     return "\n".join(
         [
             "---",
             "library_name: softcache",
-            "tags: [knowledge-distillation]" if taught else "tags: [image-classification]",
+            "tags: [knowledge-distillation]" if distilled else "tags: [image-classification]",
             "---",
             "",
             f"# {title}",
             "",
-            _figures(facts),
+            _results_table(facts),
             "",
             "## How it was trained",
             "",
-            *_provenance(facts, bool(taught)),
+            *_provenance(facts, distilled=distilled),
             "",
             "The same again, in a folder with the cache and the data:",
             "",
-            f"    {again(facts)}",
+            f"    {training_command(facts)}",
             "",
             "## How to use it",
             "",
@@ -49,12 +55,12 @@ def model_card(facts: Mapping[str, Any]) -> str:
     )
 
 
-def again(facts: Mapping[str, Any]) -> str:
-    """The command that trains this student, alone, with settings that are not the defaults."""
+def training_command(facts: Mapping[str, Any]) -> str:
+    """The command that trains this student alone; settings at their defaults are left out."""
     settings = facts["settings"]
     words = ["softcache", "train", *settings["cache"], "--student", settings["student"]]
-    for data in () if facts["embedded"] else settings["data"]:
-        words += ["--data", data]
+    for spec in () if facts["embedded"] else settings["data"]:
+        words += ["--data", spec]
     for field, setting in train_settings():
         value = settings.get(field.name)
         if not setting.affects_result or field.name in ("student", "data", "baseline"):
@@ -69,26 +75,28 @@ def again(facts: Mapping[str, Any]) -> str:
     return shlex.join([*words, "--out", settings["out"]])
 
 
-def _figures(facts: Mapping[str, Any]) -> str:
-    teacher, own = facts["teacher_evaluation"], None
+def _results_table(facts: Mapping[str, Any]) -> str:
+    student_errors, evaluation = "-", facts["teacher_evaluation"]
     if "errors" in facts:
-        own = f"{facts['errors']:,} of {facts['samples']:,}"
-    rows = [[facts["name"], f"{facts['parameters']:,}", own or "-"]]
+        student_errors = f"{facts['errors']:,} of {facts['samples']:,}"
+    rows = [[facts["name"], f"{facts['parameters']:,}", student_errors]]
     if facts["teachers"]:
-        size = sum(teacher["parameters"] for teacher in facts["teachers"])
-        known = f"{teacher['errors']:,} of {teacher['samples']:,}" if teacher else "-"
-        rows.insert(0, ["teacher", f"{size:,}", known])
-    data = facts["settings"]["eval_data"]
-    errors = f"errors on {data}" if data else "errors"
+        parameters = sum(teacher["parameters"] for teacher in facts["teachers"])
+        teacher_errors = (
+            f"{evaluation['errors']:,} of {evaluation['samples']:,}" if evaluation else "-"
+        )
+        rows.insert(0, ["teacher", f"{parameters:,}", teacher_errors])
+    eval_data = facts["settings"]["eval_data"]
+    errors = f"errors on {eval_data}" if eval_data else "errors"
     return str(
         tabulate(rows, ["model", "parameters", errors], tablefmt="github", disable_numparse=True)
     )
 
 
-def _provenance(facts: Mapping[str, Any], taught: bool) -> list[str]:
+def _provenance(facts: Mapping[str, Any], *, distilled: bool) -> list[str]:
     settings = facts["settings"]
     lines = [f"- data: {', '.join(settings['data'])}; {facts['classes']:,} classes"]
-    if taught:
+    if distilled:
         for teacher in facts["teachers"]:
             weights = f", weights {teacher['weights']}" if teacher.get("weights") else ""
             lines.append(
@@ -109,7 +117,7 @@ def _provenance(facts: Mapping[str, Any], taught: bool) -> list[str]:
     return lines
 
 
-def _input_kind(facts: Mapping[str, Any]) -> str:
+def _input_description(facts: Mapping[str, Any]) -> str:
     dtype = facts.get("input_dtype", "float32")
     return f"{dtype}, images in [0, 1]" if dtype == "float32" else f"{dtype}, as the data give them"
 
@@ -122,5 +130,5 @@ import softcache
 
 model = softcache.build({facts["settings"]["student"]!r}, input_shape={shape}, classes={facts["classes"]})
 model.load_state_dict(load_file("student.safetensors"))
-logits = model.eval()(inputs)  # (B, {", ".join(map(str, shape))}) {_input_kind(facts)}
+logits = model.eval()(inputs)  # (B, {", ".join(map(str, shape))}) {_input_description(facts)}
 ```"""

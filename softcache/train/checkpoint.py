@@ -1,7 +1,8 @@
-"""The state of a run on its way, in one safetensors file: a stopped run goes on as if it had not been.
+"""Checkpoints: the full state of a run in one safetensors file, so that a stopped run can resume.
 
-Tensors are named by student and part; everything else is JSON in the file's metadata. Nothing in it
-is run when it is read. On a CPU the weights at the end are those of a run without a stop, to the bit.
+Tensors are named `{student}.{part}.{name}`; everything else is JSON in the file's metadata. Reading a
+checkpoint executes no code. On a CPU, a resumed run ends with the same weights, bit for bit, as a run
+that was never stopped.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ from softcache.train.student import Student
 from softcache.util.files import replace_file
 
 NAME = "checkpoint.safetensors"
-
-STATE = "softcache"  # the one key of the file's metadata
+STATE = "softcache"  # the only key in the file's metadata
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is: batches of an epoch that are done, epochs counted from 0."""
+    """How far a run has come: the current epoch, counted from 0, and the batches done in it."""
 
     epoch: int = 0
     batch: int = 0
@@ -38,10 +38,16 @@ class Position:
 
 @dataclass
 class Checkpoint:
-    """The file of a run, and when it was last written."""
+    """The checkpoint file of a run.
+
+    Attributes:
+        settings: what must be the same for a run to resume, as JSON.
+        minutes: time between two checkpoints within an epoch.
+        written: when the file was last written, in seconds of time.monotonic().
+    """
 
     path: Path
-    settings: Mapping[str, Any]  # what a run goes on only with, as JSON knows it
+    settings: Mapping[str, Any]
     minutes: float
     written: float = field(default_factory=time.monotonic)
 
@@ -50,13 +56,13 @@ class Checkpoint:
         return time.monotonic() - self.written >= 60 * self.minutes
 
     def save(self, students: Sequence[Student], position: Position) -> None:
-        """Write the state of all students; the file before is there until this one is whole."""
+        """Write the state of all students; the previous file stays until the new one is complete."""
         tensors: dict[str, Tensor] = {}
         facts = []
         for number, student in enumerate(students):
-            found, fact = _state(student)
-            facts.append(fact)
-            tensors |= {f"{number}.{name}": tensor for name, tensor in found.items()}
+            student_tensors, student_facts = _state(student)
+            facts.append(student_facts)
+            tensors |= _prefixed(str(number), student_tensors)
         scaler = getattr(students[0].accelerator, "scaler", None)
         state = {
             "settings": self.settings,
@@ -70,7 +76,7 @@ class Checkpoint:
         self.written = time.monotonic()
 
     def load(self, students: Sequence[Student]) -> Position:
-        """Bring the students to where the file says they were."""
+        """Restore the students from the file, and return how far the run had come."""
         with open_checkpoint(self.path) as file:
             state = json.loads(file.metadata()[STATE])
             names = list(file.keys())
@@ -78,65 +84,71 @@ class Checkpoint:
                 zip(students, state["students"], strict=True)
             ):
                 prefix = f"{number}."
-                own = {
+                tensors = {
                     name.removeprefix(prefix): file.get_tensor(name)
                     for name in names
                     if name.startswith(prefix)
                 }
-                _restore(student, own, facts)
+                _restore(student, tensors, facts)
             scaler = getattr(students[0].accelerator, "scaler", None)
             if scaler is not None and state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
         return Position(state["epoch"], state["batch"])
 
     def remove(self) -> None:
+        """Delete the file, if there is one."""
         self.path.unlink(missing_ok=True)
 
 
 def check_checkpoint(path: Path, settings: Mapping[str, Any], *, overwrite: bool) -> bool:
-    """Whether there is a checkpoint of this run to go on from.
+    """Whether there is a checkpoint that this run can resume from.
 
     Raises:
-        SettingsError: it is one of another run, and `overwrite` is not set.
+        SettingsError: the checkpoint is damaged or of a run with other settings, and `overwrite` is not set.
     """
     if not path.exists():
         return False
-    advice = "use the same, give another --out, or --overwrite to start again"
+    advice = "give another --out, or --overwrite to start from scratch"
     try:
         with open_checkpoint(path) as file:
-            begun = json.loads(file.metadata()[STATE])["settings"]
+            stored = json.loads(file.metadata()[STATE])["settings"]
     except (SettingsError, ValueError, KeyError, TypeError) as error:
         if overwrite:
             return False
         raise SettingsError(f"{path} cannot be read ({error}); {advice}") from error
-    for name, wanted in json.loads(json.dumps(settings)).items():
-        if begun.get(name) != wanted:
+    for name, value in json.loads(json.dumps(settings)).items():
+        if stored.get(name) != value:
             if overwrite:
                 return False
             raise SettingsError(
-                f"{path.parent} was begun with {name} {_short(begun.get(name))}, now it is "
-                f"{_short(wanted)}; {advice}"
+                f"{path.parent} was started with {name} {_shortened(stored.get(name))}, now it is "
+                f"{_shortened(value)}; use the same settings, {advice}"
             )
     return True
 
 
 def open_checkpoint(path: Path) -> Any:  # noqa: ANN401  # safetensors has no type for it
+    """Open a checkpoint for reading.
+
+    Raises:
+        SettingsError: the file is not a safetensors file.
+    """
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise SettingsError(f"{path} is no checkpoint: {error}") from error
+        raise SettingsError(f"{path} is not a checkpoint: {error}") from error
 
 
 def _state(student: Student) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything about a student that its next step depends on, or its metrics."""
+    """Everything that the next steps and the metrics of a student depend on, as tensors and JSON."""
     tensors = _prefixed("model", student.accelerator.unwrap_model(student.model).state_dict())
     if student.average is not None:
         tensors |= _prefixed("average", student.average.state_dict())
     if student.best is not None:
         tensors |= _prefixed("best", student.best)
     for number, values in student.optimizer.state_dict()["state"].items():
-        present = {name: value for name, value in values.items() if value is not None}
-        tensors |= _prefixed(f"optimizer.{number}", present)
+        buffers = {name: value for name, value in values.items() if value is not None}
+        tensors |= _prefixed(f"optimizer.{number}", buffers)
     tensors |= {f"random.{i}": state for i, state in enumerate(student.random)}
     if student.losses:
         tensors["losses"] = torch.stack(student.losses)
@@ -154,12 +166,12 @@ def _state(student: Student) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "stopped": student.stopped,
         "failed": student.failed,
     }
-    return {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
-    }, facts
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return copies, facts
 
 
 def _restore(student: Student, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Restore what _state() returned."""
     student.accelerator.unwrap_model(student.model).load_state_dict(_under("model", tensors))
     if student.average is not None:
         student.average.load_state_dict(_under("average", tensors))
@@ -187,9 +199,13 @@ def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     start = f"{prefix}."
-    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+    return {
+        name.removeprefix(start): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(start)
+    }
 
 
-def _short(value: object) -> str:
+def _shortened(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 160 else f"{text[:160]}…"

@@ -1,4 +1,4 @@
-"""The settings of a training run: those of each student, and those that the students share."""
+"""The settings of a training run: per student, and shared by all students."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEARNING_RATES = {"adamw": 2e-3, "sgd": 0.05}
 WEIGHT_DECAYS = {"adamw": 0.01, "sgd": 5e-4}
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
-MAX_NAME_PART = 40  # characters of a setting in the name of a folder
+MAX_NAME_PART = 40  # characters of one setting in the name of a folder
 
 STUDENT, DATA, LOSS, OPTIMIZATION = "Students", "Data", "Loss", "Optimization"
 RESOURCES, OUTPUT = "Resources", "Output"
@@ -26,15 +26,15 @@ RESOURCES, OUTPUT = "Resources", "Output"
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """What one student is, and how it learns."""
+    """The settings of one student."""
 
     student: str = setting(
-        help="The student. Repeat it to train several on the same batches, each into its own folder.",
+        help="The student. Repeat the option to train several on the same batches, each in its own folder.",
         group=STUDENT,
         metavar="SPEC",
     )
     init: Path | None = setting(
-        None, help="Start from these weights.", group=STUDENT, metavar="WEIGHTS"
+        None, help="Weights to start from.", group=STUDENT, metavar="WEIGHTS"
     )
     alpha: float | None = setting(
         None,
@@ -60,7 +60,7 @@ class StudentConfig:
     )
     label_smoothing: float = setting(
         0.0,
-        help="Share of each hard label that is spread over all classes.",
+        help="Share of each hard label that is spread evenly over all classes.",
         group=LOSS,
         at_least=0,
         below=1,
@@ -80,7 +80,9 @@ class StudentConfig:
         above=0,
         at_most=MAX_LEARNING_RATE,
     )
-    momentum: float = setting(0.9, help="Momentum of sgd.", group=OPTIMIZATION, at_least=0, below=1)
+    momentum: float = setting(
+        0.9, help="Momentum, for sgd.", group=OPTIMIZATION, at_least=0, below=1
+    )
     schedule: str = setting(
         "cosine", help="Learning rate schedule.", group=OPTIMIZATION, choices=SCHEDULES
     )
@@ -95,11 +97,11 @@ class StudentConfig:
         at_least=0,
     )
     max_grad_norm: float | None = setting(
-        None, help="Clip the gradient to this norm.", group=OPTIMIZATION, above=0
+        None, help="Max gradient norm; larger gradients are clipped.", group=OPTIMIZATION, above=0
     )
     micro_batches: int = setting(
         1,
-        help="Split each batch into this many micro-batches to save memory.",
+        help="Number of micro-batches to split each batch into, to save memory.",
         group=OPTIMIZATION,
         at_least=1,
     )
@@ -112,25 +114,25 @@ class StudentConfig:
     )
     seed: int = setting(
         0,
-        help="Seed of the student's weights and of the order of the samples.",
+        help="Seed for the student's initial weights and the order of the samples.",
         group=OPTIMIZATION,
         at_least=0,
     )
 
     def __post_init__(self) -> None:
-        from softcache.losses import parse_loss  # torch takes seconds to import
+        from softcache.losses import parse_loss  # importing torch takes seconds
 
         check_range(self)
         parse_loss(self.loss)
 
     @property
     def peak_learning_rate(self) -> float:
-        """The peak learning rate, by default that of the optimizer."""
+        """The peak learning rate; the optimizer's default if none is set."""
         return self.learning_rate or LEARNING_RATES[self.optimizer]
 
     @property
     def effective_weight_decay(self) -> float:
-        """The weight decay, by default that of the optimizer."""
+        """The weight decay; the optimizer's default if none is set."""
         return WEIGHT_DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay
 
     def baseline(self) -> StudentConfig:
@@ -140,43 +142,50 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides what `train` does."""
+    """The settings of a training run.
+
+    Attributes:
+        students: settings of each student.
+        caches: caches to train from, either one per data set or several of the same data set.
+        seed: seed for the order of the samples.
+    """
 
     students: Sequence[StudentConfig]
-    caches: Sequence[Path] = ()  # each with its own data, or all with the same
-    seed: int = 0  # of the order of the samples
+    caches: Sequence[Path] = ()
+    seed: int = 0
     baseline: bool = setting(
         False,
-        help="Also train each student on hard labels alone, for comparison.",
+        help="Also train a hard-label baseline of each student, for comparison.",
         group=STUDENT,
     )
     data: Sequence[str] = setting(
         (),
-        help="Training samples: one --data per CACHE, or one for all. Not needed if CACHE stores them.",
+        help="Training samples: one --data per CACHE, or one for all. Not needed if CACHE embeds them.",
         group=DATA,
         metavar="SPEC",
     )
     eval_data: str | None = setting(
         None,
-        help="Labelled data on which to count errors after each epoch.",
+        help="Labelled data to count errors on after each epoch.",
         group=DATA,
         metavar="SPEC",
     )
     classes: int | None = setting(
         None,
-        help="Number of classes, if neither CACHE nor the data say.",
+        help="Number of classes, if neither CACHE nor the data defines it.",
         group=DATA,
         at_least=2,
     )
     augment: str | None = setting(
         None,
-        help="Augmentation when training without CACHE; with CACHE, the file of its own callable.",
+        help="Augmentation when training without CACHE. With CACHE: its own augmentation, needed only if it "
+        "is a callable.",
         group=DATA,
         metavar="SPEC",
     )
     extra_augment: str | None = setting(
         None,
-        help="Augmentation on top of the cache's own; it makes the soft targets inexact.",
+        help="Augmentation on top of the cache's own. It makes the soft targets inexact.",
         group=DATA,
         metavar="SPEC",
     )
@@ -213,14 +222,14 @@ class TrainConfig:
     )
     checkpoint_minutes: float = setting(
         10.0,
-        help="Minutes between checkpoints within an epoch; one follows each epoch in any case.",
+        help="Minutes between checkpoints within an epoch; there is always one after each epoch.",
         group=OUTPUT,
         at_least=0,
         affects_result=False,
     )
     tensorboard: bool = setting(
         False,
-        help="Write TensorBoard logs (tensorboard extra).",
+        help="Write TensorBoard logs; needs the tensorboard extra.",
         group=OUTPUT,
         affects_result=False,
     )
@@ -244,7 +253,7 @@ class TrainConfig:
         if self.patience is not None and not self.eval_data:
             raise SettingsError("--patience counts errors after each epoch; add --eval-data")
         if not self.data and not self.caches:
-            raise SettingsError("no data; name them with --data")
+            raise SettingsError("no data; name it with --data")
         if self.data and len(self.data) not in (1, len(self.caches)):
             raise SettingsError(
                 f"{len(self.data)} --data for {len(self.caches)} CACHE; expected one for each, in the same "
@@ -259,15 +268,15 @@ class TrainConfig:
                 )
 
     def soft_weight(self, student: StudentConfig) -> float:
-        """Alpha of a student; by default 0.9 with a cache, 0 without."""
+        """The alpha of a student: by default 0.9 with a cache, and 0 without."""
         default = 0.9 if self.caches else 0.0
         return default if student.alpha is None else student.alpha
 
     def names(self) -> list[str]:
-        """Names of the students, by the settings in which they differ; a single student has none.
+        """Names of the students, made of the settings in which they differ; "" for a single student.
 
         Raises:
-            SettingsError: two of them do not differ.
+            SettingsError: two students would have the same name.
         """
         if len(self.students) == 1:
             return [""]
@@ -291,13 +300,13 @@ class TrainConfig:
         for number, name in enumerate(names):
             if name in names[:number]:
                 raise SettingsError(
-                    f"two students would be called {name or 'the same'}; name each only once"
+                    f"two students would be called {name or 'the same'}; give each its own settings"
                 )
         return names
 
 
 def short_name(options: Mapping[str, Any]) -> str:
-    """Options in a few characters that may stand in the name of a folder."""
+    """The values of some options in a few characters that are safe in the name of a folder."""
     parts = [
         parse_model(value).public_name
         if option == "student"
@@ -308,7 +317,7 @@ def short_name(options: Mapping[str, Any]) -> str:
 
 
 def train_settings() -> Iterator[tuple[dataclasses.Field[Any], Setting]]:
-    """All settings of a run of one student: its own, then those of the run."""
+    """All settings of a run with one student: first the student's, then the run's."""
     yield from settings_of(StudentConfig)
     yield from settings_of(TrainConfig)
 
@@ -321,23 +330,23 @@ def make_train_config(
     data: str | Sequence[str] = (),
     **options: Any,  # fields of either class
 ) -> TrainConfig:
-    """A TrainConfig from flat options, as the command line and Python callers give them.
+    """Make a TrainConfig from flat options, as the command line and Python callers pass them.
 
     Args:
-        student: one specification or several, of students that share all other options.
-        students: settings of each student that are stronger than the shared options.
-        cache: one cache or several.
-        data: one data specification or several.
-        options: any field of StudentConfig, shared by all students, or of TrainConfig.
+        student: one or more specifications of students, which share all other options.
+        students: settings of single students, which override the shared options.
+        cache: one or more caches.
+        data: one or more data specifications.
+        options: any field of TrainConfig, or any field of StudentConfig to apply to all students.
 
     Raises:
-        SettingsError: an option does not exist, or has a value out of range.
+        SettingsError: an option does not exist, or its value is out of range.
     """
-    own = {field.name for field, _ in settings_of(StudentConfig)}
-    shared = {name: value for name, value in options.items() if name in own}
-    run = {name: value for name, value in options.items() if name not in own}
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    unknown = sorted(set(run) - known)
+    student_fields = {field.name for field, _ in settings_of(StudentConfig)}
+    run_fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    shared = {name: value for name, value in options.items() if name in student_fields}
+    run_options = {name: value for name, value in options.items() if name not in student_fields}
+    unknown = sorted(set(run_options) - run_fields)
     if unknown:
         raise SettingsError(f"{unknown[0]!r} is not a setting of a training run")
     specs: list[str | None] = (
@@ -356,5 +365,5 @@ def make_train_config(
         caches=tuple(map(Path, caches)),
         data=(data,) if isinstance(data, str) else tuple(data or ()),
         seed=shared.get("seed", 0),
-        **run,
+        **run_options,
     )

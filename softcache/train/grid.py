@@ -1,4 +1,4 @@
-"""Many students from one command: several specifications, a grid of settings, tables in a TOML file."""
+"""Several students from one command: by specification, by a grid of settings, by tables in TOML."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from softcache.errors import SettingsError
 from softcache.train.config import StudentConfig
 from softcache.util.settings import option_name, settings_of
 
-TABLE = "student"  # of a TOML file, one for each student
-
-Variant = dict[str, Any]
+TABLE = "student"  # name of a student's table in a TOML file
+Variant = dict[str, Any]  # settings of one student, by field
 
 
 def make_variants(
@@ -23,13 +22,14 @@ def make_variants(
     """The settings of each student.
 
     Args:
-        students: specifications; each is combined with all of the grid.
-        grid: such as `lr=1e-3,2e-3` or `lr=1e-3,2e-3,alpha=0.5,1`.
-        tables: settings by the names of their options, one for each student; those without a
-            specification stand for all of `students`.
+        students: specifications; each is combined with every point of the grid.
+        grid: values of settings, such as `lr=1e-3,2e-3` or `lr=1e-3,2e-3,alpha=0.5,1`.
+        tables: settings by option name, one table for each student; a table without a specification
+            applies to each of `students`.
 
     Raises:
-        SettingsError: no student, a name that is no setting of a student, or a value of another type.
+        SettingsError: there is no student, a name is not a setting of a student, or a value has the wrong
+            type.
     """
     bases: list[Variant] = []
     for table in tables or [{}]:
@@ -45,8 +45,12 @@ def make_variants(
 
 
 def parse_grid(grid: Sequence[str]) -> dict[str, list[Any]]:
-    """Values by field, in the order given."""
-    found: dict[str, list[Any]] = {}
+    """The values of each field, in the order given, of texts such as `lr=1e-3,2e-3`.
+
+    Raises:
+        SettingsError: a text has another form, or names a field twice or one that does not exist.
+    """
+    axes: dict[str, list[Any]] = {}
     for text in grid:
         name = ""
         for part in text.split(","):
@@ -54,23 +58,23 @@ def parse_grid(grid: Sequence[str]) -> dict[str, list[Any]]:
             if equals:
                 name = field_of(key.strip())
                 if name == "student":
-                    raise SettingsError(f"--grid {text}: give several --student instead")
-                if name in found:
+                    raise SettingsError(f"--grid {text}: repeat --student instead")
+                if name in axes:
                     raise SettingsError(f"--grid {text}: {key.strip()} is given twice")
-                found[name] = []
+                axes[name] = []
             if not name or not value.strip():
                 raise SettingsError(
                     f"--grid {text}: expected NAME=VALUE,VALUE, such as lr=1e-3,2e-3"
                 )
-            found[name].append(typed(name, value.strip()))
-    return found
+            axes[name].append(typed(name, value.strip()))
+    return axes
 
 
 def field_of(option: str) -> str:
-    """The field that an option's name stands for.
+    """The name of the StudentConfig field that an option sets.
 
     Raises:
-        SettingsError: it is no setting of a student.
+        SettingsError: the option is not a setting of a student.
     """
     fields = {option_name(field): field.name for field, _ in settings_of(StudentConfig)}
     name = fields.get(option.replace("_", "-"))
@@ -81,11 +85,11 @@ def field_of(option: str) -> str:
     return name
 
 
-def typed(name: str, value: object) -> Any:  # noqa: ANN401  # as the field has it
-    """A value as its field has it; text is read as that.
+def typed(name: str, value: object) -> Any:  # noqa: ANN401  # the field's type
+    """A value converted to the type of its StudentConfig field.
 
     Raises:
-        SettingsError: it is of another type.
+        SettingsError: the value cannot be converted.
     """
     hint = str(get_type_hints(StudentConfig)[name])
     try:
@@ -104,22 +108,23 @@ def typed(name: str, value: object) -> Any:  # noqa: ANN401  # as the field has 
 
 
 def read_toml(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Options of the run by name, and the tables of its students.
+    """The options of a run by name, and the tables of its students.
 
     Raises:
-        SettingsError: no such file, or it is not TOML.
+        SettingsError: the file cannot be read, or is not TOML.
     """
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        options = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"--config {path} cannot be read: {error}") from error
-    tables = found.pop(TABLE, [])
-    listed = isinstance(tables, list) and all(isinstance(table, str) for table in tables)
-    if isinstance(tables, str) or listed:
-        found |= {TABLE: tables} if tables else {}  # named as the option is
+    tables = options.pop(TABLE, [])
+    is_list = isinstance(tables, list) and all(isinstance(table, str) for table in tables)
+    if isinstance(tables, str) or is_list:
+        # specifications, under the same name as --student
+        options |= {TABLE: tables} if tables else {}
         tables = []
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise SettingsError(
-            f"--config {path}: {TABLE} is {tables!r}; expected [[{TABLE}]] tables, one for each"
+            f"--config {path}: {TABLE} is {tables!r}; expected [[{TABLE}]] tables, one for each student"
         )
-    return {key.replace("-", "_"): value for key, value in found.items()}, tables
+    return {key.replace("-", "_"): value for key, value in options.items()}, tables

@@ -1,6 +1,6 @@
-"""Stage 2: a cache becomes students. The teacher is not here.
+"""Stage 2: students are trained from a cache. Nothing here can load a teacher.
 
-Without a cache the same loop trains on labels alone, which is how a teacher is made.
+Without a cache, the same loop trains a model on labels alone, such as a teacher.
 """
 
 from __future__ import annotations
@@ -32,24 +32,29 @@ from softcache.train.prepare import (
     planned_students,
     shuffled_batches,
 )
-from softcache.train.record import final_table, lasting_settings, run_facts, write_card
+from softcache.train.record import final_table, resume_settings, run_facts, write_card
 from softcache.train.run_folder import check_folder
 from softcache.train.student import Student
 from softcache.util.extras import import_extra
 from softcache.util.log import inform, warn
 from softcache.util.progress import progress
 
-CHECK_STEPS = 50  # between two looks at whether the losses are still finite
+CHECK_STEPS = 50  # steps between two checks that the losses are finite
 
 
 def train(config: TrainConfig) -> list[Student]:
-    """Train students, and their hard-label baselines if asked for, into folders in `config.out`.
+    """Train students, and their hard-label baselines with `config.baseline`, into folders in `config.out`.
 
-    All students share each batch. Run again after any stop, the same command continues from its last
-    checkpoint. Under torchrun or accelerate launch each process takes its share of every batch.
+    All students share every batch. After any stop, the same command continues from the last checkpoint.
+    Under torchrun or accelerate launch, each process takes its share of every batch.
+
+    Returns:
+        The students, then the baselines.
 
     Raises:
-        SoftcacheError: the settings, the cache, the data or a student are not as they should be.
+        SoftcacheError: the settings, the caches, the data or a student are invalid, or do not fit together.
+        ModelError: students failed; the others are finished.
+        Interrupted: the user stopped the run.
     """
     accelerator = make_accelerator(config.device, config.precision)
     if config.tensorboard:
@@ -60,7 +65,7 @@ def train(config: TrainConfig) -> list[Student]:
     eval_source = open_source(config.eval_data) if config.eval_data else None
     check_classes(sources, caches, eval_source)
     check_losses(config, caches)
-    settings = lasting_settings(config, sources, caches, eval_source)
+    settings = resume_settings(config, sources, caches, eval_source)
     checkpoint = Checkpoint(config.out / NAME, settings, config.checkpoint_minutes)
     resuming = check_checkpoint(checkpoint.path, settings, overwrite=config.overwrite)
     for plan in planned_students(config):
@@ -89,8 +94,8 @@ def train(config: TrainConfig) -> list[Student]:
         failures = [str(student.stopped) for student in students if student.failed]
         if failures:
             raise ModelError(
-                f"{len(failures)} of {len(students)} students failed: {'; '.join(failures)}. "
-                f"The others are finished in {config.out}"
+                f"{len(failures)} of {len(students)} students failed: {'; '.join(failures)}; "
+                f"the others are finished in {config.out}"
             )
     return students
 
@@ -104,15 +109,24 @@ def fit(
     *,
     resuming: bool = False,
 ) -> list[Student]:
-    """The training loop: every student takes a step on every batch, drawn from all parts alike.
+    """The training loop: every student takes a step on every batch.
 
-    With a cache, the views of a sample take turns; on labels alone, each epoch is a view of its own.
+    With a cache, each sample goes through its views, one per epoch; on labels alone, every epoch is a new
+    view.
 
     Args:
-        checkpoint: where the state is saved on the way.
-        resuming: start from what the checkpoint holds.
+        parts: joined data sets; every batch is drawn from their union.
+        eval_source: labelled data to count errors on after each epoch.
+        checkpoint: where the state is saved during training.
+        resuming: whether to start from the checkpoint.
+
+    Returns:
+        The students, then the baselines.
+
+    Raises:
+        ModelError: a student failed in a run of a single student.
     """
-    device, starts = accelerator.device, np.cumsum([0, *map(len, parts)])
+    device, offsets = accelerator.device, np.cumsum([0, *map(len, parts)])
     extra = extra_augmentation(config)
     batches = shuffled_batches(config, parts, accelerator)
     steps = config.epochs * len(batches)
@@ -132,13 +146,18 @@ def fit(
             step = batches.set_epoch(epoch, start.batch if epoch == start.epoch else 0)
             for weight, loaded in zip(batches.weights(), loader, strict=True):
                 batch = concatenate_batches(
-                    [parts[part].training_batch(own, epoch, device) for part, own in loaded.items()]
+                    [
+                        parts[number].training_batch(part_batch, epoch, device)
+                        for number, part_batch in loaded.items()
+                    ]
                 )
-                # (B,) numbers of the samples through all parts
+                # (B,) unique over all parts, whose own sample ids can overlap
                 sample_ids = np.concatenate(
                     [
-                        starts[part] + own.sample_ids.numpy() - parts[part].sample_ids[0]
-                        for part, own in loaded.items()
+                        offsets[number]
+                        + part_batch.sample_ids.numpy()
+                        - parts[number].sample_ids[0]
+                        for number, part_batch in loaded.items()
                     ]
                 )
                 inputs = extra(batch.inputs, None, epoch, sample_ids, first_stream=EXTRA_STREAM)
@@ -156,27 +175,27 @@ def fit(
             for student in in_training(students):
                 evaluation = epoch, eval_source, config.workers, config.patience
                 attempt(config, student, student.finish_epoch, *evaluation)
-            over = not in_training(students)
+            all_stopped = not in_training(students)
             if checkpoint and accelerator.is_main_process:
-                # after the last epoch too: what cannot be saved now can be with the same command
-                checkpoint.save(students, Position(config.epochs if over else epoch + 1))
-            if over:
+                # after the last epoch too: if saving a student fails, the same command can do it later
+                checkpoint.save(students, Position(config.epochs if all_stopped else epoch + 1))
+            if all_stopped:
                 break
     return students
 
 
 def in_training(students: Sequence[Student]) -> list[Student]:
-    """The students that still take steps."""
+    """The students that have not stopped."""
     return [student for student in students if student.stopped is None]
 
 
 def attempt(
     config: TrainConfig, student: Student, work: Callable[..., object], *arguments: object
 ) -> None:
-    """Let a student do its part; one that fails among others stops alone.
+    """Call `work` for one student; if it fails, that student stops and the others continue.
 
     Raises:
-        ModelError: it fails, and there is but one student.
+        ModelError: `work` failed in a run of a single student.
     """
     try:
         work(*arguments)
@@ -184,4 +203,4 @@ def attempt(
         if len(config.students) == 1:
             raise
         student.fail(str(error))
-        warn(f"{student.name} stops: {error}")
+        warn(f"{student.name} stopped: {error}")

@@ -1,4 +1,4 @@
-"""What moves a student: its optimizer, its learning rate over time, the average of its weights."""
+"""The optimizer of a student, its learning rate schedule, and the moving average of its weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from softcache.train.config import StudentConfig
 
 
 def make_optimizer(model: nn.Module, config: StudentConfig) -> Optimizer:
-    """AdamW, or SGD with Nesterov's momentum; biases and norms are not decayed."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """AdamW, or SGD with Nesterov momentum, without weight decay on biases and norm parameters."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {
-            "params": [p for p in trained if p.ndim > 1],
+            "params": [p for p in trainable if p.ndim > 1],
             "weight_decay": config.effective_weight_decay,
         },
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if config.optimizer == "sgd":
         momentum = config.momentum
@@ -33,7 +33,7 @@ def make_optimizer(model: nn.Module, config: StudentConfig) -> Optimizer:
 
 
 def make_schedule(optimizer: Optimizer, config: StudentConfig, steps: int) -> LambdaLR:
-    """The learning rate of each of `steps` steps."""
+    """A learning rate schedule of `steps` steps."""
     return LambdaLR(
         optimizer,
         lambda step: learning_rate_factor(config.schedule, step, steps, config.warmup),
@@ -41,20 +41,30 @@ def make_schedule(optimizer: Optimizer, config: StudentConfig, steps: int) -> La
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up, then constant or half a cosine to 0 (Loshchilov and Hutter, 1608.03983)."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
+    """The learning rate of a step as a share of the peak learning rate.
+
+    Linear warm-up, then either constant or cosine decay to 0 (Loshchilov and Hutter, "SGDR: Stochastic
+    gradient descent with warm restarts", arXiv 1608.03983, without restarts).
+
+    Args:
+        schedule: cosine or constant.
+        step: counted from 0.
+        steps: steps of the whole run.
+        warmup: share of the steps spent on warm-up, in [0, 1).
+    """
+    warmup_steps = max(1, round(warmup * steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
     if schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    decay_steps = max(1, steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / decay_steps))
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of weights and buffers (Polyak and Juditsky, 1992).
 
-    At its beginning the decay is lower, (1 + n) / (10 + n) after n steps, so that the first weights are
-    soon forgotten.
+    The decay is at most (1 + n) / (10 + n) after n steps, so that the initial weights are forgotten soon.
     """
 
     @torch.no_grad()
@@ -65,6 +75,6 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
             if average.is_floating_point():
                 average.lerp_(value.to(average.device), 1 - keep)
             else:
-                average.copy_(value)  # counters
+                average.copy_(value)  # a counter of a norm layer
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

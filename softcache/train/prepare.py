@@ -1,4 +1,4 @@
-"""Before the first step: data joined to caches, students built, losses checked."""
+"""Before the first step: check the settings, join data to caches, build the students."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from softcache.util.log import inform
 def check_classes(
     sources: Sequence[Source], caches: Sequence[Cache], eval_source: Source | None
 ) -> None:
-    """Raise DataError if the classes of the evaluation data are not those of the data and caches."""
+    """Raise DataError if the evaluation data has other classes than the data or a cache."""
     if eval_source is None:
         return
     for source in sources:
@@ -45,31 +45,33 @@ def check_classes(
 
 
 def student_temperature(student: StudentConfig, caches: Sequence[Cache]) -> float:
-    """The temperature of a student's soft targets: as asked for, else the caches' own.
+    """The temperature of a student's soft targets: its own setting, or else that of the caches.
 
     Raises:
-        SettingsError: the caches have different ones, or different classes.
+        SettingsError: the caches differ in temperature and the student sets none, or differ in classes.
     """
     for cache in caches[1:]:
         for name in ("classes", "temperature"):
-            mine, first = getattr(cache.header, name), getattr(caches[0].header, name)
-            if mine != first and not (name == "temperature" and student.temperature):
-                advice = "; say which with --temperature" if name == "temperature" else ""
+            value, first = getattr(cache.header, name), getattr(caches[0].header, name)
+            if value != first and not (name == "temperature" and student.temperature):
+                advice = "choose one with --temperature"
+                if name == "classes":
+                    advice = "train a student from each"
                 raise SettingsError(
-                    f"{cache.path} has {name} {mine}, {caches[0].path} has {first}; one student needs "
-                    f"one{advice}"
+                    f"{cache.path} has {name} {value}, {caches[0].path} has {first}; expected the same in "
+                    f"all caches: {advice}"
                 )
     return student.temperature or (caches[0].header.temperature if caches else 1.0)
 
 
 def check_losses(config: TrainConfig, caches: Sequence[Cache]) -> None:
-    """Raise SettingsError now, not at the first step, where a loss needs what a cache does not have."""
+    """Raise SettingsError if a loss needs something that a cache lacks, rather than at the first step."""
     for student in config.students:
         name, _ = parse_loss(student.loss)
         for cache in caches:
-            few = isinstance(cache.header.encoding, TopK | Sampled)
+            is_sparse = isinstance(cache.header.encoding, TopK | Sampled)
             encoding = cache.header.encoding.name
-            if (name == "mse" and few) or (name == "reverse_kl" and encoding == "sampled"):
+            if (name == "mse" and is_sparse) or (name == "reverse_kl" and encoding == "sampled"):
                 raise SettingsError(
                     f"loss {name} needs the probabilities of all classes, and {cache.path} is {encoding}; "
                     "use --loss kl"
@@ -77,7 +79,7 @@ def check_losses(config: TrainConfig, caches: Sequence[Cache]) -> None:
             mixed = split_augment(cache.header.augment).mixup
             if name == "dkd" and (mixed or bool((cache.labels < 0).any())):
                 raise SettingsError(
-                    f"loss dkd takes the label of each sample apart, and {cache.path} has "
+                    f"loss dkd needs one label per sample, and {cache.path} has "
                     f"{'mixed samples' if mixed else 'samples without a label'}; use --loss kl"
                 )
 
@@ -88,7 +90,11 @@ def join_all(
     caches: Sequence[Cache],
     device: torch.device,
 ) -> list[JoinedData]:
-    """Each data set with its cache; without a cache, with its labels alone."""
+    """Join each data set to its cache; without a cache, use its labels alone.
+
+    Raises:
+        SoftcacheError: the data do not fit the caches, or the caches do not fit each other.
+    """
     if not caches:
         classes = class_count(config, sources[0])
         return [hard_label_data(sources[0], config.augment, config.seed, classes)]
@@ -114,26 +120,30 @@ def join_all(
     for part in parts[1:]:
         if part.input_shape() != parts[0].input_shape():
             raise DataError(
-                f"inputs of {part.source.name} have shape {part.input_shape()}, those of "
-                f"{parts[0].source.name} {parts[0].input_shape()}; one student needs one shape"
+                f"inputs of {part.source.name} have shape {part.input_shape()}, inputs of "
+                f"{parts[0].source.name} have {parts[0].input_shape()}; expected one shape in all data sets"
             )
     return parts
 
 
 def extra_augmentation(config: TrainConfig) -> Augmentation:
-    """What goes on top of the cache's own augmentation, drawn anew in every epoch."""
+    """The augmentation on top of the cache's own, with new draws in every epoch.
+
+    Raises:
+        SettingsError: it is not made of the built-in operations alone.
+    """
     extra = parse_augment(config.extra_augment, seed=config.seed, total=0)
     if extra.mixup or extra.transform:
         raise SettingsError(
-            f"--extra-augment {config.extra_augment}: only the built-in operations can go on top; "
-            "mixup and a callable of your own belong into softcache dump --augment"
+            f"--extra-augment {config.extra_augment}: only the built-in operations can be added on top; "
+            "use mixup or your own callable in softcache dump --augment instead"
         )
     return extra
 
 
 @dataclass(frozen=True)
 class PlannedStudent:
-    """A student before it is built: its settings, its name in tables, and its folder."""
+    """The settings, name and folder of a student that is not built yet."""
 
     config: StudentConfig
     name: str
@@ -141,23 +151,26 @@ class PlannedStudent:
 
 
 def planned_students(config: TrainConfig) -> list[PlannedStudent]:
-    """Every student, then the hard-label baselines; students of a grid may share a baseline."""
+    """All students, then the hard-label baselines.
+
+    Students that differ only in settings of the soft loss share one baseline.
+    """
     students, baselines = [], {}
     kind = "distilled" if config.caches else "student"
     for student, name in zip(config.students, config.names(), strict=True):
         folder = config.out / name
         students.append(PlannedStudent(student, f"{kind} {name}".strip(), folder))
-        own = student.baseline()
-        if config.baseline and own not in baselines:
+        baseline = student.baseline()
+        if config.baseline and baseline not in baselines:
             title = f"hard labels {name}".strip()
-            baselines[own] = PlannedStudent(own, title, folder / "baseline")
+            baselines[baseline] = PlannedStudent(baseline, title, folder / "baseline")
     return [*students, *baselines.values()]
 
 
 def make_students(
     config: TrainConfig, accelerator: Accelerator, parts: Sequence[JoinedData], steps: int
 ) -> list[Student]:
-    """All students, each with weights, optimizer and folder of its own."""
+    """Build all students, each with its own weights, optimizer and folder."""
     input_shape, classes = parts[0].input_shape(), parts[0].classes
     caches = [part.cache for part in parts if part.cache]
     students = []
@@ -183,10 +196,10 @@ def make_students(
 
 
 def class_count(config: TrainConfig, source: Source) -> int:
-    """Without a cache: as asked for, else as the data's class names or labels say.
+    """The number of classes without a cache: --classes, the data's class names, or the largest label + 1.
 
     Raises:
-        SettingsError: nothing says how many.
+        SettingsError: none of these is available.
     """
     if config.classes or source.class_names:
         return config.classes or len(source.class_names)
@@ -199,18 +212,21 @@ def class_count(config: TrainConfig, source: Source) -> int:
 
 
 def make_accelerator(device: str, precision: str) -> Accelerator:
-    """Hugging Face accelerate on the device asked for.
+    """An Accelerator of Hugging Face accelerate for this process.
+
+    Args:
+        device: auto, cpu, cuda, cuda:1, mps.
+        precision: fp32, bf16 or fp16.
 
     Raises:
-        SettingsError: the device is not there, or the processes do not find each other.
+        SettingsError: the device is not available, or accelerate does not see all processes.
     """
-    chosen, processes = pick_device(device), world_size()
-    if chosen.type == "cuda" and chosen.index is not None:
-        torch.cuda.set_device(chosen)
-    # without a GPU accelerate looks for other processes only if it is told to use the CPU
-    on_cpu = chosen.type == "cpu"
+    torch_device, processes = pick_device(device), world_size()
+    if torch_device.type == "cuda" and torch_device.index is not None:
+        torch.cuda.set_device(torch_device)
     mixed_precision = "no" if precision == "fp32" else precision
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision)
+    # without a GPU, accelerate looks for other processes only with cpu=True
+    accelerator = Accelerator(cpu=torch_device.type == "cpu", mixed_precision=mixed_precision)
     if accelerator.num_processes != processes:
         raise SettingsError(
             f"{processes} processes were started, but accelerate sees {accelerator.num_processes}; start "
@@ -222,27 +238,27 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
 def shuffled_batches(
     config: TrainConfig, parts: Sequence[JoinedData], accelerator: Accelerator
 ) -> ShuffledBatches:
-    """The batches of all parts, of which each process gets its share.
+    """Shuffled batches over the union of all parts; each process gets its share of every batch.
 
     Raises:
-        SettingsError: the batch is too small to be shared.
+        SettingsError: the batch size is too small for the number of processes.
     """
-    starts = np.cumsum([0, *map(len, parts)])
+    offsets = np.cumsum([0, *map(len, parts)])
 
     def request(samples: npt.NDArray[np.int64], epoch: int) -> dict[int, Request]:
-        part_of = np.searchsorted(starts, samples, side="right") - 1  # (B,)
+        part_of = np.searchsorted(offsets, samples, side="right") - 1  # (B,)
         return {
-            int(part): parts[part].request(samples[part_of == part] - starts[part], epoch)
-            for part in np.unique(part_of)
+            int(number): parts[number].request(samples[part_of == number] - offsets[number], epoch)
+            for number in np.unique(part_of)
         }
 
     processes = accelerator.num_processes
     if config.batch_size < 2 * processes > 2:
         raise SettingsError(
-            f"batch size {config.batch_size} for {processes} processes; expected at least 2 for each"
+            f"batch size {config.batch_size} for {processes} processes; expected 2 or more for each"
         )
     return ShuffledBatches(
-        int(starts[-1]),
+        int(offsets[-1]),
         config.batch_size,
         config.seed,
         request,
@@ -259,11 +275,11 @@ def open_run_folders(
     *,
     resuming: bool,
 ) -> None:
-    """Make the folders, with the metrics of the epochs that are done."""
+    """Create the folders of all students, with the metrics of the finished epochs."""
     if checkpoint and resuming:
         inform(
             f"resuming {checkpoint.path.parent} at epoch {start.epoch + 1}, batch {start.batch} (remove "
-            f"{checkpoint.path.name} to start again)"
+            f"{checkpoint.path.name} to start from scratch)"
         )
     elif checkpoint:
         checkpoint.remove()
@@ -274,7 +290,7 @@ def open_run_folders(
 
 
 def open_board(folder: Path, epoch: int) -> Any:  # noqa: ANN401  # a SummaryWriter
-    """Logs for TensorBoard from `epoch` on; what was logged of it before a stop does not count."""
+    """A TensorBoard log that starts at `epoch`, and hides what was logged from there on before a stop."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(folder, purge_step=epoch)

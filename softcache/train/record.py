@@ -1,4 +1,4 @@
-"""What a run says of itself: what it goes on only with, config.json, the model card, the last table."""
+"""The records of a run: the settings it can resume with, config.json, the model card, the final table."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from softcache.util.settings import settings_of
 
 
 def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the model card README.md."""
     card = model_card(facts)
     replace_file(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
 
 
-def lasting_settings(
+def resume_settings(
     config: TrainConfig,
     sources: Sequence[Source],
     caches: Sequence[Cache],
     eval_source: Source | None,
 ) -> dict[str, Any]:
-    """What a run that was stopped goes on only with, as JSON: settings, data, caches, code."""
+    """What must be the same for a stopped run to resume, as JSON: settings, data, caches, code."""
     settings = {
         field.name: getattr(config, field.name)
         for field, facts in settings_of(config)
@@ -45,7 +46,7 @@ def lasting_settings(
         "seed": config.seed,
         "eval_data": eval_source.name if eval_source else None,
         "data": [[source.name, len(source)] for source in sources],
-        # of an unfinished cache the content will yet change
+        # the content of an unfinished cache still changes
         "cache": [
             [cache.content_id() if cache.complete else None, cache.header.views] for cache in caches
         ],
@@ -57,7 +58,7 @@ def lasting_settings(
 
 
 def public_settings(student: StudentConfig) -> dict[str, Any]:
-    """A student's settings without the folders of this machine."""
+    """The settings of a student with file names instead of paths."""
     return dataclasses.asdict(student) | {
         "student": parse_model(student.student).public_name,
         "init": student.init and student.init.name,
@@ -65,7 +66,7 @@ def public_settings(student: StudentConfig) -> dict[str, Any]:
 
 
 def code_digests(student: StudentConfig) -> list[str]:
-    """SHA-256 of the files of a student's own: its code, its first weights."""
+    """SHA-256 of the user's files: the code of the student, its initial weights."""
     files = [parse_model(student.student).path, *([student.init] if student.init else [])]
     return [file_sha256(file) for file in files if file.is_file()]
 
@@ -76,7 +77,7 @@ def run_facts(
     parts: Sequence[JoinedData],
     eval_source: Source | None,
 ) -> dict[str, Any]:
-    """What config.json says of a run: the settings, and whose soft targets it learned from."""
+    """The contents of config.json: the settings, and where the soft targets came from."""
     settings = {field.name: getattr(config, field.name) for field, _ in settings_of(config)}
     settings |= public_settings(student.config)
     settings |= {
@@ -93,7 +94,7 @@ def run_facts(
         "classes": parts[0].classes,
         "class_names": list(caches[0].class_names if caches else parts[0].source.class_names),
         "embedded": not config.data,  # the samples came from the cache itself
-        # of an unfinished cache the content, and so its id, will yet change
+        # the content of an unfinished cache, and so its id, still changes
         "content_ids": [cache.content_id() if cache.complete else None for cache in caches],
         "temperature": student.temperature,
         "teachers": [dict(teacher) for teacher in caches[0].header.teachers] if caches else [],
@@ -105,28 +106,29 @@ def run_facts(
 def teacher_evaluation(
     caches: Sequence[Cache], eval_source: Source | None
 ) -> Mapping[str, Any] | None:
-    """The teacher's errors by the first cache's header, if they were counted on the same data."""
-    known = caches[0].header.evaluation if caches else None
-    same = known and eval_source and known["digest"] == data_digest(eval_source)
-    return known if same else None
+    """The teacher's errors in the first cache's header, if they were counted on the same data."""
+    evaluation = caches[0].header.evaluation if caches else None
+    if not evaluation or not eval_source:
+        return None
+    return evaluation if evaluation["digest"] == data_digest(eval_source) else None
 
 
 def final_table(
     students: Sequence[Student], caches: Sequence[Cache], eval_source: Source | None
 ) -> str:
-    """Teachers by what the first cache's header says of them, then the students."""
+    """A table of the teachers, as the first cache's header describes them, and the students."""
     rows = [Row(student.name, student.parameters, student.evaluation) for student in students]
     if not caches:
         return models_table(rows)
-    known = teacher_evaluation(caches, eval_source)
-    evaluation = Evaluation(known["errors"], known["samples"]) if known else None
+    counts = teacher_evaluation(caches, eval_source)
+    evaluation = Evaluation(counts["errors"], counts["samples"]) if counts else None
     parameters = sum(teacher["parameters"] for teacher in caches[0].header.teachers)
     return models_table([Row("teacher", parameters, evaluation), *rows])
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model in the final table."""
+    """One model in the final table."""
 
     name: str
     parameters: int
@@ -134,7 +136,7 @@ class Row:
 
 
 def models_table(rows: Sequence[Row]) -> str:
-    """Parameters, their share of the first row's, and test errors; the first row is the teacher."""
+    """Parameters, their share of the first row's, and test errors of each model, as text."""
     first = rows[0].parameters
     lines = [
         (

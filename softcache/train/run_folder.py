@@ -1,4 +1,4 @@
-"""What `softcache train` left in a folder: facts, metrics, weights."""
+"""The folder of a training run: facts, metrics, weights."""
 
 from __future__ import annotations
 
@@ -17,130 +17,143 @@ from softcache.models.build import build
 from softcache.models.spec import HUB, parse_model
 from softcache.models.weights import load_weights
 
+WEIGHTS = "student.safetensors"
+UNFINISHED_METRICS = "metrics.jsonl.partial"  # metrics.jsonl, until the student is saved
+
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run."""
+    """A finished run.
+
+    Attributes:
+        facts: the contents of config.json.
+        metrics: the lines of metrics.jsonl, one for each epoch.
+    """
 
     folder: Path
-    facts: dict[str, Any]  # config.json
-    metrics: list[dict[str, Any]]  # a line an epoch
+    facts: dict[str, Any]
+    metrics: list[dict[str, Any]]
 
     @property
     def name(self) -> str:
+        """Name of the folder."""
         return self.folder.name
 
     @property
     def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
         return tuple(self.facts["input_shape"])
 
     @property
     def classes(self) -> int:
+        """Number of classes."""
         return int(self.facts["classes"])
 
     def example(self, batch: int, seed: int = 0) -> Tensor:
-        """Inputs of no meaning, (batch, *shape), of the type that the student takes.
+        """Dummy inputs (batch, *input_shape) of the dtype that the student expects.
 
-        Floats in [0, 1]; code points of letters for a model of texts; otherwise ids of 1.
+        Floats are uniform in [0, 1]. Integers are code points of lowercase letters if the student is a
+        model from a hub, which reads text, and otherwise all 1.
         """
-        shape, draws = (batch, *self.input_shape), torch.Generator().manual_seed(seed)
+        shape, generator = (batch, *self.input_shape), torch.Generator().manual_seed(seed)
         dtype = getattr(torch, self.facts.get("input_dtype", "float32"))
         if dtype.is_floating_point:
-            return torch.rand(shape, generator=draws, dtype=dtype)
+            return torch.rand(shape, generator=generator, dtype=dtype)
         if parse_model(self.facts["settings"]["student"]).kind in HUB:
-            return torch.randint(ord("a"), ord("z") + 1, shape, generator=draws, dtype=dtype)
+            return torch.randint(ord("a"), ord("z") + 1, shape, generator=generator, dtype=dtype)
         return torch.ones(shape, dtype=dtype)
 
     @property
     def weights(self) -> Path:
+        """The file of the student's weights."""
         return self.folder / WEIGHTS
 
     def model(self, specs: Sequence[str] = ()) -> nn.Module:
         """The student with its weights, in eval mode.
 
         Args:
-            specs: where code is, if it is not built-in: config.json names files without folders. The one of
-                this student's name is taken.
+            specs: specifications of students that are not built-in, with the folders of their code, which
+                config.json leaves out. The one with this student's name is used.
 
         Raises:
-            SettingsError, ModelError: it cannot be built, or its weights do not fit.
+            SettingsError, ModelError: the student cannot be built, or its weights do not fit.
         """
-        named = str(self.facts["settings"]["student"])
-        spec = next((spec for spec in specs if parse_model(spec).public_name == named), None)
+        name = str(self.facts["settings"]["student"])
+        spec = next((spec for spec in specs if parse_model(spec).public_name == name), None)
         try:
-            model = build(spec or named, input_shape=self.input_shape, classes=self.classes)
+            model = build(spec or name, input_shape=self.input_shape, classes=self.classes)
         except (SettingsError, ModelError) as error:
             if spec is not None:
                 raise
             raise ModelError(
-                f"{self.folder}: the student {named} cannot be built here ({error}); say where its code "
-                "is with --student"
+                f"{self.folder}: the student {name} cannot be built here ({error}); give the path of its "
+                "code with --student"
             ) from error
         load_weights(model, self.weights)
         return model.eval()
 
 
 def expand(folders: Sequence[Path]) -> list[Path]:
-    """Folders that hold several finished runs stand for these."""
-    found: list[Path] = []
+    """The folders of single runs; a folder that holds several finished runs is replaced by these."""
+    run_folders: list[Path] = []
     for folder in folders:
-        inside = sorted(path.parent for path in folder.glob(f"*/{WEIGHTS}"))
-        found += inside if inside and not (folder / WEIGHTS).exists() else [folder]
-    return found
+        subfolders = sorted(path.parent for path in folder.glob(f"*/{WEIGHTS}"))
+        is_run = (folder / WEIGHTS).exists()
+        run_folders += subfolders if subfolders and not is_run else [folder]
+    return run_folders
 
 
 def open_run(folder: Path) -> Run:
     """Read the facts and the metrics of a finished run.
 
     Raises:
-        SettingsError: it is no folder of a finished run.
+        SettingsError: the folder does not hold a finished run.
     """
     if not (folder / WEIGHTS).is_file():
-        begun = any(folder.glob("metrics.jsonl.partial"))
         unfinished = "its training has not finished: run the same command again"
-        why = unfinished if begun else f"it has no {WEIGHTS}"
-        raise SettingsError(f"{folder} is no finished run: {why}; name a folder of softcache train")
+        reason = unfinished if (folder / UNFINISHED_METRICS).exists() else f"it has no {WEIGHTS}"
+        raise SettingsError(
+            f"{folder} is not a finished run: {reason}; name a folder of softcache train"
+        )
     try:
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        found = Run(folder, facts, [json.loads(line) for line in lines])
-        if not isinstance(facts["settings"]["student"], str) or not found.input_shape:
+        run = Run(folder, facts, [json.loads(line) for line in lines])
+        if not isinstance(facts["settings"]["student"], str) or not run.input_shape:
             raise KeyError("student")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
             f"{folder}: config.json or metrics.jsonl cannot be read ({type(error).__name__}: {error}); "
             "train it again"
         ) from error
-    return found
-
-
-UNFINISHED_METRICS = "metrics.jsonl.partial"  # until the student is there
-
-WEIGHTS = "student.safetensors"
+    return run
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Be sure, before the work, that the folder of a run can be had; nothing is made yet.
+    """Check that a run can be written to a folder, without creating anything.
 
     Raises:
-        SettingsError: it cannot be written, or holds a finished run and `overwrite` is not set.
+        SettingsError: the folder is not writable, or holds a finished run and `overwrite` is not set.
     """
     finished = folder / WEIGHTS
     if finished.exists() and not overwrite:
         raise SettingsError(
             f"{folder} holds a finished run ({finished.name}); give another --out, or --overwrite"
         )
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        why = "cannot be written" if there.is_dir() else "is a file"
-        raise SettingsError(f"cannot write in {folder}: {there} {why}; give another --out")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "is not writable" if nearest.is_dir() else "is a file"
+        raise SettingsError(f"cannot write in {folder}: {nearest} {reason}; give another --out")
 
 
 def make_run_folder(folder: Path, history: list[dict[str, Any]]) -> None:
-    """Make the folder; a run that was finished in it stays as it is until this one is.
+    """Create the folder and its unfinished metrics; a finished run in it stays until the new one is saved.
+
+    Args:
+        history: lines of metrics of the epochs that are done.
 
     Raises:
-        SettingsError: it cannot be written.
+        SettingsError: the folder cannot be written.
     """
     lines = "".join(json.dumps(line) + "\n" for line in history)
     try:

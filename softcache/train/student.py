@@ -1,4 +1,4 @@
-"""A student in training: stepped, evaluated and saved on its own."""
+"""A student in training: its steps, its evaluation and its files."""
 
 from __future__ import annotations
 
@@ -31,9 +31,21 @@ from softcache.util.files import replace_file
 
 @dataclass
 class Student:
-    """A student, what moves it, and how much it listens to the teacher.
+    """A model in training, with its optimizer, its settings and its progress.
 
-    `random` is its own state of torch's generator: dropout draws as if it were trained alone.
+    Attributes:
+        alpha: weight of the soft targets in the loss.
+        temperature: temperature of the soft targets and of the student's softmax in the soft loss.
+        random: this student's state of torch's generators, so that its dropout draws the same masks
+            however many students share the run.
+        average: exponential moving average of the weights, with --ema.
+        losses: (3,) for each step of the current epoch: total, soft, hard.
+        steps: steps of the finished epochs, with finite losses that are in the metrics.
+        history: a line of metrics for each finished epoch.
+        best: the weights with the fewest errors so far, with --patience.
+        stopped: why it takes no more steps; None while it trains.
+        failed: whether it stopped because of an error.
+        board: TensorBoard's SummaryWriter, with --tensorboard.
     """
 
     name: str
@@ -48,50 +60,52 @@ class Student:
     accelerator: Accelerator
     random: list[Tensor]
     average: AveragedModel | None = None
-    losses: list[Tensor] = field(default_factory=list)  # (3,) a step: total, soft, hard
-    steps: int = 0  # whose losses are known to be finite and in the metrics
-    history: list[dict[str, Any]] = field(default_factory=list)  # a line of metrics an epoch
+    losses: list[Tensor] = field(default_factory=list)
+    steps: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
     evaluation: Evaluation | None = None
-    best: dict[str, Tensor] | None = None  # weights at the fewest errors, if it may stop early
-    stopped: str | None = None  # why it takes no more steps
+    best: dict[str, Tensor] | None = None
+    stopped: str | None = None
     failed: bool = False
-    board: Any = None  # of TensorBoard, if it is asked for
+    board: Any = None
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         return parameter_count(self.model)
 
     @property
     def final_model(self) -> nn.Module:
-        """The model that is evaluated and saved: the average, if there is one."""
+        """The model that is evaluated and saved: the averaged one with --ema."""
         if self.average is not None:
             return self.average.module
-        found: nn.Module = self.accelerator.unwrap_model(self.model)
-        return found
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model
 
     def step(
         self, inputs: Tensor, labels: Labels, targets: Targets | None, weight: float = 1.0
     ) -> None:
-        """One step on one batch, or on this process's share of it.
+        """Take one optimizer step on a batch, or on this process's share of it.
 
         Args:
             inputs: (B, *shape) float.
-            labels: (B,) int64, negative where unlabelled; or of mixed samples.
-            targets: the teacher's log-probabilities at its temperature, if alpha wants them.
-            weight: of the share, such that the mean over the processes is that over the batch.
+            labels: (B,) int64, negative where unlabelled; or MixedLabels.
+            targets: (B, C) the teacher's log-probabilities at the student's temperature, or sparse; None
+                to train on labels alone.
+            weight: weight of the share, so that the mean over the processes is the mean over the batch.
 
         Raises:
             ModelError: the student raises, or its output is not (B, C).
         """
         self.optimizer.zero_grad()
-        parts = list(_slices(len(inputs), self.config.micro_batches))
+        micro_batches = list(_micro_batches(len(inputs), self.config.micro_batches))
         losses = []
-        for place in parts:
-            share = weight * (place.stop - place.start) / len(inputs)
-            last = place is parts[-1]
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                soft = None if targets is None or self.alpha == 0 else _part(targets, place)
-                loss = self._loss(inputs[place], _part(labels, place), soft)
+        for rows in micro_batches:
+            share = weight * (rows.stop - rows.start) / len(inputs)
+            is_last = rows is micro_batches[-1]
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                soft = None if targets is None or self.alpha == 0 else _take_rows(targets, rows)
+                loss = self._loss(inputs[rows], _take_rows(labels, rows), soft)
                 self.accelerator.backward(loss.total * share)
             losses.append(torch.stack([part.detach().float() for part in loss]) * share)
         if self.config.max_grad_norm is not None:
@@ -103,31 +117,34 @@ class Student:
         self.losses.append(torch.stack(losses).sum(0))
 
     def mean_losses(self, epoch: int) -> Tensor:
-        """Losses (steps, 3) of this epoch so far, over all processes.
+        """The losses of this epoch so far, averaged over all processes.
+
+        Returns:
+            (steps, 3) float32: total, soft, hard.
 
         Raises:
             ModelError: one of them is not finite.
         """
-        mine = torch.stack(self.losses)  # (steps, 3)
-        losses: Tensor = self.accelerator.reduce(mine, reduction="mean").cpu()
+        local = torch.stack(self.losses)  # (steps, 3)
+        losses: Tensor = self.accelerator.reduce(local, reduction="mean").cpu()
         self._check_finite(losses, epoch)
         return losses
 
     def check_losses(self, epoch: int) -> None:
-        """Raise ModelError if one of this process's own losses is not finite; nobody is waited for."""
+        """Raise ModelError if a loss of this process is not finite; no process waits for another."""
         self._check_finite(torch.stack(self.losses).cpu(), epoch)
 
     def _check_finite(self, losses: Tensor, epoch: int) -> None:
-        broken = (~losses[:, 0].isfinite()).nonzero()
-        if len(broken):
+        not_finite = (~losses[:, 0].isfinite()).nonzero()
+        if len(not_finite):
+            first = int(not_finite[0, 0])
             raise ModelError(
-                f"{self.name}: the loss is {losses[broken[0, 0], 0]} at step "
-                f"{self.steps + int(broken[0, 0]) + 1} (epoch {epoch + 1}); lower --lr, "
-                "or add --max-grad-norm 1"
+                f"{self.name}: the loss is {losses[first, 0]} at step {self.steps + first + 1} "
+                f"(epoch {epoch + 1}); lower --lr, or add --max-grad-norm 1"
             )
 
     def check_weights(self, epoch: int) -> None:
-        """Raise ModelError if a weight is not finite: the last step may break what no loss has seen."""
+        """Raise ModelError if a weight is not finite, which no loss shows if the last step broke it."""
         for name, tensor in self.final_model.state_dict().items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise ModelError(
@@ -138,13 +155,16 @@ class Student:
     def finish_epoch(
         self, epoch: int, eval_source: Source | None, workers: int, patience: int | None = None
     ) -> None:
-        """Evaluate, and add a line to the metrics.
+        """Evaluate the student, and add a line to its metrics.
 
         Args:
-            patience: epochs without fewer errors after which it stops.
+            epoch: the finished epoch, counted from 0.
+            eval_source: labelled data to count errors on; None skips the evaluation.
+            workers: processes that load the evaluation data.
+            patience: number of epochs without fewer errors after which the student stops.
 
         Raises:
-            ModelError: a loss of this epoch or a weight after it is not finite.
+            ModelError: a loss of this epoch or a weight at its end is not finite.
         """
         losses = self.mean_losses(epoch)
         self.check_weights(epoch)
@@ -168,7 +188,7 @@ class Student:
         else:
             line = {"epoch": epoch + 1}
         if patience is not None:
-            # all processes stop together, at what the first one counted
+            # only the main process evaluates; all must stop in the same epoch
             line["errors"] = int(self.accelerator.reduce(errors, reduction="sum"))
         self.history.append(line)
         if patience is not None:
@@ -185,14 +205,14 @@ class Student:
         if len(errors) - 1 - best >= patience:
             self.stopped = f"no fewer errors in {patience} epoch(s)"
 
-    def fail(self, why: str) -> None:
-        """Take no more steps; the other students go on."""
-        self.stopped, self.failed = why, True
+    def fail(self, reason: str) -> None:
+        """Stop this student because of an error, and free the state of its optimizer."""
+        self.stopped, self.failed = reason, True
         self.losses.clear()
         self.optimizer.state.clear()
 
     def restore_best(self) -> None:
-        """Go back to the weights that had the fewest errors, if these were kept."""
+        """Load the weights that had the fewest errors, if --patience kept them."""
         if self.best is not None:
             self.final_model.load_state_dict(self.best)
             line = min(self.history, key=lambda line: int(line["errors"]))
@@ -200,7 +220,14 @@ class Student:
                 self.evaluation = Evaluation(line["errors"], line["samples"])
 
     def save(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Write student.safetensors and config.json, which it returns, and name the metrics."""
+        """Write student.safetensors and config.json, and give the metrics their final name.
+
+        Args:
+            facts: what run_facts() returns.
+
+        Returns:
+            The contents of config.json.
+        """
         state = {
             name: tensor.cpu().contiguous().clone()
             for name, tensor in self.final_model.state_dict().items()
@@ -215,12 +242,12 @@ class Student:
         return facts
 
     def _loss(self, inputs: Tensor, labels: Labels, soft: Targets | None) -> Loss:
-        with self._own_randomness():
+        with self._own_random_state():
             logits = self._forward(inputs)
         if logits.shape[1] != self.classes:
             raise ModelError(
-                f"student gives {logits.shape[1]} outputs for {self.classes} classes; it needs one for "
-                "each class of the cache, or of the data"
+                f"student returned {logits.shape[1]} outputs for {self.classes} classes; expected one for "
+                "each class of the cache or the data"
             )
         return distillation_loss(
             logits,
@@ -236,7 +263,7 @@ class Student:
         self.model.train()
         try:
             logits = self.model(inputs)
-        except Exception as error:  # a user's model may fail in any way
+        except Exception as error:  # a user's model can raise anything
             raise ModelError(
                 f"student raised {type(error).__name__} on inputs {tuple(inputs.shape)} of "
                 f"{inputs.dtype}: {error}"
@@ -244,7 +271,7 @@ class Student:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(inputs):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ModelError(
-                f"student gives {shape} for a batch of {len(inputs)}; expected logits of shape "
+                f"student returned {shape} for a batch of {len(inputs)}; expected logits of shape "
                 f"({len(inputs)}, classes)"
             )
         return logits
@@ -255,13 +282,13 @@ class Student:
         )
 
     @contextmanager
-    def _own_randomness(self) -> Iterator[None]:
+    def _own_random_state(self) -> Iterator[None]:
         device = self.accelerator.device
-        outside = random_state(device)
+        shared = random_state(device)
         set_random_state(device, self.random)
         yield
         self.random = random_state(device)
-        set_random_state(device, outside)
+        set_random_state(device, shared)
 
 
 def make_student(
@@ -276,9 +303,19 @@ def make_student(
     classes: int,
     steps: int,
 ) -> Student:
-    """Prepare `model` for `steps` steps, as `config` says."""
+    """A student ready to train.
+
+    Args:
+        model: a new model, with the weights to start from.
+        name: name in messages and tables.
+        folder: where its files go.
+        alpha: weight of the soft targets in the loss.
+        temperature: temperature of the soft targets.
+        classes: number of logits that the model has to return.
+        steps: length of the learning rate schedule.
+    """
     optimizer = make_optimizer(model, config)
-    rate = make_schedule(optimizer, config, steps)
+    schedule = make_schedule(optimizer, config, steps)
     average = None
     if config.ema is not None:
         average = make_average(model, config.ema).to(accelerator.device)
@@ -292,7 +329,7 @@ def make_student(
         classes=classes,
         model=prepared,
         optimizer=optimizer,
-        schedule=rate,
+        schedule=schedule,
         accelerator=accelerator,
         random=random_state(accelerator.device),
         average=average,
@@ -300,27 +337,34 @@ def make_student(
 
 
 def random_state(device: torch.device) -> list[Tensor]:
+    """The state of torch's CPU generator, and of the GPU's if `device` is one."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def set_random_state(device: torch.device, states: list[Tensor]) -> None:
+    """Restore what random_state() returned."""
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
 
 
-def _slices(length: int, parts: int) -> Iterator[slice]:
-    """Up to `parts` parts of a batch, of two samples or more: a norm has no variance of one."""
-    parts = max(1, min(parts, length // 2))
-    edges = [length * i // parts for i in range(parts + 1)]
-    return (slice(a, b) for a, b in pairwise(edges))
+def _micro_batches(samples: int, count: int) -> Iterator[slice]:
+    """Rows of each of up to `count` micro-batches of two or more samples.
+
+    Batch normalization has no variance of one sample.
+    """
+    count = max(1, min(count, samples // 2))
+    edges = [samples * i // count for i in range(count + 1)]
+    return (slice(start, stop) for start, stop in pairwise(edges))
 
 
-def _part(of: Any, place: slice) -> Any:  # noqa: ANN401  # labels or targets, of either kind
-    """Some rows of labels or targets."""
-    if isinstance(of, SparseTargets):
-        return SparseTargets(of.ids[place], of.log_probs[place], of.rest[place], of.classes)
-    if isinstance(of, MixedLabels):
-        return MixedLabels(*(tensor[place] for tensor in of))
-    return of[place]
+def _take_rows(values: Any, rows: slice) -> Any:  # noqa: ANN401  # labels or targets of either kind
+    """The labels or targets of one micro-batch."""
+    if isinstance(values, SparseTargets):
+        return SparseTargets(
+            values.ids[rows], values.log_probs[rows], values.rest[rows], values.classes
+        )
+    if isinstance(values, MixedLabels):
+        return MixedLabels(*(tensor[rows] for tensor in values))
+    return values[rows]

@@ -1,1 +1,1 @@
-"""What knows nothing of distillation: files, callables, specifications, progress, random numbers."""
+"""Helpers that know nothing about distillation: files, callables, specs, progress, random numbers."""

@@ -1,4 +1,4 @@
-"""Random numbers that depend on their coordinates alone: counter-based, without a state."""
+"""Counter-based random numbers: a pure function of their coordinates, without a state."""
 
 from __future__ import annotations
 
@@ -16,10 +16,20 @@ def uniform(
     stream: int,
     draws: int,
 ) -> Draws:
-    """Random numbers in [0, 1) that depend on their coordinates alone, (B, draws).
+    """Uniform random numbers in [0, 1) that depend only on their coordinates.
 
-    The coordinates go one after the other through the finalizer of SplitMix64 (Steele, Lea and
+    The coordinates are mixed in one after another with the finalizer of SplitMix64 (Steele, Lea and
     Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, figure 16).
+
+    Args:
+        seed: the first coordinate.
+        view: one number for all samples, or (B,) one for each.
+        samples: (B,) numbers of the samples.
+        stream: separates the draws of different purposes.
+        draws: how many numbers each sample gets.
+
+    Returns:
+        (B, draws) float64.
     """
     state = np.zeros((len(samples), draws), np.uint64)
     views = np.broadcast_to(view, len(samples))[:, None]

@@ -1,4 +1,4 @@
-"""The device to compute on."""
+"""Choice of the torch device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from softcache.util.distributed import local_rank
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes a GPU if there is one, each process of a host its own.
+    """The device called `name`; `auto` is a GPU if there is one, and each local process gets its own.
 
     Raises:
-        SettingsError: torch cannot use it here.
+        SettingsError: torch cannot use the device on this machine.
     """
     if name == "auto":
         if not torch.cuda.is_available():

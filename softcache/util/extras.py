@@ -1,4 +1,4 @@
-"""Libraries that come with an extra of softcache, imported late."""
+"""Optional dependencies, imported only when they are needed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from softcache.errors import SettingsError
 
 
 def import_extra(module: str, *, extra: str, what: str) -> Any:  # noqa: ANN401  # a module
-    """A module that comes with an extra of softcache.
+    """Import a module that is installed with one of softcache's extras.
+
+    Args:
+        module: the dotted name of the module.
+        extra: the extra to install, as in `softcache[extra]`.
+        what: the feature that needs the module, for the error message.
 
     Raises:
-        SettingsError: it is not there.
+        SettingsError: the module is not installed.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from softcache.errors import SoftcacheError
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all.
+    """Write a file completely or not at all.
+
+    Args:
+        path: the file to create or replace.
+        write: called with the path of a temporary file in the same folder, which it must write.
 
     Raises:
-        SoftcacheError: the disk is full, or fails.
+        SoftcacheError: the disk is full or fails.
     """
     unfinished = path.with_name(f".{path.name}.partial")
     try:
@@ -25,7 +29,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         unfinished.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise SoftcacheError(
-                f"cannot write {path}: {error.strerror or error}; make room there or give another place, "
-                "and run the same command again"
+                f"cannot write {path}: {error.strerror or error}; free some space or choose another "
+                "path, then run the same command again"
             ) from error
         raise

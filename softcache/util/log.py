@@ -1,6 +1,6 @@
-"""What the library tells people while it works. It prints nothing itself.
+"""The library's log. The library itself prints nothing.
 
-The command line shows these lines; from Python, `logging.getLogger("softcache")` decides.
+The command line shows these lines; from Python, configure `logging.getLogger("softcache")`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ _PROGRESS = logging.getLogger("softcache.progress")
 
 
 def inform(text: str) -> None:
-    """A line about what was found or done."""
+    """Log a finding or a finished step."""
     _LOG.info("%s", text)
 
 
 def warn(text: str) -> None:
-    """A line about something that may be wrong."""
+    """Log something that may be wrong."""
     _LOG.warning("%s", text)
 
 
 def report_progress(text: str) -> None:
-    """A line that stands in for a progress bar where there is no terminal."""
+    """Log a line of progress, instead of a progress bar, where there is no terminal."""
     _PROGRESS.info("%s", text)

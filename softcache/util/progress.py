@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines in a log."""
+"""Progress of long work: a bar on a terminal, lines in the log elsewhere."""
 
 from __future__ import annotations
 
@@ -11,18 +11,26 @@ from typing import Protocol
 from softcache.util.distributed import rank
 from softcache.util.log import report_progress
 
-LOG_SECONDS = 30.0  # between two lines in a log
+LOG_SECONDS = 30.0  # between two lines of the log
 
 
 class Advance(Protocol):
+    """Counts `amount` more units as done; `note` is shown next to the progress."""
+
     def __call__(self, amount: int, note: str = "") -> None: ...
 
 
 @contextmanager
 def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-    """Yield a function that counts `amount` more units of `total` as done.
+    """Show the progress of the work in the `with` block; yields a function that advances it.
 
-    Of the processes that torchrun starts, only the first shows it.
+    Only the process of rank 0 shows anything.
+
+    Args:
+        what: the name of the work.
+        total: the number of units there are.
+        unit: the name of a unit, in the plural.
+        done: the number of units that were already done before this run.
     """
     if rank() != 0:
         yield lambda amount, note="": None
@@ -50,10 +58,10 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advanc
         if now - last >= LOG_SECONDS:
             last = now
             rate = (count - done) / (now - start)
-            left = (total - count) / rate if rate else float("inf")
+            seconds_left = (total - count) / rate if rate else float("inf")
             report_progress(
                 f"{what}: {count:,} of {total:,} {unit} ({count / total:.0%}), {rate:,.0f} {unit}/s, "
-                f"{left:,.0f} s left{', ' + note if note else ''}"
+                f"{seconds_left:,.0f} s left{', ' + note if note else ''}"
             )
 
     yield advance_log

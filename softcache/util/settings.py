@@ -1,7 +1,7 @@
-"""Settings as fields of a dataclass: default, range, help and option are declared in one place.
+"""Settings as dataclass fields: default, range, help and option are declared in one place.
 
-A new option is one field with `setting(...)`; the command line, range checks, run records and model
-cards follow from it.
+A new option is one field with `setting(...)`; the command line, the range checks, the run records and
+the model cards follow from it.
 """
 
 from __future__ import annotations
@@ -14,22 +14,26 @@ from typing import Any
 
 from softcache.errors import SettingsError
 
-KEY = "setting"  # in the metadata of a field
+KEY = "setting"  # in the metadata of a dataclass field
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a field that is a setting.
+    """How a setting is shown on the command line, and which values it accepts.
 
     Attributes:
         help: a phrase that stands alone.
-        group: the heading under which `--help` shows it.
-        option: name of the option, without dashes; by default that of the field.
-        metavar: how `--help` shows its value.
+        group: the heading that `--help` lists the option under.
+        option: the name of the option, without dashes; by default the name of the field.
+        metavar: how `--help` shows the value.
         default_text: how `--help` shows a default that depends on something else.
-        choices: the values it may have.
-        affects_result: whether another value may give another result; a run that was stopped goes on only
-            with the same ones.
+        choices: the values that are accepted; empty if any value is.
+        at_least: the lower bound, inclusive.
+        above: the lower bound, exclusive.
+        at_most: the upper bound, inclusive.
+        below: the upper bound, exclusive.
+        affects_result: whether another value can change the result; a stopped run continues only with the
+            same values of these settings.
     """
 
     help: str
@@ -45,7 +49,7 @@ class Setting:
     affects_result: bool = True
 
     def problem(self, value: object) -> str | None:
-        """What is expected, if `value` is not that."""
+        """What is expected instead, if `value` is not accepted; else None."""
         if self.choices and value not in self.choices:
             return f"one of {', '.join(self.choices)}"
         if isinstance(value, bool) or not isinstance(value, int | float) or not self._range():
@@ -59,7 +63,7 @@ class Setting:
         return None if inside and math.isfinite(value) else self._range()
 
     def _range(self) -> str:
-        """The numbers that are allowed, in words; empty if all are."""
+        """The accepted numbers in words; empty if any number is accepted."""
         high = f" to {_shown(self.at_most)}" if self.at_most is not None else ""
         high = f" to below {_shown(self.below)}" if self.below is not None else high
         if self.above is not None:
@@ -75,25 +79,25 @@ def _shown(bound: float) -> str:
 
 
 def setting(default: Any = MISSING, **facts: Any) -> Any:  # noqa: ANN401  # a field of any type
-    """A dataclass field with the facts of a Setting in its metadata."""
+    """A dataclass field with a Setting in its metadata; `facts` are the attributes of the Setting."""
     return dataclasses.field(default=default, metadata={KEY: Setting(**facts)})
 
 
 def settings_of(config: type | object) -> Iterator[tuple[dataclasses.Field[Any], Setting]]:
-    """The fields of a dataclass, or of an instance of one, that are settings."""
+    """The settings among the fields of a dataclass, or of an instance of one."""
     for field in dataclasses.fields(config):  # type: ignore[arg-type]  # a dataclass
         if KEY in field.metadata:
             yield field, field.metadata[KEY]
 
 
 def option_name(field: dataclasses.Field[Any]) -> str:
-    """The option of a setting without dashes, as it is written: `learning-rate`."""
+    """The name of a setting's option without the leading dashes, such as `learning-rate`."""
     facts: Setting = field.metadata[KEY]
     return facts.option or field.name.replace("_", "-")
 
 
 def check_range(config: object) -> None:
-    """Raise SettingsError for the first setting that is out of its range; None is never checked."""
+    """Raise SettingsError for the first setting that is out of range; None is never checked."""
     for field, facts in settings_of(config):
         value = getattr(config, field.name)
         problem = None if value is None else facts.problem(value)

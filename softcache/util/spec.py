@@ -1,7 +1,7 @@
 """Specifications such as `hf:vit?hidden_size=192` or `folder:images@test`, parsed once.
 
-What is parsed here is written KIND:PLACE?OPTION=VALUE&…@SPLIT. Which kinds there are is said in one
-table in each room that has some: `data/spec.py`, `models/spec.py`, `teachers/spec.py`.
+The general form is KIND:PLACE?OPTION=VALUE&…@SPLIT. The tables of kinds are in `data/spec.py`,
+`models/spec.py` and `teachers/spec.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl
 from softcache.errors import SettingsError
 
 CODE = "code"  # the kind of FILE.py:CALLABLE and package.module:CALLABLE
-LOCAL_OPTIONS = ("processor", "tokenizer")  # options whose values may be folders of this machine
+LOCAL_OPTIONS = ("processor", "tokenizer")  # options whose values may be folders on this machine
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Kind:
 
     Attributes:
         form: how a specification of this kind is written.
-        meaning: what it names, in a phrase.
-        handler: `module:function` that opens or builds it; imported when it is first needed.
-        options: names of the options it takes; None if it checks them itself.
-        file: whether its place is a file, known to others by its name alone.
+        meaning: what it stands for, in a phrase.
+        handler: the `module:function` that opens or builds it; imported when it is first needed.
+        options: names of the options that it takes; None if the handler checks them itself.
+        file: whether the place is a file; its folder is left out of the public name.
     """
 
     form: str
@@ -38,7 +38,7 @@ class Kind:
     file: bool = False
 
     def load(self) -> Callable[..., Any]:
-        """The handler."""
+        """Import the handler."""
         module, _, function = self.handler.partition(":")
         handler: Callable[..., Any] = getattr(import_module(module), function)
         return handler
@@ -46,16 +46,16 @@ class Kind:
 
 @dataclass(frozen=True)
 class Spec:
-    """A specification, taken apart.
+    """A parsed specification.
 
     Attributes:
-        text: as the user wrote it.
-        kind: a key of the room's table of kinds, or CODE.
-        place: a file, folder, module, id on a hub, or sizes of layers.
-        attribute: the callable, if the kind is CODE.
-        options: what stands behind the `?`.
-        split: what stands behind the `@`.
-        file: whether the place is a file, known to others by its name alone.
+        text: the specification as the user wrote it.
+        kind: a key of a table of kinds, or CODE.
+        place: a file, folder, module, hub id, or layer sizes.
+        attribute: the name of the callable, if the kind is CODE.
+        options: the options after the `?`.
+        split: the split after the `@`; empty if there is none.
+        file: whether the place is a file; its folder is left out of the public name.
     """
 
     text: str
@@ -73,7 +73,7 @@ class Spec:
 
     @property
     def public_name(self) -> str:
-        """The specification without folders of this machine: safe to write into a shared file."""
+        """The specification without local folders: safe to write into a shared file."""
         split = f"@{self.split}" if self.split else ""
         if self.kind == CODE:
             return f"{self.path.name}:{self.attribute}{split}"
@@ -82,13 +82,13 @@ class Spec:
             name: _public_place(value) if name in LOCAL_OPTIONS else value
             for name, value in self.options.items()
         }
-        # a file may tell its kind by its ending alone
+        # the kind may follow from the file's suffix alone
         prefix = f"{self.kind}:" if self.text.startswith(f"{self.kind}:") else ""
         return f"{prefix}{place}{_query(options)}{split}"
 
 
 def split_options(text: str) -> tuple[str, dict[str, str]]:
-    """What stands before the first `?`, and the options behind it.
+    """Split a text at its first `?` into the part before it and the options after it.
 
     Raises:
         SettingsError: an option has no value, or is given twice.
@@ -104,18 +104,18 @@ def split_options(text: str) -> tuple[str, dict[str, str]]:
         ) from error
     options = dict(pairs)
     if len(options) < len(pairs):
-        raise SettingsError(f"{text!r} has an option twice; give each once")
+        raise SettingsError(f"{text!r} repeats an option; give each option once")
     return place, options
 
 
 def split_callable(text: str) -> tuple[str, str]:
-    """Place and callable of FILE.py:CALLABLE or package.module:CALLABLE; a path may hold colons."""
+    """Split FILE.py:CALLABLE or package.module:CALLABLE at its last colon; a path may contain colons."""
     place, _, attribute = text.rpartition(":")
     return place, attribute
 
 
 def check_options(options: Mapping[str, str], known: Collection[str], text: str) -> None:
-    """Raise SettingsError for the first option that is not known."""
+    """Raise SettingsError for the first option, in alphabetical order, that is not in `known`."""
     unknown = sorted(set(options) - set(known))
     if unknown:
         expected = ", ".join(known) or "none"
@@ -123,13 +123,13 @@ def check_options(options: Mapping[str, str], known: Collection[str], text: str)
 
 
 def forms(kinds: Mapping[str, Kind]) -> str:
-    """How specifications of all these kinds are written, for messages."""
-    listed = [kind.form for kind in kinds.values()]
-    return f"{', '.join(listed[:-1])} or {listed[-1]}"
+    """The forms of all these kinds in one phrase, for messages."""
+    *others, last = [kind.form for kind in kinds.values()]
+    return f"{', '.join(others)} or {last}"
 
 
 def _public_place(place: str) -> str:
-    """A file or folder of this machine by its name alone, anything else (an id on a hub) as it is."""
+    """The bare name of a file or folder on this machine; anything else, such as a hub id, unchanged."""
     prefix = "local-dir:" if place.startswith("local-dir:") else ""
     path = Path(place.removeprefix(prefix)).expanduser()
     local = path.exists() or place.removeprefix(prefix).startswith(("/", ".", "~"))
@@ -137,6 +137,6 @@ def _public_place(place: str) -> str:
 
 
 def _query(options: Mapping[str, str]) -> str:
-    """Options as they are written after a place, sorted; the empty text if there are none."""
+    """The options as they are written after a place, sorted by name; empty if there are none."""
     query = "&".join(f"{name}={value}" for name, value in sorted(options.items()))
     return f"?{query}" if query else ""

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def to_float(inputs: Tensor) -> Tensor:
-    """Unsigned integer images as float32 in [0, 1], the largest value of their type being 1.
+    """Inputs as float32: uint8 and uint16 are scaled to [0, 1] by the largest value of their dtype.
 
-    Floats become float32; other integers (ids of tokens, say) stay as they are.
+    Floats of any width keep their values. Other integers, such as token ids, are returned unchanged.
     """
     if inputs.dtype in (torch.uint8, torch.uint16):
         return inputs.float() / torch.iinfo(inputs.dtype).max

@@ -1,4 +1,4 @@
-"""What the tests of sources share."""
+"""Helpers shared by the tests of data sources."""
 
 from __future__ import annotations
 

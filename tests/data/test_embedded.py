@@ -1,4 +1,4 @@
-"""Caches that hold their samples: one file is all that a student needs."""
+"""Caches that embed their samples: one file is all that a student needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.train.loop_cases import save_data
 
 @pytest.fixture
 def embedded(dump_config: DumpConfig, tmp_path: Path) -> DumpConfig:
-    data = save_data(tmp_path, *make_arrays())  # which a test may change
+    data = save_data(tmp_path, *make_arrays())  # a copy that a test can change
     return replace(
         dump_config, data=data, views=3, augment="shift:1,mixup", embed_inputs=True, eval_data=None
     )
@@ -59,10 +59,10 @@ def test_the_inputs_are_the_raw_ones(embedded: DumpConfig) -> None:
     cache = dump(embedded)
     images, labels = make_arrays()
     np.testing.assert_array_equal(cache.arrays["inputs"], images)
-    inputs, found = CacheSource(cache).fetch([3, 299, 3])
+    inputs, fetched_labels = CacheSource(cache).fetch([3, 299, 3])
     assert inputs.dtype == torch.uint8
     np.testing.assert_array_equal(inputs, images[[3, 299, 3]])
-    np.testing.assert_array_equal(found, labels[[3, 299, 3]])
+    np.testing.assert_array_equal(fetched_labels, labels[[3, 299, 3]])
 
 
 def test_a_callable_of_the_users_own_leaves_them_raw(embedded: DumpConfig, tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_damage_to_an_input_is_found_and_mended(embedded: DumpConfig) -> None:
 
 def test_a_stopped_dump_goes_on_to_the_same_bytes(embedded: DumpConfig, tmp_path: Path) -> None:
     whole = dump(embedded).path.read_bytes()
-    part = replace(embedded, out=tmp_path / "more.h5", views=1)
-    dump(part)
-    assert dump(replace(part, views=3)).path.read_bytes() == whole
+    one_view = replace(embedded, out=tmp_path / "more.h5", views=1)
+    dump(one_view)
+    assert dump(replace(one_view, views=3)).path.read_bytes() == whole
 
 
 def test_shards_of_it_merge(embedded: DumpConfig, tmp_path: Path) -> None:
@@ -106,35 +106,35 @@ def test_mixup_of_a_shard_needs_the_samples_that_are_elsewhere(
 ) -> None:
     shard = dump(replace(embedded, shard=(0, 2)))
     with pytest.raises(
-        SettingsError, match=r"tiny\.h5 holds 150 of 300 samples, mixed with any of"
+        SettingsError, match=r"tiny\.h5 holds 150 of 300 samples, each mixed with any of"
     ):
         train(student(shard.path, tmp_path / "run"))
 
 
 def test_a_cache_with_and_one_without_do_not_merge(embedded: DumpConfig, tmp_path: Path) -> None:
-    one, two = (
+    without, embedding = (
         dump(replace(embedded, shard=(i, 2), embed_inputs=bool(i), out=tmp_path / f"{i}.h5"))
         for i in (0, 1)
     )
     with pytest.raises(SettingsError, match=r"has must_understand \('inputs',\), .* has \(\)"):
-        merge([one, two], tmp_path / "merged.h5")
+        merge([without, embedding], tmp_path / "merged.h5")
 
 
 def test_a_begun_dump_is_not_gone_on_with_otherwise(embedded: DumpConfig) -> None:
     dump(embedded)
     with pytest.raises(
-        SettingsError, match="was begun with inputs embedded, now nothing; use the s"
+        SettingsError, match="was started with inputs embedded, now nothing; use the s"
     ):
         dump(replace(embedded, embed_inputs=False))
 
 
 def test_a_cache_of_targets_alone_needs_data(dump_config: DumpConfig, run: Run) -> None:
     cache = dump(dump_config)
-    found = run("train", cache.path, "--student", "mlp:4", "--out", "run")
-    assert found.returncode == 2
+    result = run("train", cache.path, "--student", "mlp:4", "--out", "run")
+    assert result.returncode == 2
     assert (
-        "holds soft targets alone; name its samples, npz:tiny.npz@train, with --data"
-        in found.stderr
+        "holds only soft targets; give its samples, npz:tiny.npz@train, with --data"
+        in result.stderr
     )
 
 
@@ -144,7 +144,8 @@ def test_types_without_a_place_in_the_format_are_refused(
     images, labels = make_arrays()
     np.savez(tmp_path / "wide.npz", x=images.astype(np.float64), y=labels)
     with pytest.raises(
-        SettingsError, match="are float64; expected uint8 or float32, or another of"
+        SettingsError,
+        match="are float64, which a cache cannot store; expected uint8, float32, or an",
     ):
         dump(replace(embedded, data=f"npz:{tmp_path / 'wide.npz'}"))
 
@@ -153,12 +154,12 @@ def test_another_process_opens_the_file_anew(embedded: DumpConfig) -> None:
     source = CacheSource(dump(embedded))
     data = pickle.dumps(source)
     assert len(data) < 2000
-    again = pickle.loads(data)
-    np.testing.assert_array_equal(again.fetch([7])[0], source.fetch([7])[0])
+    reopened = pickle.loads(data)
+    np.testing.assert_array_equal(reopened.fetch([7])[0], source.fetch([7])[0])
 
 
 def test_info_says_so(embedded: DumpConfig, run: Run) -> None:
     cache = dump(embedded)
-    said = run("info", cache.path, check=True).stdout
-    assert "format 1.1" in said
-    assert "augmented by shift:1,mixup, seed 0, embedded" in said
+    output = run("info", cache.path, check=True).stdout
+    assert "format 1.1" in output
+    assert "augmented by shift:1,mixup, seed 0, embedded" in output

@@ -1,4 +1,4 @@
-"""Data specifications: what they open, what they refuse, and the keys of samples (2)."""
+"""Image folders and the user's own Datasets, values and labels, and content keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from softcache.util.tensors import to_float
 from tests.data.sources_cases import fetch
 
 Pixels = npt.NDArray[np.uint8]
-
 
 DATASETS = """
 import numpy as np
@@ -144,7 +143,7 @@ def write_image(path: Path, pixels: npt.NDArray[Any]) -> None:
 # folder
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """Splits train and test of grey images; a file that is no image lies among them."""
+    """Splits train and test of grey images, with a text file among them."""
     root = tmp_path / "pets"
     for split, first in (("train", 0), ("test", 100)):
         for label, name in enumerate(("cat", "dog")):
@@ -202,7 +201,9 @@ def test_images_of_different_sizes_are_named(image_folder: Path) -> None:
 
 @pytest.mark.parametrize("split", ["", "@valid"])
 def test_a_missing_folder_is_named(tmp_path: Path, split: str) -> None:
-    with pytest.raises(DataError, match=r"folder:.*nowhere.*: no such folder; expected images"):
+    with pytest.raises(
+        DataError, match=r"folder:.*nowhere.*: no such folder; expected one sub-folder of images"
+    ):
         open_source(f"folder:{tmp_path / 'nowhere'}{split}")
 
 
@@ -328,7 +329,7 @@ def test_an_item_that_is_no_sample_is_named(datasets: Path, kind: str) -> None:
 
 def test_items_of_different_shapes_are_refused(datasets: Path) -> None:
     expected = (
-        r"datasets\.py:shapes@train: inputs of one batch have different shapes or types, "
+        r"datasets\.py:shapes@train: inputs of one batch have different shapes or dtypes, "
         r"\[\('torch\.float32', \(2, 3\)\), \('torch\.float32', \(3, 2\)\)\]; the Dataset must"
     )
     with pytest.raises(DataError, match=expected):
@@ -336,7 +337,7 @@ def test_items_of_different_shapes_are_refused(datasets: Path) -> None:
 
 
 def test_items_of_different_types_are_refused(datasets: Path) -> None:
-    with pytest.raises(DataError, match=r"types, \[\('torch\.float32', .*\('torch\.uint8', "):
+    with pytest.raises(DataError, match=r"dtypes, \[\('torch\.float32', .*\('torch\.uint8', "):
         fetch(f"{datasets}:dtypes", [0, 1])
 
 
@@ -381,9 +382,9 @@ def test_unsigned_images_become_floats_up_to_one() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_floats_become_float32_and_keep_their_values(dtype: torch.dtype) -> None:
-    found = to_float(torch.tensor([-2.5, 300.0], dtype=dtype))
-    assert found.dtype == torch.float32
-    assert found.tolist() == [-2.5, 300.0]
+    floats = to_float(torch.tensor([-2.5, 300.0], dtype=dtype))
+    assert floats.dtype == torch.float32
+    assert floats.tolist() == [-2.5, 300.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -420,8 +421,6 @@ def test_keys_are_as_the_format_says() -> None:
 
 # no deadline: nothing here is timed
 quick = settings(deadline=None, max_examples=50)
-
-
 batches_of_images = hnp.arrays(np.uint8, st.tuples(st.integers(1, 8), st.just(2), st.just(3)))
 
 
@@ -437,9 +436,9 @@ def test_a_key_is_the_samples_own_whatever_its_company_and_place(images: Pixels,
 @given(images=batches_of_images)
 def test_keys_are_equal_where_the_content_is_and_nowhere_else(images: Pixels) -> None:
     keys = sample_keys(torch.from_numpy(images))
-    for one, image in zip(keys, images, strict=True):
+    for image_key, image in zip(keys, images, strict=True):
         same = (images == image).all(axis=(1, 2))
-        assert np.array_equal(keys == one, same)
+        assert np.array_equal(keys == image_key, same)
 
 
 @quick
@@ -462,13 +461,13 @@ def test_type_and_shape_are_part_of_the_key() -> None:
         np.zeros((2, 3), np.float32),
         np.zeros((2, 3), np.int32),
     ]
-    assert len({values.nbytes for values in zeros}) == 1  # the bytes alone would not tell
+    assert len({values.nbytes for values in zeros}) == 1  # the bytes alone do not tell them apart
     assert len({key(values) for values in zeros}) == len(zeros)
 
 
 def test_the_layout_in_memory_is_no_part_of_the_key() -> None:
     images = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).reshape(2, 3, 4, 5)
-    last = images.contiguous(memory_format=torch.channels_last)
-    assert last.stride() != images.stride()
-    assert np.array_equal(sample_keys(last), sample_keys(images))
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    assert channels_last.stride() != images.stride()
+    assert np.array_equal(sample_keys(channels_last), sample_keys(images))
     assert np.array_equal(sample_keys(images.flip(0).flip(0)), sample_keys(images))

@@ -1,3 +1,5 @@
+"""Hugging Face data sets: columns, splits, labels and what they refuse."""
+
 from __future__ import annotations
 
 import pickle
@@ -27,7 +29,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved(folder: Path, **columns: Any) -> str:
-    """The specification of a data set of these columns."""
+    """Save a data set with these columns; returns its specification."""
     datasets.Dataset.from_dict(columns).save_to_disk(str(folder))
     return f"hfds:{folder}"
 
@@ -37,8 +39,8 @@ def test_images_of_a_saved_folder_have_labels_and_names(pets: Path) -> None:
     inputs, labels = source.fetch([3, 0])
     assert inputs.shape == (2, 3, 24, 24)
     assert inputs.dtype == torch.uint8
-    known = datasets.load_from_disk(str(pets))["train"]
-    assert labels.tolist() == [known[3]["label"], known[0]["label"]]
+    rows = datasets.load_from_disk(str(pets))["train"]
+    assert labels.tolist() == [rows[3]["label"], rows[0]["label"]]
     assert source.class_names == BREEDS
     assert source.name == "hfds:pets?size=24@train"
     assert len(open_source(f"hfds:{pets}?size=24@test")) == 4
@@ -53,12 +55,12 @@ def test_images_of_different_sizes_are_named(pets: Path) -> None:
 
 def test_texts_are_code_points_of_the_longest(reviews: Path) -> None:
     source = open_source(f"hfds:{reviews}")
-    known = datasets.load_from_disk(str(reviews))["train"]["text"]
+    texts = datasets.load_from_disk(str(reviews))["train"]["text"]
     inputs = source.fetch(range(12))[0]
-    assert inputs.shape == (12, max(map(len, known)))
-    assert decode(inputs) == list(known)
+    assert inputs.shape == (12, max(map(len, texts)))
+    assert decode(inputs) == list(texts)
     short = open_source(f"hfds:{reviews}?length=7").fetch(range(12))[0]
-    assert decode(short) == [text[:7].rstrip("\0") for text in known]
+    assert decode(short) == [text[:7].rstrip("\0") for text in texts]
 
 
 def test_columns_of_numbers_are_inputs(tmp_path: Path) -> None:
@@ -92,8 +94,8 @@ def test_a_parquet_file_is_a_data_set(reviews: Path, tmp_path: Path) -> None:
 
 def test_a_source_goes_to_another_process(pets: Path) -> None:
     source = open_source(f"hfds:{pets}?size=8")
-    again = pickle.loads(pickle.dumps(source))
-    assert torch.equal(again.fetch([1])[0], source.fetch([1])[0])
+    unpickled = pickle.loads(pickle.dumps(source))
+    assert torch.equal(unpickled.fetch([1])[0], source.fetch([1])[0])
 
 
 @pytest.mark.parametrize(
@@ -114,13 +116,13 @@ def test_what_is_not_there_is_named(pets: Path, spec: str, message: str) -> None
 def test_what_could_be_either_must_be_named(tmp_path: Path) -> None:
     spec = saved(tmp_path / "two", question=["a"], answer=["b"], label=[0])
     with pytest.raises(
-        SettingsError, match=r"has columns question, answer, label; say which holds"
+        SettingsError, match=r"has columns question, answer, label; choose the input"
     ):
         open_source(spec)
     assert len(open_source(f"{spec}?input=answer")) == 1
     spec = saved(tmp_path / "labels", text=["a"], label=[0], labels=[1])
     with pytest.raises(
-        SettingsError, match=r"labels in columns label, labels; say which with \?label"
+        SettingsError, match=r"labels in columns label, labels; choose one with \?label"
     ):
         open_source(spec)
     assert open_source(f"{spec}?label=").fetch([0])[1].tolist() == [-1]
@@ -135,14 +137,16 @@ def test_a_sample_without_input_is_named(tmp_path: Path) -> None:
 def test_numbers_of_different_shapes_are_named(tmp_path: Path) -> None:
     spec = saved(tmp_path / "odd", x=[[1.0, 2.0], [1.0]], label=[0, 1])
     with pytest.raises(
-        DataError, match="x of samples 0 to 1 have different shapes, or are no numbers"
+        DataError, match="x of samples 0 to 1 have different shapes, or are not numbers"
     ):
         open_source(spec).fetch([0, 1])
 
 
 @pytest.mark.parametrize("length", ["0", "x", "-1"])
 def test_an_odd_length_is_refused(reviews: Path, length: str) -> None:
-    with pytest.raises(SettingsError, match=rf"length '{length}'; expected a number from 1 up"):
+    with pytest.raises(
+        SettingsError, match=rf"length '{length}'; expected a whole number from 1 to"
+    ):
         open_source(f"hfds:{reviews}?length={length}")
 
 
@@ -151,7 +155,7 @@ def test_what_cannot_be_loaded_is_told_in_one_line(
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        DataError, match=r"hfds:no/such@train cannot be loaded \(\w+: .*; expected the"
+        DataError, match=r"hfds:no/such@train cannot be loaded \(\w+: .*; expected a hub id"
     ):
         open_source("hfds:no/such")
     (tmp_path / "x.txt").write_text("x")

@@ -1,4 +1,4 @@
-"""Data specifications: what they open, what they refuse, and the keys of samples."""
+"""IDX and npz files: what is opened, and what is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_idx(path: Path, values: npt.NDArray[Any], kind: int = 0x08) -> Path:
 
 @pytest.fixture
 def idx_folder(tmp_path: Path) -> Path:
-    """Train plain, test gzipped; each pixel of a sample tells which one it is."""
+    """The train split plain, the test split gzipped; every pixel of a sample holds its number."""
     folder = tmp_path / "digits"
     folder.mkdir()
     for stem, suffix, first in (("train", "", 0), ("t10k", ".gz", 100)):
@@ -61,7 +61,7 @@ def test_idx_files_plain_and_gzipped_give_grey_images_and_labels(
     source = open_source(f"idx:{idx_folder}{split}")
     inputs, labels = source.fetch([2, 0])
     assert len(source) == 6
-    assert source.name == f"idx:digits@{named}"  # no folders: it goes into a shared file
+    assert source.name == f"idx:digits@{named}"  # without folders: it is written into shared files
     assert inputs.dtype == torch.uint8
     assert inputs.shape == (2, 1, 4, 5)
     assert inputs[:, 0, 0, 0].tolist() == [first + 2, first]
@@ -93,8 +93,6 @@ def test_a_missing_idx_folder_is_named(tmp_path: Path) -> None:
 
 
 IMAGES = struct.pack(">HBB3I", 0, 0x08, 3, 6, 4, 5) + bytes(120)
-
-
 DAMAGED_IDX = {
     "empty": b"",
     "three bytes": IMAGES[:3],
@@ -112,7 +110,7 @@ def test_a_damaged_idx_file_is_named(idx_folder: Path, raw: bytes, suffix: str) 
     plain.unlink()
     path = plain.with_name(plain.name + suffix)
     path.write_bytes(gzip.compress(raw) if suffix else raw)
-    with pytest.raises(DataError, match=rf"{path.name} is damaged .*; fetch it again"):
+    with pytest.raises(DataError, match=rf"{path.name} is damaged .*; download it again"):
         open_source(f"idx:{idx_folder}")
 
 
@@ -129,7 +127,9 @@ def test_a_file_that_is_no_idx_file_is_named_with_its_first_bytes(
     idx_folder: Path, raw: bytes
 ) -> None:
     (idx_folder / "train-images-idx3-ubyte").write_bytes(raw)
-    with pytest.raises(DataError, match=rf"idx3-ubyte begins with {raw[:4].hex()}; it is no IDX"):
+    with pytest.raises(
+        DataError, match=rf"idx3-ubyte begins with {raw[:4].hex()}; it is not an IDX"
+    ):
         open_source(f"idx:{idx_folder}")
 
 
@@ -139,8 +139,8 @@ def damage_gzip(raw: bytes, how: str) -> bytes:
         return raw[:-12]
     if how == "not gzip":
         return b"hello" * 10
-    at = {"checksum": len(raw) - 8, "values": 10}[how]  # 10: the first byte behind gzip's header
-    damaged[at] ^= 0xFF
+    offset = {"checksum": len(raw) - 8, "values": 10}[how]  # 10: the first byte after gzip's header
+    damaged[offset] ^= 0xFF
     return bytes(damaged)
 
 
@@ -151,7 +151,7 @@ def damage_gzip(raw: bytes, how: str) -> bytes:
 def test_damaged_gzip_is_named(idx_folder: Path, how: str) -> None:
     path = idx_folder / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(damage_gzip(path.read_bytes(), how))
-    with pytest.raises(DataError, match=rf"{path.name} is damaged .*; fetch it again"):
+    with pytest.raises(DataError, match=rf"{path.name} is damaged .*; download it again"):
         open_source(f"idx:{idx_folder}@test")
 
 
@@ -184,7 +184,7 @@ def test_npz_with_plain_names_is_the_train_split(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.zeros((3, 2)), y=np.array([[0], [1], [2]]))
     for spec in ("npz:a.npz", "npz:a.npz@train"):
         source = open_source(spec.replace("a.npz", str(tmp_path / "a.npz")))
-        assert source.fetch([2])[1].tolist() == [2]  # labels (N, 1) are those of shape (N,)
+        assert source.fetch([2])[1].tolist() == [2]  # labels (N, 1) are read as (N,)
     with pytest.raises(DataError, match=r"\['x', 'y'\]; expected x_test and y_test$"):
         open_source(f"npz:{tmp_path / 'a.npz'}@test")
 
@@ -200,7 +200,7 @@ def test_npz_names_what_it_holds_when_the_names_are_others(tmp_path: Path) -> No
         open_source(f"npz:{tmp_path / 'a.npz'}")
 
 
-def test_a_folder_name_with_an_at_sign_needs_the_split_said(tmp_path: Path) -> None:
+def test_a_folder_name_with_an_at_sign_needs_an_explicit_split(tmp_path: Path) -> None:
     (tmp_path / "me@host").mkdir()
     np.savez(tmp_path / "me@host" / "a.npz", x=np.zeros((3, 2)))
     assert len(open_source(f"npz:{tmp_path}/me@host/a.npz@train")) == 3
@@ -236,7 +236,9 @@ def test_labels_that_are_not_a_whole_number_for_each_input_are_refused(
     tmp_path: Path, y: npt.NDArray[Any]
 ) -> None:
     np.savez(tmp_path / "a.npz", x=np.zeros((3, 2)), y=y)
-    with pytest.raises(DataError, match=rf"labels are {y.dtype} .*expected whole .*shape \(3,\)"):
+    with pytest.raises(
+        DataError, match=rf"labels are {y.dtype} .*expected integers .*shape \(3,\)"
+    ):
         open_source(f"npz:{tmp_path / 'a.npz'}")
 
 
@@ -269,10 +271,10 @@ def test_no_damage_to_an_npz_escapes_as_another_error(tmp_path: Path) -> None:
     np.savez_compressed(path, x=np.zeros((1000, 10)), y=np.zeros(1000, int))
     raw = path.read_bytes()
     refused = 0
-    for at in range(0, len(raw), 10):
-        path.write_bytes(raw[:at] + bytes([raw[at] ^ 0xFF]) + raw[at + 1 :])
+    for offset in range(0, len(raw), 10):
+        path.write_bytes(raw[:offset] + bytes([raw[offset] ^ 0xFF]) + raw[offset + 1 :])
         try:
             open_source(f"npz:{path}")
         except DataError:
             refused += 1
-    assert refused > 20  # most bytes matter; a few are zip's own dates and flags
+    assert refused > 20  # most bytes matter; a few are zip's dates and flags

@@ -1,3 +1,5 @@
+"""Images of any mode and size as arrays of one layout."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,10 +19,10 @@ def folder(tmp_path: Path) -> Path:
     """Two classes; images of different sizes."""
     random = np.random.default_rng(0)
     for number, (height, width) in enumerate([(20, 30), (31, 17), (24, 24)]):
-        place = tmp_path / "pets" / "ab"[number % 2] / f"{number}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
+        path = tmp_path / "pets" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         pixels = random.integers(0, 255, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place)
+        Image.fromarray(pixels).save(path)
     return tmp_path / "pets"
 
 
@@ -64,7 +66,9 @@ def test_every_kind_of_image_has_its_layout(mode: str, shape: tuple[int, ...], d
 
 @pytest.mark.parametrize("size", ["0", "12x", "-3", "1e3", "axb"])
 def test_an_odd_size_is_refused(folder: Path, size: str) -> None:
-    with pytest.raises(SettingsError, match=rf"size '{size}'; expected size=N, the shorter side"):
+    with pytest.raises(
+        SettingsError, match=rf"size '{size}'; expected size=N \(resize the shorter"
+    ):
         open_source(f"folder:{folder}?size={size}")
 
 

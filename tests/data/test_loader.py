@@ -1,4 +1,4 @@
-"""Batches: their order, what they hold, and that worker processes change nothing."""
+"""Batches: their order, their contents, and that worker processes change nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_an_epoch_has_every_sample_once(samples: int, batch_size: int) -> None:
 
 @pytest.mark.parametrize(("samples", "batch_size"), [(11, 5), (5, 4), (3, 2)])
 def test_a_remainder_of_one_sample_is_left_out(samples: int, batch_size: int) -> None:
-    # batch normalization cannot train on it
+    # batch normalization cannot train on a single sample
     batches = list(ShuffledBatches(samples, batch_size, seed=3))
     assert [len(batch) for batch in batches] == [batch_size] * (samples // batch_size)
     assert len(set(flat(batches))) == samples - 1
@@ -73,7 +73,7 @@ def test_the_order_is_that_of_seed_and_epoch_alone() -> None:
         return tuple(flat(batches))
 
     orders = {(seed, epoch): order(seed, epoch) for seed in range(3) for epoch in range(3)}
-    assert all(order(*at) == found for at, found in orders.items())
+    assert all(order(*key) == indices for key, indices in orders.items())
     assert len(set(orders.values())) == len(orders)
     assert order(1, 2) == order(1, 2, batch_size=30)
 
@@ -84,14 +84,14 @@ def test_batches_are_what_the_request_makes_of_indices_and_epoch() -> None:
 
     batches = ShuffledBatches(10, 4, 3, request)
     batches.set_epoch(2)
-    found = list(batches)
+    requests = list(batches)
     plain = ShuffledBatches(10, 4, 3)
     plain.set_epoch(2)
-    assert flat(found) == flat(plain)
-    for one in found:
-        assert one.view == 12
-        assert one.sample_ids is not None
-        assert one.sample_ids.tolist() == [100 + index for index in one.source_indices]
+    assert flat(requests) == flat(plain)
+    for made in requests:
+        assert made.view == 12
+        assert made.sample_ids is not None
+        assert made.sample_ids.tolist() == [100 + index for index in made.source_indices]
 
 
 def test_sequential_batches_hold_every_sample_in_order() -> None:
@@ -105,7 +105,7 @@ def test_sequential_batches_hold_every_sample_in_order() -> None:
 
 @dataclass(frozen=True)
 class CountedSource(ArraySource):
-    """Remembers what it was asked for."""
+    """Records the indices of every fetch."""
 
     calls: list[list[int]] = field(default_factory=list)
 
@@ -121,7 +121,7 @@ def counted() -> CountedSource:
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
-    """The source as a Dataset without __getitems__, which torch asks for one sample at a time."""
+    """The source as a Dataset without __getitems__, from which torch fetches single samples."""
 
     def __init__(self, source: ArraySource) -> None:
         self.source = source
@@ -165,7 +165,7 @@ def test_a_request_asks_for_the_partners_of_its_samples() -> None:
     request = make_request(mixup, [4, 9, 2], 6, samples)
     assert request.view == 6
     assert list(request.partner_indices) == drawn.tolist()
-    # where the data are in another order, partners are looked up by their number, not their place
+    # if the data are in another order, partners are looked up by sample id, not by position
     source_index_of = np.arange(20)[::-1]
     moved = make_request(mixup, source_index_of[samples].tolist(), 6, samples, source_index_of)
     assert list(moved.partner_indices) == source_index_of[drawn].tolist()
@@ -190,27 +190,28 @@ def test_inputs_and_partners_become_floats_before_they_are_mixed(counted: Counte
     mixup, samples = parse_augment("mixup", seed=3, total=20), np.arange(20)
     request = make_request(mixup, range(20), 1, samples)
     batch = next(iter(loader(counted, [request])))
-    found = augmented(batch, mixup, 1, samples, torch.device("cpu"))
-    share = mixup.partner_weights(1, samples)[:, None, None, None]
+    mixed = augmented(batch, mixup, 1, samples, torch.device("cpu"))
+    weights = mixup.partner_weights(1, samples)[:, None, None, None]
     partners = counted.inputs[list(request.partner_indices)] / 255
-    expected = counted.inputs / 255 * (1 - share) + partners * share
-    assert found.dtype == torch.float32
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    expected = counted.inputs / 255 * (1 - weights) + partners * weights
+    assert mixed.dtype == torch.float32
+    np.testing.assert_allclose(mixed.numpy(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", [None, "shift:2,flip", "crop:0.5,jitter:0.3,mixup"])
 def test_reordered_data_give_every_sample_the_same_view(spec: str | None) -> None:
-    # a cache's sample n, wherever it is in the data of today, is augmented as number n
+    # sample n of a cache is augmented as number n, wherever it is in the current data
     x, y = make_arrays(20)
     augmentation = parse_augment(spec, seed=3, total=20)
 
     def views(order: npt.NDArray[np.int64]) -> Tensor:
-        """In the order of the numbers; sample `order[i]` is at place i."""
-        source, where = ArraySource("tiny", x[order], y[order]), np.argsort(order)
-        numbers = np.arange(20)
-        request = make_request(augmentation, where.tolist(), 1, numbers, where)
+        """The views by sample id, from data with sample `order[i]` at index i."""
+        source, source_index_of = ArraySource("tiny", x[order], y[order]), np.argsort(order)
+        sample_ids = np.arange(20)
+        indices = source_index_of.tolist()
+        request = make_request(augmentation, indices, 1, sample_ids, source_index_of)
         batch = next(iter(loader(source, [request], augmentation=augmentation)))
-        return augmented(batch, augmentation, 1, numbers, torch.device("cpu"))
+        return augmented(batch, augmentation, 1, sample_ids, torch.device("cpu"))
 
     in_order = views(np.arange(20))
     assert torch.equal(views(np.random.default_rng(0).permutation(20)), in_order)
@@ -226,23 +227,23 @@ def test_worker_processes_give_the_same_batches_in_the_same_order() -> None:
 
     def epochs(workers: int) -> list[Batch]:
         batches = ShuffledBatches(50, 8, seed=1)
-        made = loader(source, batches, workers=workers, keys=True)
-        found: list[Batch] = []
+        epoch_loader = loader(source, batches, workers=workers, keys=True)
+        loaded: list[Batch] = []
         for epoch in range(2):
-            batches.set_epoch(epoch)  # seen by workers that live on from the epoch before
-            found += made
-        return found
+            batches.set_epoch(epoch)  # reaches workers that persist from the previous epoch
+            loaded += epoch_loader
+        return loaded
 
     alone, together = epochs(0), epochs(2)
     assert len(alone) == len(together) == 14
-    for one, other in zip(alone, together, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for expected, batch in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(expected, batch, strict=True))
     assert not torch.equal(alone[0].source_indices, alone[7].source_indices)
 
 
 @pytest.fixture
 def broken_images(tmp_path: Path) -> str:
-    """The specification of a folder of images of which the first, 0.png, is none."""
+    """The specification of an image folder with a broken first image, 0.png."""
     (tmp_path / "cat").mkdir()
     for name in "123":
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "cat" / f"{name}.png")
@@ -270,7 +271,7 @@ def test_a_loader_gives_what_comes_before_the_error(broken_images: str) -> None:
 
 
 def several() -> list[tuple[ArraySource, Augmentation]]:
-    """Two sources of other samples, each with its own augmentation."""
+    """Two sources with different samples, each with its own augmentation."""
     return [
         (ArraySource("one", *make_arrays(20)), parse_augment("flip", seed=3, total=20)),
         (ArraySource("two", *make_arrays(9, seed=1)), Augmentation(None, 0, 9)),
@@ -280,11 +281,11 @@ def several() -> list[tuple[ArraySource, Augmentation]]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_joint_batch_comes_by_the_number_of_its_source(workers: int) -> None:
     parts = several()
-    wanted = [{0: Request([5, 2]), 1: Request([8])}, {1: Request([0, 1])}, {0: Request([7])}]
-    found = list(joint_loader(parts, wanted, workers=workers))
-    assert [list(batch) for batch in found] == [[0, 1], [1], [0]]
-    for batch, requests in zip(found, wanted, strict=True):
-        for part, request in requests.items():
+    requests = [{0: Request([5, 2]), 1: Request([8])}, {1: Request([0, 1])}, {0: Request([7])}]
+    batches = list(joint_loader(parts, requests, workers=workers))
+    assert [list(batch) for batch in batches] == [[0, 1], [1], [0]]
+    for batch, by_part in zip(batches, requests, strict=True):
+        for part, request in by_part.items():
             source = parts[part][0]
             assert batch[part].source_indices.tolist() == list(request.source_indices)
             assert np.array_equal(

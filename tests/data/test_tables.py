@@ -1,3 +1,5 @@
+"""CSV and Parquet tables: inputs, labels, and what is refused."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -69,7 +71,7 @@ def test_labels_are_numbers_of_any_kind(tmp_path: Path, column: str, labels: lis
 @pytest.mark.parametrize(
     ("query", "error", "message"),
     [
-        ("", SettingsError, r"has columns age, .*; say which is the label with \?label=COLUMN"),
+        ("", SettingsError, r"has columns age, .*; name the label with \?label=COLUMN"),
         ("?label=kin", SettingsError, "has no column 'kin'; it has age, income, member, kind"),
         ("?label=kind&inputs=old", SettingsError, "has no column 'old'"),
         (
@@ -78,14 +80,18 @@ def test_labels_are_numbers_of_any_kind(tmp_path: Path, column: str, labels: lis
             "column 'kind' holds string; expected numbers: choose the columns",
         ),
         ("?label=income", DataError, "column 'kind' holds string"),
-        ("?label=income&inputs=age", DataError, r"column 'income' has 1\.5; no class number"),
+        (
+            "?label=income&inputs=age",
+            DataError,
+            r"column 'income' has 1\.5, which is not a class number",
+        ),
         (
             "?label=kind&classes=cat,dog",
             DataError,
             "column 'kind' has 'ant'; expected one of cat, dog",
         ),
         ("?labels=kind", SettingsError, "unknown option 'labels'; expected label, inputs, classes"),
-        ("?label=kind@test", SettingsError, "a table has no splits; name a file for each"),
+        ("?label=kind@test", SettingsError, "a table has no splits; use one file per split"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -97,7 +103,7 @@ def test_what_does_not_fit_is_named(
 
 def test_a_missing_value_is_named_with_its_row(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match="column 'x' has no value in row 1; expected a number in each"
+        DataError, match="column 'x' has no value in row 1; expected a number in every row"
     ):
         open_source(csv(tmp_path, "x,label\n1,0\n,1\n"))
 

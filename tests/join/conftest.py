@@ -1,4 +1,4 @@
-"""Fixtures that the tests of this folder share."""
+"""Fixtures for the tests in this folder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.join.fingerprints_cases import AUGMENTATIONS, COUNT
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Path:
-    """A file with callables of a user's own."""
+def augment_file(tmp_path: Path) -> Path:
+    """A file with a user's own callables."""
     path = tmp_path / "aug.py"
     path.write_text(AUGMENTATIONS)
     return path
@@ -25,7 +25,6 @@ def source() -> ArraySource:
     return ArraySource("mine", *make_arrays(COUNT))
 
 
-# which augmentation replays a cache
 @pytest.fixture
 def header(cache: Cache) -> Header:
     return cache.header

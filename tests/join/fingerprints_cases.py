@@ -1,4 +1,4 @@
-"""What the tests of fingerprints share."""
+"""Callables and helpers shared by the tests of fingerprints and replay."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SEEDED, UNSEEDED = np.random.default_rng(0), np.random.default_rng()
 
 def noise(image):
     # draws from all three generators that people use
-    found = image.float() / 255 + 0.1 * torch.rand(image.shape)
-    return found * random.random() + float(np.random.rand())
+    noisy = image.float() / 255 + 0.1 * torch.rand(image.shape)
+    return noisy * random.random() + float(np.random.rand())
 
 def noise_times(image):
     return noise(image) * 1.5
@@ -29,7 +29,7 @@ def mirror(image):
     return image.flip(-1) if random.random() < 0.5 else image
 
 def counts(image):
-    # its own state, which no seed puts back
+    # a state of its own, which no seed resets
     global CALLS
     CALLS += 1
     return torch.roll(image, CALLS, -1)
@@ -57,7 +57,6 @@ def draws_and_raises(image):
     random.random(), np.random.rand(), torch.rand(1)
     raise ValueError("no such image")
 """
-
 
 COUNT = 60
 

@@ -1,4 +1,4 @@
-"""The user's own augmentation, and whether today's inputs are those that the teacher saw (2)."""
+"""Fingerprints: whether the current inputs are those that the teacher saw."""
 
 from __future__ import annotations
 
@@ -41,8 +41,6 @@ from tests.conftest import CLASSES, SAMPLES, make_arrays
 from tests.join.fingerprints_cases import AUGMENTATIONS, COUNT, changed
 
 Indices = npt.NDArray[np.int64]
-
-
 Alter = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
 
@@ -53,18 +51,18 @@ def test_a_fingerprint_is_as_the_format_says() -> None:
     expected = np.zeros((3, FINGERPRINT))
     for j in range(FINGERPRINT):
         for i in range(40):
-            low = uniform(0, j, np.array([i]), stream=0, draws=1)[0, 0] < 0.5
-            expected[:, j] += (1 if low else -1) * rows[:, i] / np.sqrt(40)
-    found = fingerprint(inputs)
-    assert found.shape == (3, FINGERPRINT)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+            positive = uniform(0, j, np.array([i]), stream=0, draws=1)[0, 0] < 0.5
+            expected[:, j] += (1 if positive else -1) * rows[:, i] / np.sqrt(40)
+    prints = fingerprint(inputs)
+    assert prints.shape == (3, FINGERPRINT)
+    assert prints.dtype == np.float32
+    np.testing.assert_allclose(prints, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_fingerprint_is_of_values_not_of_their_layout() -> None:
     inputs = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
-    last = inputs.contiguous(memory_format=torch.channels_last)
-    assert np.array_equal(fingerprint(last), fingerprint(inputs))
+    channels_last = inputs.contiguous(memory_format=torch.channels_last)
+    assert np.array_equal(fingerprint(channels_last), fingerprint(inputs))
     exchanged = inputs.clone()
     exchanged[:, 0, 0, :2] = inputs[:, 0, 0, [1, 0]]
     assert not np.array_equal(fingerprint(exchanged), fingerprint(inputs))
@@ -85,18 +83,18 @@ def test_fingerprints_come_by_view_and_sample_with_the_size_of_the_input(
     source: ArraySource,
 ) -> None:
     augmentation, samples = parse_augment("shift:1,flip", seed=5, total=COUNT), np.array([2, 50])
-    found, sizes = fingerprints(source, augmentation, views=range(3, 6), sample_ids=samples)
-    assert found.shape == (3, 2, FINGERPRINT)
-    assert sizes.shape == (3, 2)
+    prints, rms = fingerprints(source, augmentation, views=range(3, 6), sample_ids=samples)
+    assert prints.shape == (3, 2, FINGERPRINT)
+    assert rms.shape == (3, 2)
     inputs = torch.from_numpy(source.inputs[samples]).float() / 255
-    for at, view in enumerate(range(3, 6)):
-        seen = augmentation(inputs, None, view, samples)
-        np.testing.assert_allclose(found[at], fingerprint(seen), atol=1e-6)
-        rms = seen.square().mean((1, 2, 3)).sqrt()
-        np.testing.assert_allclose(sizes[at], rms, rtol=1e-5)
+    for row, view in enumerate(range(3, 6)):
+        augmented = augmentation(inputs, None, view, samples)
+        np.testing.assert_allclose(prints[row], fingerprint(augmented), atol=1e-6)
+        expected_rms = augmented.square().mean((1, 2, 3)).sqrt()
+        np.testing.assert_allclose(rms[row], expected_rms, rtol=1e-5)
 
 
-# are today's inputs those of the dump?
+# are the current inputs those of the dump?
 IN_ORDER = np.arange(SAMPLES)
 
 
@@ -115,21 +113,21 @@ def check(
     cache: Cache,
     source: Source,
     augmentation: Augmentation | None = None,
-    places: Indices = IN_ORDER,
+    source_indices: Indices = IN_ORDER,
 ) -> None:
-    """Check a whole cache against what it says of its augmentation, or against another."""
-    own = augmentation or replayed(cache.header, None)
-    check_replay(cache, source, own, places, places)
+    """Check a whole cache with the augmentation of its header, or with another one."""
+    augmentation = augmentation or replayed(cache.header, None)
+    check_replay(cache, source, augmentation, source_indices, source_indices)
 
 
 def with_array(cache: Cache, name: str, alter: Alter) -> Cache:
-    """The cache with one array altered, as one who can write a file might."""
+    """The cache with one array altered, as anyone with write access to the file could do."""
     return replace(cache, arrays={**cache.arrays, name: alter(np.array(cache.arrays[name]))})
 
 
-def set_at(*at: int, to: float) -> Alter:
+def set_at(*index: int, to: float) -> Alter:
     def alter(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        values[at] = to
+        values[index] = to
         return values
 
     return alter
@@ -139,13 +137,13 @@ def test_the_same_augmentation_passes(augmented_cache: Cache, train_source: Sour
     check(augmented_cache, train_source)
 
 
-def test_reordered_data_pass_with_their_places_and_not_without(
+def test_reordered_data_pass_with_their_source_indices_and_not_without(
     augmented_cache: Cache, train_source: Source
 ) -> None:
     x, y = train_source.fetch(IN_ORDER.tolist())
     order = np.random.default_rng(0).permutation(SAMPLES)
     reordered = ArraySource("mine", x.numpy()[order], y[order])
-    check(augmented_cache, reordered, places=np.argsort(order))
+    check(augmented_cache, reordered, source_indices=np.argsort(order))
     with pytest.raises(DataError, match="is not what the teacher of"):
         check(augmented_cache, reordered)
 
@@ -172,9 +170,7 @@ def test_a_changed_seed_is_refused(augmented_cache: Cache, train_source: Source)
         check(other, train_source)
 
 
-def test_views_that_begin_elsewhere_are_refused(
-    augmented_cache: Cache, train_source: Source
-) -> None:
+def test_views_with_other_numbers_are_refused(augmented_cache: Cache, train_source: Source) -> None:
     header = changed(augmented_cache.header, first_view=1)
     with pytest.raises(DataError, match="is not what the teacher of"):
         check(replace(augmented_cache, header=header), train_source)
@@ -189,7 +185,7 @@ def test_another_total_for_mixup_is_refused(augmented_cache: Cache, train_source
 def test_changed_hashing_is_refused(
     augmented_cache: Cache, train_source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # as another version of a library might draw; the signs of fingerprints change with it
+    # as another version of a library might draw
     def other(seed: int, view: int, samples: Indices, *, stream: int, draws: int) -> Draws:
         return 1 - uniform(seed, view, samples, stream=stream, draws=draws) * (1 - 2**-53)
 
@@ -199,19 +195,19 @@ def test_changed_hashing_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("view", "place", "to"),
+    ("view", "number", "to"),
     [(0, 0, 9.0), (1, 0, float("nan")), (0, 7, float("inf")), (1, 3, -9.0)],
 )
 def test_a_tampered_fingerprint_is_named_by_its_sample_and_view(
-    augmented_cache: Cache, train_source: Source, view: int, place: int, to: float
+    augmented_cache: Cache, train_source: Source, view: int, number: int, to: float
 ) -> None:
-    tampered = with_array(augmented_cache, "fingerprints", set_at(view, place, 5, to=to))
-    sample = fingerprinted_rows(SAMPLES)[place]
+    tampered = with_array(augmented_cache, "fingerprints", set_at(view, number, 5, to=to))
+    sample = fingerprinted_rows(SAMPLES)[number]
     with pytest.raises(DataError, match=rf"sample {sample} of .* in view {view} is not what"):
         check(tampered, train_source)
 
 
-def test_the_sample_is_named_by_its_place_in_the_data(
+def test_the_sample_is_named_by_its_source_index(
     augmented_cache: Cache, train_source: Source
 ) -> None:
     x, y = train_source.fetch(IN_ORDER.tolist())
@@ -219,24 +215,24 @@ def test_the_sample_is_named_by_its_place_in_the_data(
     reordered = ArraySource("mine", x.numpy()[backwards], y[backwards])
     tampered = with_array(augmented_cache, "fingerprints", set_at(1, 0, 0, to=9.0))
     with pytest.raises(DataError, match="sample 299 of mine in view 1 is not what"):
-        check(tampered, reordered, places=backwards)
+        check(tampered, reordered, source_indices=backwards)
 
 
 @pytest.mark.parametrize(
-    ("place", "row", "found"),
+    ("number", "row", "stored"),
     [(7, SAMPLES, "0 to 300"), (7, 1 << 40, f"0 to {1 << 40}"), (0, -1, "-1 to 299")],
 )
 def test_a_fingerprint_of_no_sample_is_refused(
-    augmented_cache: Cache, train_source: Source, place: int, row: int, found: str
+    augmented_cache: Cache, train_source: Source, number: int, row: int, stored: str
 ) -> None:
-    forged = with_array(augmented_cache, "fingerprinted", set_at(place, to=row))
+    forged = with_array(augmented_cache, "fingerprinted", set_at(number, to=row))
     with pytest.raises(
-        FormatError, match=rf"fingerprints of samples {found}; expected 0 to 299: the file is dam"
+        FormatError, match=rf"fingerprints of samples {stored}; expected 0 to 299: the file is dam"
     ):
         check(forged, train_source)
 
 
-def test_samples_whose_numbers_begin_elsewhere_are_compared_with_other_draws(
+def test_samples_with_other_ids_are_compared_with_other_draws(
     augmented_cache: Cache, train_source: Source
 ) -> None:
     header = changed(augmented_cache.header, first_sample=1000)
@@ -246,11 +242,11 @@ def test_samples_whose_numbers_begin_elsewhere_are_compared_with_other_draws(
 
 @dataclasses.dataclass(frozen=True)
 class Noisy(ArraySource):
-    """Inputs that differ by `noise` of their largest value each time."""
+    """Inputs with added noise, of a standard deviation of `noise`."""
 
     noise: float = 0.0
 
-    def fetch(self, indices: Any) -> tuple[Tensor, Indices]:  # noqa: ANN401  # as of ArraySource
+    def fetch(self, indices: Any) -> tuple[Tensor, Indices]:  # noqa: ANN401  # as in ArraySource
         inputs, labels = super().fetch(indices)
         generator = torch.Generator().manual_seed(len(indices))
         return inputs + self.noise * torch.randn(inputs.shape, generator=generator), labels
@@ -294,10 +290,10 @@ def test_inputs_of_zero_have_fingerprints_too(dump_config: DumpConfig, tmp_path:
     np.savez(tmp_path / "dark.npz", x=x, y=np.arange(20) % CLASSES)
     data = f"npz:{tmp_path / 'dark.npz'}"
     cache = dump(replace(dump_config, data=data, eval_data=None))
-    check(cache, open_source(data), places=np.arange(20))
+    check(cache, open_source(data), source_indices=np.arange(20))
     light = ArraySource("light", x + 3, np.arange(20) % CLASSES)
     with pytest.raises(DataError, match="sample 0 of light in view 0 is not what"):
-        check(cache, light, places=np.arange(20))
+        check(cache, light, source_indices=np.arange(20))
 
 
 # from the dump to the student
@@ -314,9 +310,9 @@ def train_config(dump_config: DumpConfig, tmp_path: Path) -> TrainConfig:
 
 
 def test_a_cache_of_an_own_callable_trains_with_that_file(
-    dump_config: DumpConfig, train_config: TrainConfig, own: Path
+    dump_config: DumpConfig, train_config: TrainConfig, augment_file: Path
 ) -> None:
-    spec = f"{own}:mirror,shift:1,mixup"
+    spec = f"{augment_file}:mirror,shift:1,mixup"
     cache = dump(replace(dump_config, augment=spec, views=2))
     assert cache.header.augment == "aug.py:mirror,shift:1,mixup"
     with pytest.raises(SettingsError, match=r"augmented by aug\.py:mirror,shift:1,mixup; give"):
@@ -326,12 +322,16 @@ def test_a_cache_of_an_own_callable_trains_with_that_file(
 
 @pytest.mark.parametrize("rest", ["", ",flip,mixup"])
 def test_teacher_and_student_are_built_for_the_shape_that_a_callable_gives(
-    rest: str, dump_config: DumpConfig, train_config: TrainConfig, own: Path, tmp_path: Path
+    rest: str,
+    dump_config: DumpConfig,
+    train_config: TrainConfig,
+    augment_file: Path,
+    tmp_path: Path,
 ) -> None:
-    spec = f"{own}:larger{rest}"
+    spec = f"{augment_file}:larger{rest}"
     teacher = build("mlp:4", input_shape=(1, 12, 12), classes=CLASSES)
     save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
-    made_with = replace(
+    config = replace(
         dump_config,
         teacher="mlp:4",
         weights=tmp_path / "teacher.safetensors",
@@ -339,57 +339,57 @@ def test_teacher_and_student_are_built_for_the_shape_that_a_callable_gives(
         views=2,
         eval_data=None,
     )
-    cache = dump(made_with)
+    cache = dump(config)
     assert cache.header.teachers[0]["parameters"] == 144 * 4 + 4 + 4 * 5 + 5
     train(replace(train_config, augment=spec))
     facts = json.loads((train_config.out / "config.json").read_text())
     assert facts["input_shape"] == [1, 12, 12]
     weights = load_file(train_config.out / "student.safetensors")
     assert weights["1.weight"].shape == (4, 144)
-    # weights for the samples as they are in the data do not fit
+    # weights for samples of the original size do not fit
     small = build("mlp:4", input_shape=(1, 8, 8), classes=CLASSES)
     save_file(small.state_dict(), tmp_path / "teacher.safetensors")
     with pytest.raises(
         ModelError, match=r"1\.weight is \(4, 64\) in the file, \(4, 144\) in the m"
     ):
-        dump(replace(made_with, out=tmp_path / "small.h5"))
+        dump(replace(config, out=tmp_path / "small.h5"))
 
 
 def test_a_file_that_has_changed_since_the_dump_is_refused(
-    dump_config: DumpConfig, train_config: TrainConfig, own: Path
+    dump_config: DumpConfig, train_config: TrainConfig, augment_file: Path
 ) -> None:
-    dump(replace(dump_config, augment=f"{own}:noise"))
-    own.write_text(AUGMENTATIONS.replace("0.1 * torch.rand", "0.2 * torch.rand"))
+    dump(replace(dump_config, augment=f"{augment_file}:noise"))
+    augment_file.write_text(AUGMENTATIONS.replace("0.1 * torch.rand", "0.2 * torch.rand"))
     with pytest.raises(DataError, match=r"sample 0 of .* in view 0 is not what the teacher"):
-        train(replace(train_config, augment=f"{own}:noise"))
+        train(replace(train_config, augment=f"{augment_file}:noise"))
     assert not train_config.out.exists()
 
 
 def check_own(cache: Cache, source: Source, spec: str) -> None:
-    """As train does, which imports the file anew."""
+    """Check a cache as train does, which imports the file again."""
     check(cache, source, replayed(cache.header, spec))
 
 
 @pytest.mark.parametrize("name", ["unseeded", "counts", "seeded"])
 def test_a_callable_that_cannot_be_replayed_is_refused_by_the_dump(
-    dump_config: DumpConfig, own: Path, name: str
+    dump_config: DumpConfig, augment_file: Path, name: str
 ) -> None:
-    expected = r"sample \d+ of .* in view 0 comes out different the second time: .* draw only from"
+    expected = r"sample \d+ of .* in view 0 is different when it is loaded again: .* draw only from"
     with pytest.raises(DataError, match=expected):
-        dump(replace(dump_config, augment=f"{own}:{name}"))
+        dump(replace(dump_config, augment=f"{augment_file}:{name}"))
     assert not dump_config.out.exists()
 
 
 @pytest.mark.parametrize("name", ["mirror", "noise"])
 def test_a_callable_without_a_state_is_not(
-    dump_config: DumpConfig, train_source: Source, own: Path, name: str
+    dump_config: DumpConfig, train_source: Source, augment_file: Path, name: str
 ) -> None:
-    spec = f"{own}:{name}"
+    spec = f"{augment_file}:{name}"
     check_own(dump(replace(dump_config, augment=spec, views=2)), train_source, spec)
 
 
 def inputs_seen(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """What the student sees in its steps."""
+    """The inputs of all steps of a student."""
     seen = []
 
     def step(learner: Student, inputs: Tensor, *others: object) -> None:
@@ -404,28 +404,28 @@ def inputs_seen(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 def test_extra_augmentation_draws_numbers_of_its_own(
     dump_config: DumpConfig, train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # the second flip must not undo the first of every sample
+    # the second flip must not undo the first one in every sample
     dump(replace(dump_config, augment="flip"))
     plain = {image.tobytes() for image in make_arrays()[0]}
     seen = inputs_seen(replace(train_config, extra_augment="flip"), monkeypatch)
     raw = (seen * 255).round().to(torch.uint8).numpy()
-    as_they_are = sum(image.tobytes() in plain for image in raw)
-    assert 100 < as_they_are < 200
+    unflipped = sum(image.tobytes() in plain for image in raw)
+    assert 100 < unflipped < 200
 
 
-@pytest.mark.parametrize("extra", ["mixup", "{own}:mirror"])
+@pytest.mark.parametrize("extra", ["mixup", "{augment_file}:mirror"])
 def test_extra_augmentation_that_cannot_be_added_is_refused(
-    dump_config: DumpConfig, train_config: TrainConfig, own: Path, extra: str
+    dump_config: DumpConfig, train_config: TrainConfig, augment_file: Path, extra: str
 ) -> None:
     dump(dump_config)
     with pytest.raises(SettingsError, match="extra-augment"):
-        train(replace(train_config, extra_augment=extra.format(own=own)))
+        train(replace(train_config, extra_augment=extra.format(augment_file=augment_file)))
 
 
 def test_a_dump_by_workers_is_the_same_to_the_byte(
-    dump_config: DumpConfig, own: Path, tmp_path: Path
+    dump_config: DumpConfig, augment_file: Path, tmp_path: Path
 ) -> None:
-    config = replace(dump_config, augment=f"{own}:noise,mixup")
+    config = replace(dump_config, augment=f"{augment_file}:noise,mixup")
     alone = dump(config)
     together = dump(replace(config, out=tmp_path / "workers.h5", workers=2))
     assert together.path.read_bytes() == alone.path.read_bytes()

@@ -1,4 +1,4 @@
-"""The user's own augmentation, and whether today's inputs are those that the teacher saw."""
+"""Replay: views are the same in any process, and a cache's augmentation is checked, never run."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ def view_of(
     source: Source, augmentation: Augmentation, *, batch_size: int = 16, workers: int = 0
 ) -> Tensor:
     """All samples in view 1, as the student's loader makes them."""
-    numbers = np.arange(len(source))
-    parts = np.split(numbers, range(batch_size, len(numbers), batch_size))
+    sample_ids = np.arange(len(source))
+    parts = np.split(sample_ids, range(batch_size, len(sample_ids), batch_size))
     requests = [make_request(augmentation, part.tolist(), 1, part) for part in parts]
     batches = loader(source, requests, augmentation=augmentation, workers=workers)
     cpu = torch.device("cpu")
     return torch.cat(
-        [augmented(b, augmentation, 1, p, cpu) for b, p in zip(batches, parts, strict=True)]
+        [
+            augmented(batch, augmentation, 1, part, cpu)
+            for batch, part in zip(batches, parts, strict=True)
+        ]
     )
 
 
 # the user's own callable
 WAYS = [(batch_size, workers) for batch_size in (1, 7, 256) for workers in (0, 1, 4)]
-
-
 SPECS = [
     "OWN",
     "OWN,shift:2,flip,mixup",
@@ -59,18 +60,18 @@ def digest(inputs: Tensor) -> str:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize("spec", SPECS)
 def test_neither_workers_nor_batches_change_what_is_drawn(
-    own: Path, source: ArraySource, spec: str
+    augment_file: Path, source: ArraySource, spec: str
 ) -> None:
-    augmentation = parse_augment(spec.replace("OWN", f"{own}:noise"), seed=5, total=COUNT)
+    augmentation = parse_augment(spec.replace("OWN", f"{augment_file}:noise"), seed=5, total=COUNT)
     expected = view_of(source, augmentation)
     for batch_size, workers in WAYS:
-        found = view_of(source, augmentation, batch_size=batch_size, workers=workers)
-        if "crop" in spec:  # its last bits may differ with a sample's place in its batch
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        images = view_of(source, augmentation, batch_size=batch_size, workers=workers)
+        if "crop" in spec:  # its last bits can differ with the position of a sample in its batch
+            torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
         else:
-            assert torch.equal(found, expected), (batch_size, workers)
-        alone = view_of(source, augmentation, batch_size=batch_size)
-        assert torch.equal(found, alone), (batch_size, workers)
+            assert torch.equal(images, expected), (batch_size, workers)
+        without_workers = view_of(source, augmentation, batch_size=batch_size)
+        assert torch.equal(images, without_workers), (batch_size, workers)
     assert len(np.unique(expected.flatten(1).numpy(), axis=0)) == COUNT
 
 
@@ -92,61 +93,67 @@ for spec in sys.argv[2:]:
     ]
     digest = hashlib.sha256()
     for batch in loader(source, requests, augmentation=augmentation, workers=1):
-        numbers = batch.sample_ids.numpy()
-        found = augmented(batch, augmentation, 1, numbers, torch.device("cpu"))
-        digest.update(found.numpy().tobytes())
+        sample_ids = batch.sample_ids.numpy()
+        inputs = augmented(batch, augmentation, 1, sample_ids, torch.device("cpu"))
+        digest.update(inputs.numpy().tobytes())
     print(digest.hexdigest())
 """
 
 
-def test_another_process_draws_the_same(own: Path, source: ArraySource, tmp_path: Path) -> None:
+def test_another_process_draws_the_same(
+    augment_file: Path, source: ArraySource, tmp_path: Path
+) -> None:
     np.savez(tmp_path / "mine.npz", x=source.inputs, y=source.labels)
-    specs = [spec.replace("OWN", f"{own}:noise") for spec in SPECS]
-    found = []
-    for seed in "12":  # of the hashes of strings, in which processes differ
+    specs = [spec.replace("OWN", f"{augment_file}:noise") for spec in SPECS]
+    digests = []
+    for seed in "12":  # the seed of string hashes, which differs between processes
         command = [sys.executable, "-c", REPLAY, f"npz:{tmp_path / 'mine.npz'}", *specs]
         environment = os.environ | {"PYTHONHASHSEED": seed}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        found.append(done.stdout.split())
-    assert found[0] == found[1]
-    assert len(set(found[0])) == len(SPECS)
-    for spec, there in zip(specs, found[0], strict=True):
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        )
+        digests.append(result.stdout.split())
+    assert digests[0] == digests[1]
+    assert len(set(digests[0])) == len(SPECS)
+    for spec, process_digest in zip(specs, digests[0], strict=True):
         augmentation = parse_augment(spec, seed=5, total=COUNT)
-        assert digest(view_of(source, augmentation, batch_size=7)) == there
+        assert digest(view_of(source, augmentation, batch_size=7)) == process_digest
         other = parse_augment(spec, seed=6, total=COUNT)
-        assert digest(view_of(source, other, batch_size=7)) != there
+        assert digest(view_of(source, other, batch_size=7)) != process_digest
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("spec", SPECS)
 def test_samples_of_one_batch_may_each_have_a_view_of_their_own(
-    own: Path, source: ArraySource, spec: str, workers: int
+    augment_file: Path, source: ArraySource, spec: str, workers: int
 ) -> None:
-    augmentation = parse_augment(spec.replace("OWN", f"{own}:noise"), seed=5, total=COUNT)
-    numbers, cpu = np.arange(COUNT), torch.device("cpu")
+    augmentation = parse_augment(spec.replace("OWN", f"{augment_file}:noise"), seed=5, total=COUNT)
+    sample_ids, cpu = np.arange(COUNT), torch.device("cpu")
 
-    def seen(view: Views) -> Tensor:
-        request = make_request(augmentation, numbers.tolist(), view, numbers)
+    def inputs_in(view: Views) -> Tensor:
+        request = make_request(augmentation, sample_ids.tolist(), view, sample_ids)
         batches = loader(source, [request], augmentation=augmentation, workers=workers)
-        return augmented(next(iter(batches)), augmentation, view, numbers, cpu)
+        return augmented(next(iter(batches)), augmentation, view, sample_ids, cpu)
 
     views = np.random.default_rng(0).integers(3, 6, COUNT)
-    each = torch.stack([seen(view) for view in range(3, 6)])
-    expected = each[views - 3, numbers]
-    assert torch.equal(seen(views), expected)
-    others = each[(views - 2) % 3, numbers]  # another view would show, in nearly all
+    each = torch.stack([inputs_in(view) for view in range(3, 6)])
+    expected = each[views - 3, sample_ids]
+    assert torch.equal(inputs_in(views), expected)
+    others = each[(views - 2) % 3, sample_ids]  # another view differs in nearly all samples
     assert (others != expected).flatten(1).any(1).double().mean() > 0.8
 
 
 def test_a_callable_with_a_state_of_its_own_would_be_noticed(
-    own: Path, source: ArraySource
+    augment_file: Path, source: ArraySource
 ) -> None:
-    augmentation = parse_augment(f"{own}:counts", seed=5, total=COUNT)
+    augmentation = parse_augment(f"{augment_file}:counts", seed=5, total=COUNT)
     assert not torch.equal(view_of(source, augmentation), view_of(source, augmentation))
 
 
-def test_states_left_by_others_do_not_reach_the_callable(own: Path, source: ArraySource) -> None:
-    augmentation = parse_augment(f"{own}:noise", seed=5, total=COUNT)
+def test_states_left_by_others_do_not_reach_the_callable(
+    augment_file: Path, source: ArraySource
+) -> None:
+    augmentation = parse_augment(f"{augment_file}:noise", seed=5, total=COUNT)
     expected = view_of(source, augmentation)
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002
@@ -155,7 +162,7 @@ def test_states_left_by_others_do_not_reach_the_callable(own: Path, source: Arra
 
 
 def next_numbers() -> tuple[float, float, float]:
-    numpy_state: Any = np.random  # the generator that a user's transform draws from
+    numpy_state: Any = np.random  # the global generator, which a user's transform draws from
     return random.random(), float(numpy_state.rand()), float(torch.rand(1))
 
 
@@ -165,29 +172,33 @@ def seed_all() -> None:
     torch.manual_seed(3)
 
 
-def test_the_random_states_are_put_back_after_the_callable(own: Path, source: ArraySource) -> None:
+def test_the_random_states_are_put_back_after_the_callable(
+    augment_file: Path, source: ArraySource
+) -> None:
     seed_all()
     expected = next_numbers()
-    augmentation = parse_augment(f"{own}:noise", seed=5, total=COUNT)
+    augmentation = parse_augment(f"{augment_file}:noise", seed=5, total=COUNT)
     seed_all()
     augmentation.transformed(source.fetch(range(5))[0], 0, np.arange(5))
     assert next_numbers() == expected
 
 
-def test_they_are_put_back_after_it_has_raised(own: Path, source: ArraySource) -> None:
+def test_they_are_put_back_after_it_has_raised(augment_file: Path, source: ArraySource) -> None:
     seed_all()
     expected = next_numbers()
-    augmentation = parse_augment(f"{own}:draws_and_raises", seed=5, total=COUNT)
+    augmentation = parse_augment(f"{augment_file}:draws_and_raises", seed=5, total=COUNT)
     seed_all()
     with pytest.raises(Exception, match="no such image"):
         augmentation.transformed(source.fetch(range(5))[0], 0, np.arange(5))
     assert next_numbers() == expected
 
 
-def test_states_that_are_not_put_back_would_be_noticed(own: Path, source: ArraySource) -> None:
+def test_states_that_are_not_put_back_would_be_noticed(
+    augment_file: Path, source: ArraySource
+) -> None:
     seed_all()
     expected = next_numbers()
-    transform = parse_augment(f"{own}:noise", seed=5, total=COUNT).transform
+    transform = parse_augment(f"{augment_file}:noise", seed=5, total=COUNT).transform
     assert transform is not None
     seed_all()
     transform(source.fetch([0])[0][0])
@@ -196,56 +207,60 @@ def test_states_that_are_not_put_back_would_be_noticed(own: Path, source: ArrayS
 
 @pytest.mark.parametrize(("seed", "view", "first"), [(6, 1, 0), (5, 2, 0), (5, 1, 8)])
 def test_another_seed_view_or_sample_draws_other_numbers(
-    own: Path, seed: int, view: int, first: int
+    augment_file: Path, seed: int, view: int, first: int
 ) -> None:
     image = torch.zeros(1, 1, 8, 8).expand(8, 1, 8, 8)
-    one = parse_augment(f"{own}:noise", seed=5, total=COUNT).transformed(image, 1, np.arange(8))
-    other = parse_augment(f"{own}:noise", seed=seed, total=COUNT).transformed(
+    base = parse_augment(f"{augment_file}:noise", seed=5, total=COUNT).transformed(
+        image, 1, np.arange(8)
+    )
+    other = parse_augment(f"{augment_file}:noise", seed=seed, total=COUNT).transformed(
         image, view, np.arange(first, first + 8)
     )
-    assert not (one == other).flatten(1).all(1).any()
+    assert not (base == other).flatten(1).all(1).any()
 
 
-def test_a_partner_draws_other_numbers_than_the_sample_itself(own: Path) -> None:
+def test_a_partner_draws_other_numbers_than_the_sample_itself(augment_file: Path) -> None:
     image = torch.zeros(1, 1, 8, 8).expand(8, 1, 8, 8)
-    augmentation = parse_augment(f"{own}:noise,mixup", seed=5, total=COUNT)
-    mine = augmentation.transformed(image, 1, np.arange(8))
-    theirs = augmentation.transformed(image, 1, np.arange(8), partner=True)
-    assert not (mine == theirs).flatten(1).all(1).any()
+    augmentation = parse_augment(f"{augment_file}:noise,mixup", seed=5, total=COUNT)
+    inputs = augmentation.transformed(image, 1, np.arange(8))
+    partners = augmentation.transformed(image, 1, np.arange(8), partner=True)
+    assert not (inputs == partners).flatten(1).all(1).any()
 
 
-def test_a_callable_comes_before_operations_and_mixup(own: Path, source: ArraySource) -> None:
-    spec = f"{own}:noise,flip,mixup"
+def test_a_callable_comes_before_operations_and_mixup(
+    augment_file: Path, source: ArraySource
+) -> None:
+    spec = f"{augment_file}:noise,flip,mixup"
     whole = parse_augment(spec, seed=5, total=COUNT)
-    raw, numbers = source.fetch(range(COUNT))[0], np.arange(COUNT)
-    partners = whole.partners(1, numbers)
-    assert partners is not None
-    mine = whole.transformed(raw, 1, numbers)
-    theirs = whole.transformed(raw[partners], 1, numbers, partner=True)
+    raw, sample_ids = source.fetch(range(COUNT))[0], np.arange(COUNT)
+    partner_ids = whole.partners(1, sample_ids)
+    assert partner_ids is not None
+    inputs = whole.transformed(raw, 1, sample_ids)
+    partners = whole.transformed(raw[partner_ids], 1, sample_ids, partner=True)
     rest = parse_augment("flip,mixup", seed=5, total=COUNT)
-    assert torch.equal(view_of(source, whole), rest(mine, theirs, 1, numbers))
+    assert torch.equal(view_of(source, whole), rest(inputs, partners, 1, sample_ids))
 
 
 def test_bytes_that_a_callable_gives_become_floats_up_to_one(
-    own: Path, source: ArraySource
+    augment_file: Path, source: ArraySource
 ) -> None:
-    found = view_of(source, parse_augment(f"{own}:as_array", seed=5, total=COUNT))
-    np.testing.assert_allclose(found, source.inputs // 2 / 255, rtol=1e-6)
+    inputs = view_of(source, parse_augment(f"{augment_file}:as_array", seed=5, total=COUNT))
+    np.testing.assert_allclose(inputs, source.inputs // 2 / 255, rtol=1e-6)
 
 
-def test_keys_are_of_the_sample_as_it_was(own: Path, source: ArraySource) -> None:
-    augmentation = parse_augment(f"{own}:noise", seed=5, total=COUNT)
+def test_keys_are_of_the_sample_as_it_was(augment_file: Path, source: ArraySource) -> None:
+    augmentation = parse_augment(f"{augment_file}:noise", seed=5, total=COUNT)
     request = make_request(augmentation, [3, 4], 1, np.array([3, 4]))
-    found = next(iter(loader(source, [request], augmentation=augmentation, keys=True)))
+    batch = next(iter(loader(source, [request], augmentation=augmentation, keys=True)))
     plain = next(iter(loader(source, [[3, 4]], keys=True)))
-    assert torch.equal(found.keys, plain.keys)
+    assert torch.equal(batch.keys, plain.keys)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_callable_that_raises_is_named_with_its_sample(
-    own: Path, source: ArraySource, workers: int
+    augment_file: Path, source: ArraySource, workers: int
 ) -> None:
-    augmentation = parse_augment(f"{own}:raises", seed=5, total=COUNT)
+    augmentation = parse_augment(f"{augment_file}:raises", seed=5, total=COUNT)
     expected = (
         r"^augmentation \S*aug\.py:raises raised OSError on sample \d+ in view \d+, a tensor "
         r"\(\d[^\n]*\) of torch\.\w+: the backgrounds are gone\Z"
@@ -254,9 +269,11 @@ def test_a_callable_that_raises_is_named_with_its_sample(
         view_of(source, augmentation, workers=workers)
 
 
-def test_a_callable_that_gives_several_shapes_is_named(own: Path, source: ArraySource) -> None:
-    augmentation = parse_augment(f"{own}:ragged", seed=5, total=COUNT)
-    with pytest.raises(DataError, match=r"aug\.py:ragged gives different shapes .*; it must give"):
+def test_a_callable_that_gives_several_shapes_is_named(
+    augment_file: Path, source: ArraySource
+) -> None:
+    augmentation = parse_augment(f"{augment_file}:ragged", seed=5, total=COUNT)
+    with pytest.raises(DataError, match=r"aug\.py:ragged returns different shapes .*; it must ret"):
         view_of(source, augmentation)
 
 
@@ -264,7 +281,7 @@ def test_a_callable_that_gives_several_shapes_is_named(own: Path, source: ArrayS
 def test_a_built_in_augmentation_is_known_from_the_header(
     header: Header, own_spec: str | None
 ) -> None:
-    # mixup draws among the whole data, of which the cache may hold a part
+    # mixup draws from the whole data set, although the cache may be a shard of it
     whole = changed(header, augment="shift:2,flip", seed=9, data_samples=777)
     assert replayed(whole, own_spec) == parse_augment("shift:2,flip", seed=9, total=777)
 
@@ -273,11 +290,15 @@ def test_a_cache_that_is_not_augmented_is_replayed_so(header: Header) -> None:
     assert replayed(header, None) == Augmentation(None, 0, SAMPLES)
 
 
-def test_a_callable_is_taken_from_the_file_that_the_user_gives(header: Header, own: Path) -> None:
-    found = replayed(changed(header, augment="aug.py:mirror,flip"), f"{own}:mirror,flip")
-    assert found.transform is not None
-    assert found.transform.__module__.startswith("softcache_user_aug")
-    assert [str(op) for op in found.ops] == ["Flip()"]
+def test_a_callable_is_taken_from_the_file_that_the_user_gives(
+    header: Header, augment_file: Path
+) -> None:
+    augmentation = replayed(
+        changed(header, augment="aug.py:mirror,flip"), f"{augment_file}:mirror,flip"
+    )
+    assert augmentation.transform is not None
+    assert augmentation.transform.__module__.startswith("softcache_user_aug")
+    assert [str(op) for op in augmentation.ops] == ["Flip()"]
 
 
 @pytest.mark.parametrize(
@@ -294,12 +315,12 @@ def test_a_callable_is_taken_from_the_file_that_the_user_gives(header: Header, o
     ],
 )
 def test_another_augmentation_than_the_caches_is_refused(
-    header: Header, own: Path, made_by: str | None, given: str, named: str
+    header: Header, augment_file: Path, made_by: str | None, given: str, named: str
 ) -> None:
-    spec = f"{own.parent}/{given}" if ".py" in given else given
+    spec = f"{augment_file.parent}/{given}" if ".py" in given else given
     expected = (
         rf"--augment .*{given} is not the cache's own \({named}\): .*leave it out, or add it on top "
-        "by --extra-augment"
+        "with --extra-augment"
     )
     with pytest.raises(SettingsError, match=expected):
         replayed(changed(header, augment=made_by), spec)
@@ -307,7 +328,7 @@ def test_another_augmentation_than_the_caches_is_refused(
 
 @pytest.fixture
 def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What exists once the file evil.py in the working folder has been run."""
+    """A path that exists once the file evil.py in the working folder has been run."""
     (tmp_path / "evil.py").write_text(
         "from pathlib import Path\nPath('was_run').touch()\ndef make(image):\n    return image\n"
     )
@@ -318,7 +339,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("named", ["evil.py:make", "evil.py:make,flip,mixup", "flip,evil.py:make"])
 def test_code_that_a_header_names_is_never_run(header: Header, trap: Path, named: str) -> None:
     with pytest.raises(
-        SettingsError, match=f"augmented by {named}; give that file with --augment, code named"
+        SettingsError, match=f"augmented by {named}; give that file with --augment, since code"
     ):
         replayed(changed(header, augment=named), None)
     assert not trap.exists()

@@ -1,4 +1,4 @@
-"""Errors of a model counted, and the short name of a data set."""
+"""Counting a model's errors, and the digest of a data set."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CLASSES = 4
 
 
 def source_of(answers: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> ArraySource:
-    """Inputs that are logits: the model `as_given` answers with `answers`."""
-    return ArraySource("mine", np.eye(CLASSES, dtype=np.float32)[answers], labels)
+    """Inputs that are logits, whose largest class is in `answers`; the model `as_given` returns them."""
+    return ArraySource("data", np.eye(CLASSES, dtype=np.float32)[answers], labels)
 
 
 def as_given(inputs: Tensor) -> Tensor:
@@ -67,42 +67,42 @@ def test_images_reach_the_model_as_floats_up_to_one() -> None:
         seen.append(inputs)
         return torch.zeros(len(inputs), 5)
 
-    evaluate(model, ArraySource("mine", x, y), 5, CPU)
+    evaluate(model, ArraySource("data", x, y), 5, CPU)
     assert seen[0].dtype == torch.float32
     np.testing.assert_allclose(seen[0], x / 255, rtol=1e-6)
 
 
 def test_no_gradients_are_kept(labels: npt.NDArray[np.int64]) -> None:
-    linear, kept = nn.Linear(CLASSES, CLASSES), []
+    linear, requires_grad = nn.Linear(CLASSES, CLASSES), []
 
     def model(inputs: Tensor) -> Tensor:
         logits: Tensor = linear(inputs)
-        kept.append(logits.requires_grad)
+        requires_grad.append(logits.requires_grad)
         return logits
 
     evaluate(model, source_of(labels, labels), CLASSES, CPU)
-    assert kept == [False]
+    assert requires_grad == [False]
 
 
 def test_an_unlabelled_sample_is_named(labels: npt.NDArray[np.int64]) -> None:
     labels[[33, 40]] = -1
-    with pytest.raises(DataError, match="mine: sample 33 has no label; errors need labels"):
+    with pytest.raises(DataError, match="data: sample 33 has no label; evaluation needs labels"):
         evaluate(as_given, source_of(labels, labels), CLASSES, CPU)
 
 
 @pytest.mark.parametrize("label", [CLASSES, -2])
 def test_a_label_out_of_range_is_named(labels: npt.NDArray[np.int64], label: int) -> None:
     answers, labels[33] = labels.copy(), label
-    found = rf"mine: sample 33 has label {label}; expected 0 to 3"
-    expected = found if label > 0 else "mine: sample 33 has no label"
+    out_of_range = rf"data: sample 33 has label {label}; expected 0 to 3"
+    expected = out_of_range if label > 0 else "data: sample 33 has no label"
     with pytest.raises(DataError, match=expected):
         evaluate(as_given, source_of(answers, labels), CLASSES, CPU)
 
 
 def test_a_model_that_raises_is_named_with_the_data(labels: npt.NDArray[np.int64]) -> None:
     expected = (
-        r"the model raised RuntimeError on inputs \(50, 4\) of mine: .*cannot be multiplied.*; "
-        "evaluation data need the shape of the training data"
+        r"the model raised RuntimeError on inputs \(50, 4\) of data: .*cannot be multiplied.*; "
+        "evaluation inputs need the same shape as training inputs"
     )
     with pytest.raises(ModelError, match=expected):
         evaluate(nn.Linear(7, CLASSES), source_of(labels, labels), CLASSES, CPU)
@@ -124,14 +124,14 @@ def test_accuracy_is_the_share_of_the_others() -> None:
     assert Evaluation(38, 10_000).accuracy == pytest.approx(0.9962)
 
 
-# the short name of a data set
+# the digest of a data set
 
 
 def test_the_same_data_have_the_same_digest_however_they_are_read() -> None:
     x, y = make_arrays(20)
-    digest = data_digest(ArraySource("mine", x, y))
-    assert digest == data_digest(ArraySource("theirs", x.copy(), y.copy(), ("a", "b")))
-    assert digest == data_digest(ArraySource("mine", x, y), workers=2)
+    digest = data_digest(ArraySource("data", x, y))
+    assert digest == data_digest(ArraySource("copy", x.copy(), y.copy(), ("a", "b")))
+    assert digest == data_digest(ArraySource("data", x, y), workers=2)
     assert len(digest) == 16
     assert int(digest, 16)
 
@@ -141,15 +141,15 @@ def test_other_data_have_another_digest() -> None:
     changed_pixel, changed_label = x.copy(), y.copy()
     changed_pixel[7, 0, 0, 0] ^= 1
     changed_label[7] = (changed_label[7] + 1) % 5
-    others = {
-        "as it is": (x, y),
+    variants = {
+        "unchanged": (x, y),
         "a pixel": (changed_pixel, y),
         "a label": (x, changed_label),
         "reordered": (x[::-1], y[::-1]),
         "labels reordered": (x, y[::-1]),
-        "cut": (x[:-1], y[:-1]),
-        "type": (x.astype(np.float32), y),
+        "shortened": (x[:-1], y[:-1]),
+        "dtype": (x.astype(np.float32), y),
         "shape": (x[:, 0], y),
     }
-    digests = {name: data_digest(ArraySource("mine", *data)) for name, data in others.items()}
-    assert len(set(digests.values())) == len(others)
+    digests = {name: data_digest(ArraySource("data", *data)) for name, data in variants.items()}
+    assert len(set(digests.values())) == len(variants)

@@ -1,3 +1,5 @@
+"""Models from transformers and timm: weights, preprocessing, tokenizers, public names."""
+
 from __future__ import annotations
 
 import json
@@ -31,7 +33,7 @@ BERT = (
 
 
 def build_hub(text: str, classes: int | None) -> Any:  # noqa: ANN401  # a HubModel
-    """A model of a library; of a teacher, which keeps its classes, None."""
+    """Build a library's model; `classes` is None for a teacher, which keeps its own."""
     spec = parse_model(text)
     return KINDS[spec.kind].load()(spec, (), classes)
 
@@ -54,13 +56,13 @@ def test_a_teacher_gives_the_logits_of_its_library(vit: Path) -> None:
     from transformers import ViTForImageClassification, ViTImageProcessor
 
     pixels = (images(20) * 255).byte()
-    own = ViTForImageClassification.from_pretrained(str(vit)).eval()
+    reference = ViTForImageClassification.from_pretrained(str(vit)).eval()
     processor = ViTImageProcessor.from_pretrained(str(vit))
     arrays = [image.permute(1, 2, 0).numpy() for image in pixels]
     with torch.no_grad():
-        wanted = own(**processor(arrays, return_tensors="pt")).logits
-        found = build_hub(f"hf:{vit}", None).eval()(pixels / 255)
-    torch.testing.assert_close(found, wanted, atol=0.02, rtol=0)
+        expected = reference(**processor(arrays, return_tensors="pt")).logits
+        logits = build_hub(f"hf:{vit}", None).eval()(pixels / 255)
+    torch.testing.assert_close(logits, expected, atol=0.02, rtol=0)
 
 
 def test_a_student_has_the_classes_of_the_data_and_random_weights() -> None:
@@ -75,16 +77,16 @@ def test_a_student_has_the_classes_of_the_data_and_random_weights() -> None:
 def test_a_student_with_its_own_weights_gets_a_new_last_layer(vit: Path) -> None:
     model = build(f"hf:{vit}", input_shape=(3, 20, 20), classes=7)
     assert model(images()).shape == (2, 7)
-    own, kept = load_file(vit / "model.safetensors"), model.state_dict()
+    saved, loaded = load_file(vit / "model.safetensors"), model.state_dict()
     name = "vit.embeddings.cls_token"
-    torch.testing.assert_close(kept[name], own[name])
+    torch.testing.assert_close(loaded[name], saved[name])
 
 
 def test_a_folder_without_processor_is_a_student_but_no_teacher(tmp_path: Path) -> None:
     folder = save_vit(tmp_path / "vit")
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(
-        ModelError, match=r"no preprocessor_config\.json .*\?processor=ID_OR_FOLDER"
+        ModelError, match=r"no preprocessor_config\.json, .*\?processor=ID_OR_FOLDER"
     ):
         build_hub(f"hf:{folder}", None)
     assert build_hub(f"hf:{folder}", 4)(images()).shape == (2, 4)
@@ -97,11 +99,11 @@ def test_a_folder_without_processor_is_a_student_but_no_teacher(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("hf:", SettingsError, "names none; expected hf:ID_OR_FOLDER"),
+        ("hf:", SettingsError, "does not say which model; expected hf:ID_OR_FOLDER"),
         (
             "hf:vit",
             SettingsError,
-            r"vit is a type of model, without weights; add \?pretrained=false",
+            r"vit is a model type and has no weights; add \?pretrained=false",
         ),
         ("hf:vit?pretrained=no", SettingsError, "expected pretrained=true or pretrained=false"),
         ("hf:vit?pretrained=false&depth=3", SettingsError, "configuration has no field 'depth'"),
@@ -113,14 +115,14 @@ def test_a_folder_without_processor_is_a_student_but_no_teacher(tmp_path: Path) 
         (
             "hf:t5?pretrained=false&d_model=8&d_kv=4&d_ff=8&num_layers=1",
             ModelError,
-            "no tokenizer besi",
+            r"no tokenizer \(a model type has no files\)",
         ),
         (
             "hf:clap?pretrained=false",
             ModelError,
-            "is clap, bare; expected a classifier of images or of",
+            "is clap, bare; expected an image or text classifier",
         ),
-        (BERT, ModelError, r"no tokenizer beside it .*; name one with \?tokenizer=ID_OR_FOLDER"),
+        (BERT, ModelError, r"no tokenizer \(.*\); name one with \?tokenizer=ID_OR_FOLDER"),
     ],
 )
 def test_what_cannot_be_built_is_told(spec: str, error: type[Exception], message: str) -> None:
@@ -158,13 +160,13 @@ def test_weights_have_the_names_of_the_library(vit: Path, tmp_path: Path) -> Non
     from transformers import ViTForImageClassification
 
     model = build_hub(f"hf:{vit}", None)
-    own = ViTForImageClassification.from_pretrained(str(vit)).state_dict()
-    assert set(model.state_dict()) == set(own)
-    changed = {name: value + 1 for name, value in own.items()}
+    saved = ViTForImageClassification.from_pretrained(str(vit)).state_dict()
+    assert set(model.state_dict()) == set(saved)
+    changed = {name: value + 1 for name, value in saved.items()}
     save_file(changed, tmp_path / "w.safetensors")
     load_weights(model, tmp_path / "w.safetensors")
     torch.testing.assert_close(model.state_dict()["classifier.bias"], changed["classifier.bias"])
-    wrapped = nn.ModuleDict({"inner": model})  # as an average of weights wraps it
+    wrapped = nn.ModuleDict({"inner": model})  # like a model that averages weights
     wrapped.load_state_dict(wrapped.state_dict())
     assert "inner.classifier.bias" in wrapped.state_dict()
 
@@ -177,19 +179,19 @@ def test_texts_become_logits_by_way_of_the_tokenizer(words: Path) -> None:
     model = build_hub(f"{BERT}&tokenizer={words}", 2).eval()
     both = model(encode(["The film was great", "The book was dull ☕"], 30))
     assert both.shape == (2, 2)
-    alone = model(encode(["The film was great"], 24))  # padded otherwise
+    alone = model(encode(["The film was great"], 24))  # with less padding
     torch.testing.assert_close(alone, both[:1], atol=1e-5, rtol=1e-4)
 
 
 def test_a_tokenizer_that_does_not_fit_is_named(words: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"its tokenizer has \d+ tokens, the model 9; add \?vocab_size"
+        ModelError, match=r"its tokenizer has \d+ tokens, but its vocab_size is 9; add \?vocab_size"
     ):
         build_hub(f"{BERT.replace('vocab_size=60', 'vocab_size=9')}&tokenizer={words}", 2)
     bare = save_tokenizer(tmp_path / "bare", "words", padding=False)
     gpt = "hf:gpt2?pretrained=false&n_embd=8&n_layer=1&n_head=1&vocab_size=60"
     with pytest.raises(
-        ModelError, match="its tokenizer has no padding token, which a batch of texts"
+        ModelError, match="its tokenizer has no padding token, which batches of texts need"
     ):
         build_hub(f"{gpt}&tokenizer={bare}", 2)
 
@@ -235,7 +237,7 @@ def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
         teacher=f"hf:{vit}", data=f"hfds:{pets}?size=20", temperature=5.0, out=tmp_path / "c.h5"
     )
     with pytest.raises(
-        Exception, match=r"class 0 is 'abyssinian' in the one and 'pug' in the other"
+        Exception, match=r"class 0 is 'abyssinian' in the first and 'pug' in the second"
     ):
         dump(config)
 
@@ -246,7 +248,9 @@ def test_a_random_teacher_is_refused(tmp_path: Path) -> None:
     config = DumpConfig(
         teacher=spec, data=f"hfds:{pets}?size=20", temperature=5.0, out=tmp_path / "c.h5"
     )
-    with pytest.raises(SettingsError, match="would be untrained; name its --weights"):
+    with pytest.raises(
+        SettingsError, match="would be untrained; name its weights file with --weights"
+    ):
         dump(config)
 
 
@@ -254,14 +258,14 @@ def test_what_is_saved_is_loaded_again_with_its_preprocessing(vit: Path, tmp_pat
     torch.manual_seed(0)
     student = build_hub(VIT.format(16, 12), 3).eval()
     save_hub(student, tmp_path / "saved", BREEDS)
-    again = build_hub(f"hf:{tmp_path / 'saved'}", None).eval()
-    torch.testing.assert_close(again(images(33)), student(images(33)))
-    assert again.class_names == BREEDS
+    loaded = build_hub(f"hf:{tmp_path / 'saved'}", None).eval()
+    torch.testing.assert_close(loaded(images(33)), student(images(33)))
+    assert loaded.class_names == BREEDS
     assert json.loads((tmp_path / "saved" / "preprocessor_config.json").read_text())["size"] == {
         "height": 12,
         "width": 12,
     }
-    with pytest.raises(SettingsError, match="only a student of hf: can be saved for transformers"):
+    with pytest.raises(SettingsError, match="only an hf: student can be saved for transformers"):
         save_hub(HubModel(nn.Linear(2, 2), nn.Identity()), tmp_path / "x")
 
 
@@ -275,10 +279,10 @@ def test_a_missing_timm_is_named(without: Callable[[str], None]) -> None:
 
 
 def test_timm_is_asked_for_the_model_and_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
     def create_model(name: str, **options: Any) -> nn.Module:
-        asked.update(options, name=name)
+        arguments.update(options, name=name)
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))
 
     config = {
@@ -290,7 +294,7 @@ def test_timm_is_asked_for_the_model_and_its_config(monkeypatch: pytest.MonkeyPa
     stub.data = SimpleNamespace(resolve_model_data_config=lambda model: config)
     monkeypatch.setitem(sys.modules, "timm", stub)
     model = build_hub("timm:vit_x?pretrained=false&img_size=16", 5)
-    assert asked == {"name": "vit_x", "pretrained": False, "img_size": 16, "num_classes": 5}
+    assert arguments == {"name": "vit_x", "pretrained": False, "img_size": 16, "num_classes": 5}
     assert isinstance(model.prepare, Preprocess)
     assert model.prepare.steps.crop == (16, 16)
     assert model(images(40)).shape == (2, 5)

@@ -22,11 +22,12 @@ State = dict[str, Tensor]
 
 
 def conv_bn(channels: int, width: int, kernel: int = 3) -> int:
-    """Parameters of a convolution without bias, and of the batch normalization behind it."""
+    """Number of parameters of a convolution without bias and the batch norm after it."""
     return channels * width * kernel**2 + 2 * width
 
 
 def linear(inputs: int, outputs: int) -> int:
+    """Number of parameters of a linear layer."""
     return inputs * outputs + outputs
 
 
@@ -45,7 +46,7 @@ def linear(inputs: int, outputs: int) -> int:
             10,
             conv_bn(1, 32) + conv_bn(32, 32) + conv_bn(32, 64) + conv_bn(64, 64) + linear(64, 10),
         ),
-        # the ResNet-20 for CIFAR with 1x1 convolutions as shortcuts, as it is generally counted
+        # the commonly quoted count for the CIFAR ResNet-20 with 1x1 convolutions as shortcuts
         ("resnet:20,16", (3, 32, 32), 10, 272_474),
         (
             "resnet:8,4",
@@ -102,13 +103,16 @@ def test_what_has_no_form_is_refused_with_the_forms(spec: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        *((f"mlp:{sizes}", "sizes from 1 up, as in mlp:800,800") for sizes in ("", "0", "3,", "3x2", "-3")),
+        *(
+            (f"mlp:{sizes}", "sizes of at least 1, as in mlp:800,800")
+            for sizes in ("", "0", "3,", "3x2", "-3")
+        ),
         *((f"cnn:{widths}", "widths, as in cnn:16,32") for widths in ("", "0", "8x0", "8x", "8,,8", "x2")),
         ("resnet:16", "a depth of 6n"),
         ("resnet:21,16", "a depth of 6n"),
         ("resnet:2,16", "a depth of 6n"),
         ("resnet:20,16,3", "a depth of 6n"),
-        ("resnet:20,0", "sizes from 1 up"),
+        ("resnet:20,0", "sizes of at least 1"),
     ],
 )  # fmt: skip
 def test_wrong_sizes_are_named_with_an_example(spec: str, expected: str) -> None:
@@ -148,7 +152,7 @@ def wants_more(classes):
 
 @pytest.fixture
 def user_models(tmp_path: Path) -> Path:
-    path = tmp_path / "mine.py"
+    path = tmp_path / "models.py"
     path.write_text(USER_MODELS)
     return path
 
@@ -161,7 +165,9 @@ def test_a_callable_of_a_file_or_a_module_makes_the_model(user_models: Path) -> 
 
 
 def test_what_is_no_model_is_refused(user_models: Path) -> None:
-    with pytest.raises(ModelError, match=r"mine\.py:number returned int; expected a torch nn\.Mod"):
+    with pytest.raises(
+        ModelError, match=r"models\.py:number returned int; expected a torch nn\.Mod"
+    ):
         build(f"{user_models}:number", input_shape=(3,), classes=2)
 
 
@@ -170,7 +176,7 @@ def test_what_is_no_model_is_refused(user_models: Path) -> None:
     [("failing", r"FileNotFoundError: backbone\.ckpt"), ("wants_more", "TypeError.*'classes'")],
 )
 def test_a_callable_that_raises_is_named(user_models: Path, name: str, cause: str) -> None:
-    with pytest.raises(SettingsError, match=rf"model .*mine\.py:{name}: .* {cause}"):
+    with pytest.raises(SettingsError, match=rf"model .*models\.py:{name}: .* {cause}"):
         build(f"{user_models}:{name}", input_shape=(3,), classes=2)
 
 
@@ -209,21 +215,21 @@ def test_an_exported_program_gives_what_its_model_gave(exported: tuple[Path, nn.
     images = torch.rand(7, 1, 2, 2)
     torch.testing.assert_close(loaded(images), model(images))
     assert parameter_count(loaded) == parameter_count(model)
-    for training in (True, False):  # torch's own refuses both, as it cannot change
+    for training in (True, False):  # torch's own module refuses both, since its mode is fixed
         assert loaded.train(training).training is training
 
 
 def test_a_cut_exported_program_is_named(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
     path = tmp_path / "cut.pt2"
     path.write_bytes(exported[0].read_bytes()[:-100])
-    with pytest.raises(ModelError, match=r"model .*cut\.pt2 is no exported program: \S"):
+    with pytest.raises(ModelError, match=r"model .*cut\.pt2 is not an exported program: \S"):
         build(str(path), input_shape=(1, 2, 2), classes=3)
 
 
 @pytest.mark.parametrize("raw", [b"", b"hello"])
 def test_what_is_no_exported_program_is_named(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "a.pt2").write_bytes(raw)
-    with pytest.raises(ModelError, match=r"model .*a\.pt2 is no exported program: \S"):
+    with pytest.raises(ModelError, match=r"model .*a\.pt2 is not an exported program: \S"):
         build(str(tmp_path / "a.pt2"), input_shape=(1, 2, 2), classes=3)
 
 
@@ -237,12 +243,12 @@ def test_a_missing_exported_program_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def model() -> nn.Module:
-    """With every kind of tensor: parameters, buffers of floats, and a whole number."""
+    """A model with every kind of tensor: parameters, float buffers and an integer buffer."""
     return build("cnn:4", input_shape=(1, 8, 8), classes=3)
 
 
-def some_state(model: nn.Module) -> State:
-    """Other values of the same names, types and shapes."""
+def other_state(model: nn.Module) -> State:
+    """Tensors of the same names, dtypes and shapes as the model's, with other values."""
     return {
         name: torch.full_like(value, n + 1)
         for n, (name, value) in enumerate(model.state_dict().items())
@@ -268,34 +274,34 @@ LAYOUTS: dict[str, Callable[[State], dict[str, Any]]] = {
 def test_a_checkpoint_may_nest_and_prefix_its_tensors(
     model: nn.Module, tmp_path: Path, layout: str, suffix: str
 ) -> None:
-    state, path = some_state(model), tmp_path / f"weights.{suffix}"
+    state, path = other_state(model), tmp_path / f"weights.{suffix}"
     torch.save(LAYOUTS[layout](state), path)
     load_weights(model, path)
     assert_state(model, state)
 
 
 def assert_state(model: nn.Module, state: State) -> None:
-    found = model.state_dict()
-    assert set(found) == set(state)
-    assert all(torch.equal(found[name], value) for name, value in state.items())
+    loaded = model.state_dict()
+    assert set(loaded) == set(state)
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 def test_checkpoints_of_older_torch_are_read(model: nn.Module, tmp_path: Path) -> None:
-    state, path = some_state(model), tmp_path / "old.pt"
+    state, path = other_state(model), tmp_path / "old.pt"
     torch.save(state, path, _use_new_zipfile_serialization=False)
     load_weights(model, path)
     assert_state(model, state)
 
 
 def test_safetensors_are_read(model: nn.Module, tmp_path: Path) -> None:
-    state, path = some_state(model), tmp_path / "weights.safetensors"
+    state, path = other_state(model), tmp_path / "weights.safetensors"
     save_file(state, path)
     load_weights(model, path)
     assert_state(model, state)
 
 
 def test_safetensors_may_have_a_prefix_too(model: nn.Module, tmp_path: Path) -> None:
-    state, path = some_state(model), tmp_path / "weights.safetensors"
+    state, path = other_state(model), tmp_path / "weights.safetensors"
     save_file(with_prefix(state), path)
     load_weights(model, path)
     assert_state(model, state)
@@ -328,7 +334,7 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(
     message: str,
     suffix: str,
 ) -> None:
-    path, state = tmp_path / f"weights.{suffix}", some_state(model)
+    path, state = tmp_path / f"weights.{suffix}", other_state(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     spoil(state)
     (save_file if suffix == "safetensors" else torch.save)(state, path)
@@ -371,7 +377,7 @@ def test_the_reason_why_a_file_cannot_be_read_is_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [[1, 2], 3, {"a": 1}, {"state_dict": {"a": "b"}}])
 def test_a_checkpoint_without_a_state_dict_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ModelError, match=r"a\.pt hold no state dict; expected tensors by name"):
+    with pytest.raises(ModelError, match=r"a\.pt are not a state dict; expected tensors by name"):
         read_weights(tmp_path / "a.pt")
 
 
@@ -390,7 +396,7 @@ def test_the_refusal_gives_no_advice_to_load_it_anyway(model: nn.Module, tmp_pat
 
 
 class Payload:
-    """Makes a folder as it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -419,7 +425,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(
     path, done = tmp_path / "weights.pt", tmp_path / "done"
     save({"state_dict": {"w": Payload(done)}} if nested else Payload(done), path)
     with pytest.raises(
-        ModelError, match=r"weights\.pt hold more than tensors, which is never load"
+        ModelError, match=r"weights\.pt hold more than tensors, which softcache never load"
     ):
         read_weights(path)
     assert not done.exists()
@@ -441,7 +447,7 @@ def test_a_pickle_named_safetensors_is_not_unpickled(tmp_path: Path) -> None:
 
 
 def test_a_files_sha256_is_that_of_its_bytes(tmp_path: Path) -> None:
-    (tmp_path / "abc").write_bytes(b"abc")  # the example of FIPS 180-2
+    (tmp_path / "abc").write_bytes(b"abc")  # the example in FIPS 180-2
     assert file_sha256(tmp_path / "abc") == (
         "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )

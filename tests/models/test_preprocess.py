@@ -1,3 +1,5 @@
+"""Image preprocessing against that of transformers and timm."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -16,7 +18,7 @@ from softcache.models.preprocess import (
     steps_of_timm,
 )
 
-# Pillow rounds to whole numbers of 255 when it resizes, once for each side
+# Pillow rounds to integers from 0 to 255 when it resizes, once for each axis
 ROUNDING = 2.5 / 255
 
 
@@ -28,6 +30,7 @@ def smooth(height: int, width: int, channels: int = 3) -> Tensor:
 
 
 def processors() -> dict[str, Any]:
+    """Image processors of transformers, by a name for the test case."""
     from transformers import CLIPImageProcessor, ConvNextImageProcessor, ViTImageProcessor
 
     return {
@@ -36,7 +39,7 @@ def processors() -> dict[str, Any]:
         "clip": CLIPImageProcessor(
             size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
         ),
-        "clip, odd": CLIPImageProcessor(
+        "clip, odd size": CLIPImageProcessor(
             size={"shortest_edge": 37}, crop_size={"height": 32, "width": 32}
         ),
         "clip, large crop": CLIPImageProcessor(
@@ -51,7 +54,7 @@ def processors() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "name",
-    ["vit", "vit bicubic", "clip", "clip, odd", "clip, large crop", "convnext", "convnext 384",
+    ["vit", "vit bicubic", "clip", "clip, odd size", "clip, large crop", "convnext", "convnext 384",
      "no rescale", "nothing"],
 )  # fmt: skip
 @pytest.mark.parametrize("size", [(50, 71), (64, 64)])
@@ -60,12 +63,12 @@ def test_an_image_comes_out_as_of_the_librarys_own_processor(
 ) -> None:
     processor = processors()[name]
     image = smooth(*size)
-    wanted = processor(image.permute(1, 2, 0).numpy(), return_tensors="np")["pixel_values"][0]
+    expected = processor(image.permute(1, 2, 0).numpy(), return_tensors="np")["pixel_values"][0]
     steps = steps_of_processor(processor.to_dict(), "model x")
-    found = Preprocess(steps)(image[None].float() / 255)[0].numpy()
-    assert found.shape == wanted.shape
+    prepared = Preprocess(steps)(image[None].float() / 255)[0].numpy()
+    assert prepared.shape == expected.shape
     scale = steps.scale / min(steps.std or (1.0,))
-    assert np.abs(found - wanted).max() <= ROUNDING * scale
+    assert np.abs(prepared - expected).max() <= ROUNDING * scale
 
 
 def test_another_interpolation_would_be_noticed() -> None:
@@ -77,32 +80,35 @@ def test_another_interpolation_would_be_noticed() -> None:
 
 def test_grey_images_are_grey_colours_to_a_model_of_colours() -> None:
     grey = torch.rand(2, 1, 8, 8)
-    found = Preprocess(Steps(mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0)))(grey)
-    assert found.shape == (2, 3, 8, 8)
-    torch.testing.assert_close(found[:, 2], grey[:, 0] - 0.3)
+    prepared = Preprocess(Steps(mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0)))(grey)
+    assert prepared.shape == (2, 3, 8, 8)
+    torch.testing.assert_close(prepared[:, 2], grey[:, 0] - 0.3)
     assert Preprocess(Steps(mean=(0.5,), std=(0.5,)), 1)(grey).shape == (2, 1, 8, 8)
 
 
 def test_channels_are_flipped_where_the_model_wants_it() -> None:
     image = torch.rand(1, 3, 4, 4)
     settings = {"do_flip_channel_order": True, "do_rescale": True}
-    found = Preprocess(steps_of_processor(settings, "x"))(image)
-    assert torch.equal(found, image.flip(1))
+    prepared = Preprocess(steps_of_processor(settings, "x"))(image)
+    assert torch.equal(prepared, image.flip(1))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"do_pad": True}, "its image processor does do_pad, which softcache does not; wrap"),
-        ({"do_thumbnail": True, "do_resize": False}, "does do_thumbnail"),
-        ({"rescale_offset": True, "do_rescale": True}, "does rescale_offset"),
+        (
+            {"do_pad": True},
+            "its image processor uses do_pad, which softcache does not support; wrap",
+        ),
+        ({"do_thumbnail": True, "do_resize": False}, "uses do_thumbnail"),
+        ({"rescale_offset": True, "do_rescale": True}, "uses rescale_offset"),
         (
             {"do_resize": True, "size": {"longest_edge": 3}},
-            r"size \{'longest_edge': 3\} of its image",
+            r"size \{'longest_edge': 3\} of its image processor; expected height and width",
         ),
         (
             {"do_resize": True, "size": 9, "resample": 5},
-            "interpolation 5; softcache knows bilinear",
+            "interpolation 5; expected bilinear",
         ),
     ],
 )
@@ -113,7 +119,7 @@ def test_what_is_not_known_is_refused_by_its_name(settings: dict[str, Any], mess
 
 def test_what_is_no_image_is_refused() -> None:
     for inputs in (torch.zeros(2, 5), torch.zeros(1, 3, 4, 4, dtype=torch.int32)):
-        with pytest.raises(ValueError, match="are no images; expected floats"):
+        with pytest.raises(ValueError, match="are not images; expected floats"):
             Preprocess(Steps())(inputs)
 
 
@@ -126,12 +132,15 @@ def test_timms_config_is_followed() -> None:
     assert (steps.resize, steps.crop, steps.interpolation) == (26, (24, 24), "bicubic")
     squashed = steps_of_timm(config | {"crop_mode": "squash", "crop_pct": 1.0}, "x")
     assert squashed.resize == (24, 24)
-    for odd, message in (
-        ({"crop_mode": "border"}, "x: crop mode 'border'; wrap the model"),
-        ({"interpolation": "lanczos"}, "x: interpolation 'lanczos'; softcache knows"),
+    for changes, message in (
+        (
+            {"crop_mode": "border"},
+            "x: crop mode 'border'; expected center or squash, or wrap the model",
+        ),
+        ({"interpolation": "lanczos"}, "x: interpolation 'lanczos'; expected bilinear"),
     ):
         with pytest.raises(ModelError, match=message):
-            steps_of_timm(config | odd, "x")
+            steps_of_timm(config | changes, "x")
 
 
 @pytest.mark.parametrize(("rounded", "first"), [(False, 15), (True, 16)])

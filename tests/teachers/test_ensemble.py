@@ -1,4 +1,4 @@
-"""Several teachers as one, and every encoding through a whole dump, its stops, and a student."""
+"""Ensembles of teachers, and every encoding through an interrupted dump and a student's training."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ StopAt = Callable[[int], None]
 CPU = torch.device("cpu")
 CLASSES = 20
 
-# teachers that are told by the environment at which batch to give up; a batch of one sample, on
-# which the dump tries them, does not count
+# the environment sets the batch at which teacher `one` raises; batches of one sample, such as the
+# trial before a dump, do not count
 TEACHERS = f"""
 import os
 from pathlib import Path
@@ -95,7 +95,7 @@ def teachers_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(dump_config: DumpConfig, teachers_file: Path) -> DumpConfig:
-    """A dump of 2 views of 300 samples, in batches of 64, of teacher `one`."""
+    """A dump of teacher `one` with 2 views of 300 samples, in batches of 64."""
     return replace(
         dump_config,
         teacher=f"{teachers_file}:one",
@@ -113,7 +113,7 @@ def specs(teachers_file: Path) -> list[str]:
 
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StopAt:
-    """Let teacher `one` raise at its n-th batch from now on; 0: never."""
+    """Make teacher `one` raise at its n-th batch, counted from the call; 0 for never."""
 
     def stop_at(batch: int) -> None:
         (tmp_path / "calls").unlink(missing_ok=True)
@@ -142,7 +142,7 @@ def averaged(logits: Sequence[Rows], weights: Sequence[float], temperature: floa
 
 
 class Fixed(nn.Module):
-    """A teacher that always says the same: logits (N, C), of the N samples in order."""
+    """A teacher with fixed logits (N, C), one row for each of the N samples in order."""
 
     def __init__(self, logits: Rows) -> None:
         super().__init__()
@@ -158,10 +158,10 @@ def fixed(logits: Rows, name: str = "fixed") -> Teacher:
     return Teacher(name, Fixed(logits).eval(), logits.shape[1], CPU, "fp32", provenance)
 
 
-def said(ensemble: Ensemble, rows: int, temperature: float) -> Rows:
-    found = ensemble.log_probs(torch.zeros(rows, 1), temperature)
-    assert found.dtype == torch.float32
-    return found.double().numpy()
+def ensemble_log_probs(ensemble: Ensemble, rows: int, temperature: float) -> Rows:
+    log_probs = ensemble.log_probs(torch.zeros(rows, 1), temperature)
+    assert log_probs.dtype == torch.float32
+    return log_probs.double().numpy()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -177,32 +177,33 @@ def test_an_ensemble_says_the_weighted_mean_of_softened_probabilities(
     random = np.random.default_rng(seed)
     logits = [random.standard_normal((5, 7)) * spread for _ in weights]
     ensemble = make_ensemble([fixed(z) for z in logits], weights)
-    found = said(ensemble, 5, temperature)
-    np.testing.assert_allclose(found, averaged(logits, weights, temperature), atol=1e-4)
-    np.testing.assert_allclose(np.exp(found).sum(-1), 1, atol=1e-5)
+    log_probs = ensemble_log_probs(ensemble, 5, temperature)
+    np.testing.assert_allclose(log_probs, averaged(logits, weights, temperature), atol=1e-4)
+    np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, atol=1e-5)
 
 
 def test_it_is_neither_the_mean_of_logits_nor_softened_after_the_mean() -> None:
     logits = [np.array([[9.0, 0.0, 0.0]]), np.array([[0.0, 5.0, 0.0]])]
-    found = said(make_ensemble([fixed(z) for z in logits], ()), 1, 4.0)
-    of_logits = log_softmax((logits[0] + logits[1]) / 8)
-    after = log_softmax(averaged(logits, [1, 1], 1.0) / 4)
-    for other in (of_logits, after):
-        assert np.abs(found - other).max() > 0.1
+    log_probs = ensemble_log_probs(make_ensemble([fixed(z) for z in logits], ()), 1, 4.0)
+    mean_of_logits = log_softmax((logits[0] + logits[1]) / 8)
+    softened_after = log_softmax(averaged(logits, [1, 1], 1.0) / 4)
+    for wrong in (mean_of_logits, softened_after):
+        assert np.abs(log_probs - wrong).max() > 0.1
 
 
 def test_teachers_that_are_certain_and_disagree_share_the_mass() -> None:
     logits = [np.array([[1e4, 0.0, 0.0]]), np.array([[0.0, 1e4, 0.0]])]
-    found = said(make_ensemble([fixed(z) for z in logits], (3, 1)), 1, 1.0)
-    np.testing.assert_allclose(np.exp(found), [[0.75, 0.25, 0]], atol=1e-6)
-    assert np.isfinite(found).all()
+    log_probs = ensemble_log_probs(make_ensemble([fixed(z) for z in logits], (3, 1)), 1, 1.0)
+    np.testing.assert_allclose(np.exp(log_probs), [[0.75, 0.25, 0]], atol=1e-6)
+    assert np.isfinite(log_probs).all()
 
 
 def test_one_teacher_is_itself_whatever_its_weight() -> None:
     logits = np.random.default_rng(0).standard_normal((5, 7)) * 5
     alone = torch.log_softmax(torch.from_numpy(logits).float() / 4, -1).double().numpy()
     for weights in ((), (0.3,), (50,)):
-        np.testing.assert_array_equal(said(make_ensemble([fixed(logits)], weights), 5, 4.0), alone)
+        ensemble = make_ensemble([fixed(logits)], weights)
+        np.testing.assert_array_equal(ensemble_log_probs(ensemble, 5, 4.0), alone)
 
 
 def test_weights_are_shares_and_equal_without_any() -> None:
@@ -233,7 +234,7 @@ def test_weights_that_make_no_sense_are_refused(weights: tuple[float, ...]) -> N
     teachers = [fixed(np.zeros((1, 3)), name) for name in "ab"]
     with pytest.raises(
         SettingsError,
-        match=rf"^{len(weights)} teacher weights \[.*\] for 2 teachers; expected one above 0 for each",
+        match=rf"^{len(weights)} teacher weights \[.*\] for 2 teachers; expected a positive weight for each",
     ):
         make_ensemble(teachers, weights)
 
@@ -241,7 +242,8 @@ def test_weights_that_make_no_sense_are_refused(weights: tuple[float, ...]) -> N
 def test_teachers_of_different_classes_are_refused_by_name() -> None:
     teachers = [fixed(np.zeros((1, classes)), f"of_{classes}") for classes in (3, 3, 4)]
     with pytest.raises(
-        ModelError, match=r"classes: of_3 3, of_3 3, of_4 4; average only teachers of one task$"
+        ModelError,
+        match=r"classes: of_3 3, of_3 3, of_4 4; average only teachers of the same task$",
     ):
         make_ensemble(teachers, ())
     make_ensemble(teachers[:2], ())
@@ -277,7 +279,7 @@ def test_each_teacher_is_checked() -> None:
 
 
 def test_a_teacher_that_says_its_own_weights_has_no_gradient() -> None:
-    # as a teacher does that looks its logits up; numpy takes no tensor that has one
+    # such as a teacher that looks its logits up; numpy refuses tensors with a gradient
     teacher = fixed(np.zeros((2, 3)))
     teacher.model.logits = nn.Parameter(torch.zeros(2, 3))
     assert not make_ensemble([teacher], ()).log_probs(torch.zeros(2, 1), 4.0).requires_grad
@@ -287,9 +289,10 @@ def test_a_teacher_that_says_its_own_weights_has_no_gradient() -> None:
 
 
 def weight_of(spec: str) -> Rows:
+    """The weight matrix (inputs, classes) of a teacher in TEACHERS, in float64."""
     model = import_callable(spec, what="teacher")()
-    found: Rows = model.weight.detach().double().numpy()
-    return found
+    weight: Rows = model.weight.detach().double().numpy()
+    return weight
 
 
 def test_a_dump_of_several_teachers_holds_their_average(
@@ -303,7 +306,7 @@ def test_a_dump_of_several_teachers_holds_their_average(
         stored = cache.rows(0, np.arange(SAMPLES), temperature).astype(np.float64)
         if temperature == cache.header.temperature:
             exact = averaged(logits, weights, temperature)
-        else:  # what is re-tempered is the average at T, not each of the teachers
+        else:  # re-tempering applies to the average at T, not to each teacher
             exact = log_softmax(averaged(logits, weights, 4.0) * 4)
         assert (np.exp(exact) * (exact - stored)).sum(-1).max() < 1e-5
     equal = averaged(logits, (1, 1, 1), 4.0)
@@ -349,14 +352,14 @@ def test_a_dump_goes_on_with_the_same_teachers_and_weights_alone(
         ({"teacher_weight": (1, 1)}, r"another teacher \(weight 0\.75, now 0\.5"),
         (
             {"teacher": specs, "teacher_weight": ()},
-            r"was begun with 2 teachers, now 3; use the same",
+            r"was started with 2 teacher\(s\), now 3; use the same",
         ),
-        ({"teacher": specs[0], "teacher_weight": ()}, r"was begun with 2 teachers, now 1; "),
+        ({"teacher": specs[0], "teacher_weight": ()}, r"was started with 2 teacher\(s\), now 1; "),
     ):
         with pytest.raises(SettingsError, match=message):
             dump(replace(config, **other))
     assert partial_path(config.out).exists()
-    # weights are shares: the same ones in other words are the same
+    # only the shares matter: weights in the same proportions are the same
     resumed = dump(replace(config, teacher_weight=(0.75, 0.25))).path.read_bytes()
     assert resumed == dump(replace(config, out=config.out.with_name("whole.h5"))).path.read_bytes()
 
@@ -385,7 +388,8 @@ def test_weights_files_go_with_the_teachers_in_order(config: DumpConfig, tmp_pat
     with pytest.raises(SettingsError, match="1 --weights for 2 --teacher; expected one for each"):
         replace(config, weights=files[:1])
     with pytest.raises(
-        SettingsError, match="teacher mlp:16 would be untrained; name its --weights"
+        SettingsError,
+        match="teacher mlp:16 would be untrained; name its weights file with --weights",
     ):
         dump(replace(config, out=tmp_path / "other.h5"))
 
@@ -397,8 +401,8 @@ def test_the_command_takes_several_teachers(
     arguments = ["dump", "--data", f"npz:{data_file}", "--out", str(out), "--device", "cpu"]
     for spec, weight in zip(specs[:2], ("3", "1"), strict=True):
         arguments += ["--teacher", spec, "--teacher-weight", weight]
-    found = CliRunner().invoke(main, arguments)
-    assert found.exit_code == 0, found.output
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
     assert [t["weight"] for t in open_cache(out).header.teachers] == [0.75, 0.25]
 
 
@@ -415,29 +419,28 @@ def encoded(request: pytest.FixtureRequest, config: DumpConfig) -> DumpConfig:
 def test_a_dump_stopped_again_and_again_ends_in_the_same_bytes(
     encoded: DumpConfig, stop_at: StopAt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # blocks of 3 to 30 rows, which end where no batch does, each committed when it is whole
+    # blocks of 3 to 30 rows, not aligned with batches, each committed as soon as it is complete
     monkeypatch.setattr(cache_allocate, "BLOCK_BYTES", 700)
     monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)
     whole = dump(replace(encoded, out=tmp_path / "whole.h5")).path.read_bytes()
-    kept = []
-    # all samples in each of the views that the encoding is fitted to, before the first row
-    tried = FIT_VIEWS * -(-SAMPLES // BATCH) if needs_rows(encoded.encoding) else 0
-    # among them in the rows tried before, and in those of the fidelity line
-    for batch in (2, tried + 7, 6):
+    committed = []  # blocks after each stop
+    # before its first row, the dump runs every sample in each view that the encoding is fitted to
+    fit_batches = FIT_VIEWS * -(-SAMPLES // BATCH) if needs_rows(encoded.encoding) else 0
+    # stops during the fit and the fidelity check, too
+    for batch in (2, fit_batches + 7, 6):
         stop_at(batch)
         with pytest.raises(ModelError, match="raised ValueError on samples"):
             dump(encoded)
         assert not encoded.out.exists()
         partial = partial_path(encoded.out)
-        exists = partial.exists()
-        kept.append(
+        committed.append(
             int((open_cache(partial, unfinished=True).arrays["digests"] != 0).sum())
-            if exists
+            if partial.exists()
             else 0
         )
     stop_at(0)
-    assert kept == sorted(kept)
-    assert kept[0] < kept[-1]
+    assert committed == sorted(committed)
+    assert committed[0] < committed[-1]
     assert dump(encoded).path.read_bytes() == whole
 
 
@@ -447,10 +450,10 @@ def test_another_dump_gives_the_same_bytes(
 ) -> None:
     for encoding in ("basis:10,4", "sampled:12"):
         config = replace(config, encoding=encoding)
-        one = dump(replace(config, out=tmp_path / f"{encoding}1.h5")).path.read_bytes()
-        torch.manual_seed(5)  # whose state is not the dump's affair
-        two = dump(replace(config, out=tmp_path / f"{encoding}2.h5", workers=workers))
-        assert two.path.read_bytes() == one
+        first = dump(replace(config, out=tmp_path / f"{encoding}1.h5"))
+        torch.manual_seed(5)  # the dump must not depend on the global generator
+        second = dump(replace(config, out=tmp_path / f"{encoding}2.h5", workers=workers))
+        assert second.path.read_bytes() == first.path.read_bytes()
 
 
 def test_draws_change_with_the_seed_of_the_cache(config: DumpConfig, tmp_path: Path) -> None:
@@ -465,17 +468,17 @@ def test_draws_change_with_the_seed_of_the_cache(config: DumpConfig, tmp_path: P
 def test_another_batch_size_stores_the_same_targets_but_for_rounding(
     encoded: DumpConfig, tmp_path: Path
 ) -> None:
-    one = dump(encoded)
+    cache = dump(encoded)
     other = dump(replace(encoded, batch_size=77, out=tmp_path / "other.h5"))
     for view in range(2):
-        rows = [np.exp(c.rows(view, np.arange(SAMPLES))) for c in (one, other)]
-        # where a draw or a step falls on an edge, a last digit may decide
+        rows = [np.exp(c.rows(view, np.arange(SAMPLES))) for c in (cache, other)]
+        # rounding may change a draw or a quantization step that falls on a boundary
         same = np.abs(rows[0] - rows[1]).max(-1) < 1e-3
         assert same.mean() > 0.99
 
 
 def student(cache: Cache, config: DumpConfig, folder: Path, **options: object) -> list[float]:
-    """Mean KL from the targets in each epoch of a student."""
+    """Train a student; its mean KL from the targets in each epoch."""
     run = make_train_config(
         student="mlp:8",
         data=config.data,
@@ -502,24 +505,24 @@ def test_a_student_learns_from_every_encoding(encoded: DumpConfig, tmp_path: Pat
 
 @pytest.mark.parametrize("temperature", [4.0, 1.0])
 @pytest.mark.parametrize(
-    ("encoding", "near"), [("quantized", 0.002), ("topk:18", 0.005), ("basis:19,4", 0.002)]
+    ("encoding", "tolerance"), [("quantized", 0.002), ("topk:18", 0.005), ("basis:19,4", 0.002)]
 )
 def test_the_loss_is_that_of_the_dense_cache(
-    encoding: str, near: float, temperature: float, config: DumpConfig, tmp_path: Path
+    encoding: str, tolerance: float, temperature: float, config: DumpConfig, tmp_path: Path
 ) -> None:
-    # a student that does not move: its loss depends on the targets alone
+    # the weights of the student hardly change, so its loss depends on the targets alone
     losses = [
         student(
-            dump(replace(config, encoding=name, out=tmp_path / f"{at}.h5")),
+            dump(replace(config, encoding=name, out=tmp_path / f"{number}.h5")),
             config,
-            tmp_path / f"run{at}",
+            tmp_path / f"run{number}",
             learning_rate=1e-12,
             temperature=temperature,
         )
-        for at, name in enumerate(("dense", encoding))
+        for number, name in enumerate(("dense", encoding))
     ]
-    assert losses[1] == pytest.approx(losses[0], rel=near)
-    # which 1 % of another temperature would not pass
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+    # a temperature that differs by 1 % fails the same check
     other = student(
         open_cache(tmp_path / "0.h5"),
         config,
@@ -527,13 +530,13 @@ def test_the_loss_is_that_of_the_dense_cache(
         learning_rate=1e-12,
         temperature=temperature * 1.01,
     )
-    assert losses[1] != pytest.approx(other, rel=near)
+    assert losses[1] != pytest.approx(other, rel=tolerance)
 
 
 def test_draws_have_the_entropy_of_the_targets_less_and_the_same_gradient(
     config: DumpConfig, tmp_path: Path
 ) -> None:
-    # KL(draws ‖ student) is larger than KL(teacher ‖ student) by what draws lack of entropy
+    # KL(draws ‖ student) exceeds KL(teacher ‖ student) by the entropy that the draws lack
     dense, sampled = (
         dump(replace(config, encoding=name, out=tmp_path / f"{name}.h5"))
         for name in ("dense", "sampled:12")

@@ -1,4 +1,4 @@
-"""Teachers that are no torch modules: each gives the rows that the same teacher in torch gives."""
+"""Teachers that are not torch modules: each stores the same rows as its equivalent in torch."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_a_function_of_numpy_is_a_teacher(
     cache = dump(config(dump_config, f"{functions}:{output}", teacher_output=output))
     images = make_arrays()[0].reshape(300, -1).astype(np.float32) / 255
     weights = np.random.default_rng(0).normal(0, 1, (64, 5)).astype(np.float32)
-    wanted = torch.log_softmax(torch.from_numpy(images @ weights) / 4.0, -1)
-    np.testing.assert_allclose(rows(cache), wanted, atol=4e-3)
+    expected = torch.log_softmax(torch.from_numpy(images @ weights) / 4.0, -1)
+    np.testing.assert_allclose(rows(cache), expected, atol=4e-3)
     assert cache.header.teachers[0].get("output", "logits") == output
     assert cache.header.evaluation is not None
 
@@ -93,14 +93,19 @@ def test_a_function_of_numpy_is_a_teacher(
 def test_views_and_verification_work_as_with_any_teacher(
     functions: Path, dump_config: DumpConfig
 ) -> None:
-    asked = config(
+    settings = config(
         dump_config, f"{functions}:probabilities", teacher_output="probabilities", views=2, augment="shift:1"
     )  # fmt: skip
-    cache = dump(asked)
-    said = recheck_rows(
-        cache.path, teacher=[f"{functions}:probabilities"], weights=[], data=asked.data, rows=50, device="cpu"
-    )  # fmt: skip
-    assert "KL(teacher ‖ stored)" in said
+    cache = dump(settings)
+    report = recheck_rows(
+        cache.path,
+        teacher=[f"{functions}:probabilities"],
+        weights=[],
+        data=settings.data,
+        rows=50,
+        device="cpu",
+    )
+    assert "KL(teacher ‖ stored)" in report
 
 
 def test_a_probability_of_zero_is_finite(functions: Path, dump_config: DumpConfig) -> None:
@@ -115,18 +120,18 @@ def test_a_probability_of_zero_is_finite(functions: Path, dump_config: DumpConfi
         (
             "logits",
             "probabilities",
-            "gives a row that is no probabilities: its sum is .*; say what it g",
+            "returns a row that does not hold probabilities: its probabilities sum to .*; say what the",
         ),
         (
             "probabilities",
             "log_probabilities",
-            "gives a row that is no log-probabilities: its sum is",
+            "returns a row that does not hold log-probabilities: its probabilities sum to",
         ),
-        ("halves", "probabilities", r"its sum is 0\.5,"),
+        ("halves", "probabilities", r"its probabilities sum to 0\.5,"),
         (
             "probabilities",
             "logits",
-            r"sum to 1: probabilities, not logits, .*; say --teacher-output",
+            r"sum to 1: probabilities, not logits, .*; add --teacher-output",
         ),
         ("fails", "logits", r"raised ValueError on samples 0 to 0, .*: no more"),
     ],
@@ -147,12 +152,12 @@ def test_neither_module_nor_function_is_told(functions: Path, dump_config: DumpC
 
 
 def test_a_sum_within_rounding_is_a_probability() -> None:
-    said = torch.tensor([[0.5, 0.505], [0.0, 1.0]])
-    found = as_logits(said, "probabilities", "x")
-    assert found.isfinite().all()
-    with pytest.raises(ModelError, match=r"its sum is 1\.02"):
+    probabilities = torch.tensor([[0.5, 0.505], [0.0, 1.0]])
+    logits = as_logits(probabilities, "probabilities", "x")
+    assert logits.isfinite().all()
+    with pytest.raises(ModelError, match=r"its probabilities sum to 1\.02"):
         as_logits(torch.tensor([[0.5, 0.52]]), "probabilities", "x")
-    with pytest.raises(ModelError, match=r"its least value -0\.1"):
+    with pytest.raises(ModelError, match=r"its smallest value is -0\.1"):
         as_logits(torch.tensor([[-0.1, 1.1]]), "probabilities", "x")
 
 
@@ -172,17 +177,19 @@ def test_an_onnx_file_is_the_module_it_was_made_of(
     run("dump", "--teacher", path, "--data", dump_config.data, "--out", "onnx.h5", check=True)
     from softcache.cache import open_cache
 
-    cache, wanted = open_cache(tmp_path / "onnx.h5"), dump(replace(dump_config, eval_data=None))
-    np.testing.assert_allclose(rows(cache), rows(wanted), atol=4e-3)
-    known = cache.header.teachers[0]
-    assert known["name"] == "teacher.onnx"
-    assert known["parameters"] == wanted.header.teachers[0]["parameters"]
+    cache, expected = open_cache(tmp_path / "onnx.h5"), dump(replace(dump_config, eval_data=None))
+    np.testing.assert_allclose(rows(cache), rows(expected), atol=4e-3)
+    provenance = cache.header.teachers[0]
+    assert provenance["name"] == "teacher.onnx"
+    assert provenance["parameters"] == expected.header.teachers[0]["parameters"]
 
 
 def test_a_broken_onnx_file_is_told(dump_config: DumpConfig, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     (tmp_path / "broken.onnx").write_bytes(b"nonsense")
-    with pytest.raises(ModelError, match=r"broken\.onnx is no ONNX model that onnxruntime opens"):
+    with pytest.raises(
+        ModelError, match=r"broken\.onnx is not an ONNX model that onnxruntime can open"
+    ):
         dump(config(dump_config, tmp_path / "broken.onnx"))
 
 
@@ -213,20 +220,19 @@ def test_a_matrix_becomes_a_cache(
     suffix: str, dtype: str, dump_config: DumpConfig, tmp_path: Path
 ) -> None:
     logits = np.random.default_rng(1).normal(0, 3, (300, 5)).astype(dtype)
-    save_matrix(tmp_path / f"said{suffix}", logits)
-    cache = dump(config(dump_config, tmp_path / f"said{suffix}", eval_data=None))
-    wanted = torch.log_softmax(torch.from_numpy(logits.astype("f4")) / 4.0, -1)
-    np.testing.assert_allclose(rows(cache), wanted, atol=4e-3)
-    assert cache.header.teachers[0]["name"] == f"said{suffix}"
+    save_matrix(tmp_path / f"outputs{suffix}", logits)
+    cache = dump(config(dump_config, tmp_path / f"outputs{suffix}", eval_data=None))
+    expected = torch.log_softmax(torch.from_numpy(logits.astype("f4")) / 4.0, -1)
+    np.testing.assert_allclose(rows(cache), expected, atol=4e-3)
+    assert cache.header.teachers[0]["name"] == f"outputs{suffix}"
 
 
 def test_every_shard_takes_its_own_rows(dump_config: DumpConfig, tmp_path: Path) -> None:
     logits = np.random.default_rng(1).normal(0, 3, (300, 5)).astype("f4")
-    np.save(tmp_path / "said.npy", logits)
-    asked = config(dump_config, tmp_path / "said.npy", eval_data=None, shard=(1, 3))
-    cache = dump(asked)
-    wanted = torch.log_softmax(torch.from_numpy(logits[100:200]) / 4.0, -1)
-    np.testing.assert_allclose(cache.rows(0, np.arange(100)), wanted, atol=4e-3)
+    np.save(tmp_path / "outputs.npy", logits)
+    cache = dump(config(dump_config, tmp_path / "outputs.npy", eval_data=None, shard=(1, 3)))
+    expected = torch.log_softmax(torch.from_numpy(logits[100:200]) / 4.0, -1)
+    np.testing.assert_allclose(cache.rows(0, np.arange(100)), expected, atol=4e-3)
 
 
 @pytest.mark.parametrize(
@@ -247,23 +253,23 @@ def test_every_shard_takes_its_own_rows(dump_config: DumpConfig, tmp_path: Path)
 def test_a_matrix_that_does_not_fit_is_told(
     values: npt.NDArray[Any], message: str, dump_config: DumpConfig, tmp_path: Path
 ) -> None:
-    np.save(tmp_path / "said.npy", values)
+    np.save(tmp_path / "outputs.npy", values)
     with pytest.raises(ModelError, match=message):
-        dump(config(dump_config, tmp_path / "said.npy", eval_data=None))
+        dump(config(dump_config, tmp_path / "outputs.npy", eval_data=None))
 
 
 def test_pickles_are_not_opened(dump_config: DumpConfig, tmp_path: Path) -> None:
-    np.save(tmp_path / "said.npy", np.array([[{}, {}]], dtype=object), allow_pickle=True)
-    with pytest.raises(ModelError, match=r"said\.npy cannot be read: ValueError"):
-        dump(config(dump_config, tmp_path / "said.npy", eval_data=None))
+    np.save(tmp_path / "outputs.npy", np.array([[{}, {}]], dtype=object), allow_pickle=True)
+    with pytest.raises(ModelError, match=r"outputs\.npy cannot be read: ValueError"):
+        dump(config(dump_config, tmp_path / "outputs.npy", eval_data=None))
 
 
 def test_a_pickle_of_torch_is_not_opened(dump_config: DumpConfig, tmp_path: Path) -> None:
-    torch.save(Path("said"), tmp_path / "said.pt")
+    torch.save(Path("outputs"), tmp_path / "outputs.pt")
     with pytest.raises(
-        ModelError, match=r"said\.pt holds more than tensors, which is never loaded"
+        ModelError, match=r"outputs\.pt holds more than tensors, which softcache never loads"
     ):
-        dump(config(dump_config, tmp_path / "said.pt", eval_data=None))
+        dump(config(dump_config, tmp_path / "outputs.pt", eval_data=None))
 
 
 @pytest.mark.parametrize("changes", [{"augment": "shift:1"}, {"eval_data": "npz:x"}])
@@ -271,6 +277,6 @@ def test_a_matrix_knows_nothing_of_other_inputs(
     changes: dict[str, str], dump_config: DumpConfig
 ) -> None:
     with pytest.raises(
-        SettingsError, match=r"said\.npy is a matrix of outputs for these samples as they"
+        SettingsError, match=r"outputs\.npy is a matrix of outputs for these samples as they"
     ):
-        config(dump_config, "said.npy", **({"eval_data": None} | changes))
+        config(dump_config, "outputs.npy", **({"eval_data": None} | changes))

@@ -1,4 +1,4 @@
-"""The teacher: what it gives is checked, and the header says whose it is."""
+"""The teacher: its outputs are checked, and its provenance identifies it."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_wrong_output_is_refused_before_the_dump(
         ),
         (
             "z[:, :1]",
-            r"gives 1 class; expected 2 or more",
+            r"returns outputs of width 1; expected at least 2 classes",
         ),
         ("z * float('nan')", r"returns nan for sample 0, class 0; expected finite logits"),
     ],
@@ -126,7 +126,7 @@ def test_a_good_output_is_taken_and_its_width_found(tmp_path: Path) -> None:
 
 
 def test_a_bad_value_is_placed_by_sample_and_class(tmp_path: Path) -> None:
-    # NaN where the first pixel is 1: not in the trial, which is all zeros
+    # NaN where the first pixel is 1, so not on the trial sample, which is all zeros
     spec = write_teacher(
         tmp_path, "torch.where(x[:, 0, 0, :1] * torch.eye(5)[2] == 1, torch.nan, z)"
     )
@@ -168,7 +168,8 @@ def test_a_callable_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", ["mlp:16", "cnn:8", "resnet:8,4"])
 def test_a_built_in_teacher_without_weights_is_refused(spec: str) -> None:
     with pytest.raises(
-        SettingsError, match=f"teacher {spec} would be untrained; name its --weights"
+        SettingsError,
+        match=f"teacher {spec} would be untrained; name its weights file with --weights",
     ):
         load(spec)
 
@@ -211,7 +212,7 @@ def test_the_teacher_is_in_eval_mode_from_its_first_sample_on(
     inputs = torch.rand(16, 1, 8, 8)
     assert torch.equal(teacher.logits(inputs), teacher.logits(inputs))  # dropout draws nothing
     assert norm.num_batches_tracked == 0
-    # in train mode both would show
+    # the same checks fail in train mode
     teacher.model.train()
     assert not torch.equal(teacher.logits(inputs), teacher.logits(inputs))
     assert norm.num_batches_tracked == 2
@@ -287,6 +288,6 @@ def test_the_hash_sees_buffers_types_shapes_and_names() -> None:
     ]
     assert len({state_sha256(model) for model in models}) == len(models)
     assert state_sha256(Holder(a=ones)) == state_sha256(Holder(a=ones.clone()))
-    # a number without axes has bytes too, and a transposed one is read in its own order
+    # 0-d tensors are hashed too, and the memory layout does not matter
     assert state_sha256(Holder(a=torch.tensor(1.0))) != state_sha256(Holder(a=torch.tensor(2.0)))
     assert state_sha256(Holder(a=ones.T.contiguous().T)) == state_sha256(Holder(a=ones))

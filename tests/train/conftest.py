@@ -1,4 +1,4 @@
-"""Fixtures that the tests of this folder share."""
+"""Fixtures shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softcache.train.config import TrainConfig, make_train_config
 
 @pytest.fixture
 def config(cache: Cache, data_file: Path, tmp_path: Path) -> TrainConfig:
-    """A short run from the tiny cache, into tmp_path / run: 2 epochs of 5 steps."""
+    """A short run from the tiny cache to tmp_path / run: 2 epochs of 5 steps."""
     return make_train_config(
         student="mlp:16",
         data=f"npz:{data_file}",

@@ -1,4 +1,4 @@
-"""What the tests of loop share."""
+"""Helpers shared by the tests of the training loop."""
 
 from __future__ import annotations
 
@@ -15,42 +15,46 @@ from torch import Tensor
 from softcache.train.config import TrainConfig
 from tests.configs import replace
 
-NOTHING = 1e-4  # KL in nats: float16 targets leave less, one wrong sample much more
+NOTHING = 1e-4  # KL in nats: float16 targets stay below it, one wrong sample is far above
 
 
 def as_teacher(config: TrainConfig, teacher_file: Path) -> TrainConfig:
-    """A run whose student is the teacher, and does not move.
+    """A run in which the teacher itself is the student, with too small a learning rate to change it.
 
-    Its KL from the teacher is 0 in every epoch if the targets are those of the pixels that it sees,
-    at the temperature of the loss.
+    Its KL divergence from the soft targets is 0 in every epoch if the targets belong to the pixels that
+    it sees, at the temperature of the loss.
     """
     return replace(config, student=f"{teacher_file}:teacher", learning_rate=1e-12)
 
 
 def metrics(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The lines of a run's metrics, one for each epoch."""
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of each file in a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def soft(folder: Path) -> list[float]:
-    """Mean KL from the teacher in each epoch."""
+    """The mean KL divergence from the teacher in each epoch."""
     return [line["soft"] for line in metrics(folder)]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a run's student."""
     return load_file(folder / "student.safetensors")
 
 
-def same_weights(one: Path, other: Path) -> bool:
-    a, b = weights(one), weights(other)
+def same_weights(folder: Path, other: Path) -> bool:
+    """Whether the students of two runs are equal bit for bit."""
+    a, b = weights(folder), weights(other)
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def save_data(folder: Path, images: npt.NDArray[Any], labels: npt.NDArray[Any] | None) -> str:
-    """The specification of other data under the name of the tiny ones."""
+    """Save other arrays under the file name of the tiny data, and return their specification."""
     folder = folder / "changed"
     folder.mkdir(exist_ok=True)
     arrays = {"x_train": images} | ({} if labels is None else {"y_train": labels})

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been: the same weights to the bit."""
+"""A stopped run resumes as if it had never stopped, and ends with the same weights bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from softcache.train.student import Student
 from tests.configs import replace
 from tests.conftest import Run
 
-STEPS = 15  # of a run: 3 epochs of 5
+STEPS = 15  # per run: 3 epochs of 5
 
 STUDENT = """
 from torch import nn
@@ -64,14 +64,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "averaged": {"ema": 0.9, "micro_batches": 3},
     "patient": {"patience": 1, "learning_rate": 0.05},
     "augmented": {"extra_augment": "shift:2,cutout:3"},
-    "with a twin": {"baseline": True},
+    "with a baseline": {"baseline": True},
     "several": {"students": [{"alpha": 0.5}, {"temperature": 2.0, "loss": "js"}, {"seed": 3}]},
-    "loaded by processes": {"workers": 2},
+    "with worker processes": {"workers": 2},
 }
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Everything in a folder, by its path in it."""
+    """The bytes of every file in a folder, by relative path."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -80,13 +80,13 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Ctrl-C as a student begins its n-th step, the checkpoint before it written."""
-    taken, steps = Student.step, iter(range(1, 10**6))
+    """Press Ctrl-C at the start of a student's n-th step, after the checkpoint before it."""
+    original, steps = Student.step, iter(range(1, 10**6))
 
     def stopping(self: Student, *arguments: Any) -> None:
         if next(steps) == step:
             raise KeyboardInterrupt
-        taken(self, *arguments)
+        original(self, *arguments)
 
     monkeypatch.setattr(Student, "step", stopping)
 
@@ -109,7 +109,7 @@ def test_a_stopped_run_comes_to_the_same_files(
             except Interrupted:
                 assert (again.out / NAME).exists()
             else:
-                break  # a patient one may be done before
+                break  # with patience the run can be over before
     else:
         train(again)
     assert files(again.out) == whole
@@ -130,15 +130,15 @@ def test_a_part_that_is_not_restored_would_be_noticed(
 
     restore = checkpoint._restore
 
-    def forgetful(learner: Student, *found: Any) -> None:
-        kept = copy.deepcopy(getattr(learner, part))
-        restore(learner, *found)
+    def restore_all_but_part(student: Student, *state: Any) -> None:
+        initial = copy.deepcopy(getattr(student, part))
+        restore(student, *state)
         if part == "random":
-            learner.random = kept
+            student.random = initial
         else:
-            getattr(learner, part).load_state_dict(kept.state_dict())
+            getattr(student, part).load_state_dict(initial.state_dict())
 
-    monkeypatch.setattr(checkpoint, "_restore", forgetful)
+    monkeypatch.setattr(checkpoint, "_restore", restore_all_but_part)
     train(again)
     assert files(again.out)["student.safetensors"] != whole["student.safetensors"]
 
@@ -150,18 +150,18 @@ def test_kill_9_at_any_time_costs_nothing(config: TrainConfig, tmp_path: Path) -
         f"--data={config.data[0]}", f"--eval-data={config.eval_data}", "--epochs=3",
         "--batch-size=64", "--checkpoint-minutes=0", "--device=cpu",
     ]  # fmt: skip
-    # in a process too: how many threads there are tells in the last bit
+    # in a process as well, since the number of threads changes the last bits
     subprocess.run([*command, f"--out={config.out}"], check=True, stdout=subprocess.DEVNULL)
     whole = files(config.out)
     again = replace(config, out=tmp_path / "again" / "run")
     command.append(f"--out={again.out}")
-    draw, kills = random.Random(4), 0
+    rng, kills = random.Random(4), 0
     while not (again.out / "metrics.jsonl").exists():
         with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as job:
             while job.poll() is None and not (again.out / "metrics.jsonl.partial").exists():
                 time.sleep(0.002)
             if kills < 3:
-                time.sleep(draw.uniform(0, 0.15))
+                time.sleep(rng.uniform(0, 0.15))
                 job.send_signal(signal.SIGKILL)
                 kills += 1
             assert job.stderr is not None
@@ -178,36 +178,37 @@ def test_the_place_is_told(config: TrainConfig, run: Run, monkeypatch: pytest.Mo
             Interrupted, match="stopped; the same command continues from the last che"
         ):
             train(config)
-    found = run(
+    result = run(
         "train", config.caches[0], "--student", config.students[0].student, "--data",
         config.data[0], "--eval-data", config.eval_data, "--out", config.out, "--epochs", 3,
         "--batch-size", 64, "--device", "cpu",
         check=True,
     )  # fmt: skip
-    assert f"resuming {config.out} at epoch 2, batch 2" in found.stdout
+    assert f"resuming {config.out} at epoch 2, batch 2 (remove checkpoint" in result.stdout
 
 
 def test_how_often_is_as_asked(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    places: list[Position] = []
+    positions: list[Position] = []
     save = Checkpoint.save
 
-    def noted(self: Checkpoint, learners: list[Student], place: Position) -> None:
-        places.append(place)
-        save(self, learners, place)
+    def record(self: Checkpoint, students: list[Student], position: Position) -> None:
+        positions.append(position)
+        save(self, students, position)
 
-    monkeypatch.setattr(Checkpoint, "save", noted)
+    monkeypatch.setattr(Checkpoint, "save", record)
     train(replace(config, checkpoint_minutes=10.0))
-    assert places == [Position(1), Position(2), Position(3)]
-    places.clear()
+    assert positions == [Position(1), Position(2), Position(3)]
+    positions.clear()
     train(replace(config, out=config.out.with_name("often")))
-    assert len(places) == STEPS + 3
+    assert len(positions) == STEPS + 3
 
 
-# what a checkpoint is not for
+# checkpoints that a run cannot resume from
 
 
 @pytest.fixture
 def stopped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    """A run that was stopped at its 8th step."""
     with monkeypatch.context() as patched:
         stop_at(patched, 8)
         with pytest.raises(Interrupted, match="the same command continues"):
@@ -220,12 +221,12 @@ def stopped(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> TrainConfig
     [
         (
             {"epochs": 4},
-            "was begun with epochs 3, now it is 4; use the same, give another --out, or",
+            "was started with epochs 3, now it is 4; use the same settings, give another --out, or",
         ),
-        ({"batch_size": 32}, "was begun with batch_size 64, now it is 32"),
-        ({"seed": 1}, "was begun with seed 0, now it is 1"),
-        ({"learning_rate": 0.1}, r"was begun with students \[\{.*"),
-        ({"eval_data": None}, "was begun with eval_data .*, now it is null"),
+        ({"batch_size": 32}, "was started with batch_size 64, now it is 32"),
+        ({"seed": 1}, "was started with seed 0, now it is 1"),
+        ({"learning_rate": 0.1}, r"was started with students \[\{.*"),
+        ({"eval_data": None}, "was started with eval_data .*, now it is null"),
     ],
 )
 def test_other_settings_do_not_go_on(
@@ -243,14 +244,14 @@ def test_another_cache_does_not_go_on(
     stopped: TrainConfig, dump_config: DumpConfig, tmp_path: Path
 ) -> None:
     other = dump(replace(dump_config, temperature=2.0, out=tmp_path / "other.h5"))
-    with pytest.raises(SettingsError, match=r"was begun with cache \[\[.*\]\], now it is \[\["):
+    with pytest.raises(SettingsError, match=r"was started with cache \[\[.*\]\], now it is \[\["):
         train(replace(stopped, cache=other.path))
 
 
 def test_changed_code_of_the_student_does_not_go_on(stopped: TrainConfig) -> None:
     path = Path(stopped.students[0].student.removesuffix(":student"))
     path.write_text(path.read_text().replace("0.3", "0.4"))
-    with pytest.raises(SettingsError, match="was begun with students"):
+    with pytest.raises(SettingsError, match="was started with students"):
         train(stopped)
 
 
@@ -295,16 +296,16 @@ def test_nothing_in_a_checkpoint_is_run_or_pickled(stopped: TrainConfig) -> None
 def test_a_full_disk_keeps_the_checkpoint_before(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, turn = Path.write_bytes, iter(range(100))
+    write, calls = Path.write_bytes, iter(range(100))
 
-    def full(self: Path, data: bytes) -> int:
-        if NAME in self.name and next(turn) == 7:
+    def fail_half_way(self: Path, data: bytes) -> int:
+        if NAME in self.name and next(calls) == 7:
             write(self, data[: len(data) // 2])
             raise OSError(28, "No space left on device", str(self))
         return write(self, data)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    message = r"cannot write .*checkpoint\.safetensors: No space left on device; make room there or"
+    monkeypatch.setattr(Path, "write_bytes", fail_half_way)
+    message = r"cannot write .*checkpoint\.safetensors: No space left on device; free some"
     with pytest.raises(SoftcacheError, match=message):
         train(config)
     assert not list(config.out.glob(".*"))
@@ -320,29 +321,29 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 def test_what_could_not_be_saved_is_saved_by_the_same_command(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk at the very end, after one of two students."""
+    """The disk is full at the very end, after one of two students was saved."""
     config = replace(config, students=[{"seed": 0}, {"seed": 1}])
     train(config)
     whole = files(config.out)
     again = replace(config, out=tmp_path / "again" / "run")
-    save, turn = Student.save, iter(range(10))
+    save, calls = Student.save, iter(range(10))
 
-    def full(self: Student, facts: dict[str, Any]) -> dict[str, Any]:
-        if next(turn) == 1:
+    def fail_at_second(self: Student, facts: dict[str, Any]) -> dict[str, Any]:
+        if next(calls) == 1:
             raise SoftcacheError("no room")
         return save(self, facts)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Student, "save", full)
+        patched.setattr(Student, "save", fail_at_second)
         with pytest.raises(SoftcacheError, match="no room"):
             train(again)
-    monkeypatch.setattr(Student, "step", None)  # not one more step is taken
+    monkeypatch.setattr(Student, "step", None)  # a further step would fail
     train(again)
     assert files(again.out) == whole
 
 
 def test_weights_that_are_not_finite_are_not_saved(config: TrainConfig, tmp_path: Path) -> None:
-    """One step, whose loss is finite, and which breaks the weights."""
+    """A single step has a finite loss, but leaves weights that are not finite."""
     broken = replace(
         config, student="cnn:4", epochs=1, batch_size=300, learning_rate=1e6, weight_decay=1e35, warmup=0.0
     )  # fmt: skip
@@ -353,7 +354,7 @@ def test_weights_that_are_not_finite_are_not_saved(config: TrainConfig, tmp_path
     assert not (config.out / "student.safetensors").exists()
 
 
-# failures among several
+# failures of some of several students
 
 
 def test_a_student_that_fails_leaves_the_others(
@@ -364,13 +365,13 @@ def test_a_student_that_fails_leaves_the_others(
         "--epochs", 2, "--batch-size", 64, "--device", "cpu", "--grid", "lr=1e-3,1e6",
         "--student", "cnn:4,4", "--weight-decay", 1e3,
     ]  # fmt: skip
-    found = run(*several)
-    assert found.returncode == 1
-    last = found.stderr.splitlines()[-1]
+    result = run(*several)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
     assert last.startswith("Error: 2 of 4 students failed: distilled mlp-4-lr=1000000.0: the loss")
     assert "lower --lr" in last
-    done = {path.parent.name for path in (tmp_path / "grid").glob("*/student.safetensors")}
-    assert done == {"mlp-4-lr=0.001", "cnn-4,4-lr=0.001"}
+    finished = {path.parent.name for path in (tmp_path / "grid").glob("*/student.safetensors")}
+    assert finished == {"mlp-4-lr=0.001", "cnn-4,4-lr=0.001"}
     alone = replace(
         config, student="mlp:4", learning_rate=1e-3, out=tmp_path / "alone", epochs=2, eval_data=None,
         weight_decay=1e3,

@@ -1,4 +1,4 @@
-"""Many students from one command: names, types, combinations."""
+"""Several students from one command: names, types, combinations."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_a_grid_is_written_in_one_piece_or_several(grid: list[str], tmp_path: Pa
 
 
 def test_values_have_the_type_of_their_setting() -> None:
-    found = parse_grid(["seed=1,2", "loss=kl,dkd:4", "init=a.safetensors", "weight-decay=0"])
-    assert found == {
+    values = parse_grid(["seed=1,2", "loss=kl,dkd:4", "init=a.safetensors", "weight-decay=0"])
+    assert values == {
         "seed": [1, 2], "loss": ["kl", "dkd:4"], "init": [Path("a.safetensors")], "weight_decay": [0.0],
     }  # fmt: skip
 
@@ -75,7 +75,7 @@ def test_tables_have_students_of_their_own_or_stand_for_all(tmp_path: Path) -> N
         ((["a"], ["lr="], []), "--grid lr=: expected NAME=VALUE"),
         ((["a"], ["0.1,lr=1"], []), "expected NAME=VALUE"),
         ((["a"], ["lr=1,lr=2"], []), "lr is given twice"),
-        ((["a"], ["student=mlp:4"], []), "give several --student instead"),
+        ((["a"], ["student=mlp:4"], []), "--grid student=mlp:4: repeat --student instead"),
         (([], [], [{"student": 3}]), "student is 3; expected a"),
         (([], [], [{"student": "a", "lr": True}]), "learning rate is True; expected a number"),
         (([], [], [{"student": "a", "lr": [1, 2]}]), "expected a number"),
@@ -92,7 +92,7 @@ def test_what_is_no_setting_is_named(
 def test_two_students_that_do_not_differ_are_refused(tmp_path: Path) -> None:
     for grid in (["alpha=1,1.0"], ["alpha=0.3,0.30"]):
         variants = make_variants(["mlp:4"], grid, [])
-        with pytest.raises(SettingsError, match="two students would be called the same; name each"):
+        with pytest.raises(SettingsError, match="two students would be called the same; give each"):
             names(tmp_path, variants)
 
 
@@ -116,7 +116,10 @@ def test_students_may_be_named_as_the_option_is(text: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("epochs = ", "cannot be read"), ("student = 3", r"expected \[\[student\]\] tables")],
+    [
+        ("epochs = ", "cannot be read"),
+        ("student = 3", r"expected \[\[student\]\] tables, one for each"),
+    ],
 )
 def test_a_file_that_is_not_understood_is_told(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"

@@ -1,4 +1,4 @@
-"""Training: what a student learns from a cache, and what stops it before it learns nonsense."""
+"""The training loop: what a student learns, and that every sample gets its own soft targets."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ Targets = Callable[[int, npt.NDArray[np.int64]], Any]
 # what a student learns
 def test_a_student_learns_from_labels_alone(config: TrainConfig, data_file: Path) -> None:
     test = f"npz:{data_file}@test"
-    (learner,) = train(replace(config, cache=None, epochs=15, learning_rate=0.01, eval_data=test))
-    assert learner.evaluation is not None
-    assert learner.evaluation.errors <= 5  # of 100; by chance, 80
+    (student,) = train(replace(config, cache=None, epochs=15, learning_rate=0.01, eval_data=test))
+    assert student.evaluation is not None
+    assert student.evaluation.errors <= 5  # of 100; 80 by chance
     lines = metrics(config.out)
     assert [line["epoch"] for line in lines] == list(range(1, 16))
     assert [line["step"] for line in lines] == list(range(5, 80, 5))
     assert [line["soft"] for line in lines] == [0.0] * 15
-    assert lines[-1]["errors"] == learner.evaluation.errors
+    assert lines[-1]["errors"] == student.evaluation.errors
 
 
 def test_the_whole_job_gives_a_student_that_is_nearly_its_teacher(
@@ -63,9 +63,9 @@ def test_the_whole_job_gives_a_student_that_is_nearly_its_teacher(
     )
     assert trained.header.evaluation is not None
     capsys.readouterr()
-    student, twin = train(replace(config, student="mlp:16", cache=trained.path, baseline=True))
+    student, baseline = train(replace(config, student="mlp:16", cache=trained.path, baseline=True))
     assert student.evaluation is not None
-    assert twin.evaluation is not None
+    assert baseline.evaluation is not None
     errors = trained.header.evaluation["errors"]
     assert student.evaluation.errors <= errors + 10  # of 100
     assert soft(config.out)[-1] < soft(config.out)[0] / 2
@@ -73,7 +73,7 @@ def test_the_whole_job_gives_a_student_that_is_nearly_its_teacher(
     assert [row[:4] for row in table[2:]] == [
         ["teacher", "4,485", "100.0%", f"{errors} of 100"],
         ["distilled", "1,125", "25.1%", f"{student.evaluation.errors} of 100"],
-        ["hard labels", "1,125", "25.1%", f"{twin.evaluation.errors} of 100"],
+        ["hard labels", "1,125", "25.1%", f"{baseline.evaluation.errors} of 100"],
     ]
 
 
@@ -109,9 +109,9 @@ def test_the_cache_trains_like_the_live_teacher(
     source = open_source(config.data[0])
 
     def live(cache: Cache, temperatures: list[float], device: torch.device) -> Targets:
-        def targets(view: Views, rows: npt.NDArray[np.int64]) -> dict[float, Tensor]:
+        def targets(view: Views, cache_rows: npt.NDArray[np.int64]) -> dict[float, Tensor]:
             with torch.no_grad():
-                logits: Tensor = teacher(to_float(source.fetch(rows.tolist())[0]))
+                logits: Tensor = teacher(to_float(source.fetch(cache_rows.tolist())[0]))
             return {t: soften(logits, t) for t in temperatures}
 
         return targets
@@ -120,12 +120,12 @@ def test_the_cache_trains_like_the_live_teacher(
     train(replace(config, out=tmp_path / "live"))
     from_cache, from_teacher = metrics(config.out), metrics(tmp_path / "live")
     assert len(from_cache) * 5 == 100  # steps
-    for one, other in zip(from_cache, from_teacher, strict=True):
-        assert one["total"] == pytest.approx(other["total"], rel=1e-3)
-    assert not same_weights(config.out, tmp_path / "live")  # it was another source of targets
+    for cached_line, live_line in zip(from_cache, from_teacher, strict=True):
+        assert cached_line["total"] == pytest.approx(live_line["total"], rel=1e-3)
+    assert not same_weights(config.out, tmp_path / "live")  # so the targets had another source
 
 
-# the right target for every sample
+# the right soft targets for every sample
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(
     config: TrainConfig, teacher_file: Path
 ) -> None:
@@ -139,7 +139,7 @@ def test_targets_are_retempered_to_the_temperature_of_the_loss(
 ) -> None:
     train(replace(as_teacher(config, teacher_file), temperature=temperature))
     assert max(soft(config.out)) < NOTHING
-    # targets as stored would show
+    # the targets as stored would be far off
     teacher = import_callable(f"{teacher_file}:teacher", what="teacher")()
     logits = teacher(to_float(open_source(config.data[0]).fetch(range(SAMPLES))[0]))
     assert soft_loss(logits, soften(logits, 4.0), temperature) > 100 * NOTHING
@@ -159,11 +159,11 @@ def test_each_sample_is_seen_in_its_view_with_that_views_targets(
     train(config)
     assert max(soft(config.out)) < NOTHING
 
-    def exchanged(*arguments: Any) -> Targets:
+    def with_views_swapped(*arguments: Any) -> Targets:
         targets = tempered_targets(*arguments)
-        return lambda view, rows: targets(1 - view, rows)
+        return lambda view, cache_rows: targets(1 - view, cache_rows)
 
-    monkeypatch.setattr("softcache.join.match.tempered_targets", exchanged)
+    monkeypatch.setattr("softcache.join.match.tempered_targets", with_views_swapped)
     train(replace(config, overwrite=True))
     assert min(soft(config.out)) > 100 * NOTHING
 
@@ -182,15 +182,15 @@ def test_reordered_data_are_joined_by_content(
     train(config)
     assert max(soft(config.out)) < NOTHING
     assert capsys.readouterr().out.startswith(
-        "note: npz:tiny.npz@train is in another order than the cache (first at sample "
+        "note: npz:tiny.npz@train is not in the order of the cache (first difference at sample "
         f"{int(np.flatnonzero(order != np.arange(SAMPLES))[0])}); joined by content\n"
     )
 
-    def by_place(*arguments: Any) -> Targets:
+    def joined_by_position(*arguments: Any) -> Targets:
         targets = tempered_targets(*arguments)
-        return lambda view, rows: targets(view, np.argsort(order)[rows])
+        return lambda view, cache_rows: targets(view, np.argsort(order)[cache_rows])
 
-    monkeypatch.setattr("softcache.join.match.tempered_targets", by_place)
+    monkeypatch.setattr("softcache.join.match.tempered_targets", joined_by_position)
     train(replace(config, overwrite=True))
     assert min(soft(config.out)) > 100 * NOTHING
 
@@ -215,7 +215,7 @@ def test_reordered_data_are_augmented_as_the_cache_was(
         ),
         (
             "label",
-            r"sample 10 of npz:tiny\.npz@train has label \d, and \d in .*tiny\.h5 \(1 labels",
+            r"sample 10 of npz:tiny\.npz@train has label \d, but \d in .*tiny\.h5 \(1 labels",
         ),
         (
             "type",

@@ -1,4 +1,4 @@
-"""Many students in one run: each comes out as if it were alone."""
+"""Several students in one run: each ends up as if it had been trained alone."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests.conftest import Run
 
 @pytest.fixture
 def config(cache: Cache, data_file: Path, tmp_path: Path) -> TrainConfig:
+    """A short run from the tiny cache with evaluation data."""
     return make_train_config(
         student="mlp:8",
         cache=cache.path,
@@ -49,9 +50,9 @@ def test_each_is_what_it_would_be_alone(config: TrainConfig, tmp_path: Path) -> 
     for number, variant in enumerate(DIFFERENT):
         alone = replace(config, **variant, out=tmp_path / str(number))
         train(alone)
-        found = load_file(together[number].folder / "student.safetensors")
+        weights = load_file(together[number].folder / "student.safetensors")
         for name, tensor in load_file(alone.out / "student.safetensors").items():
-            assert torch.equal(found[name], tensor), (number, name)
+            assert torch.equal(weights[name], tensor), (number, name)
         lines = [
             (folder / "metrics.jsonl").read_bytes()
             for folder in (alone.out, together[number].folder)
@@ -62,7 +63,7 @@ def test_each_is_what_it_would_be_alone(config: TrainConfig, tmp_path: Path) -> 
 def test_folders_are_named_by_what_differs(config: TrainConfig, tmp_path: Path) -> None:
     train(replace(config, students=[{"alpha": 0.5}, {"alpha": 1.0}], baseline=True))
     assert sorted(path.name for path in config.out.iterdir()) == ["alpha=0.5", "alpha=1.0"]
-    # one twin for both: they would be the same
+    # one baseline for both, since theirs would be the same
     assert [path.parent.name for path in config.out.glob("*/baseline")] == ["alpha=0.5"]
     facts = json.loads((config.out / "alpha=1.0" / "config.json").read_text())
     assert facts["settings"]["alpha"] == 1.0
@@ -87,22 +88,22 @@ student = "cnn:4"
 lr = 0.01
 """
     )
-    found = run(
+    result = run(
         "train", cache.path, "--config", "run.toml", "--out", "toml", "--epochs", 2, check=True
     )
-    assert "distilled mlp-8" in found.stdout
+    assert "distilled mlp-8" in result.stdout
     folders = sorted((tmp_path / "toml").iterdir())
     assert len(folders) == 2
     for folder in folders:
         facts = json.loads((folder / "config.json").read_text())
-        assert facts["settings"]["epochs"] == 2  # the command line is stronger
+        assert facts["settings"]["epochs"] == 2  # the command line overrides the file
         assert facts["settings"]["batch_size"] == 64
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch = 3", "Error: --config run.toml: 'epoch' is no option of softcache train"),
+        ("epoch = 3", "Error: --config run.toml: 'epoch' is not an option of softcache train"),
         (
             "[[student]]\nlr = 'x'\nstudent = 'mlp:8'",
             "Error: learning rate is 'x'; expected a number",
@@ -116,17 +117,17 @@ def test_a_mistake_in_the_file_is_told(
     text: str, message: str, cache: Cache, tmp_path: Path, run: Run
 ) -> None:
     (tmp_path / "run.toml").write_text(text)
-    found = run("train", cache.path, "--config", "run.toml", "--out", "toml", "--data", "npz:x")
-    assert found.returncode == 2
-    assert message in found.stderr
-    assert "Traceback" not in found.stderr
+    result = run("train", cache.path, "--config", "run.toml", "--out", "toml", "--data", "npz:x")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "toml").exists()
 
 
 def test_no_student_is_told(cache: Cache, run: Run) -> None:
-    found = run("train", cache.path, "--out", "run", "--data", "npz:x")
-    assert found.returncode == 2
-    assert "Error: no student; name one with --student" in found.stderr
+    result = run("train", cache.path, "--out", "run", "--data", "npz:x")
+    assert result.returncode == 2
+    assert "Error: no student; name one with --student" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_no_student_is_told(cache: Cache, run: Run) -> None:
             "dense",
             "mixup",
             "dkd",
-            r"loss dkd takes the label of each sample apart, and .* has mixed",
+            r"loss dkd needs one label per sample, and .* has mixed samples; use --loss kl",
         ),
     ],
 )
@@ -168,10 +169,10 @@ def test_losses_train_from_topk(
     loss: str, config: TrainConfig, dump_config: DumpConfig, tmp_path: Path
 ) -> None:
     dump(replace(dump_config, encoding="topk:3", out=tmp_path / "topk.h5", eval_data=None))
-    (learner,) = train(replace(config, cache=tmp_path / "topk.h5", loss=loss, epochs=6))
+    (student,) = train(replace(config, cache=tmp_path / "topk.h5", loss=loss, epochs=6))
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["soft"] < lines[0]["soft"]
-    assert learner.evaluation is not None
+    assert student.evaluation is not None
 
 
 def test_patience_needs_evaluation_data(config: TrainConfig) -> None:
@@ -195,11 +196,11 @@ def test_tensorboard_has_the_metrics(config: TrainConfig) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(replace(config, tensorboard=True))
-    found = EventAccumulator(str(config.out / "tensorboard"))
-    found.Reload()
+    events = EventAccumulator(str(config.out / "tensorboard"))
+    events.Reload()
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     for name in ("total", "errors", "lr"):
-        logged = [(event.step, event.value) for event in found.Scalars(name)]
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
         assert logged == [(n, pytest.approx(line[name])) for n, line in enumerate(lines, 1)]
 
 

@@ -7,7 +7,7 @@ from softcache.train.record import Row, models_table
 
 
 def cells(table: str) -> list[list[str]]:
-    """The cells of each line, but for the ruler; columns are two spaces apart."""
+    """The cells of each line except the ruler; columns are two or more spaces apart."""
     lines = [line for line in table.splitlines() if set(line) - set("- ")]
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
 
@@ -48,6 +48,6 @@ def test_a_perfect_and_a_useless_model() -> None:
 
 
 def test_a_teacher_without_parameters_has_a_table_too() -> None:
-    # a rule, or an exported program that holds its weights as constants; the format allows 0
+    # a rule-based teacher, or an exported program with constant weights; the format allows 0
     table = models_table([Row("teacher", 0, None), Row("distilled", 12, None)])
     assert cells(table)[2] == ["distilled", "12", "-", "-", "-"]

@@ -1,4 +1,4 @@
-"""Training from several caches at once: every sample once in an epoch, with its own targets."""
+"""Training from several caches at once: every sample once per epoch, with its own soft targets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.train.loop_cases import NOTHING, metrics, same_weights, soft
 
 SAMPLES = 60
 
-# a teacher, and a student that is the teacher and writes down what it sees
+# a teacher, and a student that is the teacher and records its inputs
 MODELS = """
 from pathlib import Path
 
@@ -63,6 +63,7 @@ def wide():
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
+    """The file that defines the models."""
     path = tmp_path / "models.py"
     path.write_text(MODELS)
     return path
@@ -73,7 +74,7 @@ MakeCache = Callable[..., Path]
 
 @pytest.fixture
 def make_cache(models: Path, tmp_path: Path) -> MakeCache:
-    """Dump what the teacher says of the arrays in name.npz, or of other data, into a file."""
+    """Dump the teacher's soft targets for the arrays in name.npz into a file."""
 
     def make_cache(out: str, name: str = "whole", **changes: Any) -> Path:
         config = DumpConfig(
@@ -91,7 +92,7 @@ def make_cache(models: Path, tmp_path: Path) -> MakeCache:
 
 @pytest.fixture(autouse=True)
 def _data(tmp_path: Path) -> None:
-    """All samples; the first 20 of them, labelled; the others, unlabelled."""
+    """All samples; the first 20 with labels; the others without."""
     images, labels = make_arrays(SAMPLES)
     np.savez(tmp_path / "whole.npz", x=images, y=labels)
     np.savez(tmp_path / "labelled.npz", x=images[:20], y=labels[:20])
@@ -100,7 +101,7 @@ def _data(tmp_path: Path) -> None:
 
 @pytest.fixture
 def config(models: Path, tmp_path: Path) -> TrainConfig:
-    """A run of a student that is the teacher, and does not move."""
+    """A run in which the teacher itself is the student, with too small a learning rate to change it."""
     return make_train_config(
         student=f"{models}:student",
         data=f"npz:{tmp_path}/whole.npz",
@@ -114,21 +115,21 @@ def config(models: Path, tmp_path: Path) -> TrainConfig:
 
 def seen(models: Path) -> npt.NDArray[np.float32]:
     """The inputs of the student in each epoch, (epochs, SAMPLES, 64)."""
-    found = np.fromfile(models.with_name("student.f4"), np.float32)
-    return found.reshape(-1, SAMPLES, 64)
+    return np.fromfile(models.with_name("student.f4"), np.float32).reshape(-1, SAMPLES, 64)
 
 
 def sorted_rows(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """The samples, flattened and sorted, so that two sets of samples can be compared."""
     rows = np.asarray(values.reshape(len(values), -1), np.float32)
     return rows[np.lexsort(rows.T)]
 
 
 def pixels() -> npt.NDArray[np.float32]:
-    """All samples as the student sees them, in an order of their own."""
+    """All samples as the student sees them, sorted."""
     return sorted_rows(to_float(torch.from_numpy(make_arrays(SAMPLES)[0])).numpy())
 
 
-# which samples
+# the samples of an epoch
 
 
 def test_two_shards_with_one_data_set_give_each_sample_once_in_an_epoch(
@@ -210,8 +211,9 @@ def test_mixed_and_plain_samples_are_learned_together(
     for cache in ([plain], [mixed], [mixed, plain]):
         train(replace(config, cache=cache, overwrite=True))
         lines.append(metrics(config.out))
-    for one, other, both in zip(*lines, strict=True):
-        assert both["hard"] == pytest.approx((one["hard"] + other["hard"]) / 2, rel=1e-4)
+    for plain_line, mixed_line, both in zip(*lines, strict=True):
+        mean = (plain_line["hard"] + mixed_line["hard"]) / 2
+        assert both["hard"] == pytest.approx(mean, rel=1e-4)
         assert both["soft"] < NOTHING
 
 
@@ -275,7 +277,7 @@ ENCODINGS = ["dense", "topk:2", "topk:3", "quantized", "sampled:3"]
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         ("dense", "topk:2"),
         ("topk:2", "topk:2"),
@@ -288,23 +290,24 @@ ENCODINGS = ["dense", "topk:2", "topk:3", "quantized", "sampled:3"]
     ],
 )
 def test_caches_of_different_encodings_have_the_mean_of_their_losses(
-    one: str, other: str, config: TrainConfig, make_cache: MakeCache, tmp_path: Path
+    first: str, second: str, config: TrainConfig, make_cache: MakeCache, tmp_path: Path
 ) -> None:
     caches = [
-        make_cache(f"{at}.h5", encoding=encoding, shard=(at, 2))
-        for at, encoding in enumerate((one, other))
+        make_cache(f"{number}.h5", encoding=encoding, shard=(number, 2))
+        for number, encoding in enumerate((first, second))
     ]
-    # a student that is not the teacher, so that there is a loss
+    # a student that differs from the teacher, so that its loss is not 0
     config = replace(config, student="mlp:8", batch_size=SAMPLES, epochs=2)
     losses = []
-    for at, cache in enumerate([caches[:1], caches[1:], caches]):
-        train(replace(config, cache=cache, out=tmp_path / f"run{at}"))
-        losses.append(soft(tmp_path / f"run{at}"))
+    for number, cache in enumerate([caches[:1], caches[1:], caches]):
+        out = tmp_path / f"run{number}"
+        train(replace(config, cache=cache, out=out))
+        losses.append(soft(out))
     np.testing.assert_allclose(losses[2], np.mean(losses[:2], 0), rtol=1e-4)
-    assert abs(losses[0][0] - losses[1][0]) > 0.001  # either alone would show
+    assert abs(losses[0][0] - losses[1][0]) > 0.001  # either one alone would fail above
 
 
-# what does not fit
+# caches that do not fit together
 
 
 def test_caches_of_different_classes_are_refused(
@@ -313,7 +316,8 @@ def test_caches_of_different_classes_are_refused(
     caches = [make_cache("five.h5"), make_cache("six.h5", teacher=f"{models}:six")]
     with pytest.raises(
         SettingsError,
-        match=r"six\.h5 has classes 6, .*five\.h5 has 5; one student needs one$",
+        match=r"six\.h5 has classes 6, .*five\.h5 has 5; expected the same in all caches: train a student "
+        "from each$",
     ):
         train(replace(config, cache=caches, temperature=2.0))
     assert not config.out.exists()
@@ -325,8 +329,8 @@ def test_caches_of_different_temperatures_need_one_for_the_student(
     caches = [make_cache("four.h5"), make_cache("two.h5", temperature=2.0)]
     with pytest.raises(
         SettingsError,
-        match=r"two\.h5 has temperature 2\.0, .*four\.h5 has 4\.0; one student needs one; say which with "
-        "--temperature$",
+        match=r"two\.h5 has temperature 2\.0, .*four\.h5 has 4\.0; expected the same in all caches: "
+        "choose one with --temperature$",
     ):
         train(replace(config, cache=caches))
     assert not config.out.exists()
@@ -356,8 +360,8 @@ def test_inputs_of_different_shapes_are_refused(
     config = replace(config, cache=caches, data=data, student="cnn:4")
     with pytest.raises(
         DataError,
-        match=r"inputs of npz:large\.npz@train have shape \(1, 12, 12\), those of npz:whole\.npz@train "
-        r"\(1, 8, 8\); one student needs one shape",
+        match=r"inputs of npz:large\.npz@train have shape \(1, 12, 12\), inputs of npz:whole\.npz@train "
+        r"have \(1, 8, 8\); expected one shape in all data sets",
     ):
         train(config)
     assert not (config.out / "student.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Training: what a student learns from a cache, and what stops it before it learns nonsense (3)."""
+"""Training runs: reproducible results, the files they leave, and what stops them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.configs import replace
 from tests.conftest import CLASSES, make_arrays
 from tests.train.loop_cases import contents, metrics, same_weights, save_data, soft, weights
 
-# a student that leaves a mark at every training step, and does at one what the environment says
+# a student that counts its training steps in a file, and at one step does what the environment says
 STUDENT = """
 import os, time
 from pathlib import Path
@@ -57,14 +57,14 @@ class Student(nn.Module):
                 return self.act(logits, os.environ["STUDENT_DOES"])
         return logits
 
-    def act(self, logits, deed):
-        if deed == "raise":
+    def act(self, logits, action):
+        if action == "raise":
             raise ValueError("no more")
-        if deed == "interrupt":
+        if action == "interrupt":
             raise KeyboardInterrupt
-        if deed == "sleep":
+        if action == "sleep":
             time.sleep(60)
-        return {"nan": logits * torch.nan, "tuple": (logits, logits), "3-d": logits[None]}[deed]
+        return {"nan": logits * torch.nan, "tuple": (logits, logits), "3-d": logits[None]}[action]
 
 def student():
     return Student()
@@ -82,12 +82,13 @@ def broken():
 
 @pytest.fixture
 def student_file(tmp_path: Path) -> Path:
+    """The file that defines the students."""
     path = tmp_path / "students.py"
     path.write_text(STUDENT)
     return path
 
 
-# the same again
+# reproducible runs
 def test_a_run_is_the_same_again_and_another_with_another_seed(
     config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -99,7 +100,7 @@ def test_a_run_is_the_same_again_and_another_with_another_seed(
     assert not same_weights(config.out, tmp_path / "other")
 
 
-def test_the_twin_is_a_run_of_its_own_at_alpha_0(
+def test_the_baseline_is_a_run_of_its_own_at_alpha_0(
     config: TrainConfig, dump_config: DumpConfig, tmp_path: Path
 ) -> None:
     views = dump(replace(dump_config, views=2, augment="shift:1", overwrite=True))
@@ -127,7 +128,7 @@ def test_augmentation_on_labels_alone_is_drawn_by_the_seed(
     assert not same_weights(tmp_path / "moved", tmp_path / "plain")
 
 
-# what a run leaves
+# the files of a run
 def test_the_folder_holds_all_that_is_needed_to_use_the_student(
     config: TrainConfig, cache: Cache, data_file: Path
 ) -> None:
@@ -149,10 +150,10 @@ def test_the_folder_holds_all_that_is_needed_to_use_the_student(
         facts["settings"]["student"], input_shape=facts["input_shape"], classes=facts["classes"]
     )
     model.load_state_dict(weights(config.out))
-    found = evaluate(
+    evaluation = evaluate(
         model.eval(), open_source(f"npz:{data_file}@test"), CLASSES, torch.device("cpu")
     )
-    assert (found.errors, found.samples) == (facts["errors"], facts["samples"])
+    assert (evaluation.errors, evaluation.samples) == (facts["errors"], facts["samples"])
 
 
 def test_no_folder_of_this_machine_is_written(config: TrainConfig, data_file: Path) -> None:
@@ -165,25 +166,27 @@ def test_a_run_begins_with_the_weights_asked_for(
     config: TrainConfig, teacher_file: Path, tmp_path: Path
 ) -> None:
     train(replace(config, epochs=1))
-    begun = replace(config, init=config.out / "student.safetensors", out=tmp_path / "next")
-    train(replace(begun, learning_rate=1e-12))
+    config_with_init = replace(
+        config, init=config.out / "student.safetensors", out=tmp_path / "next"
+    )
+    train(replace(config_with_init, learning_rate=1e-12))
     for name, tensor in weights(config.out).items():
         torch.testing.assert_close(weights(tmp_path / "next")[name], tensor)
     with pytest.raises(
         ModelError, match=r"do not fit the model: 5\.weight is missing; .*3\.weight"
     ):
-        train(replace(begun, student="mlp:16,16", out=tmp_path / "misfit"))
+        train(replace(config_with_init, student="mlp:16,16", out=tmp_path / "misfit"))
 
 
-# the teacher is not here
+# training needs no teacher
 def test_it_trains_with_the_teachers_files_deleted(
     config: TrainConfig, dump_config: DumpConfig, tmp_path: Path
 ) -> None:
     train(replace(config, cache=None, out=tmp_path / "teacher"))
     teacher = tmp_path / "teacher" / "student.safetensors"
-    made = dump(replace(dump_config, teacher="mlp:16", weights=teacher, out=tmp_path / "made.h5"))
+    cache = dump(replace(dump_config, teacher="mlp:16", weights=teacher, out=tmp_path / "made.h5"))
     teacher.unlink()
-    train(replace(config, cache=made.path))
+    train(replace(config, cache=cache.path))
     assert soft(config.out)[-1] > 0
 
 
@@ -207,57 +210,57 @@ for arguments in map(json.loads, sys.argv[1:]):
             f"--out={config.out}",
             *data,
         ],
-        ["dump", f"--teacher={dump_config.teacher}", f"--out={tmp_path / 'twin.h5'}", *data],
+        ["dump", f"--teacher={dump_config.teacher}", f"--out={tmp_path / 'again.h5'}", *data],
     ]
     arguments = [sys.executable, "-c", program, *map(json.dumps, commands)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    result = subprocess.run(arguments, capture_output=True, text=True, check=True)
     trained, dumped = (
         set(json.loads(line.removeprefix("loaded ")))
-        for line in done.stdout.splitlines()
+        for line in result.stdout.splitlines()
         if line.startswith("loaded ")
     )
     dumped = {re.sub("_models_[0-9a-f]{8}$", "_models", name) for name in dumped}
-    of_teacher = {"softcache.teachers.teacher", "softcache.dump.loop", "softcache_user_models"}
+    teacher_modules = {"softcache.teachers.teacher", "softcache.dump.loop", "softcache_user_models"}
     assert "softcache.train.loop" in trained
     assert not {"softcache.teachers.teacher", "softcache.dump.loop"} & trained
     assert not any(name.startswith("softcache_user") for name in trained)
-    assert of_teacher <= dumped  # so the check would notice
-    assert done.stderr == ""
+    assert teacher_modules <= dumped  # so the check above can fail
+    assert result.stderr == ""
 
 
 # what stops a run
 @pytest.fixture
 def student_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int, str], None]:
-    """Let the student of student_file do something at its n-th step from now on; 0: never."""
+    """Make the student of student_file do something at its n-th step from now on; 0 means never."""
 
-    def student_does(step: int, deed: str) -> None:
+    def student_does(step: int, action: str) -> None:
         (tmp_path / "steps").unlink(missing_ok=True)
         monkeypatch.setenv("STUDENT_AT", str(step))
-        monkeypatch.setenv("STUDENT_DOES", deed)
+        monkeypatch.setenv("STUDENT_DOES", action)
 
     return student_does
 
 
 @pytest.mark.parametrize(
-    ("deed", "message"),
+    ("action", "message"),
     [
         ("raise", r"student raised ValueError on inputs \(64, 1, 8, 8\) of torch.float32: no more"),
         ("nan", r"distilled: the loss is nan at step 7 \(epoch 2\); lower --lr"),
         (
             "tuple",
-            r"student gives tuple for a batch of 64; expected logits of shape \(64, classes\)",
+            r"student returned tuple for a batch of 64; expected logits of shape \(64, classes\)",
         ),
-        ("3-d", r"student gives \(1, 64, 5\) for a batch of 64; expected logits of shape"),
+        ("3-d", r"student returned \(1, 64, 5\) for a batch of 64; expected logits of shape"),
     ],
 )
 def test_a_student_that_fails_in_mid_run_stops_it(
-    deed: str,
+    action: str,
     message: str,
     config: TrainConfig,
     student_file: Path,
     student_does: Callable[[int, str], None],
 ) -> None:
-    student_does(7, deed)
+    student_does(7, action)
     with pytest.raises(ModelError, match=message):
         train(replace(config, student=f"{student_file}:student"))
     assert [line["step"] for line in metrics(config.out, UNFINISHED_METRICS)] == [5]
@@ -276,7 +279,7 @@ def test_a_learning_rate_that_is_too_high_stops_with_the_step(config: TrainConfi
 def at_step(
     config: TrainConfig, student_file: Path, step: int, *options: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process that trains, and sleeps at a step."""
+    """A training process that has reached a step, and sleeps there."""
     command = [sys.executable, "-m", "softcache", "train", str(config.caches[0]), "--batch-size=64"]
     command += [
         f"--student={student_file}:student",
@@ -292,7 +295,7 @@ def at_step(
         text=True,
     ) as process:
         while not steps.exists() or steps.stat().st_size < step:
-            assert process.poll() is None, "the run ended before its time"
+            assert process.poll() is None, "the run ended before this step"
             time.sleep(0.005)
         yield process
 
@@ -332,9 +335,9 @@ STOPS = {
 
 
 @pytest.mark.parametrize("baseline", [False, True])
-@pytest.mark.parametrize("deed", STOPS)
+@pytest.mark.parametrize("action", STOPS)
 def test_an_overwriting_run_that_fails_keeps_the_finished_one_byte_for_byte(
-    deed: str,
+    action: str,
     baseline: bool,
     config: TrainConfig,
     student_file: Path,
@@ -346,20 +349,20 @@ def test_an_overwriting_run_that_fails_keeps_the_finished_one_byte_for_byte(
     train(config)
     names = ["config.json", "metrics.jsonl", "student.safetensors"]
     before = [{name: (folder / name).read_bytes() for name in names} for folder in folders]
-    error, message = STOPS[deed]
-    # in the second epoch; two learners take turns
-    student_does(13 if baseline else 7, deed)
+    error, message = STOPS[action]
+    # in the second epoch; the student and its baseline take turns
+    student_does(13 if baseline else 7, action)
     with pytest.raises(error, match=message):
         train(replace(config, seed=1, overwrite=True))
-    for folder, kept in zip(folders, before, strict=True):
-        assert {name: (folder / name).read_bytes() for name in names} == kept
+    for folder, files in zip(folders, before, strict=True):
+        assert {name: (folder / name).read_bytes() for name in names} == files
         assert [line["step"] for line in metrics(folder, UNFINISHED_METRICS)] == [5]
     student_does(0, "")
     train(replace(config, seed=1, overwrite=True))
-    for folder, kept in zip(folders, before, strict=True):
+    for folder, files in zip(folders, before, strict=True):
         assert not (folder / UNFINISHED_METRICS).exists()
-        assert (folder / "student.safetensors").read_bytes() != kept["student.safetensors"]
-        assert (folder / "metrics.jsonl").read_bytes() != kept["metrics.jsonl"]
+        assert (folder / "student.safetensors").read_bytes() != files["student.safetensors"]
+        assert (folder / "metrics.jsonl").read_bytes() != files["metrics.jsonl"]
 
 
 def test_a_killed_overwriting_run_keeps_the_finished_one_byte_for_byte(
@@ -370,10 +373,10 @@ def test_a_killed_overwriting_run_keeps_the_finished_one_byte_for_byte(
     (tmp_path / "steps").unlink()
     with at_step(config, student_file, 7, "--overwrite", "--seed=1") as process:
         process.kill()
-    found = contents(config.out)
-    assert found.pop(UNFINISHED_METRICS)
-    assert found.pop(NAME)
-    assert found == before
+    after = contents(config.out)
+    assert after.pop(UNFINISHED_METRICS)
+    assert after.pop(NAME)
+    assert after == before
 
 
 # bad caches, folders and settings
@@ -395,7 +398,7 @@ def test_a_damaged_cache_is_refused_before_the_first_step(
         train(config)
     assert not (tmp_path / "steps").exists()
     assert not config.out.exists()
-    # it was the check that refused it
+    # without the check it is not refused
     train(replace(config, verify=False))
     assert (tmp_path / "steps").stat().st_size == 10
 
@@ -444,11 +447,11 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_first_step(
     assert not (tmp_path / "steps").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
 def test_a_folder_without_permission_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(
-        SettingsError, match=r"cannot write in .*closed cannot be written; give another --out"
+        SettingsError, match=r"cannot write in .*closed is not writable; give another --out"
     ):
         train(replace(config, out=tmp_path / "closed"))
 
@@ -473,7 +476,7 @@ def test_a_student_of_another_width_is_refused(
 ) -> None:
     width = {"narrow": 3, "broad": 9}[student]
     with pytest.raises(
-        ModelError, match=rf"student gives {width} outputs for 5 classes; it needs one "
+        ModelError, match=rf"student returned {width} outputs for 5 classes; expected one "
     ):
         train(replace(config, student=f"{student_file}:{student}", **changes))
 

@@ -1,4 +1,4 @@
-"""One student in training: its rate, its own randomness, its folder."""
+"""One student in training: its random state, its steps and epochs, its folder."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ STEPS = 200
 WARMUP = 0.05
 
 
-def a_learner(
+def make_test_student(
     folder: Path,
     model: nn.Module | None = None,
     steps: int = STEPS,
     temperature: float = 1.0,
     **settings: Any,
 ) -> Student:
-    """A student of inputs (B, 8) and 5 classes, always with the same weights."""
+    """A student of inputs (B, 8) and 5 classes, always with the same initial weights."""
     torch.manual_seed(0)
     return make_student(
         model or nn.Sequential(nn.Linear(8, 16), nn.Dropout(), nn.Linear(16, 5)),
@@ -47,7 +47,7 @@ def a_learner(
     )
 
 
-def a_batch(samples: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+def make_batch(samples: int = 12) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs (B, 8), labels (B,) and targets (B, 5)."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(samples, 8, generator=generator)
@@ -55,69 +55,69 @@ def a_batch(samples: int = 12) -> tuple[Tensor, Tensor, Tensor]:
     return inputs, targets.argmax(-1), targets
 
 
-def parameters(learner: Student) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in learner.model.parameters()])
+def parameters(student: Student) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in student.model.parameters()])
 
 
-# randomness of its own
+# the random state
 
 
-def trained(folder: Path, company: int, draws_outside: bool = False) -> Tensor:
-    """Parameters of the first of several learners with dropout after ten steps in turn."""
-    learners = [a_learner(folder) for _ in range(1 + company)]
-    inputs, labels, targets = a_batch()
+def trained(folder: Path, others: int, draws_outside: bool = False) -> Tensor:
+    """Parameters of a student with dropout after ten steps, each followed by a step of the others."""
+    students = [make_test_student(folder) for _ in range(1 + others)]
+    inputs, labels, targets = make_batch()
     for _ in range(10):
-        for learner in learners:
-            learner.step(inputs, labels, targets)
+        for student in students:
+            student.step(inputs, labels, targets)
         if draws_outside:
             torch.rand(3)
-    return parameters(learners[0])
+    return parameters(students[0])
 
 
 def test_dropout_draws_as_if_the_student_were_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = trained(tmp_path, company=0)
-    assert torch.equal(trained(tmp_path, company=2), alone)
-    assert torch.equal(trained(tmp_path, company=0, draws_outside=True), alone)
-    # with one generator for all, company would show
-    monkeypatch.setattr(Student, "_own_randomness", lambda self: nullcontext())
-    shared = trained(tmp_path, company=0)
-    assert not torch.equal(trained(tmp_path, company=2), shared)
-    assert not torch.equal(trained(tmp_path, company=0, draws_outside=True), shared)
+    alone = trained(tmp_path, others=0)
+    assert torch.equal(trained(tmp_path, others=2), alone)
+    assert torch.equal(trained(tmp_path, others=0, draws_outside=True), alone)
+    # with one generator for all, other students would make a difference
+    monkeypatch.setattr(Student, "_own_random_state", lambda self: nullcontext())
+    shared = trained(tmp_path, others=0)
+    assert not torch.equal(trained(tmp_path, others=2), shared)
+    assert not torch.equal(trained(tmp_path, others=0, draws_outside=True), shared)
 
 
 def test_a_step_leaves_the_randomness_of_others_as_it_was(tmp_path: Path) -> None:
-    learner, (inputs, labels, targets) = a_learner(tmp_path), a_batch()
+    student, (inputs, labels, targets) = make_test_student(tmp_path), make_batch()
     before = torch.get_rng_state()
-    learner.step(inputs, labels, targets)
+    student.step(inputs, labels, targets)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(learner.random[0], before)  # its own has moved on
+    assert not torch.equal(student.random[0], before)  # its own state has advanced
 
 
 # steps and epochs
 
 
 def test_a_step_moves_the_student_toward_the_teacher(tmp_path: Path) -> None:
-    learner = a_learner(tmp_path, nn.Linear(8, 5), temperature=2.0)
-    inputs, labels, targets = a_batch()
+    student = make_test_student(tmp_path, nn.Linear(8, 5), temperature=2.0)
+    inputs, labels, targets = make_batch()
     for _ in range(100):
-        learner.step(inputs, labels, targets)
-    first, last = learner.losses[0], learner.losses[-1]
+        student.step(inputs, labels, targets)
+    first, last = student.losses[0], student.losses[-1]
     assert (last < 0.6 * first).all()
     assert last[0].item() == pytest.approx(0.5 * 4 * last[1].item() + 0.5 * last[2].item())
 
 
 def test_a_student_at_alpha_0_does_not_look_at_the_targets(tmp_path: Path) -> None:
-    inputs, labels, targets = a_batch()
-    found = []
-    for seen in (targets, targets.flip(-1), None):
-        learner = a_learner(tmp_path)
-        learner.alpha = 0.0
-        learner.step(inputs, labels, seen)
-        found.append(parameters(learner))
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    inputs, labels, targets = make_batch()
+    results = []
+    for given_targets in (targets, targets.flip(-1), None):
+        student = make_test_student(tmp_path)
+        student.alpha = 0.0
+        student.step(inputs, labels, given_targets)
+        results.append(parameters(student))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def fail(_: Tensor) -> Tensor:
@@ -125,18 +125,18 @@ def fail(_: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("forward", "message"),
     [
         (fail, r"student raised ValueError on inputs \(12, 8\) of torch\.float32: no more"),
-        (lambda x: (x, x), r"student gives tuple for a batch of 12; expected .*\(12, classes\)"),
-        (lambda x: x[0], r"student gives \(8,\) for a batch of 12; expected .*\(12, classes\)"),
-        (lambda x: x[None], r"student gives \(1, 12, 8\) for a batch of 12; expected"),
-        (lambda x: x[:6], r"student gives \(6, 8\) for a batch of 12; expected"),
-        (lambda x: x, r"student gives 8 outputs for 5 classes; it needs one for each class of "),
+        (lambda x: (x, x), r"student returned tuple for a batch of 12; expected .*\(12, classes\)"),
+        (lambda x: x[0], r"student returned \(8,\) for a batch of 12; expected .*\(12, classes\)"),
+        (lambda x: x[None], r"student returned \(1, 12, 8\) for a batch of 12; expected"),
+        (lambda x: x[:6], r"student returned \(6, 8\) for a batch of 12; expected"),
+        (lambda x: x, r"student returned 8 outputs for 5 classes; expected one for each class of "),
     ],
 )
 def test_a_wrong_output_is_told_by_its_shape(
-    answer: Callable[[Tensor], Tensor], message: str, tmp_path: Path
+    forward: Callable[[Tensor], Tensor], message: str, tmp_path: Path
 ) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -144,20 +144,20 @@ def test_a_wrong_output_is_told_by_its_shape(
             self.weight = nn.Parameter(torch.ones(8))
 
         def forward(self, inputs: Tensor) -> Tensor:
-            return answer(inputs * self.weight)
+            return forward(inputs * self.weight)
 
-    inputs, labels, targets = a_batch()
+    inputs, labels, targets = make_batch()
     with pytest.raises(ModelError, match=message):
-        a_learner(tmp_path, Model()).step(inputs, labels, targets)
+        make_test_student(tmp_path, Model()).step(inputs, labels, targets)
 
 
 def test_an_epoch_is_a_line_of_means(tmp_path: Path) -> None:
-    learner, (inputs, labels, targets) = a_learner(tmp_path), a_batch()
+    student, (inputs, labels, targets) = make_test_student(tmp_path), make_batch()
     for epoch in range(2):
         for _ in range(3):
-            learner.step(inputs, labels, targets)
-        mean = torch.stack(learner.losses).double().mean(0).tolist()
-        learner.finish_epoch(epoch, None, 0)
+            student.step(inputs, labels, targets)
+        mean = torch.stack(student.losses).double().mean(0).tolist()
+        student.finish_epoch(epoch, None, 0)
     text = (tmp_path / UNFINISHED_METRICS).read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 3), (2, 6)]
@@ -172,28 +172,28 @@ def test_errors_are_counted_in_eval_mode_and_steps_taken_in_train_mode(tmp_path:
             modes.append(self.training)
             return super().forward(inputs)
 
-    learner, (inputs, labels, targets) = a_learner(tmp_path, Model(8, 5)), a_batch()
+    student, (inputs, labels, targets) = make_test_student(tmp_path, Model(8, 5)), make_batch()
     source = ArraySource("data", inputs.numpy(), labels.numpy())
     for epoch in range(2):
-        learner.step(inputs, labels, targets)
-        learner.finish_epoch(epoch, source, 0)
+        student.step(inputs, labels, targets)
+        student.finish_epoch(epoch, source, 0)
     assert modes == [True, False, True, False]
-    assert learner.evaluation is not None
+    assert student.evaluation is not None
     with torch.no_grad():
-        wrong = learner.model(inputs).argmax(-1) != labels
-    assert (learner.evaluation.errors, learner.evaluation.samples) == (int(wrong.sum()), 12)
+        wrong = student.model(inputs).argmax(-1) != labels
+    assert (student.evaluation.errors, student.evaluation.samples) == (int(wrong.sum()), 12)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_told_with_its_step(value: float, tmp_path: Path) -> None:
-    learner = a_learner(tmp_path)
-    learner.losses += [torch.tensor([1.0, 1.0, 1.0])] * 2
-    learner.finish_epoch(0, None, 0)
-    learner.losses += [torch.tensor([loss, 1.0, 1.0]) for loss in (1.0, value, value)]
+    student = make_test_student(tmp_path)
+    student.losses += [torch.tensor([1.0, 1.0, 1.0])] * 2
+    student.finish_epoch(0, None, 0)
+    student.losses += [torch.tensor([loss, 1.0, 1.0]) for loss in (1.0, value, value)]
     with pytest.raises(
         ModelError, match=rf"distilled: the loss is {value} at step 4 \(epoch 2\); lower --lr"
     ):
-        learner.finish_epoch(1, None, 0)
+        student.finish_epoch(1, None, 0)
     assert len((tmp_path / UNFINISHED_METRICS).read_text().splitlines()) == 1
 
 
@@ -201,12 +201,12 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step(value: float, tmp_path:
 
 
 def test_what_is_saved_are_the_weights_and_the_facts(tmp_path: Path) -> None:
-    learner = a_learner(tmp_path)
+    student = make_test_student(tmp_path)
     make_run_folder(tmp_path, [])
-    learner.losses.append(torch.ones(3))
-    learner.finish_epoch(0, None, 0)
+    student.losses.append(torch.ones(3))
+    student.finish_epoch(0, None, 0)
     metrics = (tmp_path / UNFINISHED_METRICS).read_text()
-    learner.save({"classes": 5})
+    student.save({"classes": 5})
     saved = load_file(tmp_path / "student.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == {
         "0.weight": (16, 8),
@@ -235,7 +235,9 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
         unfinished.write_text("new")
 
     replace_file(path, write)
-    assert seen == [("old", tmp_path)]  # in the same folder, so that it is renamed and not copied
+    assert seen == [
+        ("old", tmp_path)
+    ]  # in the same folder, so that it is renamed rather than copied
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -248,7 +250,7 @@ def test_a_file_stays_as_it_was_if_its_writer_fails(tmp_path: Path) -> None:
         unfinished.write_text("half of the ne")
         raise OSError("disk full")
 
-    with pytest.raises(SoftcacheError, match="disk full; make room there or give another place"):
+    with pytest.raises(SoftcacheError, match="disk full; free some space or choose another path"):
         replace_file(path, write)
     assert path.read_text() == "old"
 
@@ -256,7 +258,7 @@ def test_a_file_stays_as_it_was_if_its_writer_fails(tmp_path: Path) -> None:
 def test_a_folder_is_made_with_those_on_its_way(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     check_folder(folder, overwrite=False)
-    assert not list(tmp_path.iterdir())  # a check makes nothing
+    assert not list(tmp_path.iterdir())  # the check creates nothing
     make_run_folder(folder, [])
     assert {path.name: path.read_text() for path in folder.iterdir()} == {UNFINISHED_METRICS: ""}
 
@@ -280,7 +282,7 @@ def test_a_folder_of_a_finished_run_is_kept_unless_overwritten(tmp_path: Path) -
         check_folder(tmp_path, overwrite=False)
     check_folder(tmp_path, overwrite=True)
     assert {(tmp_path / name).read_text() for name in names} == {"old"}
-    make_run_folder(tmp_path, [])  # what was finished stays until the new run is
+    make_run_folder(tmp_path, [])  # the finished run stays until the new one is saved
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         **dict.fromkeys((*names, "notes.txt"), "old"),
         UNFINISHED_METRICS: "",
@@ -295,7 +297,7 @@ def test_a_folder_that_cannot_be_written_is_refused(inside: str, tmp_path: Path)
         SettingsError, match=r"cannot write in .*file.*: .*file is a file; give another --out"
     ):
         check_folder(folder, overwrite=False)
-    # and still when the file came after the check
+    # also if the file appeared after the check
     with pytest.raises(SettingsError, match=r"cannot write in .*file.* \(.*\); give another --out"):
         make_run_folder(folder, [])
     assert (tmp_path / "file").read_text() == "mine"

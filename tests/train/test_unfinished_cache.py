@@ -1,4 +1,4 @@
-"""Training from a cache that its dump has not completed: its complete views, and nothing else."""
+"""Training from a cache with an unfinished dump: it reads the complete views, and nothing else."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ from tests.conftest import make_arrays
 from tests.train.loop_cases import NOTHING, soft
 
 SAMPLES = 60
-BLOCKS = -(-SAMPLES // 7)  # of a view
 
-# a teacher, and a student that is the teacher, which write down what they see; the environment tells
-# the teacher after how many rows to give up, not counting the sample on which it is tried
+# a teacher, and a student that is the teacher; both record their inputs. The environment sets the number
+# of rows after which the teacher fails, not counting the sample that it is first tried on.
 MODELS = """
 import os
 from pathlib import Path
@@ -60,6 +59,7 @@ def student():
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
+    """The file that defines the models."""
     path = tmp_path / "models.py"
     path.write_text(MODELS)
     return path
@@ -67,7 +67,7 @@ def models(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dumped(models: Path, tmp_path: Path) -> DumpConfig:
-    """A dump of 4 views."""
+    """Settings of a dump of 4 views."""
     images, labels = make_arrays(SAMPLES)
     np.savez(tmp_path / "few.npz", x=images, y=labels)
     return DumpConfig(
@@ -85,7 +85,7 @@ def dumped(models: Path, tmp_path: Path) -> DumpConfig:
 
 @pytest.fixture
 def config(models: Path, dumped: DumpConfig, tmp_path: Path) -> TrainConfig:
-    """A run from the unfinished cache, of a student that is the teacher and does not move."""
+    """A run from the unfinished cache in which the teacher is the student, and stays unchanged."""
     return make_train_config(
         student=f"{models}:student",
         data=dumped.data,
@@ -103,10 +103,12 @@ Unfinished = Callable[[int], Path]
 
 @pytest.fixture
 def unfinished(dumped: DumpConfig, monkeypatch: pytest.MonkeyPatch, models: Path) -> Unfinished:
-    """Let the dump stop after so many rows; the file it leaves."""
+    """Stop the dump after some rows, and return the file that it leaves."""
 
     def unfinished(rows: int) -> Path:
-        monkeypatch.setattr(cache_allocate, "block_rows", lambda *layout: 7)  # ends in mid-batch
+        monkeypatch.setattr(
+            cache_allocate, "block_rows", lambda *layout: 7
+        )  # so that blocks end within batches
         monkeypatch.setenv("TEACHER_ROWS", str(rows))
         with pytest.raises(ModelError, match="raised ValueError on samples"):
             dump(dumped)
@@ -117,12 +119,13 @@ def unfinished(dumped: DumpConfig, monkeypatch: pytest.MonkeyPatch, models: Path
 
 
 def seen(name: str, models: Path) -> npt.NDArray[np.float32]:
-    """What a model saw, (epochs or complete views, SAMPLES, 64)."""
-    found = np.fromfile(models.with_name(f"{name}.f4"), np.float32).reshape(-1, 64)
-    return found[: len(found) // SAMPLES * SAMPLES].reshape(-1, SAMPLES, 64)
+    """The inputs of a model, (epochs or complete views, SAMPLES, 64)."""
+    inputs = np.fromfile(models.with_name(f"{name}.f4"), np.float32).reshape(-1, 64)
+    return inputs[: len(inputs) // SAMPLES * SAMPLES].reshape(-1, SAMPLES, 64)
 
 
 def sorted_rows(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The samples sorted, so that two sets of samples can be compared."""
     rows = values.reshape(-1, 64)
     return rows[np.lexsort(rows.T)]
 
@@ -135,23 +138,23 @@ def test_an_unfinished_cache_trains_with_its_complete_views_alone(
     models: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    partial = unfinished(2 * SAMPLES + 40)  # and a part of the third view
+    partial = unfinished(2 * SAMPLES + 40)  # the third view is incomplete
     blocks = open_cache(partial, unfinished=True).arrays["digests"] != 0
     assert (blocks.all(1).tolist(), blocks[2].any()) == ([True, True, False, False], True)
     config = replace(config, epochs=6, rotate=rotate)
     before = partial.read_bytes()
     train(config)
     assert partial.read_bytes() == before
-    views, found = seen("teacher", models)[:2], seen("student", models)
-    for epoch, inputs in enumerate(found):
-        both = np.abs(inputs[:, None, None] - views).max(-1) == 0  # (seen, views, samples)
-        assert both.any((1, 2)).all()  # nothing but what these two views hold
+    views, epochs = seen("teacher", models)[:2], seen("student", models)
+    for epoch, inputs in enumerate(epochs):
+        is_equal = np.abs(inputs[:, None, None] - views).max(-1) == 0  # (inputs, views, samples)
+        assert is_equal.any((1, 2)).all()  # every input is from one of the two complete views
         if not rotate:
             np.testing.assert_array_equal(sorted_rows(inputs), sorted_rows(views[epoch % 2]))
-    # in two epochs each sample is seen in both
-    np.testing.assert_array_equal(sorted_rows(found[:2]), sorted_rows(views))
+    # in two epochs, each sample is seen in both views
+    np.testing.assert_array_equal(sorted_rows(epochs[:2]), sorted_rows(views))
     assert max(soft(config.out)) < NOTHING
-    # rows of the views that are not there would show
+    # reading the incomplete views would give wrong targets
     monkeypatch.setattr(loop, "open_trainable", lambda path: open_cache(path, unfinished=True))
     train(replace(config, overwrite=True, verify=False))
     assert max(soft(config.out)) > 100 * NOTHING
@@ -164,7 +167,7 @@ def test_an_unfinished_cache_without_a_complete_view_is_refused(
     unfinished(rows)
     with pytest.raises(
         FormatError,
-        match=r"begun\.h5\.partial is unfinished, and not one of its views is complete, which training",
+        match=r"begun\.h5\.partial is unfinished, and training needs at least its first view complete; ",
     ):
         train(config)
     assert not config.out.exists()
@@ -184,10 +187,10 @@ def test_a_run_from_an_unfinished_cache_has_no_content_id(
 def test_a_cache_that_lacks_only_its_summary_trains_with_all_views(
     config: TrainConfig, unfinished: Unfinished, models: Path
 ) -> None:
-    unfinished(4 * SAMPLES + 10)  # the teacher gives up as the finished rows are compared
+    unfinished(4 * SAMPLES + 10)  # the teacher fails while the finished rows are compared
     train(replace(config, epochs=4))
-    views, found = seen("teacher", models)[:4], seen("student", models)
-    np.testing.assert_array_equal(sorted_rows(found), sorted_rows(views))
+    views, epochs = seen("teacher", models)[:4], seen("student", models)
+    np.testing.assert_array_equal(sorted_rows(epochs), sorted_rows(views))
     assert max(soft(config.out)) < NOTHING
 
 

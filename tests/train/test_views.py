@@ -1,4 +1,4 @@
-"""Training: what a student learns from a cache, and what stops it before it learns nonsense (2)."""
+"""Training on views: the student sees what the teacher saw, with its targets and labels."""
 
 from __future__ import annotations
 
@@ -36,11 +36,9 @@ from tests.train.loop_cases import (
     soft,
 )
 
-# views: the student sees what the teacher saw
-FEW = 60  # samples; a callable of one's own is called for each
+FEW = 60  # samples, since a user's callable is called for each
 
-
-# a teacher and a student that write down every input, and augmentation that draws from all there is
+# a teacher and a student that record every input, and an augmentation that draws from all generators
 RECORDERS = """
 import random
 from pathlib import Path
@@ -57,7 +55,7 @@ class Recorder(nn.Module):
         self.weight = nn.Parameter(torch.randn(64, 5, generator=generator))
 
     def forward(self, x):
-        if len(x) > 1:  # not on the one sample on which a teacher is tried
+        if len(x) > 1:  # skips the single sample that a teacher is first tried on
             with self.file.open("ab") as file:
                 file.write(x.detach().numpy().tobytes())
         return x.flatten(1) @ self.weight
@@ -80,7 +78,7 @@ def other(image):
 
 @pytest.fixture
 def recorders(tmp_path: Path) -> Path:
-    """The file of the recorders, and few.npz beside it."""
+    """The file that defines the recorders, with few.npz next to it."""
     images, labels = make_arrays(FEW)
     np.savez(tmp_path / "few.npz", x_train=images, y_train=labels)
     path = tmp_path / "recorders.py"
@@ -89,13 +87,13 @@ def recorders(tmp_path: Path) -> Path:
 
 
 def seen_by(name: str, recorders: Path, epochs: int) -> npt.NDArray[np.float32]:
-    """The inputs of the first epochs or views, (epochs, FEW, 64), in the order they came."""
-    found = np.fromfile(recorders.with_name(f"{name}.f4"), np.float32)
-    return found.reshape(-1, 64)[: epochs * FEW].reshape(epochs, FEW, 64)
+    """The inputs of the first epochs or views, (epochs, FEW, 64), in the order they were seen."""
+    inputs = np.fromfile(recorders.with_name(f"{name}.f4"), np.float32)
+    return inputs.reshape(-1, 64)[: epochs * FEW].reshape(epochs, FEW, 64)
 
 
 def order_of(config: TrainConfig, epoch: int) -> npt.NDArray[np.int64]:
-    """The rows of the cache in the order of an epoch."""
+    """The cache rows (FEW,) in the order of an epoch."""
     batches = ShuffledBatches(FEW, config.batch_size, config.seed)
     batches.set_epoch(epoch)
     return np.concatenate([request.source_indices for request in batches])
@@ -104,26 +102,26 @@ def order_of(config: TrainConfig, epoch: int) -> npt.NDArray[np.int64]:
 def views_of(
     dump_config: DumpConfig, recorders: Path, augment: str | None, **changes: Any
 ) -> Cache:
-    """A cache of 3 views by the teacher that writes down what it sees."""
-    usual: dict[str, Any] = {"views": 3, "augment": augment, "seed": 5, "batch_size": 25}
-    usual |= {"teacher": f"{recorders}:teacher", "data": f"npz:{recorders.parent}/few.npz"}
-    return dump(replace(dump_config, eval_data=None, overwrite=True, **usual | changes))
+    """A cache of 3 views, dumped by the teacher that records its inputs."""
+    settings: dict[str, Any] = {"views": 3, "augment": augment, "seed": 5, "batch_size": 25}
+    settings |= {"teacher": f"{recorders}:teacher", "data": f"npz:{recorders.parent}/few.npz"}
+    return dump(replace(dump_config, eval_data=None, overwrite=True, **settings | changes))
 
 
 def as_recorder(config: TrainConfig, recorders: Path, cache: Cache, **changes: Any) -> TrainConfig:
-    """A run of a student that is the teacher, and does not move; 4 epochs, so that a view recurs.
+    """A run in which the teacher is the student, and stays unchanged; 4 epochs, so that a view recurs.
 
-    In an epoch it sees all samples in one view.
+    In each epoch it sees all samples in a single view.
     """
-    usual: dict[str, Any] = {"cache": cache.path, "epochs": 4, "seed": 1, "batch_size": 16}
-    usual |= {"learning_rate": 1e-12, "rotate": False}
-    usual |= {"student": f"{recorders}:student", "data": f"npz:{recorders.parent}/few.npz"}
-    return replace(config, **usual | changes)
+    settings: dict[str, Any] = {"cache": cache.path, "epochs": 4, "seed": 1, "batch_size": 16}
+    settings |= {"learning_rate": 1e-12, "rotate": False}
+    settings |= {"student": f"{recorders}:student", "data": f"npz:{recorders.parent}/few.npz"}
+    return replace(config, **settings | changes)
 
 
 @pytest.fixture(params=["in order", "reordered"])
 def reordered(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Training data in the order of the dump, and in another."""
+    """Training data in the order of the dump, and in another order."""
     if request.param == "in order":
         return f"npz:{tmp_path}/few.npz"
     images, labels = make_arrays(FEW)
@@ -131,7 +129,7 @@ def reordered(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return save_data(tmp_path, images[order], labels[order])
 
 
-# the last bits may differ with a sample's place in its batch where vector units take several at once
+# vectorized arithmetic can change the last bits with a sample's position in its batch
 REPLAYED: dict[str, float] = {
     "shift:2,flip": 0.0,
     "crop:0.5,jitter:0.4,cutout:3": 1e-5,
@@ -150,18 +148,18 @@ def test_the_student_sees_in_each_epoch_what_the_teacher_saw_in_its_view(
 ) -> None:
     spec = augment.replace("OWN", f"{recorders}:own")
     cache = views_of(dump_config, recorders, spec)
-    own = spec if ".py:" in spec else None
-    config = as_recorder(config, recorders, cache, data=reordered, augment=own)
+    callable_spec = spec if ".py:" in spec else None
+    config = as_recorder(config, recorders, cache, data=reordered, augment=callable_spec)
     train(config)
     views = seen_by("teacher", recorders, 3)
     for epoch, inputs in enumerate(seen_by("student", recorders, 4)):
-        samples = order_of(config, epoch)
-        expected = views[epoch % 3][samples]
+        order = order_of(config, epoch)
+        expected = views[epoch % 3][order]
         np.testing.assert_allclose(inputs, expected, rtol=0, atol=REPLAYED[augment])
-        # another view in its place would show in nearly every sample
-        wrong = np.abs(inputs - views[(epoch + 1) % 3][samples]).max(1)
-        assert (wrong > 0.01).mean() > 0.8
-    assert max(soft(config.out)) < NOTHING  # and each input came with its own target
+        # another view would differ in nearly every sample
+        difference = np.abs(inputs - views[(epoch + 1) % 3][order]).max(1)
+        assert (difference > 0.01).mean() > 0.8
+    assert max(soft(config.out)) < NOTHING  # and each input came with its own soft targets
 
 
 @pytest.mark.parametrize("augment", ["shift:2,flip", "OWN,shift:1,mixup"])
@@ -170,23 +168,27 @@ def test_rotated_every_sample_is_seen_in_all_views_in_turn_and_an_epoch_mixes_th
 ) -> None:
     spec = augment.replace("OWN", f"{recorders}:own")
     cache = views_of(dump_config, recorders, spec)
-    own = spec if ".py:" in spec else None
-    config = as_recorder(config, recorders, cache, data=reordered, augment=own, rotate=True)
+    callable_spec = spec if ".py:" in spec else None
+    config = as_recorder(
+        config, recorders, cache, data=reordered, augment=callable_spec, rotate=True
+    )
     train(config)
     views = seen_by("teacher", recorders, 3)
-    found = np.empty((4, FEW), np.int64)  # the view of each sample in each epoch
+    view_of = np.empty((4, FEW), np.int64)  # by epoch and cache row
     for epoch, inputs in enumerate(seen_by("student", recorders, 4)):
-        samples = order_of(config, epoch)
-        off = np.abs(views[:, samples] - inputs).max(-1)  # (views, FEW)
-        found[epoch, samples] = off.argmin(0)
-        assert off.min(0).max() <= 1e-6  # what the teacher saw in one of the views,
-        assert (np.sort(off, 0)[1] > 0.01).mean() > 0.8  # and not in another
-    told = np.sort(np.abs(views[:, None] - views).max(-1).reshape(9, FEW), 0)[3] > 0.01
-    assert told.mean() > 0.8  # of the others two views are the same, by chance
-    turns = found[:, told]
-    assert ((turns[1:] - turns[:-1]) % 3 == 1).all()  # in turn, and from the beginning again
+        order = order_of(config, epoch)
+        difference = np.abs(views[:, order] - inputs).max(-1)  # (views, FEW)
+        view_of[epoch, order] = difference.argmin(0)
+        assert difference.min(0).max() <= 1e-6  # what the teacher saw in one of the views,
+        assert (np.sort(difference, 0)[1] > 0.01).mean() > 0.8  # and not in another
+    has_distinct_views = (
+        np.sort(np.abs(views[:, None] - views).max(-1).reshape(9, FEW), 0)[3] > 0.01
+    )
+    assert has_distinct_views.mean() > 0.8  # by chance, other samples have two equal views
+    turns = view_of[:, has_distinct_views]
+    assert ((turns[1:] - turns[:-1]) % 3 == 1).all()  # one view after another, then the first again
     assert (np.bincount(turns[0], minlength=3) > FEW / 6).all()
-    assert max(soft(config.out)) < NOTHING  # and each input came with its own target
+    assert max(soft(config.out)) < NOTHING  # and each input came with its own soft targets
 
 
 def test_a_run_is_the_same_whatever_the_order_of_the_data(
@@ -201,7 +203,7 @@ def test_a_run_is_the_same_whatever_the_order_of_the_data(
     train(replace(config, data=other, out=tmp_path / "other"))
     assert same_weights(config.out, tmp_path / "other")
     assert metrics(config.out) == metrics(tmp_path / "other")
-    # another order of the samples would show
+    # another order of the samples makes a difference
     train(replace(config, data=other, seed=1, out=tmp_path / "shuffled"))
     assert not same_weights(config.out, tmp_path / "shuffled")
 
@@ -224,10 +226,10 @@ def test_a_cut_of_the_views_would_be_noticed(
     config: TrainConfig, dump_config: DumpConfig, recorders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = views_of(dump_config, recorders, "shift:2")
-    # as if the student drew its views with another seed than the cache's
+    # as if the student drew its views with a different seed than the cache
     monkeypatch.setattr(
         "softcache.join.match.replayed",
-        lambda header, own: parse_augment(header.augment, seed=header.seed + 1, total=FEW),
+        lambda header, augment: parse_augment(header.augment, seed=header.seed + 1, total=FEW),
     )
     config = as_recorder(config, recorders, cache)
     with pytest.raises(
@@ -248,27 +250,30 @@ def test_mixup_from_dump_to_student_mixes_pixels_targets_and_labels(
     train(replace(config, epochs=3))
     images, labels = make_arrays(FEW)
     pixels = torch.from_numpy(images).flatten(1).float() / 255
-    everyone = np.arange(FEW)
+    sample_ids = np.arange(FEW)
     mix = parse_augment("mixup", seed=5, total=FEW)
     weight = import_callable(f"{recorders}:teacher", what="teacher")().weight.detach()
     for line, view in zip(metrics(config.out), range(3), strict=True):
-        partners, shares = mix.partners(view, everyone), mix.partner_weights(view, everyone)
+        partners = mix.partners(view, sample_ids)
         assert partners is not None
-        assert (partners != everyone).mean() > 0.9
-        share = torch.from_numpy(shares).float()
-        mixed = pixels * (1 - share[:, None]) + pixels[partners] * share[:, None]
+        assert (partners != sample_ids).mean() > 0.9
+        # 1 - lambda
+        partner_weights = torch.from_numpy(mix.partner_weights(view, sample_ids)).float()  # (FEW,)
+        own_weights = 1 - partner_weights
+        mixed = pixels * own_weights[:, None] + pixels[partners] * partner_weights[:, None]
         np.testing.assert_allclose(seen_by("teacher", recorders, 3)[view], mixed, atol=1e-6)
         logits = mixed @ weight
         np.testing.assert_allclose(
-            cache.rows(view, everyone), soften(logits, 4.0), rtol=2**-10, atol=1e-3
+            cache.rows(view, sample_ids), soften(logits, 4.0), rtol=2**-10, atol=1e-3
         )
-        own, theirs = (
+        own_losses, partner_losses = (
             functional.cross_entropy(logits, torch.from_numpy(y), reduction="none")
             for y in (labels, labels[partners])
         )
-        hard = float((own * (1 - share) + theirs * share).mean())
+        hard = float((own_losses * own_weights + partner_losses * partner_weights).mean())
         assert line["hard"] == pytest.approx(hard, rel=1e-4)
-        assert abs(hard - float(own.mean())) > 0.01  # labels of the samples alone would show
+        # the samples' own labels alone would give another loss
+        assert abs(hard - float(own_losses.mean())) > 0.01
         assert line["soft"] < NOTHING
         assert line["total"] == pytest.approx(0.9 * 16 * line["soft"] + 0.1 * hard, rel=1e-4)
 
@@ -282,16 +287,17 @@ def test_a_mixed_sample_without_both_labels_takes_no_part_in_the_cross_entropy(
     cache = views_of(dump_config, recorders, "mixup", data=data)
     config = as_recorder(config, recorders, cache, data=data, batch_size=FEW)
     train(replace(config, epochs=1))
-    mix, everyone = parse_augment("mixup", seed=5, total=FEW), np.arange(FEW)
-    partners, shares = mix.partners(0, everyone), mix.partner_weights(0, everyone)
+    mix, sample_ids = parse_augment("mixup", seed=5, total=FEW), np.arange(FEW)
+    partners, partner_weights = mix.partners(0, sample_ids), mix.partner_weights(0, sample_ids)
     assert partners is not None
     weight = import_callable(f"{recorders}:teacher", what="teacher")().weight.detach()
     log_probs = (torch.from_numpy(seen_by("teacher", recorders, 1)[0]) @ weight).log_softmax(-1)
-    losses = -(1 - shares) * log_probs[everyone, labels].numpy()
-    losses -= shares * log_probs[everyone, labels[partners]].numpy()
-    both = (labels >= 0) & (labels[partners] >= 0)
-    assert 0 < both.sum() < (labels >= 0).sum()
-    assert metrics(config.out)[0]["hard"] == pytest.approx(losses[both].mean(), rel=1e-4)
+    losses = -(1 - partner_weights) * log_probs[sample_ids, labels].numpy()
+    losses -= partner_weights * log_probs[sample_ids, labels[partners]].numpy()
+    has_both_labels = (labels >= 0) & (labels[partners] >= 0)
+    assert 0 < has_both_labels.sum() < (labels >= 0).sum()
+    expected = losses[has_both_labels].mean()
+    assert metrics(config.out)[0]["hard"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_student_learns_from_mixed_samples(config: TrainConfig, dump_config: DumpConfig) -> None:
@@ -303,7 +309,7 @@ def test_a_student_learns_from_mixed_samples(config: TrainConfig, dump_config: D
         assert totals[-1] < 0.9 * totals[0]
 
 
-# whose augmentation
+# the cache's own augmentation, and extra augmentation on top
 def test_code_that_a_cache_names_is_not_run_by_itself(
     config: TrainConfig, dump_config: DumpConfig, recorders: Path
 ) -> None:
@@ -312,15 +318,15 @@ def test_code_that_a_cache_names_is_not_run_by_itself(
     config = as_recorder(config, recorders, cache)
     with pytest.raises(
         SettingsError,
-        match=r"augmented by recorders\.py:own,flip; give that file with --augment, code named in a "
-        "cache is never run by itself",
+        match=r"augmented by recorders\.py:own,flip; give that file with --augment, since code "
+        "named in a cache is never run automatically",
     ):
         train(config)
     for wrong in (f"{recorders}:own", f"{recorders}:other,flip", "flip"):
         with pytest.raises(
             SettingsError,
             match=rf"--augment {re.escape(wrong)} is not the cache's own \(recorders\.py:own,flip\): "
-            ".*; leave it out, or add it on top by --extra-augment",
+            ".*; leave it out, or add it on top with --extra-augment",
         ):
             train(replace(config, augment=wrong))
     assert not config.out.exists()
@@ -342,16 +348,16 @@ def test_code_that_has_changed_since_the_dump_is_refused(
     assert (config.out / "student.safetensors").exists()
 
 
-@pytest.mark.parametrize("own", [None, "shift:2"])
+@pytest.mark.parametrize("augment", [None, "shift:2"])
 @pytest.mark.parametrize("wrong", ["flip", "shift:1", "shift:2,flip", "mixup"])
 def test_another_augmentation_than_the_caches_is_refused_before_a_folder_is_made(
-    own: str | None, wrong: str, config: TrainConfig, dump_config: DumpConfig
+    augment: str | None, wrong: str, config: TrainConfig, dump_config: DumpConfig
 ) -> None:
-    dump(replace(dump_config, augment=own, eval_data=None, overwrite=True))
+    dump(replace(dump_config, augment=augment, eval_data=None, overwrite=True))
     with pytest.raises(
         SettingsError,
-        match=rf"--augment {wrong} is not the cache's own \({own or 'none'}\): it would change the "
-        "pixels that the cached targets belong to; leave it out, or add it on top by --extra-augment",
+        match=rf"--augment {wrong} is not the cache's own \({augment or 'none'}\): it would change the "
+        "pixels that the cached targets belong to; leave it out, or add it on top with --extra-augment",
     ):
         train(replace(config, augment=wrong))
     assert not config.out.exists()
@@ -365,11 +371,11 @@ def test_the_caches_own_augmentation_may_be_named_again(
     assert max(soft(config.out)) < NOTHING
 
 
-@pytest.mark.parametrize("own", [None, "shift:1"])
+@pytest.mark.parametrize("augment", [None, "shift:1"])
 def test_extra_augmentation_comes_on_top_of_the_view_that_the_teacher_saw(
-    own: str | None, config: TrainConfig, dump_config: DumpConfig, recorders: Path
+    augment: str | None, config: TrainConfig, dump_config: DumpConfig, recorders: Path
 ) -> None:
-    cache = views_of(dump_config, recorders, own, views=3 if own else 1)
+    cache = views_of(dump_config, recorders, augment, views=3 if augment else 1)
     config = as_recorder(config, recorders, cache, extra_augment="flip,cutout:3")
     train(config)
     views = seen_by("teacher", recorders, cache.header.views)
@@ -377,10 +383,10 @@ def test_extra_augmentation_comes_on_top_of_the_view_that_the_teacher_saw(
     for epoch, inputs in enumerate(seen_by("student", recorders, 4)):
         order = order_of(config, epoch)
         view = torch.from_numpy(views[epoch % len(views)][order]).view(-1, 1, 8, 8)
-        # a stream of its own, or it would repeat what the cache's augmentation drew
+        # with a separate stream; otherwise it would repeat the draws of the cache's augmentation
         expected = extra(view, None, epoch, order, first_stream=EXTRA_STREAM)
         np.testing.assert_array_equal(inputs, expected.flatten(1))
-    # the targets are still those of the view without it
+    # the soft targets are still those of the view without extra augmentation
     assert min(soft(config.out)) > 100 * NOTHING
     facts = json.loads((config.out / "config.json").read_text())
     assert facts["settings"]["extra_augment"] == "flip,cutout:3"
@@ -410,8 +416,8 @@ def test_extra_augmentation_that_needs_the_loader_is_refused(
     )
     with pytest.raises(
         SettingsError,
-        match=rf"--extra-augment {re.escape(extra)}: only the built-in operations can go on top; "
-        r".* belong into softcache dump --augment",
+        match=rf"--extra-augment {re.escape(extra)}: only the built-in operations can be added on "
+        r"top; use .* in softcache dump --augment instead",
     ):
         train(config)
     assert not config.out.exists()

@@ -16,7 +16,7 @@ from softcache.util.callables import import_callable
 
 @pytest.fixture
 def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on Python's path; what is imported from it is forgotten afterwards."""
+    """A folder on Python's path; modules imported from it are removed from sys.modules afterwards."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
@@ -44,13 +44,13 @@ def test_a_path_may_hold_colons(tmp_path: Path) -> None:
 
 def test_a_file_that_has_changed_is_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
-    for answer in (1, 22):  # of another length: Python compares size and time with its .pyc
+    for answer in (1, 22):  # different lengths: Python compares size and time with its .pyc
         path.write_text(f"def make():\n    return {answer}\n")
         assert import_callable(f"{path}:make", what="model")() == answer
 
 
 def test_classes_of_a_file_can_be_pickled(own_modules: Path) -> None:
-    # loader workers that are not forked need it
+    # loader workers that are not forked depend on it
     path = own_modules / "mine.py"
     path.write_text("class Model:\n    size = 3\n")
     model = import_callable(f"{path}:Model", what="model")()
@@ -96,7 +96,7 @@ def test_what_is_not_there_or_no_callable_is_named(own_modules: Path, attribute:
     for place in (str(path), "mine"):
         with pytest.raises(
             SettingsError,
-            match=rf"student \S+: .*mine\S* has no callable '{attribute}'; expected PLACE",
+            match=rf"student \S+: .*mine\S* has no callable '{attribute}'; expected FILE\.py:CALLABLE or",
         ):
             import_callable(f"{place}:{attribute}", what="student")
 

@@ -1,4 +1,4 @@
-"""A bar on a terminal, plain lines in a log."""
+"""Progress: a bar on a terminal, lines in the log elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softcache.util.progress import progress
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, which stands still but where a test moves it: nothing is waited for."""
+    """The current time, which only moves when a test sets it."""
     now = [1000.0]
     monkeypatch.setattr("softcache.util.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
@@ -78,32 +78,32 @@ with progress("dump", 2000, "rows", done=500) as advance:
 
 
 def on_a_terminal(code: str) -> str:
-    """What a process shows on a terminal as its standard error."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
+    """What a process shows when its standard error is a terminal."""
+    terminal, child_terminal = pty.openpty()
+    termios.tcsetwinsize(child_terminal, (24, 80))
     try:
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs)
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=child_terminal)
     finally:
-        os.close(theirs)
+        os.close(child_terminal)
     shown = b""
     try:
-        while part := os.read(ours, 4096):
+        while part := os.read(terminal, 4096):
             shown += part
     except OSError:
-        pass  # how Linux says that the other side has closed
+        pass  # how Linux reports that the other side has closed
     finally:
-        os.close(ours)
+        os.close(terminal)
     assert process.wait() == 0
     return shown.decode()
 
 
 def test_a_terminal_gets_a_bar() -> None:
     shown = on_a_terminal(WORK)
-    assert "dump:  25%" in shown  # what was done before
+    assert "dump:  25%" in shown  # done before this run
     assert "dump: 100%|" in shown
     assert "2.00k/2.00k" in shown
     assert "\r" in shown
-    assert shown.count("\n") == 1  # one line, which is written over
+    assert shown.count("\n") == 1  # one line, which is overwritten
 
 
 def test_a_pipe_gets_no_bar() -> None:

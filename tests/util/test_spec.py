@@ -1,4 +1,4 @@
-"""Specifications taken apart, and what of them may be shown to others."""
+"""Specifications: their parts, and the public name that is safe to share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def test_options_that_are_written_otherwise_are_refused() -> None:
         SettingsError, match=r"'vit\?wide': options are written NAME=VALUE, separated"
     ):
         split_options("vit?wide")
-    with pytest.raises(SettingsError, match=r"'vit\?a=1&a=2' has an option twice; give each once"):
+    with pytest.raises(
+        SettingsError, match=r"'vit\?a=1&a=2' repeats an option; give each option once"
+    ):
         split_options("vit?a=1&a=2")
     with pytest.raises(SettingsError, match=r"'x\?b=1': unknown option 'b'; expected a, c"):
         check_options({"b": "1", "a": "2"}, ("a", "c"), "x?b=1")
