@@ -1,4 +1,4 @@
-"""The file: what a cache is on disk. numpy, h5py and xxhash; no torch, nothing above it."""
+"""The file format: what a cache is on disk. It needs numpy, h5py and xxhash, never torch."""
 
 from softcache.cache.encodings import (
     Basis,

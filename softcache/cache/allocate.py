@@ -1,6 +1,6 @@
-"""An unfinished file: its byte layout is fixed, and every byte reserved, before the first row is computed.
+"""Allocate an unfinished file: its layout is fixed and every byte reserved before the first row.
 
-libhdf5 makes the empty file, and never touches it again.
+libhdf5 creates the empty file and never touches it again.
 """
 
 from __future__ import annotations
@@ -32,18 +32,13 @@ from softcache.cache.header import (
 from softcache.cache.reader import hdf5_digest, partial_path, raw_bytes, shared_digest
 from softcache.errors import FormatError
 
-BLOCK_BYTES = 1 << 20  # of rows
-BLOCK_INPUTS = (
-    8 << 20
-)  # bytes of embedded inputs of a block: whoever pulls it holds a few in memory
-LEAST_ROWS, BLOCKS_OF_A_VIEW = (
-    1024,
-    64,
-)  # blocks of a view: so many at least, if they have enough rows
-ALIGNMENT = 64  # bytes, of every array: a cache line of memory
-USER_BLOCK = 1 << 16  # room for two headers: the one begun with, and the final one
-HEADER_ROOM = 1 << 14  # what the summary may add to the header
-
+BLOCK_BYTES = 1 << 20  # bytes of rows in a block, about
+BLOCK_INPUT_BYTES = 8 << 20  # of embedded inputs in a block, since a pull holds a few in memory
+BLOCKS_PER_VIEW = 64  # at least, so that processes can share a small file out
+MIN_BLOCK_ROWS = 1024  # but no block is made smaller than this to get there
+ALIGNMENT = 64  # bytes, of every array: one cache line
+USER_BLOCK = 1 << 16  # bytes: room for the initial and the final header
+HEADER_ROOM = 1 << 14  # bytes that the summary may add to the header
 
 Stored = dict[str, npt.NDArray[Any]]
 Values = Mapping[str, npt.NDArray[Any]]
@@ -52,105 +47,113 @@ Values = Mapping[str, npt.NDArray[Any]]
 def block_rows(
     views: int, samples: int, row_bytes: int, batch: int = 1, input_bytes: int = 0
 ) -> int:
-    """Rows of a block: about 1 MiB; fewer, where a small file would have too few blocks to share
-    out, or the inputs that it embeds are large; more, where there would be too many. Batches and
-    blocks do not straddle each other."""
-    fewest = -(-views * samples // (MAX_BLOCKS // 2))
-    shared_out = max(LEAST_ROWS, samples // BLOCKS_OF_A_VIEW)
-    inputs_fit = BLOCK_INPUTS // max(1, input_bytes)
-    rows = max(1, fewest, min(BLOCK_BYTES // row_bytes, shared_out, inputs_fit))
+    """Rows of a block: about 1 MiB of them.
+
+    A block has fewer rows if a small file would otherwise have too few blocks to share out among
+    processes, or if its embedded inputs are large; and more if the file would have too many blocks.
+    It is a multiple of the batch, or the batch of it, so that the two do not straddle each other.
+
+    Args:
+        row_bytes: bytes of one sample in one view.
+        batch: rows that are written at a time.
+        input_bytes: bytes of one embedded input; 0 if inputs are not embedded.
+    """
+    min_rows = -(-views * samples // (MAX_BLOCKS // 2))
+    rows_to_share = max(MIN_BLOCK_ROWS, samples // BLOCKS_PER_VIEW)
+    rows_by_inputs = BLOCK_INPUT_BYTES // max(1, input_bytes)
+    rows = max(1, min_rows, min(BLOCK_BYTES // row_bytes, rows_to_share, rows_by_inputs))
     if rows >= batch:
-        rows -= rows % batch if rows - rows % batch >= fewest else 0
+        rows -= rows % batch if rows - rows % batch >= min_rows else 0
     else:
-        rows = next(part for part in range(rows, batch + 1) if batch % part == 0)
+        rows = next(divisor for divisor in range(rows, batch + 1) if batch % divisor == 0)
     return min(samples, rows)
 
 
 def create(
     path: Path, draft: Header, shared: Values, batch: int = 1, inputs: ArraySpec | None = None
 ) -> None:
-    """Allocate the unfinished file for `path`: every byte is reserved, no row is there.
+    """Allocate the unfinished file for `path`: every byte is reserved, all blocks are missing.
 
     Args:
-        draft: the header but for its layout, which is filled in here.
-        shared: whole arrays that all rows share, among them class_names |S (C,),
+        draft: the header without its layout, which is filled in here.
+        shared: the arrays that all rows share, among them class_names |S (C,),
             fingerprinted int64 (F,) and fingerprints float32 (views, F, FINGERPRINT).
-        batch: how many rows will come at a time.
-        inputs: what one sample is, if the draft says that the samples are embedded.
+        batch: rows that will be written at a time.
+        inputs: dtype and shape of one sample, if the draft says that inputs are embedded.
 
     Raises:
-        SoftcacheError: the file cannot be made, for want of space or of permission.
+        SoftcacheError: the file cannot be created, for lack of space or of permission.
     """
-    with _unborn(path) as unborn:
+    with _new_file(path) as new_path:
         try:
-            header = _allocate(unborn, draft, shared, batch, inputs)
-        except RuntimeError as error:  # so h5py says at close that the disk took no more
-            number = re.search(r"errno = (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
-        _begin(unborn, header, shared)
+            header = _allocate(new_path, draft, shared, batch, inputs)
+        except RuntimeError as error:  # what h5py raises if the disk is full as it closes the file
+            code = re.search(r"errno = (\d+)", str(error))
+            raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
+        _initialize(new_path, header, shared)
 
 
 def clone(
     path: Path, header: Header, shared: Values, structure: Iterable[tuple[int, bytes]]
 ) -> None:
-    """Allocate the unfinished file for `path` with the layout of another, finished one.
+    """Allocate the unfinished file for `path` with the layout of a finished one.
 
     Args:
-        header: of the other; filled with its rows, this file becomes the same to the byte.
-        shared: its arrays that all rows share.
-        structure: offset and bytes of what libhdf5 wrote for itself, of all gaps().
+        header: of the finished file; filled with the same rows, the clone has the same bytes.
+        shared: the arrays of the finished file that all its rows share.
+        structure: (offset, bytes) of the HDF5 structures, for each of gaps(header).
 
     Raises:
-        FormatError: what is given does not match the header's digests.
-        SoftcacheError: the file cannot be made, for want of space or of permission.
+        FormatError: `shared` or `structure` do not match the header's digests.
+        SoftcacheError: the file cannot be created, for lack of space or of permission.
     """
-    with _unborn(path) as unborn:
-        with unborn.open("wb") as file:
+    with _new_file(path) as new_path:
+        with new_path.open("wb") as file:
             for offset, part in structure:
                 file.seek(offset)
                 file.write(part)
-        _begin(unborn, header, shared)
+        _initialize(new_path, header, shared)
 
 
 @contextmanager
-def _unborn(path: Path) -> Iterator[Path]:
-    """Where the unfinished file for `path` is made, before it gets its name."""
+def _new_file(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes the unfinished file for `path` if the block succeeds."""
     partial = partial_path(path)
-    unborn = partial.with_name(f"{partial.name}.new")
+    new_path = partial.with_name(f"{partial.name}.new")
     with disk_errors(partial, "create"):
         try:
-            yield unborn
-            unborn.replace(partial)
+            yield new_path
+            new_path.replace(partial)
             sync_folder(partial.parent)
         except BaseException:
-            unborn.unlink(missing_ok=True)
+            new_path.unlink(missing_ok=True)
             raise
 
 
-def _begin(unborn: Path, header: Header, shared: Values) -> None:
-    """Reserve every byte; write shared arrays, and the header that a dump begins with."""
-    file = os.open(unborn, os.O_RDWR)
+def _initialize(path: Path, header: Header, shared: Values) -> None:
+    """Reserve every byte; write the shared arrays and the initial header."""
+    file = os.open(path, os.O_RDWR)
     try:
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(file, 0, header.file_bytes)
         for array in header.arrays:
             if array.axis == "shared":
                 pwrite(file, _bytes(shared[array.name], array), array.offset)
-        found = dataclasses.replace(
+        initial = dataclasses.replace(
             header,
             summary=None,
             hdf5_digest=hdf5_digest(file, header),
             shared_digest=shared_digest(shared, header),
         )
         for name in ("hdf5_digest", "shared_digest"):
-            known = getattr(header, name)
-            if known and known != getattr(found, name):
-                raise FormatError(f"the {name} is {getattr(found, name)}; the header says {known}")
-        text, at = found.to_bytes(), header.user_block // 2
-        # what no reader would open must not be begun
+            actual, expected = getattr(initial, name), getattr(header, name)
+            if expected and actual != expected:
+                raise FormatError(f"the {name} is {actual}; the header says {expected}")
+        text, offset = initial.to_bytes(), header.user_block // 2
+        # a dump must not start on a file that no reader would open
         parse_header(text, xxhash.xxh3_64_intdigest(text), header.file_bytes)
-        pwrite(file, text, at)
-        pwrite(file, preamble(at, text), 0)
+        pwrite(file, text, offset)
+        pwrite(file, preamble(offset, text), 0)
         os.fsync(file)
     finally:
         os.close(file)
@@ -159,11 +162,11 @@ def _begin(unborn: Path, header: Header, shared: Values) -> None:
 def _allocate(
     path: Path, draft: Header, shared: Values, batch: int, inputs: ArraySpec | None
 ) -> Header:
-    """Make the empty HDF5 file, and say where its arrays lie."""
+    """Create the empty HDF5 file, and return the header with the offsets of its arrays."""
     import h5py
     from h5py import h5d, h5f, h5p, h5s, h5t
 
-    wanted = expected_arrays(
+    layout = expected_arrays(
         draft.encoding,
         views=draft.views,
         samples=draft.samples,
@@ -176,14 +179,14 @@ def _allocate(
     row_bytes, input_bytes = (
         sum(
             np.dtype(spec.dtype).itemsize * int(np.prod(shape[leading:], dtype=np.int64))
-            for spec, shape in wanted
+            for spec, shape in layout
             if spec.axis == axis
         )
         for axis, leading in (("rows", 2), ("samples", 1))
     )
     rows = block_rows(draft.views, draft.samples, row_bytes, batch, input_bytes)
     header = dataclasses.replace(draft, block_rows=rows)
-    wanted += digest_arrays(header.views, header.blocks).values()
+    layout += digest_arrays(header.views, header.blocks).values()
     user_block = USER_BLOCK
     while user_block < 2 * (len(header.to_bytes()) + HEADER_ROOM):
         user_block *= 2
@@ -193,14 +196,14 @@ def _allocate(
     access.set_libver_bounds(h5f.LIBVER_V18, h5f.LIBVER_V18)
     creation = h5p.create(h5p.FILE_CREATE)
     creation.set_userblock(user_block)
-    # no clock in the file: neither the root group nor the arrays record when they were made
+    # without timestamps, in the root group and in the arrays, the same dump gives the same bytes
     creation.set_obj_track_times(False)
     with h5py.File(h5f.create(os.fsencode(path), h5f.ACC_TRUNC, creation, access)) as file:
         file.attrs["softcache"] = np.bytes_(
             b"a softcache cache: soft targets of a teacher; the header is JSON at the file's start"
         )
         arrays = []
-        for spec, shape in wanted:
+        for spec, shape in layout:
             properties = h5p.create(h5p.DATASET_CREATE)
             properties.set_layout(h5d.CONTIGUOUS)
             properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)

@@ -1,4 +1,4 @@
-"""Writing to a disk: all bytes or an error that says which file it hit, and what to do."""
+"""Disk writes that either complete or raise an error naming the file and what to do about it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from softcache.errors import SoftcacheError
 
 
 def pwrite(file: int, values: bytes | memoryview, offset: int) -> None:
-    """Write all of `values`: a single pwrite may take fewer bytes, 2 GiB at the most."""
-    rest = memoryview(values)
-    while rest:
-        done = os.pwrite(file, rest, offset)
-        rest, offset = rest[done:], offset + done
+    """Write all of `values`; a single os.pwrite may write less, and at most 2 GiB."""
+    remaining = memoryview(values)
+    while remaining:
+        count = os.pwrite(file, remaining, offset)
+        remaining, offset = remaining[count:], offset + count
 
 
 def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
     file = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -28,22 +29,27 @@ def sync_folder(folder: Path) -> None:
 
 
 def reason(error: OSError) -> str:
-    # of h5py's own, the text has several lines and addresses
+    """The cause of `error` in one line."""
+    # the message of h5py's own errors spans several lines and contains memory addresses
     return os.strerror(error.errno) if error.errno else " ".join(str(error).split())
 
 
 @contextmanager
-def disk_errors(path: Path, deed: str) -> Iterator[None]:
-    """Say of an error of the disk which file it hit, and what to do."""
+def disk_errors(path: Path, action: str) -> Iterator[None]:
+    """Turn an OSError into a SoftcacheError that says what failed, on which file, and what to do.
+
+    Args:
+        action: what is being done to `path`, as a verb: "create", "write".
+    """
     try:
         yield
     except OSError as error:
         advice = (
             "free some space, or give another --out"
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            else "see to the disk and its permissions"
+            else "check the disk and its permissions"
         )
         raise SoftcacheError(
-            f"cannot {deed} {path}: {reason(error)}; {advice}, then run the same command: "
-            "it goes on where it stopped"
+            f"cannot {action} {path}: {reason(error)}; {advice}, then run the same command again: "
+            "it continues where it stopped"
         ) from error

@@ -1,8 +1,8 @@
-"""What each encoding stores of a row of log-probabilities, and its decode in plain numpy.
+"""The encodings: which arrays each one stores, and how to decode them, in plain numpy.
 
-Stored are log-probabilities at the dump temperature T. Any other temperature follows exactly:
-log p' = log_softmax(log p · T / T'), since log p differs from z / T by a constant of the row.
-The decodes here are the reference; softcache/targets/ has the same in torch.
+The stored values are log-probabilities at the dump temperature T. Any other temperature T' follows
+exactly, log p' = log_softmax(log p · T / T'), because log p differs from z / T by one constant per
+row. The decoders here are the reference; softcache/targets/ implements the same in torch.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy.typing as npt
 
 from softcache.errors import FormatError, SettingsError
 
-# what the leading axes of an array count: (views, samples, *positions); (samples,); or nothing, as
-# in arrays that all rows share and in the digests that commit blocks of rows
+# the leading axes of an array: (views, samples, *positions) for rows, (samples,) for samples; none
+# for the arrays that all rows share and for the digests that commit blocks
 Axis = Literal["rows", "samples", "shared", "commits"]
 DTYPES = frozenset({"<f2", "<f4", "|u1", "|i1", "<u2", "<u4", "<i8", "<u8"})
-FLOAT16_LOWEST = -65504.0  # log p below it is stored as it: exp of both is 0, and no inf - inf
-QUANTIZED_RANGE = 256.0  # how far below the row's largest `quantized` reaches
-BASIS_RANGE = 100.0  # the same for `basis`, where one class far down blurs the whole row
+FLOAT16_LOWEST = -65504.0  # log p is clamped here: exp is 0 anyway, and inf - inf never arises
+QUANTIZED_RANGE = 256.0  # nats below the row's largest entry that `quantized` can represent
+BASIS_RANGE = 100.0  # the same for `basis`, where one very unlikely class blurs the whole row
 MAX_TEMPERATURE = 1e6
 TAIL_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 
@@ -34,7 +34,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """An array an encoding needs: `shape` is that of one row, or the whole of a shared one."""
+    """An array that a cache needs: `shape` is of one row or sample, or of a whole shared array."""
 
     name: str
     dtype: str
@@ -43,27 +43,36 @@ class ArraySpec:
 
 
 class Encoding(Protocol):
-    """How rows of C log-probabilities are stored: a frozen dataclass of its parameters."""
+    """A way to store rows of C log-probabilities; a frozen dataclass of its parameters."""
 
     name: ClassVar[str]
-    form: ClassVar[str]  # how a specification is written
-    meaning: ClassVar[str]  # what is stored, in a phrase
+    form: ClassVar[str]  # syntax of its specification on the command line
+    meaning: ClassVar[str]  # one phrase for the help: what is stored
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def arrays(self, classes: int) -> list[ArraySpec]:
-        """What is stored of a row of `classes` log-probabilities.
+        """The arrays that store rows of `classes` log-probabilities.
 
         Raises:
-            SettingsError: the parameters do not fit so many classes.
+            SettingsError: the parameters do not fit this number of classes.
         """
 
-    def decode(self, stored: Arrays, temperature: float, wanted: float, classes: int) -> Floats:
-        """Log-probabilities at temperature `wanted` of rows stored at `temperature`, (B, C)."""
+    def decode(
+        self, stored: Arrays, temperature: float, requested_temperature: float, classes: int
+    ) -> Floats:
+        """Decode rows stored at `temperature` to another temperature.
+
+        Args:
+            stored: the encoding's arrays, each (B, …), or whole if all rows share it.
+
+        Returns:
+            (B, C) float32, log-probabilities at `requested_temperature`.
+        """
 
 
 @dataclass(frozen=True)
 class Dense:
-    """float16 log-probabilities: 2C bytes a row, re-tempered exactly, KL at most 1e-5."""
+    """float16 log-probabilities: 2C bytes per row, exact at any temperature, KL at most 1e-5."""
 
     name: ClassVar[str] = "dense"
     form: ClassVar[str] = "dense"
@@ -72,17 +81,20 @@ class Dense:
     def arrays(self, classes: int) -> list[ArraySpec]:
         return [ArraySpec("log_probs", "<f2", "rows", (classes,))]
 
-    def decode(self, stored: Arrays, temperature: float, wanted: float, classes: int) -> Floats:
-        return log_softmax(stored["log_probs"].astype(np.float32) * (temperature / wanted))
+    def decode(
+        self, stored: Arrays, temperature: float, requested_temperature: float, classes: int
+    ) -> Floats:
+        ratio = temperature / requested_temperature
+        return log_softmax(stored["log_probs"].astype(np.float32) * ratio)
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """8 bits a class and a float16 range R for the row: C + 2 bytes.
+    """8 bits per class and one float16 range R per row: C + 2 bytes.
 
-    Code q stands for R (q / 255)² below the row's largest log-probability: the square puts fine
-    steps where the probability is. An entry x below the largest is off by at most
-    sqrt(x R) / 255 + R / 255², up to x = 256; what lies deeper is stored as 256.
+    Code q means R (q / 255)² below the row's largest log-probability; the square makes the steps
+    finest where the probability is. An entry x below the largest has an error of at most
+    sqrt(x R) / 255 + R / 255², up to x = 256; entries further below are stored as 256.
     """
 
     name: ClassVar[str] = "quantized"
@@ -95,30 +107,34 @@ class Quantized:
             ArraySpec("ranges", "<f2", "rows", (1,)),
         ]
 
-    def decode(self, stored: Arrays, temperature: float, wanted: float, classes: int) -> Floats:
+    def decode(
+        self, stored: Arrays, temperature: float, requested_temperature: float, classes: int
+    ) -> Floats:
         depth = (stored["codes"].astype(np.float32) / 255) ** 2 * stored["ranges"].astype("f4")
-        return log_softmax(-depth * np.float32(temperature / wanted))
+        return log_softmax(-depth * np.float32(temperature / requested_temperature))
 
 
 @dataclass(frozen=True)
 class TopK:
-    """The k largest classes, and the mass of the other C - k together at several temperatures.
+    """The k largest classes, and the total mass of the other C - k at several temperatures.
 
-    k · (2 or 4 + 2) bytes and 2 for each temperature. The head is exact to float16 relative to
-    itself; its mass against the tail's is exact at the temperatures kept, and interpolated
-    between them; the tail is spread evenly over its C - k classes.
+    k · (2 or 4 + 2) bytes per row, and 2 for each temperature. Within the head, log-probabilities
+    are exact to float16; the odds of tail against head are exact at the stored temperatures and
+    interpolated in between; the tail is spread evenly over its C - k classes.
     """
 
     name: ClassVar[str] = "topk"
     form: ClassVar[str] = "topk:K"
-    meaning: ClassVar[str] = "the K largest, and the mass of the tail at several temperatures"
+    meaning: ClassVar[str] = (
+        "the K largest classes, and the mass of the tail at several temperatures"
+    )
     k: int
     temperatures: tuple[float, ...] = TAIL_TEMPERATURES
 
     def __post_init__(self) -> None:
         ascending = list(self.temperatures) == sorted(set(self.temperatures))
         if self.k < 1 or not 1 <= len(self.temperatures) <= 16 or not ascending:
-            raise SettingsError(f"{self} needs k from 1, and 1 to 16 ascending temperatures")
+            raise SettingsError(f"{self} needs k of at least 1, and 1 to 16 ascending temperatures")
         if not 0 < self.temperatures[0] <= self.temperatures[-1] <= MAX_TEMPERATURE:
             raise SettingsError(f"{self} needs temperatures above 0, up to 1e6")
 
@@ -131,29 +147,32 @@ class TopK:
             ArraySpec("tails", "<f2", "rows", (len(self.temperatures),)),
         ]
 
-    def decode(self, stored: Arrays, temperature: float, wanted: float, classes: int) -> Floats:
-        low, high, share = tail_weights(self.temperatures, wanted)
+    def decode(
+        self, stored: Arrays, temperature: float, requested_temperature: float, classes: int
+    ) -> Floats:
+        low, high, share = tail_weights(self.temperatures, requested_temperature)
         tails = stored["tails"].astype(np.float32)
         limit = np.full(tails.shape[:-1], math.log((classes - self.k) / self.k), np.float32)
-        odds = [limit if at is None else tails[..., at] for at in (low, high)]
+        odds = [limit if index is None else tails[..., index] for index in (low, high)]
         tail = odds[0] * np.float32(1 - share) + odds[1] * np.float32(share)  # log tail - log head
-        head = log_softmax(stored["log_probs"].astype(np.float32) * (temperature / wanted))
+        ratio = temperature / requested_temperature
+        head = log_softmax(stored["log_probs"].astype(np.float32) * ratio)
         head -= np.logaddexp(0, tail)[..., None]
-        rest = -np.logaddexp(0, -tail) - np.float32(math.log(classes - self.k))
-        dense = np.broadcast_to(rest[..., None], (*rest.shape, classes)).astype(np.float32)
+        other = -np.logaddexp(0, -tail) - np.float32(math.log(classes - self.k))
+        dense = np.broadcast_to(other[..., None], (*other.shape, classes)).astype(np.float32)
         np.put_along_axis(dense, stored["ids"].astype(np.int64), head, -1)
         return dense
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Log-probabilities projected on a few directions, and the entries where that errs most.
+    """Log-probabilities projected on a few directions, with residuals where the error is largest.
 
-    A classifier ends in a linear layer, so its log-probabilities lie close to a subspace of few
-    dimensions. `wide` coefficients have 8 bits, `narrow` further ones 4; each direction has a step
-    of its own, all times one step of the row. At the `top` classes, chosen by p · error², the rest
-    is stored with 8 bits. wide + narrow / 2 + 4 + top · (2 or 4 + 1) bytes. The error depends on
-    the teacher: it is measured, and stands in the header.
+    A classifier ends in a linear layer, so its log-probabilities lie close to a low-dimensional
+    subspace. `wide` coefficients have 8 bits and `narrow` more have 4, quantized with the step of
+    their direction times the step of the row. For the `top` classes with the largest p · error²,
+    the residual is stored in 8 bits. wide + narrow / 2 + 4 + top · (2 or 4 + 1) bytes per row. The
+    error depends on the teacher: the dump measures it and records it in the header.
     """
 
     name: ClassVar[str] = "basis"
@@ -167,7 +186,9 @@ class Basis:
 
     def __post_init__(self) -> None:
         if min(self.wide, self.narrow) < 0 or self.rank < 1 or self.narrow % 2 or self.top < 1:
-            raise SettingsError(f"{self} needs an even narrow, top from 1, and some coefficients")
+            raise SettingsError(
+                f"{self} needs an even narrow, top of at least 1, and some coefficients"
+            )
 
     @property
     def rank(self) -> int:
@@ -175,7 +196,7 @@ class Basis:
 
     def arrays(self, classes: int) -> list[ArraySpec]:
         if self.rank > classes or self.top > classes:
-            raise SettingsError(f"{self} is more than {classes} classes have; use dense")
+            raise SettingsError(f"{self} needs more than {classes} classes; use dense")
         return [
             ArraySpec("codes", "|u1", "rows", (self.wide + self.narrow // 2,)),
             ArraySpec("steps", "<f2", "rows", (2,)),
@@ -186,7 +207,9 @@ class Basis:
             ArraySpec("direction_steps", "<f4", "shared", (self.rank,)),
         ]
 
-    def decode(self, stored: Arrays, temperature: float, wanted: float, classes: int) -> Floats:
+    def decode(
+        self, stored: Arrays, temperature: float, requested_temperature: float, classes: int
+    ) -> Floats:
         codes, steps = stored["codes"], stored["steps"].astype(np.float32)
         wide = codes[..., : self.wide].view(np.int8)
         packed = codes[..., self.wide :]
@@ -195,23 +218,27 @@ class Basis:
         coefficients = levels * steps[..., :1] * stored["direction_steps"]
         rows = coefficients @ stored["directions"].astype(np.float32) + stored["mean"]
         ids = stored["ids"].astype(np.int64)
-        rest = stored["rests"].astype(np.float32) * steps[..., 1:]
-        np.put_along_axis(rows, ids, np.take_along_axis(rows, ids, -1) + rest, -1)
-        return log_softmax(rows.astype(np.float32) * np.float32(temperature / wanted))
+        residuals = stored["rests"].astype(np.float32) * steps[..., 1:]
+        np.put_along_axis(rows, ids, np.take_along_axis(rows, ids, -1) + residuals, -1)
+        ratio = np.float32(temperature / requested_temperature)
+        return log_softmax(rows.astype(np.float32) * ratio)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """n draws from the row's distribution: n · (2 or 4) bytes; a class drawn twice stands twice.
+    """n draws with replacement from the row's distribution: n · (2 or 4) bytes per row.
 
     Unbiased at T: the expectation of count / n is p (Anshumann et al., "Sparse Logit Sampling", ACL
-    2025). The draws of a row are systematic, at (u + i) / n of the cumulated distribution for one
-    random u, so that each count is within 1 of n p. It cannot be re-tempered.
+    2025). The sampling is systematic: draw i is taken at (u + i) / n of the cumulative
+    distribution, with one random u per row, so that each count is within 1 of n p. The result
+    cannot be re-tempered.
     """
 
     name: ClassVar[str] = "sampled"
     form: ClassVar[str] = "sampled:N"
-    meaning: ClassVar[str] = "N draws, for large vocabularies; at the temperature of the dump only"
+    meaning: ClassVar[str] = (
+        "N draws per row, for large vocabularies; only usable at the dump temperature"
+    )
     n: int
 
     def __post_init__(self) -> None:
@@ -221,8 +248,10 @@ class Sampled:
     def arrays(self, classes: int) -> list[ArraySpec]:
         return [ArraySpec("ids", id_dtype(classes), "rows", (self.n,))]
 
-    def decode(self, stored: Arrays, temperature: float, wanted: float, classes: int) -> Floats:
-        check_sampled(temperature, wanted)
+    def decode(
+        self, stored: Arrays, temperature: float, requested_temperature: float, classes: int
+    ) -> Floats:
+        check_sampled(temperature, requested_temperature)
         ids = stored["ids"].astype(np.int64)
         rows = ids.reshape(-1, self.n)
         counts = np.stack([np.bincount(row, minlength=classes) for row in rows])
@@ -237,50 +266,57 @@ ENCODINGS: dict[str, Callable[..., Encoding]] = {
 
 
 def log_softmax(logits: Floats) -> Floats:
-    """log softmax over the last axis, (..., C), in float32."""
+    """Log softmax over the last axis, (..., C)."""
     shifted = logits - logits.max(-1, keepdims=True)
     normalized: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return normalized
 
 
 def id_dtype(classes: int) -> str:
-    """Class ids: 16 bits without a sign up to 65,536 classes, else 32."""
+    """The dtype of class ids: uint16 for up to 65,536 classes, otherwise uint32."""
     return "<u2" if classes <= 1 << 16 else "<u4"
 
 
 def tail_weights(
-    temperatures: Sequence[float], wanted: float
+    temperatures: Sequence[float], requested_temperature: float
 ) -> tuple[int | None, int | None, float]:
-    """How the log-odds of the tail at `wanted` follow from those at `temperatures`, ascending.
+    """Weights that interpolate the log-odds of the tail between the stored temperatures.
 
-    Linear in 1 / T between neighbours. None stands for infinite temperature, where all classes are
-    equal and the log-odds are log((C - k) / k). Below the lowest temperature the line goes on.
+    The log-odds are linear in 1 / T between neighbours, and extrapolated below the lowest
+    temperature. At infinite temperature all classes are equal: the log-odds are log((C - k) / k).
+
+    Args:
+        temperatures: those that the tails are stored at, ascending.
 
     Returns:
-        Two places (low, high) and the share of high: odds = (1 - share) · low + share · high.
+        Indices (low, high) into `temperatures`, None for infinite temperature, and the share of
+        high: log-odds = (1 - share) · tails[low] + share · tails[high].
     """
     inverse = [0.0, *(1 / t for t in reversed(temperatures))]  # ascending
-    places: list[int | None] = [None, *reversed(range(len(temperatures)))]
-    x = 1 / wanted
+    indices: list[int | None] = [None, *reversed(range(len(temperatures)))]
+    x = 1 / requested_temperature
     above = next((i for i, value in enumerate(inverse) if i and value >= x), len(inverse) - 1)
     share = (x - inverse[above - 1]) / (inverse[above] - inverse[above - 1])
-    return places[above - 1], places[above], share
+    return indices[above - 1], indices[above], share
 
 
-def check_sampled(temperature: float, wanted: float) -> None:
-    """Raise SettingsError if a sampled cache is wanted at another temperature than its own."""
-    if wanted != temperature:
+def check_sampled(temperature: float, requested_temperature: float) -> None:
+    """Raise SettingsError if a sampled cache is to be used at another temperature than its own."""
+    if requested_temperature != temperature:
         raise SettingsError(
-            f"temperature {wanted:g} of a sampled cache made at {temperature:g}: draws cannot be "
-            "re-tempered; use its own, or dump another encoding"
+            f"temperature {requested_temperature:g} of a sampled cache made at {temperature:g}: draws "
+            "cannot be re-tempered; use its own, or dump another encoding"
         )
 
 
 def parse_encoding(spec: str, temperature: float) -> Encoding:
-    """The encoding that a specification on the command line names, but for `auto` and `basis`.
+    """Parse an encoding specification of the command line, except `auto` and `basis`.
+
+    Args:
+        temperature: of the dump; `topk` stores the tail at it too.
 
     Raises:
-        SettingsError: there is no such encoding.
+        SettingsError: the encoding is unknown, or its parameter is out of range.
     """
     name, _, size = spec.partition(":")
     if name in ("dense", "quantized") and not size:
@@ -296,7 +332,7 @@ def parse_encoding(spec: str, temperature: float) -> Encoding:
 
 
 def encoding_to_json(encoding: Encoding) -> dict[str, Any]:
-    """The name and the parameters."""
+    """The encoding as it is written in a header: its name and its parameters."""
     fields = {f.name: getattr(encoding, f.name) for f in dataclasses.fields(encoding)}
     return {"name": encoding.name, **fields}
 
@@ -305,28 +341,31 @@ def encoding_from_json(fields: object) -> Encoding:
     """The encoding that a header describes.
 
     Raises:
-        FormatError: the description is not one of an encoding that this reader knows.
+        FormatError: the encoding is unknown, or its parameters are invalid.
     """
     shown = ascii(fields)[:80]
     if not isinstance(fields, dict) or fields.get("name") not in tuple(ENCODINGS):
         raise FormatError(f"encoding is {shown}; this softcache knows {', '.join(ENCODINGS)}")
     make = ENCODINGS[fields["name"]]
-    wanted = {f.name for f in dataclasses.fields(make)}  # type: ignore[arg-type]
-    given = {name: value for name, value in fields.items() if name != "name"}
-    if set(given) != wanted:
-        raise FormatError(
-            f"encoding is {shown}; {fields['name']} has {sorted(wanted) or 'nothing'}"
-        )
-    for name, value in given.items():
+    expected = {f.name for f in dataclasses.fields(make)}  # type: ignore[arg-type]
+    parameters = {name: value for name, value in fields.items() if name != "name"}
+    if set(parameters) != expected:
+        names = ", ".join(sorted(expected)) or "no parameters"
+        raise FormatError(f"encoding is {shown}; {fields['name']} has {names}")
+    for name, value in parameters.items():
         if name == "temperatures":
             if not isinstance(value, list) or any(
                 type(t) not in (int, float) or not 0 < t < 1e300 for t in value
             ):
-                raise FormatError(f"encoding is {shown}; {name} are no list of numbers above 0")
-            given[name] = tuple(float(t) for t in value)
+                raise FormatError(
+                    f"encoding is {shown}; expected {name} to be a list of numbers above 0"
+                )
+            parameters[name] = tuple(float(t) for t in value)
         elif type(value) is not int or not 0 <= value < 1 << 31:
-            raise FormatError(f"encoding is {shown}; {name} is no whole number from 0 up")
+            raise FormatError(
+                f"encoding is {shown}; expected {name} to be a whole number, 0 or more"
+            )
     try:
-        return make(**given)
+        return make(**parameters)
     except SettingsError as error:
         raise FormatError(f"encoding is {shown}: {error}") from error

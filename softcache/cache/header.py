@@ -1,7 +1,7 @@
-"""The schema: what a cache says of itself. Parsing is validating; see FORMAT.md.
+"""The header of a cache: its schema, and a parser that checks every rule of FORMAT.md.
 
-The file begins with a preamble of 32 bytes: magic, offset and length of the header's JSON, and the
-xxh3 digest of that JSON. It fits one disk sector, so that pointing it at a new header is atomic.
+A file begins with a preamble of 32 bytes: the magic, the offset and length of the header's JSON, and
+its xxh3 digest. They fit one disk sector, so that pointing to another header is atomic.
 """
 
 from __future__ import annotations
@@ -28,31 +28,22 @@ from softcache.cache.encodings import (
     encoding_from_json,
     encoding_to_json,
 )
-from softcache.cache.fields import (
-    JSON,
-    MAX_COUNT,
-    integer,
-    integers,
-    is_text,
-    load_json,
-    shown,
-    text_of,
-)
+from softcache.cache.fields import JSON, MAX_COUNT, integer, integers, load_json, shown, text_of
 from softcache.errors import FormatError, SettingsError
 
 MAGIC = b"\x89SFTC\r\n\x1a"
 PREAMBLE = struct.Struct("<8sQQQ")  # magic, offset, length, digest of the JSON
-VERSION = (1, 1)  # the newest that is read
-BASE_VERSION = (1, 0)  # that of a cache without any feature, which older readers read too
-INPUTS = "inputs"  # a feature, and the array that it adds: the samples themselves
+VERSION = (1, 1)  # the newest that this reader knows
+BASE_VERSION = (1, 0)  # of a cache without features, so that older readers open it
+INPUTS = "inputs"  # the feature of embedded samples, and the array that holds them
 KNOWN_FEATURES = frozenset({INPUTS})
 MAX_HEADER = 1 << 20  # bytes of JSON
 MAX_USER_BLOCK = 8 << 20  # bytes
 MAX_FILE = 1 << 60  # bytes
 MAX_CLASSES = 1 << 24
-MAX_BLOCKS = 1 << 22  # of all views together
+MAX_BLOCKS = 1 << 22  # in all views together
 FINGERPRINT = 8  # numbers in the fingerprint of one augmented sample
-OFFSET_UNIT = 8  # bytes: no value of any array lies astride
+OFFSET_UNIT = 8  # bytes, so that every value of every array is aligned
 MAX_NAME = 1024  # bytes of a class name
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -73,24 +64,24 @@ class Array:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row (of one view), or of one sample."""
+        """Bytes of one sample; in arrays of rows, in one view."""
         leading = {"rows": 2, "samples": 1, "shared": 0, "commits": 0}[self.axis]
         return np.dtype(self.dtype).itemsize * math.prod(self.shape[leading:])
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a cache says of itself.
+    """What is in a cache, where it lies and how it was made.
 
-    The fields up to `augment` and the teachers decide the values that are stored; the rest tells
-    where they lie and what they came to. `summary` is None until the cache is complete.
+    The fields up to `augment`, and the teachers, determine the stored values. `summary` is None
+    until the cache is complete.
     """
 
     views: int
     samples: int
-    first_view: int  # the numbers of views and samples in the augmentation's draws begin here
-    first_sample: int
-    data_samples: int  # of the whole data set, of which the cache may hold a shard
+    first_view: int  # number of the first view in the augmentation's draws
+    first_sample: int  # sample_id of cache_row 0
+    data_samples: int  # of the whole data set; the cache may be a shard of it
     positions: tuple[int, ...]
     classes: int
     temperature: float
@@ -99,15 +90,15 @@ class Header:
     augment: str | None
     precision: str
     data: str
-    choice: JSON | None  # how the encoding was chosen: asked, max_kl, temperatures, candidates
+    choice: JSON | None  # of the encoding: asked, max_kl, temperatures, candidates
     teachers: tuple[JSON, ...]  # name, weights (name, sha256), parameters
     evaluation: JSON | None  # data, digest, samples, errors
     software: dict[str, str]
     block_rows: int
     user_block: int
     file_bytes: int
-    hdf5_digest: str  # over all bytes that are neither user block nor array
-    shared_digest: str  # over the arrays that have no rows
+    hdf5_digest: str  # of all bytes outside of the user block and the arrays
+    shared_digest: str  # of the arrays that all rows share
     arrays: tuple[Array, ...]
     summary: JSON | None = None
     must_understand: tuple[str, ...] = ()
@@ -115,22 +106,22 @@ class Header:
 
     @property
     def embeds_inputs(self) -> bool:
-        """Whether the samples themselves are in the file."""
+        """Whether the file contains the samples themselves."""
         return INPUTS in self.must_understand
 
     @property
     def view_range(self) -> range:
-        """Numbers of the views in the draws of the augmentation."""
+        """Numbers of the views in the augmentation's draws."""
         return range(self.first_view, self.first_view + self.views)
 
     @property
     def sample_range(self) -> range:
-        """Ids of the samples: their numbers in the whole data set, and in the draws."""
+        """The sample_ids: numbers in the whole data set and in the augmentation's draws."""
         return range(self.first_sample, self.first_sample + self.samples)
 
     @property
     def inputs_spec(self) -> ArraySpec | None:
-        """What one embedded sample is; None if the samples are not in the file."""
+        """Dtype and shape of one embedded sample; None if samples are not embedded."""
         if not self.embeds_inputs:
             return None
         array = self.array(INPUTS)
@@ -145,16 +136,17 @@ class Header:
         return next(array for array in self.arrays if array.name == name)
 
     def block_range(self, block: int) -> range:
-        """Samples of one block."""
+        """The cache_rows of one block."""
         start = block * self.block_rows
         return range(start, min(start + self.block_rows, self.samples))
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes that one sample takes in one view."""
+        """Bytes of one sample in one view, over all arrays."""
         return sum(array.row_bytes for array in self.arrays if array.axis == "rows")
 
     def to_json(self) -> JSON:
+        """The header as a JSON object."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["encoding"] = encoding_to_json(self.encoding)
         fields["arrays"] = [dataclasses.asdict(array) for array in self.arrays]
@@ -167,6 +159,7 @@ class Header:
 
 
 def preamble(offset: int, text: bytes) -> bytes:
+    """The first 32 bytes of a file that has its header `text` at `offset`."""
     return PREAMBLE.pack(MAGIC, offset, len(text), xxhash.xxh3_64_intdigest(text))
 
 
@@ -174,24 +167,25 @@ def parse_preamble(raw: bytes, file_bytes: int) -> tuple[int, int, int]:
     """Offset, length and digest of the header.
 
     Raises:
-        FormatError: the file is no cache, or its preamble points outside the file.
+        FormatError: the file is not a cache, or its preamble points outside the file.
     """
     if raw.startswith(MAGIC) and len(raw) < PREAMBLE.size:
-        raise FormatError(f"the file was cut to {len(raw)} bytes; copy it again")
+        raise FormatError(f"the file was truncated to {len(raw)} bytes; copy it again")
     if not raw.startswith(MAGIC):
-        raise FormatError(_what_it_is(raw))
+        raise FormatError(_not_a_cache(raw))
     _, offset, length, digest = PREAMBLE.unpack(raw[: PREAMBLE.size])
     if length > MAX_HEADER:
         raise FormatError(f"header of {length:,} bytes; at most {MAX_HEADER:,} are read")
     if offset < PREAMBLE.size or offset + length > file_bytes:
         raise FormatError(
             f"header at {offset:,} to {offset + length:,} of a file of {file_bytes:,} bytes; "
-            "the file is cut or damaged"
+            "the file is truncated or damaged"
         )
     return offset, length, digest
 
 
-def _what_it_is(raw: bytes) -> str:
+def _not_a_cache(raw: bytes) -> str:
+    """The message for a file without the magic; it names the kind of file."""
     if not raw:
         return "the file is empty, not a cache; make one with softcache dump"
     if raw.startswith(HDF5_SIGNATURE):
@@ -199,34 +193,33 @@ def _what_it_is(raw: bytes) -> str:
     kinds = {
         b"PK": "a zip archive (npz, pt or pt2)",
         b"\x93NUMPY": "an npy file",
-        b"\x1f\x8b": "gzip",
+        b"\x1f\x8b": "a gzip file",
     }
-    kind = next((kind for magic, kind in kinds.items() if raw.startswith(magic)), None)
-    found = kind or f"a file that begins with {raw[:8].hex()}"
-    return f"{found}, not a cache; make one with softcache dump"
+    unknown = f"a file that begins with {raw[:8].hex()}"
+    kind = next((kind for magic, kind in kinds.items() if raw.startswith(magic)), unknown)
+    return f"{kind}, not a cache; make one with softcache dump"
 
 
 def parse_header(text: bytes, digest: int, file_bytes: int) -> Header:
-    """The header, checked: every field, and every array's place in the file.
+    """Parse and check a header: every field, and where every array lies in the file.
 
     Raises:
-        FormatError: any rule of FORMAT.md is broken; the message says which, by what value.
+        FormatError: a rule of FORMAT.md is broken; the message names the value that breaks it.
     """
     if xxhash.xxh3_64_intdigest(text) != digest:
-        raise FormatError(
-            "the header does not match its digest; the file is damaged, fetch it again"
-        )
+        raise FormatError("the header does not match its digest; the file is damaged, get it again")
     fields = load_json(text)
-    if fields.pop("format", None) != "softcache":
-        raise FormatError("the header does not say format softcache; this is no cache")
+    name = fields.pop("format", None)
+    if name != "softcache":
+        raise FormatError(f"format is {shown(name)}; expected 'softcache': this is not a cache")
     version = _version(fields)
-    known = {field.name for field in dataclasses.fields(Header)}
-    missing, unknown = sorted(known - set(fields)), sorted(set(fields) - known)
+    expected = {field.name for field in dataclasses.fields(Header)}
+    missing, unknown = sorted(expected - set(fields)), sorted(set(fields) - expected)
     if missing:
         raise FormatError(f"the header lacks {', '.join(missing)}")
     if unknown and version[1] <= VERSION[1]:
         raise FormatError(f"the header has unknown fields: {shown(', '.join(unknown))}")
-    header = _build({name: fields[name] for name in known}, version)
+    header = _build({name: fields[name] for name in expected}, version)
     _check_layout(header, file_bytes)
     return header
 
@@ -243,10 +236,10 @@ def _version(fields: JSON) -> tuple[int, int]:
     features = fields.get("must_understand")
     if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
         raise FormatError(f"must_understand is {shown(features)}; expected a list of names")
-    news = sorted(set(features) - KNOWN_FEATURES)
-    if news:
+    unknown = sorted(set(features) - KNOWN_FEATURES)
+    if unknown:
         raise FormatError(
-            f"the cache needs features that this softcache does not know: {shown(', '.join(news))}; "
+            f"the cache needs features that this softcache does not know: {shown(', '.join(unknown))}; "
             "update softcache"
         )
     return version[0], version[1]
@@ -270,20 +263,8 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
     arrays = fields["arrays"]
     if not isinstance(arrays, list) or len(arrays) > 64:
         raise FormatError(f"arrays is {shown(arrays)}; expected a list of at most 64")
-    teachers = fields["teachers"]
-    if not isinstance(teachers, list) or not all(
-        provenance.is_teacher(teacher) for teacher in teachers
-    ):
-        raise FormatError(
-            f"teachers is {shown(teachers)}; expected objects with name, parameters and weight, "
-            "in printable text of at most 4096 characters"
-        )
-    software = fields["software"]
-    if not isinstance(software, dict) or not all(map(is_text, [*software, *software.values()])):
-        raise FormatError(
-            f"software is {shown(software)}; expected versions by name, in printable "
-            "text of at most 4096 characters"
-        )
+    teachers = provenance.teachers(fields["teachers"])
+    software = provenance.software(fields["software"])
     return Header(
         views=views,
         samples=samples,
@@ -299,7 +280,7 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
         precision=text_of(fields, "precision"),
         data=text_of(fields, "data"),
         choice=provenance.choice(fields["choice"]),
-        teachers=tuple(teachers),
+        teachers=teachers,
         evaluation=provenance.evaluation(fields["evaluation"]),
         software=software,
         block_rows=block_rows,
@@ -325,7 +306,13 @@ def expected_arrays(
     fingerprinted: int,
     inputs: ArraySpec | None = None,
 ) -> list[tuple[ArraySpec, tuple[int, ...]]]:
-    """Every array of a cache with its whole shape: those of the encoding, then the common ones."""
+    """Every array of a cache but the digests, with its whole shape.
+
+    Args:
+        name_bytes: bytes of one class name.
+        fingerprinted: number of samples with fingerprints, F.
+        inputs: dtype and shape of one embedded sample, if samples are embedded.
+    """
     specs = [
         *encoding.arrays(classes),
         ArraySpec("labels", "<i8", "samples", positions),
@@ -345,82 +332,80 @@ def expected_arrays(
 
 
 def _check_layout(header: Header, file_bytes: int) -> None:
-    """Every array is one that the encoding asks for, lies inside the file, and overlaps no other."""
+    """Check that the arrays are the expected ones, lie inside the file and do not overlap."""
     if header.file_bytes != file_bytes:
         raise FormatError(
-            f"the file has {file_bytes:,} bytes, its header says {header.file_bytes:,}; it was cut "
-            "or added to: copy it again"
+            f"the file has {file_bytes:,} bytes, its header says {header.file_bytes:,}; it was truncated "
+            "or appended to: copy it again"
         )
     if header.user_block & (header.user_block - 1) or header.user_block >= file_bytes:
         raise FormatError(
             f"user block of {header.user_block:,} bytes; expected a power of 2 that fits"
         )
-    found = {array.name: array for array in header.arrays}
-    if len(found) < len(header.arrays):
-        raise FormatError("two arrays have one name")
-    names = found.get("class_names")
-    name_bytes = np.dtype(names.dtype).itemsize if names else 1
-    fingerprinted = found.get("fingerprinted")
+    arrays = {array.name: array for array in header.arrays}
+    if len(arrays) < len(header.arrays):
+        raise FormatError("two arrays have the same name")
+    names, fingerprinted = arrays.get("class_names"), arrays.get("fingerprinted")
     try:
-        listed = expected_arrays(
+        specs = expected_arrays(
             header.encoding,
             views=header.views,
             samples=header.samples,
             positions=header.positions,
             classes=header.classes,
-            name_bytes=name_bytes,
+            name_bytes=np.dtype(names.dtype).itemsize if names else 1,
             fingerprinted=fingerprinted.shape[0] if fingerprinted and fingerprinted.shape else 1,
-            inputs=_inputs(header, found),
+            inputs=_inputs_spec(header, arrays),
         )
     except SettingsError as error:
         raise FormatError(str(error)) from error
-    wanted = {spec.name: (spec, shape) for spec, shape in listed}
-    wanted |= digest_arrays(header.views, header.blocks)
-    if set(found) != set(wanted):
-        lacking, odd = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    expected = {spec.name: (spec, shape) for spec, shape in specs}
+    expected |= digest_arrays(header.views, header.blocks)
+    if set(arrays) != set(expected):
+        missing, unknown = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
         raise FormatError(
-            f"a {header.encoding.name} cache has arrays {sorted(wanted)}; lacking here: "
-            f"{', '.join(lacking) or 'none'}, unknown: {shown(', '.join(odd)) if odd else 'none'}"
+            f"a {header.encoding.name} cache has arrays {sorted(expected)}; missing here: "
+            f"{', '.join(missing) or 'none'}, unknown: {shown(', '.join(unknown)) if unknown else 'none'}"
         )
-    for name, (spec, shape) in wanted.items():
-        array = found[name]
+    for name, (spec, shape) in expected.items():
+        array = arrays[name]
         if (array.dtype, array.shape, array.axis) != (spec.dtype, shape, spec.axis):
             raise FormatError(
                 f"array {name} is {array.dtype} {list(array.shape)} by {array.axis}; expected "
                 f"{spec.dtype} {list(shape)} by {spec.axis}"
             )
-    end, before = header.user_block, "the user block"
+    end, previous = header.user_block, "the user block"
     for array in sorted(header.arrays, key=lambda array: array.offset):
         if array.offset < end:
             raise FormatError(
-                f"array {array.name} begins at {array.offset:,}, inside {before}, which ends at {end:,}"
+                f"array {array.name} begins at {array.offset:,}, inside {previous}, which ends at {end:,}"
             )
         if array.offset % OFFSET_UNIT:
             raise FormatError(
                 f"array {array.name} begins at {array.offset:,}; expected a multiple of {OFFSET_UNIT}"
             )
-        end, before = array.offset + array.nbytes, f"array {array.name}"
+        end, previous = array.offset + array.nbytes, f"array {array.name}"
         if end > file_bytes:
             raise FormatError(
                 f"array {array.name} ends at {end:,}, past the file's end at {file_bytes:,}"
             )
 
 
-def _inputs(header: Header, found: Mapping[str, Array]) -> ArraySpec | None:
-    """What the array of the inputs must be: of any numbers, and any shape of a sample."""
-    array = found.get(INPUTS)
+def _inputs_spec(header: Header, arrays: Mapping[str, Array]) -> ArraySpec | None:
+    """What the array of embedded samples must be: any numeric dtype, and any shape of a sample."""
+    array = arrays.get(INPUTS)
     if not header.embeds_inputs:
         return None
     if array is None or array.dtype not in DTYPES:
-        said = "is not there" if array is None else f"is {array.dtype}"
+        problem = "is missing" if array is None else f"is {array.dtype}"
         raise FormatError(
-            f"array {INPUTS} {said}; expected numbers, since must_understand names it"
+            f"array {INPUTS} {problem}; expected numbers, since must_understand names it"
         )
     return ArraySpec(INPUTS, array.dtype, "samples", array.shape[1:])
 
 
 def digest_arrays(views: int, blocks: int) -> dict[str, tuple[ArraySpec, tuple[int, ...]]]:
-    """The commits: a digest for each block of each view, and for each block of the samples."""
+    """The digests that commit blocks: of each block of rows, and of each block of samples."""
     rows = ArraySpec("digests", "<u8", "commits", (views, blocks))
     samples = ArraySpec("sample_digests", "<u8", "commits", (blocks,))
     return {spec.name: (spec, spec.shape) for spec in (rows, samples)}
@@ -433,7 +418,7 @@ def _array(fields: object) -> Array:
         )
     name, dtype, axis = text_of(fields, "name"), text_of(fields, "dtype"), fields["axis"]
     if not name.isidentifier():
-        raise FormatError(f"array name {shown(name)} is no plain word")
+        raise FormatError(f"array name is {shown(name)}; expected a plain word")
     text = re.fullmatch(r"\|S([1-9][0-9]{0,3})", dtype, re.ASCII)
     text_bytes = int(text[1]) if text else 0
     if dtype not in DTYPES and not 1 <= text_bytes <= MAX_NAME:

@@ -1,4 +1,4 @@
-"""Shards and views of one dump, put together in one file; and the copying of rows as they are."""
+"""Merge shards and views of one dump into one file, copying the encoded rows unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from softcache.cache.verify import Damage, block_damage
 from softcache.cache.writer import Writer
 from softcache.errors import FormatError, SettingsError
 
-# what decides the values of a cache: only caches that agree in it can become one
+# header fields that determine the stored values: only caches that agree in all of them can be merged
 SETTINGS = (
     "data", "data_samples", "classes", "positions", "teachers", "temperature", "precision",
     "encoding", "augment", "seed", "must_understand",
@@ -28,30 +28,34 @@ SETTINGS = (
 Advance = Callable[[int], None]
 
 
-def _nothing(count: int) -> None:
+def _ignore(count: int) -> None:
     pass
 
 
-def merge(parts: Sequence[Cache], out: Path, advance: Advance = _nothing) -> Cache:
-    """Put shards of samples, views, or both into one file `out`; `advance` counts rows.
+def merge(parts: Sequence[Cache], out: Path, advance: Advance = _ignore) -> Cache:
+    """Merge shards of samples, views, or both into one file.
 
-    A merge that was stopped goes on where it stopped.
+    Run again after any stop, it continues where it stopped.
+
+    Args:
+        out: the merged file.
+        advance: called with the number of rows done.
 
     Raises:
-        SettingsError: the parts do not fit; the message names which and why.
-        FormatError: rows of a part do not match their digest.
+        SettingsError: the parts do not fit together; the message says which and why.
+        FormatError: a part is damaged.
     """
-    # the order in which they were named must not show in the file
+    # the same file in whatever order the parts are given
     parts = sorted(parts, key=lambda part: (part.header.first_sample, part.header.first_view))
     if any(part.path.resolve() == out.resolve() for part in parts):
-        raise SettingsError(f"{out} is itself to be merged; give another --out")
+        raise SettingsError(f"{out} is one of the caches to merge; give another --out")
     if out.exists():
-        raise SettingsError(f"{out} is there already; give another --out, or remove it")
+        raise SettingsError(f"{out} already exists; give another --out, or remove it")
     header, shared = plan(parts)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _begin(out, header, shared, parts[0].header.block_rows)
+    _open_unfinished(out, header, shared, parts[0].header.block_rows)
     with Writer(out) as writer:
-        # view by view: a block at the border of two shards is whole before the next view's is compared
+        # view by view, so that a block across two shards is full before other views are compared with it
         for view in range(header.views):
             for part in parts:
                 copy_view(part, writer, view, advance)
@@ -60,42 +64,49 @@ def merge(parts: Sequence[Cache], out: Path, advance: Advance = _nothing) -> Cac
     return open_cache(out)
 
 
-def copy_view(part: Cache, writer: Writer, view: int, advance: Advance = _nothing) -> None:
-    """Copy one view's blocks of a part into the writer's file, each checked against its digest.
+def copy_view(part: Cache, writer: Writer, view: int, advance: Advance = _ignore) -> None:
+    """Copy one view of a part into the writer's file, each block checked against its digest.
 
     Args:
-        view: of the writer's file, where the first is 0; a part that has it not is passed over.
+        view: of the writer's file, where the first is 0; nothing is copied if the part lacks it.
+        advance: called with the number of rows done.
 
     Raises:
+        SettingsError: the file has other rows than the part already.
         FormatError: the part is damaged.
-        DataError: its samples are not those that the file has.
+        DataError: the file has other samples than the part.
     """
-    mine, whole = part.header, writer.header
-    own = view + whole.first_view - mine.first_view
-    if not 0 <= own < mine.views:
+    header, target = part.header, writer.header
+    part_view = view + target.first_view - header.first_view
+    if not 0 <= part_view < header.views:
         return
-    offset = mine.first_sample - whole.first_sample
-    missing = writer.missing(view)[offset : offset + mine.samples]
-    for block in range(mine.blocks):
-        samples = mine.block_range(block)
-        place = slice(samples.start, samples.stop)
-        if not missing[place].any():
-            _check_there(part, own, block, writer, view)
+    offset = header.first_sample - target.first_sample
+    missing = writer.missing(view)[offset : offset + header.samples]
+    for block in range(header.blocks):
+        cache_rows = header.block_range(block)
+        inside = slice(cache_rows.start, cache_rows.stop)
+        if not missing[inside].any():
+            _check_written(part, part_view, block, writer, view)
         else:
-            _check_block(part, own, block)
+            _check_block(part, part_view, block)
             rows = {
-                a.name: part.arrays[a.name][own, place] for a in mine.arrays if a.axis == "rows"
+                a.name: part.arrays[a.name][part_view, inside]
+                for a in header.arrays
+                if a.axis == "rows"
             }
-            known = {a.name: part.arrays[a.name][place] for a in mine.arrays if a.axis == "samples"}
-            writer.write(view, samples.start + offset, rows, known)
-        advance(len(samples))
+            samples = {
+                a.name: part.arrays[a.name][inside] for a in header.arrays if a.axis == "samples"
+            }
+            writer.write(view, cache_rows.start + offset, rows, samples)
+        advance(len(cache_rows))
 
 
 def plan(parts: Sequence[Cache]) -> tuple[Header, dict[str, npt.NDArray[Any]]]:
-    """The header but for its layout, and the shared arrays, of the file that the parts make.
+    """The header, without its layout, and the shared arrays of the merged file.
 
     Raises:
-        SettingsError: the parts were not dumped alike, or leave a gap, or overlap.
+        SettingsError: the parts have different settings, or there is a gap or overlap between them.
+        FormatError: the shared arrays of a part are damaged.
     """
     if len(parts) < 2:
         raise SettingsError(f"{len(parts)} cache to merge; give two or more")
@@ -104,7 +115,7 @@ def plan(parts: Sequence[Cache]) -> tuple[Header, dict[str, npt.NDArray[Any]]]:
             raise FormatError(
                 f"{part.path} is damaged: the arrays shared by all rows; get it again"
             )
-        _check_alike(parts[0], part)
+        _check_settings(parts[0], part)
     shards = _shards(parts)
     for shard in shards:
         _check_same_samples(shard)
@@ -130,132 +141,147 @@ def plan(parts: Sequence[Cache]) -> tuple[Header, dict[str, npt.NDArray[Any]]]:
     return header, shared | {"fingerprinted": fingerprinted, "fingerprints": fingerprints}
 
 
-def _check_alike(first: Cache, other: Cache) -> None:
+def _check_settings(first: Cache, other: Cache) -> None:
+    """Raise SettingsError unless two parts agree in their settings and in what all rows share."""
     for name in SETTINGS:
-        mine, theirs = getattr(first.header, name), getattr(other.header, name)
-        if mine != theirs:
+        first_value, other_value = getattr(first.header, name), getattr(other.header, name)
+        if first_value != other_value:
             raise SettingsError(
-                f"{other.path} has {name} {_short(theirs)}, {first.path} has {_short(mine)}; only parts of "
-                "one dump can be merged"
+                f"{other.path} has {name} {_short(other_value)}, {first.path} has {_short(first_value)}; "
+                "only parts of one dump can be merged"
             )
-    own = {"fingerprinted", "fingerprints"}
+    per_part = {"fingerprinted", "fingerprints"}
     for array in first.header.arrays:
-        if array.axis == "shared" and array.name not in own:
-            mine, theirs = first.arrays[array.name], other.arrays[array.name]
-            if not np.array_equal(mine, theirs):
-                raise SettingsError(
-                    f"{other.path} and {first.path} differ in {array.name}, which all rows share: dump "
-                    f"the one again with --like {first.path.name}"
-                )
+        if (
+            array.axis == "shared"
+            and array.name not in per_part
+            and not np.array_equal(first.arrays[array.name], other.arrays[array.name])
+        ):
+            raise SettingsError(
+                f"{other.path} and {first.path} differ in {array.name}, which all rows share; dump "
+                f"{other.path.name} again with --like {first.path.name}"
+            )
 
 
 def _shards(parts: Sequence[Cache]) -> list[list[Cache]]:
-    """Parts by their samples, then by their views; each shard has the same views, without a gap."""
+    """The parts, grouped into shards by their samples, in order; each shard is sorted by views.
+
+    Raises:
+        SettingsError: there is a gap or an overlap, or the shards have different views.
+    """
     by_samples: dict[range, list[Cache]] = {}
     for part in sorted(parts, key=lambda p: (p.header.first_sample, p.header.first_view)):
         by_samples.setdefault(part.header.sample_range, []).append(part)
     shards = list(by_samples.values())
     for before, after in pairwise(shards):
-        _check_adjacent(
-            before[0],
-            after[0],
-            "samples",
-            before[0].header.sample_range,
-            after[0].header.sample_range,
-        )
+        samples = before[0].header.sample_range, after[0].header.sample_range
+        _check_adjacent(before[0], after[0], "samples", *samples)
     for shard in shards:
-        for one, two in pairwise(shard):
-            _check_adjacent(one, two, "views", one.header.view_range, two.header.view_range)
-        views = [
+        for previous, part in pairwise(shard):
+            _check_adjacent(
+                previous, part, "views", previous.header.view_range, part.header.view_range
+            )
+        first_views, views = (
             range(s[0].header.view_range.start, s[-1].header.view_range.stop)
             for s in (shards[0], shard)
-        ]
-        if views[0] != views[1]:
+        )
+        if views != first_views:
             raise SettingsError(
-                f"{shard[0].path} and those of its samples have views {_named(views[1])}, "
-                f"{shards[0][0].path} and those of its own {_named(views[0])}; all need the same"
+                f"{shard[0].path} and the other parts with its samples have views {_span(views)}, but "
+                f"{shards[0][0].path} and the others with its samples have {_span(first_views)}; all shards "
+                "need the same views"
             )
     return shards
 
 
-def _check_adjacent(one: Cache, two: Cache, what: str, before: range, after: range) -> None:
-    if after.start == before.stop:
+def _check_adjacent(
+    before: Cache, after: Cache, what: str, before_range: range, after_range: range
+) -> None:
+    """Raise SettingsError unless the samples or views of one part directly follow the other's."""
+    if after_range.start == before_range.stop:
         return
-    lacking = range(before.stop, after.start)
-    how = f"{what} {_named(lacking)} are missing" if lacking else "these overlap"
+    gap = range(before_range.stop, after_range.start)
+    problem = f"{what} {_span(gap)} are missing" if gap else "these overlap"
     raise SettingsError(
-        f"{one.path} has {what} {_named(before)}, {two.path} has {_named(after)}: {how}; the parts must "
-        "meet without gap or overlap"
+        f"{before.path} has {what} {_span(before_range)}, {after.path} has {_span(after_range)}: {problem}; "
+        "the parts must meet without gap or overlap"
     )
 
 
 def _check_same_samples(shard: Sequence[Cache]) -> None:
+    """Raise SettingsError unless all parts of a shard have the same samples."""
     for part in shard[1:]:
         for name in ("keys", "labels", "fingerprinted"):
-            mine, theirs = shard[0].arrays[name], part.arrays[name]
-            if np.array_equal(mine, theirs):
+            expected, values = shard[0].arrays[name], part.arrays[name]
+            if np.array_equal(expected, values):
                 continue
             if name == "fingerprinted":
                 raise SettingsError(
-                    f"{part.path} and {shard[0].path} keep fingerprints of other samples, as shards that "
-                    "were merged do; merge the views of each shard first, then the shards"
+                    f"{part.path} and {shard[0].path} have fingerprints of different samples, as merged "
+                    "shards do; merge the views of each shard first, then the shards"
                 )
-            at = int(np.flatnonzero((mine != theirs).reshape(len(mine), -1).any(1))[0])
-            for one in (shard[0], part):
-                _check_block(one, None, at // one.header.block_rows)
+            differs = (expected != values).reshape(len(expected), -1).any(1)
+            cache_row = int(np.flatnonzero(differs)[0])
+            for cache in (shard[0], part):
+                _check_block(cache, None, cache_row // cache.header.block_rows)
             raise SettingsError(
                 f"{part.path} and {shard[0].path} differ in the {name} of sample "
-                f"{at + part.header.first_sample}; they were dumped from other data"
+                f"{cache_row + part.header.first_sample}; they were dumped from different data"
             )
 
 
-def _begin(out: Path, header: Header, shared: Values, unit: int) -> None:
-    """Allocate the unfinished file, or check that the one that is there was begun by this merge.
+def _open_unfinished(out: Path, header: Header, shared: Values, part_block_rows: int) -> None:
+    """Allocate the unfinished file, or check that an existing one was started by this merge.
 
     Args:
-        unit: rows of a block of the parts, of which new blocks are made up where they are larger.
+        part_block_rows: rows of a block of the parts; larger new blocks are multiples of it.
     """
     partial = partial_path(out)
     if not partial.exists():
-        create(out, header, shared, unit, header.inputs_spec)
+        create(out, header, shared, part_block_rows, header.inputs_spec)
         return
-    begun = open_cache(partial, unfinished=True)
+    unfinished = open_cache(partial, unfinished=True)
     fields = (*SETTINGS, "views", "samples", "first_view", "first_sample")
-    same = all(getattr(begun.header, name) == getattr(header, name) for name in fields)
-    if not same or any(not np.array_equal(begun.arrays[name], shared[name]) for name in shared):
-        raise SettingsError(f"{partial} is in the way: it was begun by something else; remove it")
+    same = all(getattr(unfinished.header, name) == getattr(header, name) for name in fields)
+    if not same or any(
+        not np.array_equal(unfinished.arrays[name], shared[name]) for name in shared
+    ):
+        raise SettingsError(
+            f"{partial} is in the way: it was started with other settings or parts; remove it"
+        )
 
 
 def _check_block(part: Cache, view: int | None, block: int) -> None:
-    """Raise FormatError if labels and keys of a block are damaged, or its rows of a view."""
-    for at in (None,) if view is None else (None, view):
-        what = block_damage(part, at, block)
+    """Raise FormatError if a block is damaged, in its samples or in its rows of a view."""
+    for checked_view in (None,) if view is None else (None, view):
+        what = block_damage(part, checked_view, block)
         if what:
-            damage = Damage(what, at, part.header.block_range(block))
+            damage = Damage(what, checked_view, part.header.block_range(block))
             raise FormatError(
                 f"{part.path} is damaged: {damage}; softcache verify {part.path.name} says what to do"
             )
 
 
-def _check_there(part: Cache, own: int, block: int, writer: Writer, view: int) -> None:
-    """Raise SettingsError if rows that were there before are not those of the part."""
-    samples = part.header.block_range(block)
+def _check_written(part: Cache, part_view: int, block: int, writer: Writer, view: int) -> None:
+    """Raise SettingsError if rows that are written already differ from those of an intact part."""
+    cache_rows = part.header.block_range(block)
     offset = part.header.first_sample - writer.header.first_sample
-    place = slice(samples.start, samples.stop)
-    there = slice(samples.start + offset, samples.stop + offset)
+    inside = slice(cache_rows.start, cache_rows.stop)
+    written = slice(cache_rows.start + offset, cache_rows.stop + offset)
     for array in part.header.arrays:
+        values, stored = part.arrays[array.name], writer.cache.arrays[array.name]
         if array.axis == "rows":
-            pair = part.arrays[array.name][own, place], writer.cache.arrays[array.name][view, there]
+            values, stored = values[part_view, inside], stored[view, written]
         elif array.axis == "samples":
-            pair = part.arrays[array.name][place], writer.cache.arrays[array.name][there]
+            values, stored = values[inside], stored[written]
         else:
             continue
-        if raw_bytes(pair[0]) != raw_bytes(pair[1]):
-            if any(block_damage(part, at, block) for at in (None, own)):
-                return  # it was copied while the part was whole
+        if raw_bytes(values) != raw_bytes(stored):
+            if any(block_damage(part, checked_view, block) for checked_view in (None, part_view)):
+                return  # it was copied while the part was still intact
             raise SettingsError(
-                f"{partial_path(writer.path)} holds other {array.name} of samples {there.start} to "
-                f"{there.stop - 1} than {part.path}: it was begun from another file; remove it"
+                f"{partial_path(writer.path)} has other {array.name} of samples {written.start} to "
+                f"{written.stop - 1} than {part.path}: it was started from another file; remove it"
             )
 
 
@@ -264,7 +290,7 @@ def _fidelity(parts: Sequence[Cache]) -> dict[str, Any]:
     return {"fidelity": pooled} if pooled else {}
 
 
-def _named(numbers: range) -> str:
+def _span(numbers: range) -> str:
     return f"{numbers.start} to {numbers.stop - 1}"
 
 

@@ -1,12 +1,24 @@
-"""What a header tells people of teachers, choices and results; checked, for it is printed."""
+"""Parts of a header that are only shown to people; checked, because they are printed."""
 
 from __future__ import annotations
 
 from softcache.cache.fields import JSON, MAX_COUNT, integer, is_text, shown, text_of
 from softcache.errors import FormatError
 
+SUMMARY = ("entropy", "agreement", "rows")
 
-def is_teacher(value: object) -> bool:
+
+def teachers(value: object) -> tuple[JSON, ...]:
+    """What the teachers were: of each at least its name, parameters and weight."""
+    if not isinstance(value, list) or not all(map(_is_teacher, value)):
+        raise FormatError(
+            f"teachers is {shown(value)}; expected objects with name, parameters and weight, "
+            "in printable text of at most 4096 characters"
+        )
+    return tuple(value)
+
+
+def _is_teacher(value: object) -> bool:
     return (
         isinstance(value, dict)
         and all(is_text(text) for text in value.values() if isinstance(text, str))
@@ -18,7 +30,18 @@ def is_teacher(value: object) -> bool:
     )
 
 
+def software(value: object) -> dict[str, str]:
+    """Versions of the software that made the cache, by name."""
+    if not isinstance(value, dict) or not all(map(is_text, [*value, *value.values()])):
+        raise FormatError(
+            f"software is {shown(value)}; expected versions by name, in printable text of at most "
+            "4096 characters"
+        )
+    return value
+
+
 def evaluation(value: object) -> JSON | None:
+    """The teacher's errors on evaluation data; None if it was not evaluated."""
     if value is None:
         return None
     if not isinstance(value, dict) or set(value) != {"data", "digest", "errors", "samples"}:
@@ -31,17 +54,20 @@ def evaluation(value: object) -> JSON | None:
 
 
 def choice(value: object) -> JSON | None:
+    """How the encoding was chosen; None if that is not recorded."""
     if value is not None and (not isinstance(value, dict) or "asked" not in value):
-        raise FormatError(f"choice is {shown(value)}; expected what was asked and the candidates")
+        raise FormatError(
+            f"choice is {shown(value)}; expected an object with asked, and the candidates"
+        )
     return value
 
 
-SUMMARY = ("entropy", "agreement", "rows")
-
-
 def summary(value: object) -> JSON | None:
-    """entropy in nats; agreement in [0, 1] or None without labels; rows it was measured on;
-    fidelity: what the dump measured of KL(teacher ‖ stored)."""
+    """What the finished cache was measured to be; None while it is unfinished.
+
+    `entropy` in nats; `agreement` with the labels in [0, 1], or None without labels; the number of
+    `rows` that they were measured on; and optionally `fidelity`, statistics of KL(teacher ‖ stored).
+    """
     if value is None:
         return None
     if not isinstance(value, dict) or not set(SUMMARY) <= set(value):
@@ -53,9 +79,8 @@ def summary(value: object) -> JSON | None:
         raise FormatError(f"summary has agreement {shown(agreement)}; expected 0 to 1, or null")
     integer(value, "rows", 1, MAX_COUNT)
     fidelity = value.get("fidelity", {})
-    numbers = (
-        [v for k, v in fidelity.items() if k != "at"] if isinstance(fidelity, dict) else [None]
-    )
-    if any(type(number) not in (int, float) for number in numbers):
+    if not isinstance(fidelity, dict) or any(
+        type(number) not in (int, float) for name, number in fidelity.items() if name != "at"
+    ):
         raise FormatError(f"summary has fidelity {shown(fidelity)}; expected numbers by name")
     return value

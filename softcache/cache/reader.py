@@ -1,4 +1,4 @@
-"""Open a cache: check it, map it, read rows. No libhdf5 comes near a file from a stranger."""
+"""Open a cache: check its header, map its arrays, read rows. libhdf5 never sees an untrusted file."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from softcache.cache.header import PREAMBLE, Array, Header, parse_header, parse_
 from softcache.errors import FormatError, MissingCacheError, SettingsError
 
 PARTIAL = ".partial"
-
-SHOWN_CLASSES = 1 << 12  # class names that are read for people
+SHOWN_CLASSES = 1 << 12  # class names that are decoded, since people read them
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache on disk: its header, and its arrays by memory map, read-only."""
+    """A cache on disk: its header, and its arrays, memory-mapped and read-only."""
 
     path: Path
     header: Header
     header_bytes: bytes
     arrays: Mapping[str, npt.NDArray[Any]]
-    buffer: mmap.mmap | None = None  # the file, of which they are parts
+    buffer: mmap.mmap | None = None  # the mapped file that the arrays are views of
 
     @property
     def complete(self) -> bool:
+        """Whether it has a summary, and no block is missing."""
         return self.header.summary is not None and not self.missing_blocks()
 
     @property
@@ -48,78 +48,84 @@ class Cache:
 
     @property
     def class_names(self) -> list[str]:
-        """The first of them, as printable text."""
+        """The first SHOWN_CLASSES names, as printable text."""
         names = [
             name.decode("utf-8", "replace") for name in self.arrays["class_names"][:SHOWN_CLASSES]
         ]
         return [name if name.isprintable() else ascii(name) for name in names]
 
     def missing_blocks(self) -> int:
-        """Blocks not committed yet, of rows and of samples together."""
+        """Number of blocks, of rows and of samples, that are not committed."""
         digests = (self.arrays["digests"], self.arrays["sample_digests"])
         return sum(int((array == 0).sum()) for array in digests)
 
     def rows(
-        self, view: int, samples: npt.NDArray[np.int64], temperature: float | None = None
+        self, view: int, cache_rows: npt.NDArray[np.int64], temperature: float | None = None
     ) -> Floats:
-        """Log-probabilities of `samples` in one view.
+        """Log-probabilities of samples in one view.
 
         Args:
-            view: 0 to views - 1.
-            samples: (B,) rows of the cache.
-            temperature: the one wanted; the cache's own by default.
+            view: 0 to views - 1, counted within the file.
+            cache_rows: (B,) rows of the file.
+            temperature: the temperature to decode at; by default that of the dump.
 
         Returns:
             (B, *positions, C) float32, log softmax(z / temperature).
+
+        Raises:
+            SettingsError: the temperature is invalid, or the encoding cannot be re-tempered to it.
+            FormatError: a stored class id is out of range.
         """
         stored = {
-            array.name: self.arrays[array.name][view, samples]
+            array.name: self.arrays[array.name][view, cache_rows]
             if array.axis == "rows"
             else self.arrays[array.name]
             for array in self.header.arrays
             if array.axis in ("rows", "shared")
         }
-        own, classes = self.header.temperature, self.header.classes
-        wanted = own if temperature is None else temperature
-        if not 0 < wanted < np.inf:
-            raise SettingsError(f"temperature is {wanted}; expected a number above 0")
+        dump_temperature, classes = self.header.temperature, self.header.classes
+        if temperature is None:
+            temperature = dump_temperature
+        if not 0 < temperature < np.inf:
+            raise SettingsError(f"temperature is {temperature}; expected a number above 0")
         if "ids" in stored and stored["ids"].size and int(stored["ids"].max()) >= classes:
             raise FormatError(
                 f"{self.path} stores class id {int(stored['ids'].max())}; expected 0 to {classes - 1}: "
                 "the file is damaged or forged, get it again"
             )
-        return self.header.encoding.decode(stored, own, wanted, classes)
+        return self.header.encoding.decode(stored, dump_temperature, temperature, classes)
 
     def prefetch_rows(self, array: Array, rows: npt.NDArray[np.int64]) -> None:
-        """Let the system read rows (B,), counted through all views, before they are wanted."""
+        """Ask the system to read `rows` (B,), counted through all views, before they are needed."""
         if self.buffer is None or not hasattr(mmap, "MADV_WILLNEED"):
             return
-        page, size = mmap.PAGESIZE, array.row_bytes
         for row in rows.tolist():
-            start = array.offset + row * size
-            first = start - start % page
-            self.buffer.madvise(mmap.MADV_WILLNEED, first, start + size - first)
+            start = array.offset + row * array.row_bytes
+            page_start = start - start % mmap.PAGESIZE
+            self.buffer.madvise(
+                mmap.MADV_WILLNEED, page_start, start + array.row_bytes - page_start
+            )
 
     def content_id(self) -> str:
-        """SHA-256 over the header and all digests: one line that names every byte."""
+        """SHA-256 of the header and all digests, in hexadecimal: it identifies every byte."""
         digest = hashlib.sha256(self.header_bytes)
         for name in ("sample_digests", "digests"):
             digest.update(np.ascontiguousarray(self.arrays[name]).data)
         return digest.hexdigest()
 
     def block_digest(self, view: int, block: int) -> int:
-        """The digest of a block of rows, from its bytes as they are now."""
+        """The digest of a block of rows, computed from its bytes."""
         parts = (self.arrays[a.name][view] for a in self.header.arrays if a.axis == "rows")
         return self._digest(parts, block)
 
     def sample_digest(self, block: int) -> int:
-        """The digest of a block of labels and keys, from its bytes as they are now."""
+        """The digest of a block of samples (labels, keys and inputs), computed from its bytes."""
         parts = (self.arrays[a.name] for a in self.header.arrays if a.axis == "samples")
         return self._digest(parts, block)
 
     def _digest(self, parts: Iterator[npt.NDArray[Any]], block: int) -> int:
-        samples = self.header.block_range(block)
-        return digest_of(part[samples.start : samples.stop] for part in parts)
+        cache_rows = self.header.block_range(block)
+        return digest_of(part[cache_rows.start : cache_rows.stop] for part in parts)
 
 
 def raw_bytes(array: npt.NDArray[Any]) -> memoryview:
@@ -128,7 +134,7 @@ def raw_bytes(array: npt.NDArray[Any]) -> memoryview:
 
 
 def digest_of(parts: Iterator[npt.NDArray[Any]]) -> int:
-    """xxh3 over the bytes of the arrays, one after the other; never 0, which means missing."""
+    """xxh3 of the bytes of the arrays, one after the other; never 0, which means missing."""
     digest = xxhash.xxh3_64()
     for part in parts:
         digest.update(raw_bytes(part))
@@ -136,13 +142,14 @@ def digest_of(parts: Iterator[npt.NDArray[Any]]) -> int:
 
 
 def open_cache(path: Path | str, *, unfinished: bool = False) -> Cache:
-    """Open and check a cache; nothing of it is read but the header and the digests.
+    """Open and check a cache; only its header and its digests are read.
 
     Args:
-        unfinished: also open one whose dump has not completed.
+        unfinished: also open a file that its dump has not completed.
 
     Raises:
-        FormatError: there is no such file, or it breaks a rule of FORMAT.md, or is unfinished.
+        MissingCacheError: there is no such file.
+        FormatError: the file breaks a rule of FORMAT.md, or is unfinished.
     """
     path = Path(path)
     try:
@@ -156,52 +163,52 @@ def open_cache(path: Path | str, *, unfinished: bool = False) -> Cache:
         raise FormatError(f"{path}: {_cannot_open(path, error)}") from error
     cache = Cache(path, header, text, arrays, buffer)
     if not unfinished and not cache.complete:
-        total = header.blocks * (header.views + 1)
-        there = total - cache.missing_blocks()
-        if header.summary is not None and there < total:
+        total, missing = header.blocks * (header.views + 1), cache.missing_blocks()
+        if header.summary is not None and missing:
             raise FormatError(
-                f"{path} is damaged: {total - there:,} of its {total:,} digests are gone; softcache "
-                "verify names the rows"
+                f"{path} is damaged: {missing:,} of its {total:,} digests are missing; softcache verify "
+                "names the rows"
             )
-        if there == total:
+        if not missing:
             raise FormatError(
-                f"{path} is unfinished: all blocks are there, but not its summary; run the same softcache "
-                "dump again"
+                f"{path} is unfinished: it has all its blocks, but no summary; run the same softcache dump "
+                "again"
             )
         raise FormatError(
-            f"{path} is unfinished: {there:,} of {total:,} blocks are there; run the same softcache dump "
-            "again to go on"
+            f"{path} is unfinished: it has {total - missing:,} of {total:,} blocks; run the same softcache "
+            "dump again to continue"
         )
     return cache
 
 
 def open_trainable(path: Path | str) -> Cache:
-    """Open a cache to learn from: a complete one, or the first complete views of an unfinished one.
+    """Open a cache to train from: a complete one, or the first complete views of an unfinished one.
 
     Raises:
-        FormatError: it breaks a rule of FORMAT.md, or has not even one complete view.
+        MissingCacheError: there is no such file.
+        FormatError: the file breaks a rule of FORMAT.md, or its first view is incomplete.
     """
     cache = open_cache(path, unfinished=True)
-    whole = (cache.arrays["digests"] != 0).all(1)  # (views,)
-    views = len(whole) if whole.all() else int(whole.argmin())
     if cache.header.summary is not None:
-        return open_cache(path)  # complete, or says what is lacking
+        return open_cache(path)  # raises if blocks are missing
+    complete = (cache.arrays["digests"] != 0).all(1)  # (views,)
+    views = len(complete) if complete.all() else int(complete.argmin())
     if not views or not cache.arrays["sample_digests"].all():
         raise FormatError(
-            f"{path} is unfinished, and not one of its views is complete, which training needs; run the "
-            "same softcache dump again to go on"
+            f"{path} is unfinished, and training needs at least its first view complete; run the same "
+            "softcache dump again to continue"
         )
     return replace(cache, header=replace(cache.header, views=views))
 
 
 def _map(path: Path) -> tuple[Header, bytes, mmap.mmap]:
-    # without O_NONBLOCK the open itself would hang on a pipe
+    # without O_NONBLOCK, opening a pipe would block
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
             raise FormatError(
-                f"this is a {_kind(status.st_mode)}, not a file; name a cache that softcache dump made"
+                f"this is a {_kind(status.st_mode)}, not a file; give a cache made by softcache dump"
             )
         size = status.st_size
         offset, length, digest = parse_preamble(os.pread(file, PREAMBLE.size, 0), size)
@@ -227,10 +234,10 @@ def _cannot_open(path: Path, error: OSError) -> str:
     partial = partial_path(path)
     if isinstance(error, FileNotFoundError) and partial.exists():
         return (
-            f"its dump has not completed ({partial.name} is there); run the same dump again, or train "
-            f"from {partial.name} if a view of it is complete"
+            f"its dump has not completed ({partial.name} exists); run the same dump again, or train "
+            f"from {partial.name} if its first view is complete"
         )
-    return f"{error.strerror or error}; expected a cache as softcache dump makes it"
+    return f"{error.strerror or error}; expected a cache made by softcache dump"
 
 
 def partial_path(path: Path) -> Path:
@@ -239,27 +246,27 @@ def partial_path(path: Path) -> Path:
 
 
 def gaps(header: Header) -> list[tuple[int, int]]:
-    """Ranges of the file that are neither user block nor array: what libhdf5 wrote for itself."""
-    found, end = [], header.user_block
+    """Byte ranges (start, stop) outside of user block and arrays: HDF5's own structures."""
+    ranges, end = [], header.user_block
     for array in sorted(header.arrays, key=lambda array: array.offset):
         if array.offset > end:
-            found.append((end, array.offset))
+            ranges.append((end, array.offset))
         end = array.offset + array.nbytes
     if header.file_bytes > end:
-        found.append((end, header.file_bytes))
-    return found
+        ranges.append((end, header.file_bytes))
+    return ranges
 
 
 def hdf5_digest(file: int, header: Header) -> str:
-    """xxh3 over what libhdf5 wrote for itself, which nothing changes after creation."""
+    """xxh3 of HDF5's own structures, which never change after creation."""
     digest = xxhash.xxh3_64()
     for start, end in gaps(header):
-        for at in range(start, end, 1 << 20):
-            digest.update(os.pread(file, min(1 << 20, end - at), at))
+        for offset in range(start, end, 1 << 20):
+            digest.update(os.pread(file, min(1 << 20, end - offset), offset))
     return digest.hexdigest()
 
 
 def shared_digest(arrays: Mapping[str, npt.NDArray[Any]], header: Header) -> str:
-    """xxh3 over the arrays that all rows share, in the header's order."""
+    """xxh3 of the arrays that all rows share, in the order of the header."""
     names = [array.name for array in header.arrays if array.axis == "shared"]
     return f"{digest_of(arrays[name] for name in names):016x}"

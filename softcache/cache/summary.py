@@ -1,4 +1,4 @@
-"""What the header says of a finished cache's soft targets."""
+"""The summary of a finished cache, measured on its soft targets and stored in the header."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ import numpy as np
 
 from softcache.cache.reader import Cache
 
-SUMMARY_VALUES = 1 << 27  # how many probabilities are looked at, at the most
-CHUNK_VALUES = 1 << 22  # and at once
-RUN = 32  # rows side by side: of a file larger than memory, each row apart costs a read of its own
+SUMMARY_VALUES = 1 << 27  # probabilities that a summary decodes, at most
+CHUNK_VALUES = 1 << 22  # probabilities decoded at a time
+RUN = 32  # adjacent rows: in a file larger than memory, each isolated row costs a separate read
 
 
 def summary_row_count(cache: Cache) -> int:
+    """How many rows summarize() will decode."""
     header = cache.header
     count = max(1, min(header.views * header.samples, SUMMARY_VALUES // header.classes))
     return count - count % _run(count)
 
 
 def _run(count: int) -> int:
-    """How many of `count` rows stand side by side; few rows stand alone."""
+    """The length of the runs of adjacent rows that `count` rows are drawn in; 1 if they are few."""
     return max(1, min(RUN, count // (8 * RUN)))
 
 
 def summarize(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
-    """Of runs of rows spread evenly through views and samples; `advance` counts rows as they are done.
+    """Measure a cache on runs of rows that are spread evenly over its views and samples.
 
-    entropy: the mean in nats, at the cache's temperature. agreement: the share of labelled rows
-    whose top class is the label, None without labels. rows: how many rows were looked at.
+    Args:
+        advance: called with the number of rows done.
+
+    Returns:
+        `entropy`, the mean in nats at the dump temperature; `agreement`, the share of labelled rows
+        with their label as the top class, or None without labels; `rows`, how many were decoded.
     """
     header = cache.header
     total, count = header.views * header.samples, summary_row_count(cache)
@@ -39,21 +44,21 @@ def summarize(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> 
     entropy = agreed = labelled = 0.0
     chunk = max(1, CHUNK_VALUES // header.classes)
     for start in range(0, count, chunk):
-        some = rows[start : start + chunk]
+        chunk_rows = rows[start : start + chunk]
         if count < total:
             for array in header.arrays:
                 if array.axis == "rows":
-                    cache.prefetch_rows(array, some)
-        view, sample = np.divmod(some, header.samples)
-        for one in np.unique(view):
-            samples = sample[view == one]
-            log_probs = cache.rows(int(one), samples).astype(np.float64)  # (B, C)
-            labels = cache.labels[samples]
+                    cache.prefetch_rows(array, chunk_rows)
+        views, cache_rows = np.divmod(chunk_rows, header.samples)
+        for view in np.unique(views):
+            rows_of_view = cache_rows[views == view]
+            log_probs = cache.rows(int(view), rows_of_view).astype(np.float64)  # (B, C)
+            labels = cache.labels[rows_of_view]
             probs = np.exp(log_probs)
             entropy -= float((probs * np.where(probs > 0, log_probs, 0)).sum())
             agreed += int((log_probs.argmax(-1) == labels).sum())
             labelled += int((labels >= 0).sum())
-        advance(len(view))
+        advance(len(chunk_rows))
     return {
         "entropy": entropy / count,
         "agreement": agreed / labelled if labelled else None,
@@ -62,24 +67,25 @@ def summarize(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> 
 
 
 def pooled_fidelity(parts: Sequence[Cache]) -> dict[str, Any] | None:
-    """What the dumps of the parts measured, as one: means by rows, the highest of the rest.
+    """The fidelity of several parts together: means weighted by rows, and maxima.
 
-    None if one of them does not say, or the parts were measured at other temperatures.
+    None if a part has none, or if the parts were measured at different temperatures.
     """
-    known = [(part.header.summary or {}).get("fidelity") for part in parts]
-    if not all(known):
+    measured = [(part.header.summary or {}).get("fidelity") for part in parts]
+    if not all(measured):
         return None
-    found: list[dict[str, Any]] = [part for part in known if part]
+    fidelities: list[dict[str, Any]] = [fidelity for fidelity in measured if fidelity]
     try:
-        return _pooled(found)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):  # a header may say anything
+        return _pool(fidelities)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):  # a header can contain anything
         return None
 
 
-def _pooled(found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    if any(set(part["at"]) != set(found[0]["at"]) for part in found):
+def _pool(fidelities: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    first = fidelities[0]
+    if any(set(fidelity["at"]) != set(first["at"]) for fidelity in fidelities):
         return None
-    weights = np.array([part["rows"] for part in found], np.float64)
+    weights = np.array([fidelity["rows"] for fidelity in fidelities], np.float64)
     if not weights.sum() > 0:
         return None
     weights /= weights.sum()
@@ -87,13 +93,14 @@ def _pooled(found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     def mean(values: Sequence[float]) -> float:
         return float(weights @ np.array(values, np.float64))
 
-    if not all(np.isfinite(mean([part[name] for part in found])) for name in ("mean", "moved")):
+    pooled = {name: mean([f[name] for f in fidelities]) for name in ("mean", "moved")}
+    if not all(map(np.isfinite, pooled.values())):
         return None
     return {
-        "rows": sum(part["rows"] for part in found),
-        "mean": mean([part["mean"] for part in found]),
-        "p99": max(part["p99"] for part in found),
-        "worst": max(part["worst"] for part in found),
-        "at": {t: mean([part["at"][t] for part in found]) for t in found[0]["at"]},
-        "moved": mean([part["moved"] for part in found]),
+        "rows": sum(f["rows"] for f in fidelities),
+        "mean": pooled["mean"],
+        "p99": max(f["p99"] for f in fidelities),
+        "worst": max(f["worst"] for f in fidelities),
+        "at": {t: mean([f["at"][t] for f in fidelities]) for t in first["at"]},
+        "moved": pooled["moved"],
     }

@@ -1,4 +1,4 @@
-"""Every byte of a cache against its digest."""
+"""Check every byte of a cache against its digest."""
 
 from __future__ import annotations
 
@@ -16,29 +16,33 @@ from softcache.util.progress import progress
 
 @dataclass(frozen=True)
 class Damage:
-    """A part of the file whose bytes do not match their digest."""
+    """A part of the file that is missing, or that does not match its digest."""
 
     what: str
     view: int | None = None
-    samples: range | None = None
-    missing: bool = False  # not there, rather than wrong
+    samples: range | None = None  # cache_rows
+    missing: bool = False  # never written, rather than wrong
 
     def __str__(self) -> str:
         if self.samples is None:
             return self.what
-        place = f"samples {self.samples.start} to {self.samples.stop - 1}"
-        return f"{self.what} of {place}" + ("" if self.view is None else f" in view {self.view}")
+        view = "" if self.view is None else f" in view {self.view}"
+        return f"{self.what} of samples {self.samples.start} to {self.samples.stop - 1}{view}"
 
 
 def find_damage(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> list[Damage]:
-    """Check every byte of the file against its digest; `advance` counts bytes as they are done."""
+    """Check every byte of the file against its digest.
+
+    Args:
+        advance: called with the number of bytes of soft targets done.
+    """
     header, damage = cache.header, []
     with cache.path.open("rb") as file:
         raw = file.read(header.user_block)
         offset, length, _ = parse_preamble(raw, header.file_bytes)
-        # a dump may have been killed before it cleared the header it began with; it will yet
-        named = not cache.path.name.endswith(PARTIAL)
-        if named and (offset != PREAMBLE.size or raw[offset + length :].strip(b"\0")):
+        # an interrupted dump has not cleared its initial header yet, but will
+        finished = not cache.path.name.endswith(PARTIAL)
+        if finished and (offset != PREAMBLE.size or raw[offset + length :].strip(b"\0")):
             damage.append(Damage("the user block behind the header"))
         if hdf5_digest(file.fileno(), header) != header.hdf5_digest:
             damage.append(Damage("the HDF5 structure"))
@@ -59,14 +63,17 @@ def find_damage(cache: Cache, advance: Callable[[int], None] = lambda _: None) -
 
 
 def block_damage(cache: Cache, view: int | None, block: int) -> str | None:
-    """What is wrong with a block of rows of a view, or with one of labels and keys (None)."""
+    """What is wrong with a block of rows, or of samples if `view` is None; None if it is intact."""
     if view is None:
-        good = cache.sample_digest(block) == cache.arrays["sample_digests"][block]
-        return None if good else _sample_arrays(cache)
+        intact = cache.sample_digest(block) == cache.arrays["sample_digests"][block]
+        return None if intact else _sample_arrays(cache)
     if cache.block_digest(view, block) != cache.arrays["digests"][view, block]:
         return "soft targets"
-    ids, samples = cache.arrays.get("ids"), cache.header.block_range(block)
-    if ids is not None and ids[view, samples.start : samples.stop].max() >= cache.header.classes:
+    ids, cache_rows = cache.arrays.get("ids"), cache.header.block_range(block)
+    if (
+        ids is not None
+        and ids[view, cache_rows.start : cache_rows.stop].max() >= cache.header.classes
+    ):
         return "class ids beyond the last class"
     return None
 
@@ -75,14 +82,16 @@ def _sample_arrays(cache: Cache) -> str:
     return "labels, keys and inputs" if cache.header.embeds_inputs else "labels and keys"
 
 
-def _runs(wanted: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """First and last place of each run of True: millions of blocks may be missing."""
-    edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))
-    return [(int(a), int(b) - 1) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+def _runs(mask: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """First and last index of each run of True; vectorized, since millions of blocks can be missing."""
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    return [
+        (int(first), int(stop) - 1) for first, stop in zip(edges[::2], edges[1::2], strict=True)
+    ]
 
 
 def check_damage(cache: Cache) -> None:
-    """Raise FormatError that names the damaged parts, if there are any."""
+    """Raise FormatError if anything is damaged; it names the parts and says what to do."""
     damage = damage_with_progress(cache)
     if damage:
         advice = (
@@ -94,6 +103,7 @@ def check_damage(cache: Cache) -> None:
 
 
 def damage_with_progress(cache: Cache) -> list[Damage]:
+    """find_damage() with a progress bar."""
     header = cache.header
     total = header.views * header.samples * header.bytes_per_row
     with progress("verify", total, "bytes") as advance:
@@ -101,5 +111,6 @@ def damage_with_progress(cache: Cache) -> list[Damage]:
 
 
 def damage_list(damage: Sequence[Damage], most: int = 5) -> str:
+    """The first `most` of the damaged parts in one line, and how many more there are."""
     more = f", and {len(damage) - most} more" if len(damage) > most else ""
     return "; ".join(map(str, damage[:most])) + more

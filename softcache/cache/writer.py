@@ -1,5 +1,6 @@
-"""Fill what allocate.py made: rows go in with pwrite, and a block counts only once its digest is written,
-after its data have reached the disk.
+"""Fill an allocated file: rows are written with pwrite, and committed block by block.
+
+A block counts once its digest is written, which happens only after its data have reached the disk.
 """
 
 from __future__ import annotations
@@ -18,31 +19,25 @@ import numpy.typing as npt
 from softcache.cache.allocate import Stored, Values
 from softcache.cache.disk import disk_errors, pwrite, sync_folder
 from softcache.cache.encodings import Axis
-from softcache.cache.header import (
-    PREAMBLE,
-    Array,
-    Header,
-    parse_preamble,
-    preamble,
-)
-from softcache.cache.reader import (
-    Cache,
-    digest_of,
-    open_cache,
-    partial_path,
-    raw_bytes,
-)
+from softcache.cache.header import PREAMBLE, Array, Header, parse_preamble, preamble
+from softcache.cache.reader import Cache, digest_of, open_cache, partial_path, raw_bytes
 from softcache.errors import DataError, SoftcacheError
 
-COMMIT_BYTES = 64 << 20  # how much may wait for one fdatasync,
-COMMIT_SECONDS = 1.0  # and how long: what a kill costs at most
+COMMIT_BYTES = 64 << 20  # bytes that can wait for one fdatasync,
+COMMIT_SECONDS = 1.0  # and for how long: the most that a kill can cost
 
 
 class Writer:
-    """Fills an unfinished cache, block by block; a context manager, which commits at its end.
+    """Fills an unfinished cache block by block; a context manager that commits on exit.
 
-    Blocks that were committed before are checked as it opens, and those found bad are missing; not with
-    `recheck` unset, for who has just written them all.
+    Args:
+        path: the final path of the cache; the unfinished file lies beside it.
+        recheck: check the blocks that are committed already, and mark those that do not match their
+            digest as missing; unset it only if they were written a moment ago.
+
+    Raises:
+        MissingCacheError: there is no unfinished file.
+        SoftcacheError: the file cannot be opened or written.
     """
 
     def __init__(self, path: Path, *, recheck: bool = True) -> None:
@@ -51,12 +46,12 @@ class Writer:
         self.header: Header = self.cache.header
         with disk_errors(path, "open"):
             self._file = os.open(partial_path(path), os.O_RDWR)
-        self._filling: dict[
-            tuple[int | None, int], tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.bool_]]
-        ] = {}
-        self._written: list[tuple[int, int]] = []  # (where its digest goes, digest)
+        # by (view, block), view None for samples: the block's arrays, and which of its rows are filled
+        self._filling: dict[tuple[int | None, int], tuple[Stored, npt.NDArray[np.bool_]]] = {}
+        self._written: list[tuple[int, int]] = []  # (offset, digest) of blocks to commit
         self._written_bytes = 0
         self._last_commit = time.monotonic()
+        # by view, None for samples: which blocks are written
         self._committed: dict[int | None, npt.NDArray[np.bool_]] = {
             None: self.cache.arrays["sample_digests"] != 0,
             **{view: digests != 0 for view, digests in enumerate(self.cache.arrays["digests"])},
@@ -84,26 +79,29 @@ class Writer:
             os.close(self._file)
 
     def missing(self, view: int, start: int = 0, stop: int | None = None) -> npt.NDArray[np.bool_]:
-        """Which samples from start to stop of a view are not committed yet, (stop - start,)."""
-        samples = range(self.header.samples)[start:stop]
-        first, last = (
-            samples.start // self.header.block_rows,
-            -(-samples.stop // self.header.block_rows),
-        )
-        committed = self._committed[view][first:last]
-        if view == 0:
-            committed = committed & self._committed[None][first:last]
-        rows = np.repeat(~committed, self.header.block_rows)
-        offset = samples.start - first * self.header.block_rows
-        return rows[offset : offset + len(samples)]
-
-    def write(self, view: int, start: int, rows: Values, samples: Values) -> None:
-        """Take the rows of samples start, start + 1, …; those already committed are left alone.
+        """Which rows are still to be written in a view: bool, (stop - start,).
 
         Args:
+            start: the first cache_row.
+            stop: the cache_row after the last; by default the end of the file.
+        """
+        cache_rows, block_rows = range(self.header.samples)[start:stop], self.header.block_rows
+        first, last = cache_rows.start // block_rows, -(-cache_rows.stop // block_rows)
+        committed = self._committed[view][first:last]
+        if view == 0:  # labels and keys are written with it
+            committed = committed & self._committed[None][first:last]
+        missing = np.repeat(~committed, block_rows)
+        offset = cache_rows.start - first * block_rows
+        return missing[offset : offset + len(cache_rows)]
+
+    def write(self, view: int, start: int, rows: Values, samples: Values) -> None:
+        """Write B rows of a view; rows of blocks that are committed already are ignored.
+
+        Args:
+            start: cache_row of the first.
             rows: the encoding's arrays, each (B, …) in the file's dtype.
-            samples: labels (B, *positions) int64 and keys (B,) uint64; stored with view 0,
-                compared with what is stored in any other.
+            samples: labels (B, *positions) int64, keys (B,) uint64 and any embedded inputs. They are
+                stored with view 0; with any other view they are compared with the stored ones.
 
         Raises:
             DataError: the samples differ from those of view 0.
@@ -120,10 +118,10 @@ class Writer:
                 self.commit()
 
     def commit(self) -> None:
-        """Make every whole block count: its data to the disk, then its digest."""
+        """Commit every full block: sync its data to the disk, then write its digest."""
         written, self._written, self._written_bytes = self._written, [], 0
-        # what fails here stays missing: after a failed sync the system forgets the lost pages, and a
-        # second sync would succeed without them
+        # blocks of a failed commit stay missing: after a failed sync the system drops the pages that it
+        # could not write, and a second sync would succeed without them
         with disk_errors(self.path, "write"):
             if written:
                 os.fdatasync(self._file)
@@ -132,7 +130,11 @@ class Writer:
             self._last_commit = time.monotonic()
 
     def finish(self, summary: dict[str, Any]) -> Path:
-        """Write the summary into the header, and give the file its name."""
+        """Write the summary into the header and give the file its final name, which is returned.
+
+        Raises:
+            SoftcacheError: blocks are missing, the summary does not fit, or the disk fails.
+        """
         self.commit()
         missing = self.cache.missing_blocks()
         if missing:
@@ -140,34 +142,35 @@ class Writer:
                 f"cannot finish {self.path}: {missing} blocks are missing; run the same command again"
             )
         header = dataclasses.replace(self.header, summary=summary)
-        text, old = header.to_bytes(), self.header.user_block // 2
-        if PREAMBLE.size + len(text) > old:
-            raise SoftcacheError(f"header of {len(text):,} bytes; the file has room for {old:,}")
+        text, initial_offset = header.to_bytes(), self.header.user_block // 2
+        if PREAMBLE.size + len(text) > initial_offset:
+            raise SoftcacheError(
+                f"header of {len(text):,} bytes; the file has room for {initial_offset:,}"
+            )
         with disk_errors(self.path, "finish"):
             raw = os.pread(self._file, PREAMBLE.size, 0)
-            if parse_preamble(raw, self.header.file_bytes)[0] == old:
+            if parse_preamble(raw, self.header.file_bytes)[0] == initial_offset:
                 pwrite(self._file, text, PREAMBLE.size)
                 os.fsync(self._file)
                 pwrite(self._file, preamble(PREAMBLE.size, text), 0)
                 os.fsync(self._file)
-            pwrite(self._file, bytes(self.header.user_block - old), old)
+            pwrite(self._file, bytes(self.header.user_block - initial_offset), initial_offset)
             os.fsync(self._file)
             partial_path(self.path).replace(self.path)
             sync_folder(self.path.parent)
         return self.path
 
     def _recheck(self) -> None:
+        """Mark committed blocks that do not match their digest as missing."""
         for view, committed in self._committed.items():
             for block in map(int, np.flatnonzero(committed)):
                 if view is None:
-                    good = (
-                        self.cache.sample_digest(block)
-                        == self.cache.arrays["sample_digests"][block]
-                    )
+                    stored = self.cache.arrays["sample_digests"][block]
+                    intact = self.cache.sample_digest(block) == stored
                 else:
                     stored = self.cache.arrays["digests"][view, block]
-                    good = self.cache.block_digest(view, block) == stored
-                if not good:
+                    intact = self.cache.block_digest(view, block) == stored
+                if not intact:
                     committed[block] = False
                     pwrite(self._file, bytes(8), digest_offset(self.header, view, block))
 
@@ -175,24 +178,24 @@ class Writer:
         return [array for array in self.header.arrays if array.axis == axis]
 
     def _fill(self, view: int | None, start: int, values: Values) -> None:
-        """Copy values into the buffers of their blocks; write those that become whole."""
+        """Copy values into the buffers of their blocks, and write the blocks that become full."""
         arrays = self._arrays("samples" if view is None else "rows")
         count = len(values[arrays[0].name])
         per_block = self.header.block_rows
         for block in range(start // per_block, (start + count - 1) // per_block + 1):
             if self._committed[view][block]:
                 continue
-            samples = self.header.block_range(block)
-            low, high = max(start, samples.start), min(start + count, samples.stop)
+            cache_rows = self.header.block_range(block)
+            low, high = max(start, cache_rows.start), min(start + count, cache_rows.stop)
+            inside = slice(low - cache_rows.start, high - cache_rows.start)
             if (view, block) not in self._filling:
-                there = np.zeros(len(samples), np.bool_)
-                self._filling[view, block] = self._buffers(arrays, len(samples)), there
-            buffers, there = self._filling[view, block]
+                filled = np.zeros(len(cache_rows), np.bool_)
+                self._filling[view, block] = self._buffers(arrays, len(cache_rows)), filled
+            buffers, filled = self._filling[view, block]
             for array in arrays:
-                part = values[array.name][low - start : high - start]
-                buffers[array.name][low - samples.start : high - samples.start] = part
-            there[low - samples.start : high - samples.start] = True
-            if there.all():
+                buffers[array.name][inside] = values[array.name][low - start : high - start]
+            filled[inside] = True
+            if filled.all():
                 self._write_block(view, block, arrays, buffers)
 
     def _buffers(self, arrays: list[Array], rows: int) -> Stored:
@@ -204,11 +207,7 @@ class Writer:
         }
 
     def _write_block(
-        self,
-        view: int | None,
-        block: int,
-        arrays: list[Array],
-        buffers: Stored,
+        self, view: int | None, block: int, arrays: list[Array], buffers: Stored
     ) -> None:
         first = self.header.block_range(block).start
         row = first if view is None else view * self.header.samples + first
@@ -222,23 +221,28 @@ class Writer:
         del self._filling[view, block]
 
     def _compare(self, start: int, samples: Values) -> None:
+        """Raise DataError if the samples differ from the stored ones, as far as these are written."""
         count = len(next(iter(samples.values())))
         blocks = np.arange(start, start + count) // self.header.block_rows
-        # another process may not have written view 0 of these samples yet
-        there = self._committed[None][blocks] | (self.cache.arrays["sample_digests"][blocks] != 0)
+        # the mapped digests show what other processes have committed meanwhile
+        written = self._committed[None][blocks] | (self.cache.arrays["sample_digests"][blocks] != 0)
         for name, values in samples.items():
             stored = self.cache.arrays[name][start : start + count]
-            differs = np.flatnonzero((stored != values).reshape(count, -1).any(1) & there)
+            differs = np.flatnonzero((stored != values).reshape(count, -1).any(1) & written)
             if len(differs):
-                at = int(differs[0])
+                first = int(differs[0])
                 raise DataError(
-                    f"sample {start + at}: its {name} are {values[at]} now and were {stored[at]} in "
-                    "view 0; the data changed under the dump: give it data that stay the same"
+                    f"sample {start + first}: its {name} are {values[first]}, but were {stored[first]} in "
+                    "view 0; the data changed during the dump: give it data that stay the same"
                 )
 
 
 def mark_missing(partial: Path, blocks: Iterable[tuple[int | None, int]]) -> None:
-    """Mark blocks (view, block) of an unfinished file as missing; view None: labels and keys."""
+    """Mark blocks of an unfinished file as missing.
+
+    Args:
+        blocks: (view, block) for blocks of rows, (None, block) for blocks of samples.
+    """
     header = open_cache(partial, unfinished=True).header
     with disk_errors(partial, "write"):
         file = os.open(partial, os.O_RDWR)
@@ -251,7 +255,7 @@ def mark_missing(partial: Path, blocks: Iterable[tuple[int | None, int]]) -> Non
 
 
 def digest_offset(header: Header, view: int | None, block: int) -> int:
-    """Where the digest of a block lies in the file; view None: of labels and keys."""
+    """Offset of a block's digest in the file; with `view` None, of a block of samples."""
     if view is None:
         return header.array("sample_digests").offset + 8 * block
     return header.array("digests").offset + 8 * (view * header.blocks + block)

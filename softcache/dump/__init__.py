@@ -1,1 +1,1 @@
-"""Stage 1: samples become a file. The teacher runs once."""
+"""Stage 1: run the teacher once over the samples and write its soft targets to a cache file."""

@@ -1,4 +1,4 @@
-"""Is a cache that is there, finished or begun, the one that a dump was asked for?"""
+"""Check that an existing cache, finished or unfinished, belongs to the dump that was requested."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.errors import SettingsError
 
-RESUME_SAMPLES = 256  # how many samples a resumed dump compares with those it began with
+RESUME_SAMPLES = 256  # how many stored samples a resumed dump compares with the data
 
-# what decides the values of a cache: a dump goes on only with the same
+# the header fields that determine the stored values: a dump resumes only if all of them match
 SETTINGS = (
     "data", "data_samples", "first_sample", "samples", "classes", "teachers", "temperature",
     "precision", "choice", "first_view", "views", "augment", "seed", "must_understand",
@@ -29,47 +29,54 @@ def check_same(
     source: Source,
     eval_data: str | None,
     like: Path | None = None,
-    but: Sequence[str] = (),
+    ignored: Sequence[str] = (),
 ) -> None:
-    """Raise SettingsError unless `cache` was begun with the settings and the data of this dump.
+    """Raise SettingsError unless `cache` was started with the settings and the data of this dump.
 
     Args:
-        like: a cache whose encoding it must have.
-        but: settings that may differ.
+        draft: the header that this dump would write.
+        like: a cache whose encoding `cache` must share.
+        ignored: names in SETTINGS that are allowed to differ.
     """
     advice = "use the same, give another --out, or --overwrite to start again"
     if eval_data:
-        begun = (cache.header.evaluation or {}).get("data")
-        wanted = open_source(eval_data).name
-        if begun != wanted:
+        stored_name = (cache.header.evaluation or {}).get("data")
+        requested_name = open_source(eval_data).name
+        if stored_name != requested_name:
             raise SettingsError(
-                f"{cache.path} was begun with evaluation data {begun or 'none'}, now they are {wanted}; "
-                f"{advice}"
+                f"{cache.path} was started with evaluation data {stored_name or 'none'}, now it is "
+                f"{requested_name}; {advice}"
             )
     _check_like(cache, like, advice)
-    for name in [setting for setting in SETTINGS if setting not in but]:
-        begun, wanted = getattr(cache.header, name), getattr(draft, name)
+    for name in [setting for setting in SETTINGS if setting not in ignored]:
+        stored, requested = getattr(cache.header, name), getattr(draft, name)
         if name == "choice":
-            name, begun, wanted = "encoding", _asked(begun), _asked(wanted)
-        if begun != wanted:
+            name = "encoding"
+            stored, requested = _requested_encoding(stored), _requested_encoding(requested)
+        if stored != requested:
             raise SettingsError(
-                f"{cache.path} was begun with {_difference(name, begun, wanted)}; {advice}"
+                f"{cache.path} was started with {_difference(name, stored, requested)}; {advice}"
             )
+    _check_samples(cache, source, advice)
+
+
+def _check_samples(cache: Cache, source: Source, advice: str) -> None:
+    """Compare keys and labels of up to RESUME_SAMPLES stored samples with the data."""
     intact = [
         cache.sample_digest(block) == digest
         for block, digest in enumerate(cache.arrays["sample_digests"])
     ]
-    present = np.flatnonzero(np.repeat(intact, cache.header.block_rows)[: cache.header.samples])
-    spread = np.unique(np.linspace(0, len(present) - 1, RESUME_SAMPLES).astype(np.int64))
-    at = present[spread] if len(present) else present
-    places = (at + cache.header.first_sample).tolist()
-    for batch in loader(source, [places] if places else [], keys=True):
-        same = batch.keys.numpy().view(np.uint64) == cache.keys[at]
-        same &= batch.labels.numpy() == cache.labels[at]
+    stored_rows = np.flatnonzero(np.repeat(intact, cache.header.block_rows)[: cache.header.samples])
+    spread = np.unique(np.linspace(0, len(stored_rows) - 1, RESUME_SAMPLES).astype(np.int64))
+    cache_rows = stored_rows[spread] if len(stored_rows) else stored_rows
+    source_indices = (cache_rows + cache.header.first_sample).tolist()
+    for batch in loader(source, [source_indices] if source_indices else [], keys=True):
+        same = batch.keys.numpy().view(np.uint64) == cache.keys[cache_rows]
+        same &= batch.labels.numpy() == cache.labels[cache_rows]
         if not same.all():
-            first = places[int(np.flatnonzero(~same)[0])]
+            first = source_indices[int(np.flatnonzero(~same)[0])]
             raise SettingsError(
-                f"{cache.path} was begun with other data: sample {first} of {source.name} differs; "
+                f"{cache.path} was started with other data: sample {first} of {source.name} differs; "
                 f"{advice}"
             )
 
@@ -77,36 +84,39 @@ def check_same(
 def _check_like(cache: Cache, like: Path | None, advice: str) -> None:
     if like is None:
         return
-    wanted = open_cache(like)
-    same = cache.header.encoding == wanted.header.encoding
-    own = {"class_names", "fingerprinted", "fingerprints"}  # of its data, not of its encoding
-    fitted = {array.name for array in wanted.header.arrays if array.axis == "shared"} - own
-    if not same or any(
-        not np.array_equal(cache.arrays[name], wanted.arrays[name]) for name in fitted
+    model = open_cache(like)
+    same_parameters = cache.header.encoding == model.header.encoding
+    data_arrays = {"class_names", "fingerprinted", "fingerprints"}  # shared, but not the encoding's
+    fitted = {array.name for array in model.header.arrays if array.axis == "shared"} - data_arrays
+    if not same_parameters or any(
+        not np.array_equal(cache.arrays[name], model.arrays[name]) for name in fitted
     ):
-        raise SettingsError(f"{cache.path} was begun with another encoding than {like}'s; {advice}")
+        raise SettingsError(
+            f"{cache.path} was started with another encoding than {like}'s; {advice}"
+        )
 
 
-def _asked(choice: dict[str, Any] | None) -> str:
-    """The encoding as it was asked for."""
-    asked = choice or {}
-    limit = f" --max-kl {asked['max_kl']:g}" if "max_kl" in asked else ""
-    return f"{asked.get('asked')}{limit}"
+def _requested_encoding(choice: dict[str, Any] | None) -> str:
+    """The encoding as it was requested on the command line, from the header's `choice`."""
+    choice = choice or {}
+    limit = f" --max-kl {choice['max_kl']:g}" if "max_kl" in choice else ""
+    return f"{choice.get('asked')}{limit}"
 
 
-def _difference(name: str, begun: object, wanted: object) -> str:
-    if name == "teachers" and len(begun) != len(wanted):  # type: ignore[arg-type]
-        return f"{len(begun)} teachers, now {len(wanted)}"  # type: ignore[arg-type]
+def _difference(name: str, stored: Any, requested: Any) -> str:  # noqa: ANN401  # header fields
+    if name == "teachers" and len(stored) != len(requested):
+        return f"{len(stored)} teacher(s), now {len(requested)}"
     if name == "teachers":
         changed = [
             f"{key} {old[key]!r}, now {new[key]!r}"
-            for old, new in zip(begun, wanted, strict=True)  # type: ignore[call-overload]
+            for old, new in zip(stored, requested, strict=True)
             for key in new
             if old.get(key) != new[key]
         ]
         return f"another teacher ({'; '.join(changed)})"
     if name == "must_understand":
         return (
-            f"{'inputs' if begun else 'nothing'} embedded, now {'inputs' if wanted else 'nothing'}"
+            f"{'inputs' if stored else 'nothing'} embedded, now "
+            f"{'inputs' if requested else 'nothing'}"
         )
-    return f"{name} {begun!r}, now it is {wanted!r}"
+    return f"{name} {stored!r}, now it is {requested!r}"

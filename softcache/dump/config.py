@@ -12,8 +12,8 @@ from softcache.teachers.options import OUTPUTS, PRECISIONS
 from softcache.teachers.spec import MATRIX_KINDS, parse_teacher
 from softcache.util.settings import check_range, setting
 
-AUTO = 0  # as a batch size
-DEFAULT_MAX_KL = 1e-3  # nats, of --encoding auto
+AUTO = 0  # the batch size that stands for `auto`
+DEFAULT_MAX_KL = 1e-3  # nats; the limit of --encoding auto
 MAX_SEED = (1 << 63) - 1
 
 TEACHER, DATA, ENCODING = "Teacher", "Data and views", "Encoding"
@@ -22,7 +22,7 @@ RESOURCES, OUTPUT = "Resources", "Output"
 
 @dataclass(frozen=True, kw_only=True)
 class DumpConfig:
-    """Everything that decides what `dump` does."""
+    """All settings of `dump`; each becomes a command-line option, except `first_view`."""
 
     teacher: str | Sequence[str] = setting(
         help="The teacher. Repeat it to average the softened probabilities of several.",
@@ -31,7 +31,7 @@ class DumpConfig:
     )
     weights: Path | str | Sequence[Path | str] | None = setting(
         None,
-        help="Weights of the teacher: safetensors, or a checkpoint of tensors. One per teacher.",
+        help="Teacher weights: safetensors, or a checkpoint of tensors. One file per teacher.",
         group=TEACHER,
         metavar="FILE",
     )
@@ -58,7 +58,7 @@ class DumpConfig:
     data: str = setting(help="Training samples.", group=DATA, metavar="SPEC")
     eval_data: str | None = setting(
         None,
-        help="Labelled data on which to count the teacher's errors.",
+        help="Labelled data to evaluate the teacher on.",
         group=DATA,
         metavar="SPEC",
     )
@@ -69,12 +69,12 @@ class DumpConfig:
         metavar="N|A:B",
         at_least=1,
     )
-    first_view: int = 0
+    first_view: int = 0  # the A of --views A:B
     shard: tuple[int, int] = setting(
         (0, 1), help="Dump only part I of N of the samples.", group=DATA, metavar="I/N"
     )
     augment: str | None = setting(
-        None, help="Augmentation by which views differ.", group=DATA, metavar="SPEC"
+        None, help="Augmentation that makes the views differ.", group=DATA, metavar="SPEC"
     )
     seed: int = setting(
         0, help="Seed of the augmentation.", group=DATA, at_least=0, at_most=MAX_SEED
@@ -136,7 +136,7 @@ class DumpConfig:
     def __post_init__(self) -> None:
         check_range(self)
         if self.first_view < 0:
-            raise SettingsError(f"--views begins at {self.first_view}; expected at least 0")
+            raise SettingsError(f"--views starts at {self.first_view}; expected 0 or more")
         if not 0 <= self.shard[0] < self.shard[1]:
             raise SettingsError(
                 f"--shard is {self.shard[0]}/{self.shard[1]}; expected I/N with I from 0 to N - 1"
@@ -148,23 +148,23 @@ class DumpConfig:
         if self.weight_files and len(self.weight_files) != len(self.teachers):
             raise SettingsError(
                 f"{len(self.weight_files)} --weights for {len(self.teachers)} --teacher; expected one for "
-                "each, in the same order, or none"
+                "each teacher, in the same order, or none"
             )
         matrices = [text for text in self.teachers if parse_teacher(text).kind in MATRIX_KINDS]
         if matrices and (self.augment or self.eval_data):
             raise SettingsError(
-                f"teacher {matrices[0]} is a matrix of outputs for these samples as they are; leave "
-                "--augment, --views and --eval-data out"
+                f"teacher {matrices[0]} is a matrix of outputs for these samples as they are; leave out "
+                "--augment, --views and --eval-data"
             )
 
     @property
     def teachers(self) -> list[str]:
-        """The specifications of all teachers."""
+        """The specifications of all teachers, as a list even if there is only one."""
         return [self.teacher] if isinstance(self.teacher, str) else list(self.teacher)
 
     @property
     def weight_files(self) -> list[Path]:
-        """Their weights, in the same order; empty if none are given."""
+        """The weight files of the teachers, in the same order; empty if none are given."""
         if isinstance(self.weights, str | Path):
             return [Path(self.weights)]
         return [Path(path) for path in self.weights or ()]

@@ -1,4 +1,4 @@
-"""What a dump would take, before it is begun."""
+"""Estimate what a dump would cost, before it is started."""
 
 from __future__ import annotations
 
@@ -11,48 +11,60 @@ from torch import Tensor
 from softcache.cache import Encoding, Header, open_cache
 from softcache.data.augment import parse_augment
 from softcache.data.open import open_source
-from softcache.dump import select_encoding
 from softcache.dump.config import DumpConfig
 from softcache.dump.prepare import draft_header, input_array_spec, load_teachers
-from softcache.dump.select_encoding import encoding_of
+from softcache.dump.select_encoding import (
+    AUTO,
+    Candidate,
+    candidates,
+    candidates_table,
+    draw_teacher_rows,
+    encoding_of,
+    measure,
+    select,
+    spec_of,
+)
 from softcache.targets.fetch import shared_tensors
 
-MOST_CLASSES = 1 << 15  # of more, only the encoding asked for is tried: fitting takes minutes
+MOST_CLASSES = 1 << 15  # with more, only the requested encoding is tried: fitting takes minutes
+WARM_UP_ROWS = 256
 
 
 def dry_run(config: DumpConfig) -> str:
-    """What a dump would take: bytes on disk, time by a few batches, candidates; writes nothing."""
+    """Report what a dump would cost, as text, without writing anything.
+
+    The time is extrapolated from a few batches; the report compares the requested encoding with
+    the candidates of `auto`.
+    """
     source = open_source(config.data)
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     teacher = load_teachers(config, source, augmentation)
     draft = draft_header(config, source, teacher)
-    select_encoding.draw_teacher_rows(
-        draft, source, teacher, augmentation, config.workers, most=256
-    )  # warms up
-    before = time.perf_counter()
-    again = select_encoding.draw_teacher_rows(draft, source, teacher, augmentation, config.workers)
-    rate = len(again) / (time.perf_counter() - before)
-    encoding, shared, found = encoding_to_try(config, draft, again)
-    if config.encoding != select_encoding.AUTO and draft.classes <= MOST_CLASSES:
-        others = select_encoding.candidates(again, temperature=draft.temperature, seed=draft.seed)
-        found += [other for other in others if other.encoding != encoding]
-        found.sort(key=lambda candidate: candidate.bytes_per_row)
+    draw_teacher_rows(draft, source, teacher, augmentation, config.workers, max_rows=WARM_UP_ROWS)
+    start = time.perf_counter()
+    log_probs = draw_teacher_rows(draft, source, teacher, augmentation, config.workers)
+    rate = len(log_probs) / (time.perf_counter() - start)
+    encoding, shared, table = encoding_to_try(config, draft, log_probs)
+    if config.encoding != AUTO and draft.classes <= MOST_CLASSES:
+        others = candidates(log_probs, temperature=draft.temperature, seed=draft.seed)
+        table += [other for other in others if other.encoding != encoding]
+        table.sort(key=lambda candidate: candidate.bytes_per_row)
     rows = draft.samples * draft.views
-    common = sum(tensor.numel() * tensor.element_size() for tensor in shared.values())
+    shared_bytes = sum(tensor.numel() * tensor.element_size() for tensor in shared.values())
     row_bytes = sum(
         np.dtype(array.dtype).itemsize * math.prod(array.shape)
         for array in encoding.arrays(draft.classes)
         if array.axis == "rows"
     )
-    size = rows * row_bytes + draft.samples * 16 + common
+    size = rows * row_bytes + draft.samples * 16 + shared_bytes  # 16: a label and a key
     if config.embed_inputs:
-        one = input_array_spec(source)
-        size += draft.samples * np.dtype(one.dtype).itemsize * math.prod(one.shape)
+        inputs = input_array_spec(source)
+        size += draft.samples * np.dtype(inputs.dtype).itemsize * math.prod(inputs.shape)
     shard, shards = config.shard
     part = f" (shard {shard} of {shards} of {draft.data_samples:,})" if shards > 1 else ""
     return (
-        f"{select_encoding.candidates_table(found, encoding)}\n\n"
-        f"{draft.samples:,} samples{part} x {draft.views:,} view(s) as {select_encoding.spec_of(encoding)}: "
+        f"{candidates_table(table, encoding)}\n\n"
+        f"{draft.samples:,} samples{part} x {draft.views:,} view(s) as {spec_of(encoding)}: "
         f"about {size:,} bytes; about {rows / rate:,.0f} s at {rate:,.0f} rows/s here. "
         "Nothing was written."
     )
@@ -60,25 +72,25 @@ def dry_run(config: DumpConfig) -> str:
 
 def encoding_to_try(
     config: DumpConfig, draft: Header, log_probs: Tensor
-) -> tuple[Encoding, dict[str, Tensor], list[select_encoding.Candidate]]:
-    """The encoding that the dump would take, what its rows share, and how it measures."""
+) -> tuple[Encoding, dict[str, Tensor], list[Candidate]]:
+    """The encoding that the dump would use, the tensors its rows share, and measured candidates.
+
+    Args:
+        log_probs: (n, C) float32, rows of the teacher at the temperature of the dump.
+    """
     if config.like is not None:
         like = open_cache(config.like)
         encoding, shared = encoding_of(draft, like)[0].encoding, shared_tensors(like)
-        found: list[select_encoding.Candidate] = []
+        table: list[Candidate] = []
     else:
-        encoding, shared, found = select_encoding.select(
+        encoding, shared, table = select(
             config.encoding,
             log_probs,
             temperature=draft.temperature,
             seed=draft.seed,
             max_kl=config.max_kl,
         )
-    if not found:
-        spec = select_encoding.spec_of(encoding)
-        found = [
-            select_encoding.measure(
-                spec, encoding, shared, log_probs, draft.temperature, draft.seed
-            )
-        ]
-    return encoding, shared, found
+    if not table:
+        spec = spec_of(encoding)
+        table = [measure(spec, encoding, shared, log_probs, draft.temperature, draft.seed)]
+    return encoding, shared, table

@@ -1,4 +1,4 @@
-"""How far what is stored is from what the teacher says: KL on rows drawn at random."""
+"""How far the stored rows are from the teacher's: KL divergence on randomly drawn rows."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from softcache.teachers.ensemble import Ensemble
 from softcache.types import SparseTargets, Targets
 from softcache.util.progress import progress
 
-ROWS = 1024
-
-PRECISION_ROWS = 256
-
+ROWS = 1024  # drawn to measure a cache
+PRECISION_ROWS = 256  # of these, computed again in float32
 BATCH = 256
+TEMPERATURES = (1.0, 2.0, 4.0, 8.0)  # at which stored rows are measured, besides the cache's own
+VALUES = 1 << 27  # the most log-probabilities held in memory at once
 
-TEMPERATURES = (1.0, 2.0, 4.0, 8.0)  # at which stored rows are tried, besides their own
-
-VALUES = 1 << 27  # how many log-probabilities are held at once, at the most
-
-Pairs = npt.NDArray[np.int64]  # (n, 2) view and sample
+Pairs = npt.NDArray[np.int64]  # (n, 2): view, and cache row or sample id
 
 
 def draw_rows(views: int, samples: int, count: int, seed: int) -> Pairs:
-    """`count` rows of all views at random, without repeats; by view, then sample."""
+    """Draw about `count` distinct rows at random from all views.
+
+    Returns:
+        (n, 2) int64, view and sample, both counted from 0 and sorted by view, then sample. Of many
+        rows, duplicates are dropped rather than redrawn, so n can be slightly below `count`.
+    """
     total = views * samples
     random = np.random.default_rng(seed)
     if total < 1 << 24:
@@ -54,25 +55,41 @@ def teacher_rows(
     augmentation: Augmentation,
     workers: int = 0,
 ) -> Tensor:
-    """What the teacher says of the rows in `pairs`: log-probabilities (n, C) on its device."""
-    found = []
+    """Run the teacher on the rows in `pairs`.
+
+    Args:
+        pairs: (n, 2), view and sample id.
+
+    Returns:
+        (n, C) float32 log-probabilities at `temperature`, on the teacher's device.
+    """
+    outputs = []
     requests = [
-        make_request(augmentation, part.tolist(), view, part) for view, part in _parts(pairs)
+        make_request(augmentation, sample_ids.tolist(), view, sample_ids)
+        for view, sample_ids in _batches(pairs)
     ]
     batches = loader(source, requests, augmentation=augmentation, workers=workers)
     with progress("try rows", len(pairs), "rows") as advance:
         for request, batch in zip(requests, batches, strict=True):
-            samples = batch.source_indices.numpy()
-            inputs = augmented(batch, augmentation, request.view, samples, teachers.device)
-            found.append(teachers.log_probs(inputs, temperature, samples))
-            advance(len(samples))
-    return torch.cat(found)
+            sample_ids = batch.source_indices.numpy()  # of a dump, these are the same
+            inputs = augmented(batch, augmentation, request.view, sample_ids, teachers.device)
+            outputs.append(teachers.log_probs(inputs, temperature, sample_ids))
+            advance(len(sample_ids))
+    return torch.cat(outputs)
 
 
 def divergence(log_probs: Tensor, targets: Targets) -> Tensor:
-    """KL(teacher ‖ stored) of each row, (B,), in nats; log_probs (B, C) are the teacher's.
+    """KL(teacher ‖ stored) of each row, in nats.
 
-    Of draws it is KL(stored ‖ teacher), since classes that were not drawn have probability 0.
+    For sampled targets it is KL(stored ‖ teacher), since classes that were not drawn have
+    probability 0.
+
+    Args:
+        log_probs: (B, C), the teacher's.
+        targets: the stored rows, at the same temperature.
+
+    Returns:
+        (B,)
     """
     stored = to_dense(targets)
     if isinstance(targets, SparseTargets) and bool(torch.isneginf(targets.rest).any()):
@@ -81,13 +98,16 @@ def divergence(log_probs: Tensor, targets: Targets) -> Tensor:
     return (log_probs.exp() * difference).sum(-1)
 
 
-def retemper(log_probs: Tensor, temperature: float, wanted: float) -> Tensor:
-    """log p at `wanted` from log p at `temperature`, (B, C)."""
-    return torch.log_softmax(log_probs * (temperature / wanted), dim=-1)
+def retemper(log_probs: Tensor, temperature: float, target_temperature: float) -> Tensor:
+    """Log-probabilities (B, C) at `target_temperature`, from those at `temperature`."""
+    return torch.log_softmax(log_probs * (temperature / target_temperature), dim=-1)
 
 
 def temperatures_of(cache_temperature: float, sampled: bool) -> list[float]:
-    """The cache's own temperature first, then others at which students may use it."""
+    """Temperatures to measure at: the cache's own first, then others that students might use.
+
+    A sampled cache cannot be re-tempered and has only its own.
+    """
     return [cache_temperature] + [t for t in TEMPERATURES if t != cache_temperature and not sampled]
 
 
@@ -100,67 +120,75 @@ def measure_fidelity(
     rows: int = ROWS,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """KL of stored rows against the teacher, asked again: mean, 99th percentile, worst.
+    """Run the teacher again on random rows and measure the KL divergence of what is stored.
+
+    Args:
+        source: the whole data set, in the order of the dump.
+        rows: how many rows to draw; fewer are used if the cache is smaller or has many classes.
 
     Returns:
-        rows, mean, p99, worst: at the cache's temperature, in nats; at: the mean by temperature;
-        precision: KL(float32 ‖ as asked) at the temperature, if the teacher ran in another;
-        moved: the share of probability that lies elsewhere when the rows are encoded again.
+        rows: how many rows were measured.
+        mean, p99, worst: of the KL at the cache's temperature, in nats.
+        at: the mean KL by temperature.
+        moved: the share of the probability mass that moves when the rows are encoded again.
+        precision: mean KL(float32 ‖ teacher), only if the teacher ran at a lower precision.
     """
     header = cache.header
     rows = max(1, min(rows, VALUES // header.classes))
     pairs = draw_rows(header.views, header.samples, rows, header.seed)
-    said = teacher_rows(
+    first = np.array([header.first_view, header.first_sample])
+    log_probs = teacher_rows(
         teachers,
         source,
-        pairs + np.array([header.first_view, header.first_sample]),
+        pairs + first,
         temperature=header.temperature,
         augmentation=augmentation,
         workers=workers,
     )
     means = {}
-    own = np.zeros(0)
+    kl_at_own = np.zeros(0)
     sampled = isinstance(header.encoding, Sampled)
-    for wanted in temperatures_of(header.temperature, sampled):
-        kl = _stored_divergence(cache, pairs, said, wanted)
-        means[f"{wanted:g}"] = float(kl.mean())
-        own = kl if wanted == header.temperature else own
-    exact = teachers.in_float32
+    for temperature in temperatures_of(header.temperature, sampled):
+        kl = _stored_divergence(cache, pairs, log_probs, temperature)
+        means[f"{temperature:g}"] = float(kl.mean())
+        kl_at_own = kl if temperature == header.temperature else kl_at_own
+    exact_teachers = teachers.in_float32
     cost = {}
-    if exact is not None:
-        few = pairs[:: max(1, len(pairs) // PRECISION_ROWS)]
-        numbers = few + np.array([header.first_view, header.first_sample])
-        full, low = (
+    if exact_teachers is not None:
+        subset = pairs[:: max(1, len(pairs) // PRECISION_ROWS)] + first
+        exact, reduced = (
             teacher_rows(
-                one, source, numbers, temperature=header.temperature, augmentation=augmentation
+                ensemble, source, subset, temperature=header.temperature, augmentation=augmentation
             )
-            for one in (exact, teachers)
+            for ensemble in (exact_teachers, teachers)
         )
-        cost = {"precision": float(divergence(full, low).mean())}
+        cost = {"precision": float(divergence(exact, reduced).mean())}
     return cost | {
         "rows": len(pairs),
-        "mean": float(own.mean()),
-        "p99": float(np.quantile(own, 0.99)),
-        "worst": float(own.max()),
+        "mean": float(kl_at_own.mean()),
+        "p99": float(np.quantile(kl_at_own, 0.99)),
+        "worst": float(kl_at_own.max()),
         "at": means,
-        "moved": _moved(cache, pairs, said),
+        "moved": _moved(cache, pairs, log_probs),
     }
 
 
 def _stored_divergence(
-    cache: Cache, pairs: Pairs, said: Tensor, wanted: float
+    cache: Cache, pairs: Pairs, log_probs: Tensor, target_temperature: float
 ) -> npt.NDArray[np.float64]:
-    fetch = soft_targets(cache, wanted, said.device)
-    found, done = [], 0
-    for view, part in _parts(pairs):
-        true = retemper(said[done : done + len(part)], cache.header.temperature, wanted)
-        found.append(divergence(true, fetch(view, part)).double().cpu().numpy())
-        done += len(part)
-    return np.concatenate(found)
+    """KL (n,) between the teacher's rows (n, C) and the stored ones, at `target_temperature`."""
+    fetch = soft_targets(cache, target_temperature, log_probs.device)
+    divergences, done = [], 0
+    for view, cache_rows in _batches(pairs):
+        batch = log_probs[done : done + len(cache_rows)]
+        exact = retemper(batch, cache.header.temperature, target_temperature)
+        divergences.append(divergence(exact, fetch(view, cache_rows)).double().cpu().numpy())
+        done += len(cache_rows)
+    return np.concatenate(divergences)
 
 
-def _moved(cache: Cache, pairs: Pairs, said: Tensor) -> float:
-    """Mean total variation between stored rows and the same rows encoded again."""
+def _moved(cache: Cache, pairs: Pairs, log_probs: Tensor) -> float:
+    """Mean total variation distance between the stored rows and the same rows encoded again."""
     header = cache.header
     shared = shared_tensors(cache)
     encode = make_encoder(
@@ -168,45 +196,47 @@ def _moved(cache: Cache, pairs: Pairs, said: Tensor) -> float:
         shared,
         temperature=header.temperature,
         seed=header.seed,
-        device=said.device,
+        device=log_probs.device,
     )
-    fetch = soft_targets(cache, header.temperature, said.device)
+    fetch = soft_targets(cache, header.temperature, log_probs.device)
     total, done = 0.0, 0
-    for view, part in _parts(pairs):
-        stored = encode(
-            said[done : done + len(part)], header.first_view + view, header.first_sample + part
+    for view, cache_rows in _batches(pairs):
+        encoded = encode(
+            log_probs[done : done + len(cache_rows)],
+            header.first_view + view,
+            header.first_sample + cache_rows,
         )
-        if "ids" in stored:
-            stored["ids"] = class_ids(stored["ids"], header.classes)
+        if "ids" in encoded:
+            encoded["ids"] = class_ids(encoded["ids"], header.classes)
         again = decode(
             header.encoding,
-            stored | {name: tensor.to(said.device) for name, tensor in shared.items()},
+            encoded | {name: tensor.to(log_probs.device) for name, tensor in shared.items()},
             temperature=header.temperature,
             wanted=header.temperature,
             classes=header.classes,
         )
-        difference = to_dense(again).exp() - to_dense(fetch(view, part)).exp()
+        difference = to_dense(again).exp() - to_dense(fetch(view, cache_rows)).exp()
         total += float(difference.abs().sum()) / 2
-        done += len(part)
+        done += len(cache_rows)
     return total / len(pairs)
 
 
-def _parts(pairs: Pairs) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """Views, each with at most BATCH of its samples at a time."""
+def _batches(pairs: Pairs) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Split sorted pairs into a view and at most BATCH of its samples at a time."""
     for view in map(int, np.unique(pairs[:, 0])):
         samples = pairs[pairs[:, 0] == view, 1]
-        for part in np.split(samples, range(BATCH, len(samples), BATCH)):
-            yield view, part
+        for batch in np.split(samples, range(BATCH, len(samples), BATCH)):
+            yield view, batch
 
 
 def fidelity_line(fidelity: dict[str, Any], sampled: bool) -> str:
-    """One line for people."""
-    others = ", ".join(f"T={t} {kl:.1e}" for t, kl in fidelity["at"].items())
+    """The result of measure_fidelity() as one line of text."""
+    means = ", ".join(f"T={t} {kl:.1e}" for t, kl in fidelity["at"].items())
     cost = fidelity.get("precision")
-    against = "" if cost is None else f"; the precision cost KL(float32 ‖ teacher) {cost:.1e}"
+    note = "" if cost is None else f"; the precision costs KL(float32 ‖ teacher) {cost:.1e}"
     direction = "KL(stored ‖ teacher)" if sampled else "KL(teacher ‖ stored)"
     return (
         f"fidelity: {direction} mean {fidelity['mean']:.1e}, 99th percentile "
         f"{fidelity['p99']:.1e}, worst {fidelity['worst']:.1e} nats on {fidelity['rows']:,} rows; "
-        f"mean at {others}{against}"
+        f"mean at {means}{note}"
     )

@@ -1,4 +1,4 @@
-"""Stage 1: samples become a file. The teacher runs once."""
+"""The dump loop: run the teacher over every missing row and write its soft targets to the cache."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.loader import Batch, Request, augmented, loader, make_request
 from softcache.data.open import open_source
 from softcache.data.source import Source, check_labels
-from softcache.dump import fidelity
 from softcache.dump.check_resume import check_same
 from softcache.dump.config import DumpConfig
+from softcache.dump.fidelity import fidelity_line, measure_fidelity
 from softcache.dump.pipeline import BackgroundConsumer, Stopwatch, prefetch
 from softcache.dump.prepare import (
     check_out,
@@ -39,18 +39,23 @@ from softcache.teachers.ensemble import Ensemble
 from softcache.util.log import inform
 from softcache.util.progress import progress
 
-RUNS_OF_A_PROCESS = 8  # runs of blocks in a view: few enough to be long, many enough to even out
+# per process and view: few enough for runs to be long, many enough to balance slow processes
+RUNS_OF_A_PROCESS = 8
 
 
 def dump(config: DumpConfig) -> Cache:
-    """Write the teacher's soft targets for every sample of the data into `config.out`.
+    """Write the teacher's soft targets for every sample of the data to `config.out`.
 
-    Run again after any stop, it goes on where it stopped. Asked for more views than a finished
-    cache has, it copies those into a new file and adds the others; the old file stays until then.
+    Running the same dump again after an interruption resumes it. If a finished cache has fewer
+    views than requested, they are copied to a new file and the others are added; the old file is
+    kept until the new one is complete.
+
+    Returns:
+        The complete cache.
 
     Raises:
-        SoftcacheError: the settings, the data or the teacher are not as they should be, or the
-            disk fails; what was done is kept.
+        SoftcacheError: the settings, the data or the teacher are invalid, or the disk fails;
+            finished work is kept.
     """
     group = join_processes()
     try:
@@ -62,7 +67,7 @@ def dump(config: DumpConfig) -> Cache:
 
 
 def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
-    """What one process of a dump does; the first of them begins the file and ends it."""
+    """One process's part of a dump; the first process also creates the file and finishes it."""
     source = open_source(config.data)
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     teacher = load_teachers(config, source, augmentation)
@@ -71,7 +76,7 @@ def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
     finished = open_finished(config, draft, source, augmentation)
     if finished is not None and finished.header.views == draft.views:
         if group.first:
-            inform(f"{config.out} is complete already; left alone (--overwrite makes it anew)")
+            inform(f"{config.out} is already complete; nothing to do (--overwrite starts again)")
         return finished
     try:
         if group.first:
@@ -86,56 +91,59 @@ def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
         if group.first:
             finish_dump(config, source, teacher, augmentation)
             header = open_cache(config.out).header
-            known = (header.summary or {})["fidelity"]
-            inform(fidelity.fidelity_line(known, isinstance(header.encoding, Sampled)))
+            fidelity = (header.summary or {})["fidelity"]
+            inform(fidelity_line(fidelity, isinstance(header.encoding, Sampled)))
             inform(watch.advice())
         group.barrier()
     except KeyboardInterrupt:
         partial = partial_path(config.out)
-        kept = f"{partial} keeps what was done: the same command goes on"
-        raise Interrupted(f"stopped; {kept if partial.exists() else 'nothing was begun'}") from None
+        if not partial.exists():
+            raise Interrupted("stopped; nothing was written") from None
+        raise Interrupted(
+            f"stopped; the finished rows are kept in {partial}: run the same command again to continue"
+        ) from None
     return open_cache(config.out)
 
 
 def open_finished(
     config: DumpConfig, draft: Header, source: Source, augmentation: Augmentation
 ) -> Cache | None:
-    """The cache that `config.out` is already, if it is what this dump was asked for or part of it.
+    """The cache at `config.out` if it holds this dump or its first views; None if there is none.
 
     Raises:
-        SettingsError: it is something else, or more.
+        SettingsError: it is the cache of another dump, or has more views than requested.
     """
     if not config.out.exists() or config.overwrite:
         return None
     finished = open_cache(config.out)
-    check_same(finished, draft, source, config.eval_data, config.like, but=["views"])
+    check_same(finished, draft, source, config.eval_data, config.like, ignored=["views"])
     if finished.header.views >= draft.views:
         check_same(finished, draft, source, config.eval_data, config.like)
         return finished
-    every = np.arange(len(source))
-    own = every[draft.first_sample : draft.first_sample + draft.samples]
-    check_replay(finished, source, augmentation, own, every)
+    source_indices = np.arange(len(source))
+    dumped = source_indices[draft.first_sample : draft.first_sample + draft.samples]
+    check_replay(finished, source, augmentation, dumped, source_indices)
     return finished
 
 
 def finish_dump(
     config: DumpConfig, source: Source, teacher: Ensemble, augmentation: Augmentation
 ) -> None:
-    """Measure what was stored, and give the file its name."""
-    # as it began, the job checked what was there; all else its processes have written since
+    """Summarize the rows, measure their fidelity, and give the file its final name."""
+    # no recheck: older blocks were checked at the start, and this job wrote all the others
     with Writer(config.out, recheck=False) as writer:
         with progress("summary", summary_row_count(writer.cache), "rows") as advance:
             summary = summarize(writer.cache, advance)
-        found = fidelity.measure_fidelity(
+        fidelity = measure_fidelity(
             writer.cache, source, teacher, augmentation, workers=config.workers
         )
-        writer.finish(summary | {"fidelity": found})
+        writer.finish(summary | {"fidelity": fidelity})
 
 
 def copy_views(finished: Cache, out: Path) -> None:
-    """Copy the views of a finished cache into the file of `out` that is to hold more of them."""
+    """Copy the views of a finished cache into the unfinished file of `out`, which holds more."""
     header = finished.header
-    inform(f"adding views to {finished.path}, which has {header.views}")
+    inform(f"adding views to {finished.path}, which already has {header.views}")
     with Writer(out) as writer, progress("copy", header.samples * header.views, "rows") as advance:
         for view in range(header.views):
             copy_view(finished, writer, view, advance)
@@ -149,10 +157,13 @@ def fill_cache(
     augmentation: Augmentation,
     group: ProcessGroup,
 ) -> Stopwatch:
-    """The dump loop: loading, teacher and disk at the same time, over all batches with missing rows.
+    """The dump loop over all batches with missing rows; loading, teacher and disk run concurrently.
 
-    The grid of batches is the same after a resume and in any number of processes, so that each row
-    is computed in the same company, and the file comes out the same to the byte.
+    Batch boundaries are the same after a resume and with any number of processes: every row is
+    computed in the same batch, and the file comes out identical to the byte.
+
+    Returns:
+        The time spent in each stage.
     """
     header, device, watch = writer.header, teacher.device, Stopwatch()
     encode = make_encoder(
@@ -162,26 +173,27 @@ def fill_cache(
         seed=header.seed,
         device=device,
     )
-    asked: deque[Task] = deque()
+    in_flight: deque[Task] = deque()
 
     def requests() -> Iterator[Request]:
         for task in missing_batches(writer, config.batch_size, group):
-            asked.append(task)
-            samples = header.first_sample + np.arange(task.batch.start, task.batch.stop)
-            drawn = header.first_view + task.view
-            request = make_request(augmentation, samples.tolist(), drawn, samples)
-            # with view 0, as labels and keys are
+            in_flight.append(task)
+            sample_ids = header.first_sample + np.arange(task.batch.start, task.batch.stop)
+            view = header.first_view + task.view
+            request = make_request(augmentation, sample_ids.tolist(), view, sample_ids)
+            # raw inputs are stored once, with view 0, like labels and keys
             yield replace(request, raw=header.embeds_inputs and task.view == 0)
 
     def store(item: tuple[Task, Batch, HostCopy]) -> None:
-        task, batch, copied = item
+        task, batch, copy = item
+        first = task.batch.start
+        start, stop = task.rows.start - first, task.rows.stop - first
+        rows = {name: values[start:stop] for name, values in as_arrays(copy.wait()).items()}
         keys = batch.keys.numpy().view(np.uint64)
-        low, high = task.own.start - task.batch.start, task.own.stop - task.batch.start
-        rows = {name: values[low:high] for name, values in as_arrays(copied.wait()).items()}
-        samples = {"labels": batch.labels.numpy()[low:high], "keys": keys[low:high]}
+        samples = {"labels": batch.labels.numpy()[start:stop], "keys": keys[start:stop]}
         if len(batch.raw):
-            samples[INPUTS] = batch.raw.numpy()[low:high]
-        writer.write(task.view, task.own.start, rows, samples)
+            samples[INPUTS] = batch.raw.numpy()[start:stop]
+        writer.write(task.view, task.rows.start, rows, samples)
 
     batches = loader(
         source,
@@ -195,15 +207,15 @@ def fill_cache(
     done = total - sum(int(writer.missing(view).sum()) for view in range(header.views))
     with progress("dump", total, "rows", done) as advance, BackgroundConsumer(store) as disk:
         for batch in watch.waits("data", prefetch(batches)):
-            task = asked.popleft()
+            task = in_flight.popleft()
             with watch.time("teacher"):
-                samples, drawn = batch.sample_ids.numpy(), header.first_view + task.view
-                check_labels(batch.labels.numpy(), samples, header.classes, source)
-                inputs = augmented(batch, augmentation, drawn, samples, device)
-                log_probs = teacher.log_probs(inputs, header.temperature, samples)
-                copied = HostCopy.of(encode(log_probs, drawn, samples))
+                sample_ids, view = batch.sample_ids.numpy(), header.first_view + task.view
+                check_labels(batch.labels.numpy(), sample_ids, header.classes, source)
+                inputs = augmented(batch, augmentation, view, sample_ids, device)
+                log_probs = teacher.log_probs(inputs, header.temperature, sample_ids)  # (B, C)
+                copy = HostCopy.of(encode(log_probs, view, sample_ids))
             with watch.time("disk"):
-                disk.put((task, batch, copied))
+                disk.put((task, batch, copy))
             advance(group.add_rows(task.missing), watch.note())
         with watch.time("disk"):
             disk.finish()
@@ -212,30 +224,34 @@ def fill_cache(
 
 @dataclass(frozen=True)
 class Task:
-    """A batch to compute, by rows of the file."""
+    """A batch to compute. Ranges are cache rows; views are counted from the cache's first."""
 
     view: int
-    batch: range  # of the grid
-    own: range  # those of its rows that are this process's to write
-    missing: int  # how many of these are not there yet
+    batch: range  # all rows to compute together
+    rows: range  # the part of them that this process writes
+    missing: int  # how many of `rows` are not in the file yet
 
 
 def missing_batches(writer: Writer, batch_size: int, group: ProcessGroup) -> Iterator[Task]:
-    """The batches in which rows are missing, view by view; of several processes, each takes the
-    next run of blocks when it is through with its last, so that a slow one holds up nobody."""
+    """The batches with missing rows, view by view.
+
+    Several processes take turns: each takes the next run of blocks when it has finished its last
+    one, so that a slow process does not hold up the others.
+    """
     header = writer.header
-    per_run = header.blocks
+    blocks_per_run = header.blocks
     if group.size > 1:
-        aligned = -(-batch_size // header.block_rows)
-        per_run = max(1, aligned, header.blocks // (RUNS_OF_A_PROCESS * group.size))
-    runs_of_a_view = -(-header.blocks // per_run)
-    while (run := group.add("runs", 1) - 1) < runs_of_a_view * header.views:
-        view, place = divmod(run, runs_of_a_view)
-        start = place * per_run * header.block_rows
-        stop = min(header.samples, start + per_run * header.block_rows)
-        for at in range(start - start % batch_size, stop, batch_size):
-            batch = range(at, min(at + batch_size, header.samples))
-            own = range(max(at, start), min(batch.stop, stop))
-            missing = int(writer.missing(view, own.start, own.stop).sum())
+        blocks_per_batch = -(-batch_size // header.block_rows)
+        balanced = header.blocks // (RUNS_OF_A_PROCESS * group.size)
+        blocks_per_run = max(1, blocks_per_batch, balanced)
+    runs_per_view = -(-header.blocks // blocks_per_run)
+    while (run := group.add("runs", 1) - 1) < runs_per_view * header.views:
+        view, run_of_view = divmod(run, runs_per_view)
+        start = run_of_view * blocks_per_run * header.block_rows
+        stop = min(header.samples, start + blocks_per_run * header.block_rows)
+        for first in range(start - start % batch_size, stop, batch_size):
+            batch = range(first, min(first + batch_size, header.samples))
+            rows = range(max(first, start), min(batch.stop, stop))
+            missing = int(writer.missing(view, rows.start, rows.stop).sum())
             if missing:
-                yield Task(view, batch, own, missing)
+                yield Task(view, batch, rows, missing)

@@ -1,6 +1,6 @@
-"""Stages that work at the same time: threads with short queues between them.
+"""Concurrent stages: threads with short queues between them.
 
-An error in a stage is raised where the loop next meets that stage, so that nothing dies in silence.
+An error in a stage is raised where the loop next uses that stage, so that no thread fails silently.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Generic, TypeVar
 
-DEPTH = 4  # items that wait between two stages, at the most
-
-PATIENCE = 0.1  # seconds between two looks at whether the other side is still there
-
+DEPTH = 4  # the most items that wait between two stages
+POLL_SECONDS = 0.1  # how often a blocked stage checks that the other side is still running
 ADVICE = {
-    "data": "waiting for data is the limit: more --workers, or smaller or faster files",
-    "teacher": "the teacher is the limit: --batch-size auto, --precision bf16 or --compile may help",
-    "disk": "the disk is the limit: a faster one, or a smaller --encoding",
+    "data": "data loading is the bottleneck; try more --workers, or smaller files or a faster disk",
+    "teacher": "the teacher is the bottleneck; try --batch-size auto, --precision bf16 or --compile",
+    "disk": "writing is the bottleneck; try a faster disk or a smaller --encoding",
 }
 
 T = TypeVar("T")
@@ -37,14 +35,14 @@ class _End:
 
 
 def prefetch(items: Iterable[T], depth: int = DEPTH) -> Iterator[T]:
-    """Iterate over `items` in a thread of its own, which is `depth` items ahead at the most."""
+    """Iterate over `items` in a background thread that stays at most `depth` items ahead."""
     waiting: queue.Queue[T | _Failed | _End] = queue.Queue(depth)
     stopped = threading.Event()
 
     def put(item: T | _Failed | _End) -> None:
         while not stopped.is_set():
             try:
-                waiting.put(item, timeout=PATIENCE)
+                waiting.put(item, timeout=POLL_SECONDS)
                 return
             except queue.Full:
                 continue
@@ -72,10 +70,10 @@ def prefetch(items: Iterable[T], depth: int = DEPTH) -> Iterator[T]:
 
 
 class BackgroundConsumer(Generic[T]):
-    """Calls `consume` on every item in a thread of its own; a context manager.
+    """Calls `consume` on every item in a background thread; a context manager.
 
-    At its end everything that was put has been consumed, also if the loop around it failed: what is
-    done is kept.
+    On exit, every item that was put has been consumed, even if the body of the `with` statement
+    failed: finished work is kept.
     """
 
     def __init__(self, consume: Callable[[T], None], depth: int = DEPTH) -> None:
@@ -97,26 +95,26 @@ class BackgroundConsumer(Generic[T]):
         if error is None:
             self.finish()
         else:
-            self._hand_over(_End())
+            self._enqueue(_End())
             self._thread.join()
 
     def put(self, item: T) -> None:
-        """Hand an item over; waits while the queue is full, and raises what `consume` raised."""
-        self._hand_over(item)
+        """Queue an item, waiting while the queue is full; re-raise any error from `consume`."""
+        self._enqueue(item)
         if self._error is not None:
             raise self._error
 
     def finish(self) -> None:
-        """Wait until everything that was put has been consumed."""
-        self._hand_over(_End())
+        """Wait until every item that was put has been consumed; re-raise any error from `consume`."""
+        self._enqueue(_End())
         self._thread.join()
         if self._error is not None:
             raise self._error
 
-    def _hand_over(self, item: T | _End) -> None:
+    def _enqueue(self, item: T | _End) -> None:
         while self._thread.is_alive():
             try:
-                self._waiting.put(item, timeout=PATIENCE)
+                self._waiting.put(item, timeout=POLL_SECONDS)
                 return
             except queue.Full:
                 continue
@@ -131,12 +129,13 @@ class BackgroundConsumer(Generic[T]):
 
 @dataclass
 class Stopwatch:
-    """Seconds by stage, of the thread that runs the loop."""
+    """The seconds that the thread of the loop spends in each stage."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
+        """Add the time spent in the `with` block to a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -144,7 +143,7 @@ class Stopwatch:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def waits(self, stage: str, items: Iterator[T]) -> Iterator[T]:
-        """The items, with the time until each one comes counted."""
+        """Yield the items, adding the time spent waiting for each of them to a stage."""
         end = _End()
         while True:
             with self.time(stage):
@@ -154,18 +153,18 @@ class Stopwatch:
             yield item
 
     def shares(self) -> dict[str, float]:
-        """Of the time counted, by stage."""
+        """Each stage's share of the total time, from 0 to 1."""
         total = sum(self.seconds.values()) or 1.0
         return {stage: seconds / total for stage, seconds in self.seconds.items()}
 
     def note(self) -> str:
-        """Shares for a progress line."""
+        """The shares as text, for a progress line."""
         return ", ".join(f"{stage} {share:.0%}" for stage, share in self.shares().items())
 
     def advice(self) -> str:
-        """One line that says which stage is the limit, and what to change."""
+        """One line that names the slowest stage and what to try."""
         shares = self.shares()
         if not shares:
-            return "time: nothing was left to do"
-        limit = max(shares, key=lambda stage: shares[stage])
-        return f"time: {self.note()}; {ADVICE.get(limit, limit)}"
+            return "time: there was nothing left to do"
+        slowest = max(shares, key=lambda stage: shares[stage])
+        return f"time: {self.note()}; {ADVICE.get(slowest, slowest)}"

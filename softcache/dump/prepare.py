@@ -1,4 +1,4 @@
-"""Before the first row: teacher, header, encoding, and the empty file."""
+"""Everything before the first row: the teacher, the header, the encoding and the empty file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from softcache.data.augment import Augmentation, split_augment
 from softcache.data.class_names import check_class_names
 from softcache.data.open import open_source
 from softcache.data.source import Source
-from softcache.dump import select_encoding
 from softcache.dump.check_resume import check_same
 from softcache.dump.config import AUTO, DumpConfig
-from softcache.dump.select_encoding import encoding_for_dump, encoding_of
+from softcache.dump.select_encoding import check_spec, encoding_for_dump, encoding_of
 from softcache.errors import ModelError, SettingsError, SoftcacheError
 from softcache.join.fingerprints import fingerprinted_rows, reproducible_fingerprints, software
 from softcache.models.evaluate import data_digest, evaluate
@@ -36,12 +35,19 @@ from softcache.util.tensors import to_float
 
 
 def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Header:
-    """The header but for encoding and layout, which creating the file decides."""
-    select_encoding.check_spec(config.encoding, config.temperature, teacher.classes)
+    """The header of the dump, except the encoding and the layout, which are filled in later.
+
+    Raises:
+        SettingsError: the encoding is invalid for these classes, or there are more shards than
+            samples.
+    """
+    check_spec(config.encoding, config.temperature, teacher.classes)
     total, (shard, shards) = len(source), config.shard
     if shards > total:
-        raise SettingsError(f"{shards} shards of {total:,} samples; expected at most one for each")
-    first, end = (part * total // shards for part in (shard, shard + 1))
+        raise SettingsError(
+            f"{shards} shards of {total:,} samples; expected at most one shard per sample"
+        )
+    first, end = (number * total // shards for number in (shard, shard + 1))
     return Header(
         views=config.views,
         samples=end - first,
@@ -75,7 +81,7 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
 
 
 def check_out(out: Path) -> None:
-    """Raise SettingsError now, not after hours, if a cache cannot get the name `out`."""
+    """Raise SettingsError up front, not after hours, if no cache can be written to `out`."""
     if out.is_dir():
         raise SettingsError(
             f"--out {out} is a folder; name a file in it, such as {out / 'cache.h5'}"
@@ -84,12 +90,17 @@ def check_out(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(
-            f"--out {out}: cannot make its folder ({error.strerror}); give another --out"
+            f"--out {out}: cannot create its folder ({error.strerror}); give another --out"
         ) from error
 
 
 def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation) -> Ensemble:
-    """Every teacher of the dump, loaded and tried on the first sample."""
+    """Load every teacher of the dump and run it on the first sample.
+
+    Raises:
+        ModelError: a teacher cannot be loaded or run, or a matrix does not have one row per sample.
+        DataError: the classes of the data and of a teacher have different names.
+    """
     device = pick_device(config.device)
     raw = source.fetch([0])[0]
     first = to_float(augmentation.transformed(raw, config.first_view, np.zeros(1, np.int64)))
@@ -113,7 +124,7 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
         if isinstance(teacher.model, Matrix) and len(teacher.model.values) != len(source):
             raise ModelError(
                 f"teacher {teacher.spec} has {len(teacher.model.values):,} rows, {source.name} has "
-                f"{len(source):,} samples; expected a row for each sample of the data, in its order"
+                f"{len(source):,} samples; expected a row for each sample of the data, in the same order"
             )
         check_class_names(source, teacher.class_names, f"teacher {teacher.spec}")
     return make_ensemble(loaded, config.teacher_weight)
@@ -122,7 +133,7 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
 def with_batch_size(
     config: DumpConfig, source: Source, teacher: Ensemble, augmentation: Augmentation
 ) -> DumpConfig:
-    """The settings with `auto` replaced by the batch size that is fastest here and fits."""
+    """The settings, with the batch size `auto` replaced by the fastest one that fits in memory."""
     if config.batch_size != AUTO:
         return config
     raw = source.fetch([0])[0]
@@ -140,17 +151,20 @@ def open_unfinished(
     augmentation: Augmentation,
     finished: Cache | None = None,
 ) -> None:
-    """Allocate the unfinished file, or check that the one that is there was begun like this.
+    """Allocate the unfinished file, or check that an existing one belongs to this dump.
 
     Args:
-        finished: the same with fewer views, whose encoding and evaluation are taken over.
+        finished: a cache of the same dump with fewer views, to reuse its encoding and evaluation.
+
+    Raises:
+        SettingsError: the existing file was started with other settings or other data.
     """
     partial = partial_path(config.out)
     if partial.exists():
         try:
-            begun = open_cache(partial, unfinished=True)
-            check_same(begun, draft, source, config.eval_data, config.like)
-            inform(f"going on with {partial}")
+            unfinished = open_cache(partial, unfinished=True)
+            check_same(unfinished, draft, source, config.eval_data, config.like)
+            inform(f"resuming {partial}")
             return
         except SoftcacheError:
             if not config.overwrite:
@@ -161,48 +175,50 @@ def open_unfinished(
         header, arrays = encoding_of(draft, like)
     else:
         header, arrays = encoding_for_dump(config, draft, source, teacher, augmentation)
-    known = finished.header.evaluation if finished else None
-    evaluation = known or evaluate_teacher(config.eval_data, teacher, config.workers, source)
+    earlier = finished.header.evaluation if finished else None
+    evaluation = earlier or evaluate_teacher(config.eval_data, teacher, config.workers, source)
     names = source.class_names or teacher.class_names
     names = names or tuple(str(label) for label in range(teacher.classes))
     arrays["class_names"] = np.array([name.encode() for name in names])
-    arrays["fingerprinted"] = chosen = fingerprinted_rows(draft.samples)
+    arrays["fingerprinted"] = cache_rows = fingerprinted_rows(draft.samples)
     arrays["fingerprints"] = reproducible_fingerprints(
-        source,
-        augmentation,
-        draft.view_range,
-        draft.first_sample + chosen,
+        source, augmentation, draft.view_range, draft.first_sample + cache_rows
     )
     inputs = input_array_spec(source) if config.embed_inputs else None
     create(config.out, replace(header, evaluation=evaluation), arrays, config.batch_size, inputs)
 
 
 def input_array_spec(source: Source) -> ArraySpec:
-    """What one raw sample of the source is, as the file keeps it.
+    """The array that stores the raw samples of the source: its dtype and the shape of one sample.
 
     Raises:
-        SettingsError: its type has no place in the format.
+        SettingsError: the format has no such dtype.
     """
     array = source.fetch([0])[0].numpy()
     dtype = array.dtype.newbyteorder("<").str
     if dtype not in DTYPES:
         raise SettingsError(
-            f"--embed-inputs: samples of {source.name} are {array.dtype}; expected uint8 or float32, or "
-            f"another of {', '.join(sorted(DTYPES))}"
+            f"--embed-inputs: samples of {source.name} are {array.dtype}, which a cache cannot store; "
+            f"expected uint8, float32, or another of {', '.join(sorted(DTYPES))}"
         )
     return ArraySpec(INPUTS, dtype, "samples", array.shape[1:])
 
 
 def evaluate_teacher(
-    spec: str | None, teacher: Ensemble, workers: int, of_dump: Source
+    spec: str | None, teacher: Ensemble, workers: int, dumped: Source
 ) -> dict[str, Any] | None:
-    """The teacher's own errors, for the header."""
+    """Count the teacher's errors on labelled data, as the header records them.
+
+    Args:
+        spec: the evaluation data; None returns None.
+        dumped: the data of the dump, whose classes must match.
+    """
     if spec is None:
         return None
     source = open_source(spec)
-    check_class_names(source, of_dump.class_names, of_dump.name)
+    check_class_names(source, dumped.class_names, dumped.name)
     check_class_names(source, teacher.class_names, "the teacher")
-    found = evaluate(
+    evaluation = evaluate(
         lambda inputs: teacher.log_probs(inputs, 1.0),
         source,
         teacher.classes,
@@ -210,12 +226,12 @@ def evaluate_teacher(
         workers,
     )
     inform(
-        f"teacher: {found.errors:,} errors of {found.samples:,} on {source.name} "
-        f"({found.accuracy:.2%})"
+        f"teacher: {evaluation.errors:,} errors of {evaluation.samples:,} on {source.name} "
+        f"({evaluation.accuracy:.2%})"
     )
     return {
         "data": source.name,
         "digest": data_digest(source, workers),
-        "errors": found.errors,
-        "samples": found.samples,
+        "errors": evaluation.errors,
+        "samples": evaluation.samples,
     }

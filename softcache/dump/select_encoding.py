@@ -1,4 +1,4 @@
-"""Choose an encoding by what it costs and what it keeps, measured on rows of the teacher's own."""
+"""Choose an encoding by its size and its KL divergence, measured on rows of the teacher itself."""
 
 from __future__ import annotations
 
@@ -44,42 +44,39 @@ from softcache.teachers.ensemble import Ensemble
 from softcache.util.log import inform
 
 AUTO = "auto"
-
 ROWS = 4096  # drawn from the whole data set: three quarters to fit, the rest to measure
-
 HELD_OUT = 1024
+FIT_VIEWS = 8  # the rows come from the first views, however many views the file will hold
 
-FIT_VIEWS = 8  # the rows come from the first views, however many the file is to hold
-
+# what `auto` tries: topk:K, and basis:BYTES,K for each size and number of corrected classes
 AUTO_TOPK = (8, 16, 32, 64, 128, 256)
-
 AUTO_COEFFICIENT_BYTES = (8, 16, 32, 48, 64, 96, 128)
-
 AUTO_TOP = (4, 8, 16)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An encoding, what its rows would share, its bytes a row, and its mean KL by temperature."""
+    """An encoding that was measured."""
 
     spec: str
     encoding: Encoding
-    shared: dict[str, Tensor]
+    shared: dict[str, Tensor]  # the arrays that its rows would share, by name
     bytes_per_row: int
-    kl: dict[float, float]
+    kl: dict[float, float]  # mean KL in nats, by temperature
 
     def to_json(self) -> dict[str, Any]:
+        """The candidate as the header records it."""
         kl = {f"{temperature:g}": value for temperature, value in self.kl.items()}
         return {"encoding": self.spec, "bytes_per_row": self.bytes_per_row, "kl": kl}
 
 
 def needs_rows(spec: str) -> bool:
-    """Whether an encoding is fitted to, or chosen by, rows of the teacher."""
+    """Whether the encoding is fitted to rows of the teacher, or chosen by measuring them."""
     return spec == AUTO or spec.startswith("basis:")
 
 
 def check_spec(spec: str, temperature: float, classes: int) -> None:
-    """Raise SettingsError now rather than after hours, if `spec` names no encoding for `classes`."""
+    """Raise SettingsError up front, not after hours, if `spec` is not an encoding for `classes`."""
     if spec == AUTO:
         return
     encoding = Basis(*_sizes(spec)[:1], 0, _sizes(spec)[1]) if needs_rows(spec) else None
@@ -92,14 +89,17 @@ def draw_teacher_rows(
     teacher: Ensemble,
     augmentation: Augmentation,
     workers: int,
-    most: int = ROWS,
+    max_rows: int = ROWS,
 ) -> Tensor:
-    """Rows of the teacher (n, C), drawn from the whole data with the cache's seed.
+    """Run the teacher on rows drawn from the whole data set with the seed of the cache.
 
-    They do not depend on the views and samples that the file is to hold, so that every shard, and
-    every view that is added later, comes to the same encoding.
+    The draw does not depend on which views and samples the file will hold, so every shard, and
+    every view added later, gets the same encoding.
+
+    Returns:
+        (n, C) float32 log-probabilities at the temperature of the dump.
     """
-    count = max(2, min(most, VALUES // draft.classes))
+    count = max(2, min(max_rows, VALUES // draft.classes))
     views = FIT_VIEWS if draft.augment else 1
     return teacher_rows(
         teacher,
@@ -114,10 +114,14 @@ def draw_teacher_rows(
 def select(
     spec: str, log_probs: Tensor | None, *, temperature: float, seed: int, max_kl: float
 ) -> tuple[Encoding, dict[str, Tensor], list[Candidate]]:
-    """The encoding that `spec` comes to, what its rows share, and the candidates it was among.
+    """Turn an encoding specification into an encoding, fitting or choosing one if needed.
 
     Args:
-        log_probs: (n, C) rows of the teacher at `temperature`; None where needs_rows() is false.
+        log_probs: (n, C) rows of the teacher at `temperature`; None if needs_rows() is false.
+        max_kl: the largest mean KL in nats that `auto` accepts at any temperature.
+
+    Returns:
+        The encoding, the tensors that its rows share, and the candidates it was chosen from.
 
     Raises:
         SettingsError: the specification is unknown, or no candidate of `auto` meets `max_kl`.
@@ -125,74 +129,82 @@ def select(
     if log_probs is None or not needs_rows(spec):
         return parse_encoding(spec, temperature), {}, []
     if spec != AUTO:
-        found = fit_basis(spec, log_probs, temperature, seed)
-        return found.encoding, found.shared, [found]
-    found_all = candidates(log_probs, temperature=temperature, seed=seed)
-    good = [c for c in found_all if all(kl <= max_kl for kl in c.kl.values())]
-    if not good:
+        fitted = fit_basis(spec, log_probs, temperature, seed)
+        return fitted.encoding, fitted.shared, [fitted]
+    measured = candidates(log_probs, temperature=temperature, seed=seed)
+    accepted = [c for c in measured if all(kl <= max_kl for kl in c.kl.values())]
+    if not accepted:
         raise SettingsError(
             f"no encoding keeps KL within {max_kl:g} at T = "
             f"{', '.join(f'{t:g}' for t in temperatures_of(temperature, False))}; the best has "
-            f"{min(max(c.kl.values()) for c in found_all):.1e}: allow more with --max-kl"
+            f"{min(max(c.kl.values()) for c in measured):.1e}: allow more with --max-kl"
         )
-    best = min(good, key=lambda c: (c.bytes_per_row, max(c.kl.values())))
-    return best.encoding, best.shared, found_all
+    best = min(accepted, key=lambda c: (c.bytes_per_row, max(c.kl.values())))
+    return best.encoding, best.shared, measured
 
 
 def candidates(log_probs: Tensor, *, temperature: float, seed: int) -> list[Candidate]:
-    """Every encoding worth trying for so many classes, measured on held-out rows."""
+    """Every encoding worth trying, measured on held-out rows and sorted by size.
+
+    Args:
+        log_probs: (n, C) rows of the teacher at `temperature`.
+    """
     classes = log_probs.shape[-1]
-    fit, held = _split(log_probs)
+    fit_rows, held_out = _split(log_probs)
     simple: list[Encoding] = [Dense(), Quantized()]
     tails = tuple(sorted({*TAIL_TEMPERATURES, temperature}))
     simple += [TopK(k, tails) for k in AUTO_TOPK if k <= classes // 2]
-    found = [_measured(spec_of(e), e, {}, held, temperature, seed) for e in simple]
+    measured = [_measured(spec_of(e), e, {}, held_out, temperature, seed) for e in simple]
     budgets = [size for size in AUTO_COEFFICIENT_BYTES if 2 * size < classes]
     if budgets:
-        fitted = principal_directions(fit, most=2 * max(budgets))
+        fitted = principal_directions(fit_rows, max_directions=2 * max(budgets))
         for size in budgets:
-            split = _best_split(size, 8, fitted, held, temperature, seed).encoding
+            split = _best_split(size, 8, fitted, held_out, temperature, seed).encoding
             for top in AUTO_TOP:
                 if isinstance(split, Basis) and top <= classes // 2:
                     encoding = dataclasses.replace(split, top=top)
                     shared = shared_arrays(encoding, fitted)
                     spec = f"basis:{size},{top}"
-                    found.append(_measured(spec, encoding, shared, held, temperature, seed))
-    # a teacher of few dimensions leaves large budgets unspent, which makes twins
-    unique = {candidate.encoding: candidate for candidate in reversed(found)}
+                    measured.append(_measured(spec, encoding, shared, held_out, temperature, seed))
+    # with a teacher of few dimensions, larger budgets stay unspent and yield the same encoding
+    unique = {candidate.encoding: candidate for candidate in reversed(measured)}
     return sorted(unique.values(), key=lambda c: c.bytes_per_row)
 
 
 def fit_basis(spec: str, log_probs: Tensor, temperature: float, seed: int) -> Candidate:
-    """The best `basis` of so many bytes of coefficients, and so many exact entries.
+    """Fit the best `basis` encoding for the sizes in `spec`.
+
+    Args:
+        spec: basis:BYTES,K, the bytes of coefficients and the corrected classes of a row.
+        log_probs: (n, C) rows of the teacher at `temperature`.
 
     Raises:
         SettingsError: the specification is not basis:BYTES,K.
     """
     size, top = _sizes(spec)
-    fit, held = _split(log_probs)
-    fitted = principal_directions(fit, most=2 * size)
-    return _best_split(size, top, fitted, held, temperature, seed)
+    fit_rows, held_out = _split(log_probs)
+    fitted = principal_directions(fit_rows, max_directions=2 * size)
+    return _best_split(size, top, fitted, held_out, temperature, seed)
 
 
 def _sizes(spec: str) -> tuple[int, int]:
     sizes = spec.partition(":")[2].split(",")
     if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise SettingsError(
-            f"encoding {spec!r}: expected basis:BYTES,K, bytes of coefficients and exact entries "
-            "of a row, as in basis:64,8"
+            f"encoding {spec!r}: expected basis:BYTES,K, the bytes of coefficients and the corrected "
+            "classes of a row, as in basis:64,8"
         )
     return int(sizes[0]), int(sizes[1])
 
 
 def _best_split(
-    size: int, top: int, fitted: Directions, held: Tensor, temperature: float, seed: int
+    size: int, top: int, fitted: Directions, held_out: Tensor, temperature: float, seed: int
 ) -> Candidate:
-    tried = (
-        _measured(f"basis:{size},{top}", e, shared_arrays(e, fitted), held, temperature, seed)
+    measured = (
+        _measured(f"basis:{size},{top}", e, shared_arrays(e, fitted), held_out, temperature, seed)
         for e in splits(size, top, len(fitted.directions))
     )
-    return min(tried, key=lambda c: (max(c.kl.values()), c.bytes_per_row))
+    return min(measured, key=lambda c: (max(c.kl.values()), c.bytes_per_row))
 
 
 def measure(
@@ -203,12 +215,12 @@ def measure(
     temperature: float,
     seed: int,
 ) -> Candidate:
-    """An encoding measured on the held-out ones of rows (n, C)."""
+    """Measure an encoding on the held-out part of the rows `log_probs` (n, C)."""
     return _measured(spec, encoding, shared, _split(log_probs)[1], temperature, seed)
 
 
 def spec_of(encoding: Encoding) -> str:
-    """The encoding as the command line names it."""
+    """The specification of an encoding, as written on the command line."""
     match encoding:
         case TopK():
             return f"topk:{encoding.k}"
@@ -220,46 +232,50 @@ def spec_of(encoding: Encoding) -> str:
 
 
 def _split(log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows to fit, and rows to measure; they come by sample, so both take from everywhere."""
+    """Rows to fit and rows to measure; every fourth one, so that both span the whole data set."""
     if len(log_probs) < 2:
         return log_probs, log_probs
-    at = torch.arange(len(log_probs), device=log_probs.device)
-    return log_probs[at % 4 != 0], log_probs[at % 4 == 0][:HELD_OUT]
+    indices = torch.arange(len(log_probs), device=log_probs.device)
+    return log_probs[indices % 4 != 0], log_probs[indices % 4 == 0][:HELD_OUT]
 
 
 def _measured(
     spec: str,
     encoding: Encoding,
     shared: dict[str, Tensor],
-    held: Tensor,
+    held_out: Tensor,
     temperature: float,
     seed: int,
 ) -> Candidate:
-    classes = held.shape[-1]
-    device = held.device
+    classes = held_out.shape[-1]
+    device = held_out.device
     arrays = [array for array in encoding.arrays(classes) if array.axis == "rows"]
     size = sum(np.dtype(a.dtype).itemsize * int(np.prod(a.shape)) for a in arrays)
     encode = make_encoder(encoding, shared, temperature=temperature, seed=seed, device=device)
-    stored = encode(held, 0, np.arange(len(held)))
+    stored = encode(held_out, 0, np.arange(len(held_out)))
     if "ids" in stored:
         stored["ids"] = class_ids(stored["ids"], classes)
     floats = {name: tensor.to(device).float() for name, tensor in shared.items()}
     kl = {}
-    for wanted in temperatures_of(temperature, isinstance(encoding, Sampled)):
+    for target_temperature in temperatures_of(temperature, isinstance(encoding, Sampled)):
         targets = decode(
-            encoding, stored | floats, temperature=temperature, wanted=wanted, classes=classes
+            encoding,
+            stored | floats,
+            temperature=temperature,
+            wanted=target_temperature,
+            classes=classes,
         )
-        kl[wanted] = float(divergence(retemper(held, temperature, wanted), targets).mean())
+        exact = retemper(held_out, temperature, target_temperature)
+        kl[target_temperature] = float(divergence(exact, targets).mean())
     return Candidate(spec, encoding, shared, size, kl)
 
 
-def candidates_table(found: Sequence[Candidate], chosen: Encoding) -> str:
-    """Candidates by size, with KL at each temperature; the chosen one is marked."""
-
-    temperatures = sorted({t for candidate in found for t in candidate.kl})
+def candidates_table(measured: Sequence[Candidate], chosen: Encoding) -> str:
+    """A table of candidates with their KL at each temperature; a star marks the chosen one."""
+    temperatures = sorted({t for candidate in measured for t in candidate.kl})
 
     def lines() -> Iterator[list[str]]:
-        for candidate in found:
+        for candidate in measured:
             mark = "*" if candidate.encoding == chosen else ""
             kl = [f"{candidate.kl[t]:.1e}" if t in candidate.kl else "-" for t in temperatures]
             yield [mark + candidate.spec, f"{candidate.bytes_per_row:,}", *kl]
@@ -267,7 +283,7 @@ def candidates_table(found: Sequence[Candidate], chosen: Encoding) -> str:
     names = [f"KL at T={t:g}" for t in temperatures]
     return tabulate(
         list(lines()),
-        headers=["encoding", "bytes a row", *names],
+        headers=["encoding", "bytes per row", *names],
         colalign=("left", *["right"] * (len(names) + 1)),
         disable_numparse=True,
     )
@@ -280,7 +296,11 @@ def encoding_for_dump(
     teacher: Ensemble,
     augmentation: Augmentation,
 ) -> tuple[Header, Stored]:
-    """The header with the encoding that was asked for, fitted or measured, and its arrays."""
+    """Choose the encoding of a dump from its settings.
+
+    Returns:
+        The header with the encoding and how it was chosen, and the arrays that all rows share.
+    """
     rows = None
     if needs_rows(config.encoding):
         rows = draw_teacher_rows(draft, source, teacher, augmentation, config.workers)
@@ -299,15 +319,18 @@ def encoding_for_dump(
 
 
 def encoding_of(draft: Header, like: Cache) -> tuple[Header, Stored]:
-    """The header with the encoding of another cache, and the arrays that it was fitted to.
+    """Take over the encoding of another cache.
+
+    Returns:
+        The header with that encoding, and the arrays that all rows share.
 
     Raises:
-        SettingsError: that cache is of other classes or of another temperature.
+        SettingsError: the other cache has a different number of classes or temperature.
     """
     for name in ("classes", "temperature"):
-        theirs, mine = getattr(like.header, name), getattr(draft, name)
-        if theirs != mine:
-            raise SettingsError(f"--like {like.path} has {name} {theirs}; this dump has {mine}")
+        expected, actual = getattr(draft, name), getattr(like.header, name)
+        if actual != expected:
+            raise SettingsError(f"--like {like.path} has {name} {actual}; this dump has {expected}")
     shared = [array.name for array in like.header.arrays if array.axis == "shared"]
     arrays = {name: np.array(like.arrays[name]) for name in shared}
     return replace(draft, encoding=like.header.encoding, choice=like.header.choice), arrays

@@ -1,1 +1,1 @@
-"""The encodings in torch: encode, decode, fetch and re-temper."""
+"""Encode, decode, fetch and re-temper soft targets, in torch."""

@@ -1,4 +1,4 @@
-"""What the file stores to log-probabilities at any temperature, on the device of the student."""
+"""Decode stored rows to log-probabilities at any temperature, on the student's device."""
 
 from __future__ import annotations
 
@@ -22,13 +22,18 @@ def decode(
     wanted: float,
     classes: int,
 ) -> Targets:
-    """Targets at temperature `wanted` of rows stored at `temperature`, on the tensors' device.
+    """Decode rows on the device of their tensors.
 
     Args:
-        stored: arrays by name, those of rows with B in front; ids as int64.
+        stored: arrays by name; per-row arrays have the leading axis B, and ids are int64.
+        temperature: the temperature at which the rows are stored.
+        wanted: the temperature of the returned targets.
 
     Returns:
-        (B, C) float32 for dense encodings, SparseTargets for topk and sampled.
+        (B, C) float32 log-probabilities; SparseTargets for topk and sampled.
+
+    Raises:
+        SettingsError: the encoding cannot be re-tempered.
     """
     ratio = temperature / wanted
     match encoding:
@@ -48,24 +53,28 @@ def decode(
 
 
 def to_dense(targets: Targets) -> Tensor:
-    """Log-probabilities (B, C) of targets that may be sparse."""
+    """Dense log-probabilities (B, C) float32 of targets of either kind."""
     if isinstance(targets, Tensor):
         return targets
     rest = targets.rest[:, None].expand(-1, targets.classes).clone()
     if not torch.isneginf(targets.log_probs).any():
         return rest.scatter(1, targets.ids, targets.log_probs)
-    # repeated ids: all but one of them hold -inf
+    # ids can repeat: all but one of the copies then hold -inf
     return rest.scatter_reduce(1, targets.ids, targets.log_probs, "amax")
 
 
 def _decode_topk(
-    encoding: TopK, stored: Mapping[str, Tensor], ratio: float, wanted: float, classes: int
+    encoding: TopK,
+    stored: Mapping[str, Tensor],
+    ratio: float,
+    target_temperature: float,
+    classes: int,
 ) -> SparseTargets:
-    low, high, share = tail_weights(encoding.temperatures, wanted)
+    low, high, share = tail_weights(encoding.temperatures, target_temperature)
     tails = stored["tails"].float()
     limit = torch.full_like(tails[:, 0], math.log((classes - encoding.k) / encoding.k))
-    odds = [limit if at is None else tails[:, at] for at in (low, high)]
-    tail = odds[0] * (1 - share) + odds[1] * share  # (B,) log tail - log head
+    odds = [limit if column is None else tails[:, column] for column in (low, high)]
+    tail = odds[0] * (1 - share) + odds[1] * share  # (B,), log-odds of the tail against the head
     head = torch.log_softmax(stored["log_probs"].float() * ratio, dim=-1)
     return SparseTargets(
         ids=stored["ids"],
@@ -76,7 +85,7 @@ def _decode_topk(
 
 
 def _basis_rows(encoding: Basis, stored: Mapping[str, Tensor]) -> Tensor:
-    """The rows up to a constant each, (B, C) float32."""
+    """Log-probabilities up to a constant per row, (B, C) float32."""
     codes, steps = stored["codes"], stored["steps"].float()
     wide = codes[:, : encoding.wide].view(torch.int8).float()
     packed = codes[:, encoding.wide :]
@@ -88,7 +97,7 @@ def _basis_rows(encoding: Basis, stored: Mapping[str, Tensor]) -> Tensor:
 
 
 def _decode_sampled(encoding: Sampled, ids: Tensor, classes: int) -> SparseTargets:
-    """Systematic draws come in ascending order: equal ids are neighbours; the first counts all."""
+    """Count how often each class was drawn; the first of its repeated ids holds the whole count."""
     ids = ids.sort(-1).values
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -99,7 +108,13 @@ def _decode_sampled(encoding: Sampled, ids: Tensor, classes: int) -> SparseTarge
 
 
 def class_ids(ids: Tensor, classes: int) -> Tensor:
-    """Ids as stored, whose sign bit is a plain bit, as int64; checked, for they index memory."""
+    """Convert stored class ids to int64, and check their range, since they index memory.
+
+    Stored ids are unsigned; as_tensor() passes them on as signed tensors of the same width.
+
+    Raises:
+        FormatError: an id is not below `classes`.
+    """
     if ids.dtype != torch.int64:
         ids = ids.long() & (0xFFFF if ids.dtype == torch.int16 else 0xFFFFFFFF)
     if ids.numel() and int(ids.max()) >= classes:
@@ -111,5 +126,5 @@ def class_ids(ids: Tensor, classes: int) -> Tensor:
 
 
 def _retempered(rows: Tensor, ratio: float) -> Tensor:
-    """log softmax(rows · ratio); `rows` is scratch, and no further copy of its size is made."""
+    """log softmax(rows · ratio), (B, C); overwrites `rows` to avoid another copy of that size."""
     return torch.log_softmax(rows if ratio == 1 else rows.mul_(ratio), dim=-1)

@@ -1,4 +1,4 @@
-"""Log-probabilities to what the file stores, on the device of the teacher."""
+"""Encode log-probabilities as the file stores them, on the teacher's device."""
 
 from __future__ import annotations
 
@@ -17,23 +17,19 @@ from softcache.cache.encodings import BASIS_RANGE, FLOAT16_LOWEST, QUANTIZED_RAN
 from softcache.util.counter_rng import uniform
 
 Indices = npt.NDArray[np.int64]
+Stored = dict[str, Tensor]  # an encoded batch of rows: tensors by array name, on any device
 
-Stored = dict[str, Tensor]  # what the file holds of a batch of rows, by array, on any device
-
-# log-probabilities (B, C) float32 of samples (B,) in a view, to what the file stores of them
+# (log-probabilities (B, C) float32, view, sample ids (B,)) -> the encoded rows
 Encoder = Callable[[Tensor, int, Indices], Stored]
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the row's largest coefficient tried as its range
-
-SAMPLED_STREAM = 1 << 32  # of the random numbers, apart from those of augmentation
-
-_BYTES_OF_NARROW = 16
-
-PART_ELEMENTS = 1 << 19  # float32 of log-probabilities: 2 MB
+SAMPLED_STREAM = 1 << 32  # random number stream, separate from those of the augmentation
+PART_ELEMENTS = 1 << 19  # log-probabilities encoded at a time on a CPU: 2 MB of float32
+_NARROW_LEVELS = 16  # values of a 4-bit coefficient; two share a byte
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
-    """log softmax(z / T) in float32, (B, C); Hinton et al. 2015 (arXiv 1503.02531), equation 1."""
+    """log softmax(z / T) of logits (B, C), in float32; Hinton et al. (arXiv 1503.02531), equation 1."""
     return torch.log_softmax(logits.float() / temperature, dim=-1)
 
 
@@ -45,30 +41,35 @@ def make_encoder(
     seed: int,
     device: torch.device,
 ) -> Encoder:
-    """A function that encodes on `device`; as_arrays() makes of it what the file's writer takes.
+    """Make the function that encodes batches on `device`.
 
     Args:
         shared: the arrays that all rows share, if the encoding has any.
-        temperature: of the log-probabilities that will come.
-        seed: of the cache, for draws.
+        temperature: the temperature of the log-probabilities to encode.
+        seed: the seed of the cache, from which `sampled` draws.
+
+    Returns:
+        The encoder; as_arrays() converts its output for the cache writer.
     """
     moved = {name: tensor.to(device) for name, tensor in shared.items()}
     encode = _make_encoder(encoding, moved, temperature, seed)
-    at_once = device.type != "cpu" or isinstance(encoding, Dense)  # dense has no temporaries
-    return encode if at_once else _in_cache_sized_parts(encode)
+    whole_batches = device.type != "cpu" or isinstance(encoding, Dense)  # dense has no temporaries
+    return encode if whole_batches else _in_cache_sized_parts(encode)
 
 
 def _in_cache_sized_parts(encode: Encoder) -> Encoder:
-    """Few rows at a time: the temporaries of many rows of many classes do not fit a CPU's cache, which
-    makes encoding 2 to 4 times as slow at 32,000 classes."""
+    """Encode a few rows at a time, so that the temporaries fit into the CPU's cache.
 
-    def encode_parts(log_probs: Tensor, view: int, samples: Indices) -> Stored:
+    With 32,000 classes, encoding whole batches takes 2 to 4 times as long.
+    """
+
+    def encode_parts(log_probs: Tensor, view: int, sample_ids: Indices) -> Stored:
         rows = max(1, PART_ELEMENTS // log_probs.shape[-1])
         if len(log_probs) <= rows:
-            return encode(log_probs, view, samples)
+            return encode(log_probs, view, sample_ids)
         parts = [
-            encode(log_probs[at : at + rows], view, samples[at : at + rows])
-            for at in range(0, len(log_probs), rows)
+            encode(log_probs[start : start + rows], view, sample_ids[start : start + rows])
+            for start in range(0, len(log_probs), rows)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -76,37 +77,44 @@ def _in_cache_sized_parts(encode: Encoder) -> Encoder:
 
 
 def _make_encoder(
-    encoding: Encoding, moved: Mapping[str, Tensor], temperature: float, seed: int
+    encoding: Encoding, shared: Mapping[str, Tensor], temperature: float, seed: int
 ) -> Encoder:
     match encoding:
         case Dense():
-            return lambda log_probs, view, samples: _encode_dense(log_probs)
+            return lambda log_probs, view, sample_ids: _encode_dense(log_probs)
         case Quantized():
-            return lambda log_probs, view, samples: _encode_quantized(log_probs)
+            return lambda log_probs, view, sample_ids: _encode_quantized(log_probs)
         case TopK():
             ratios = [temperature / t for t in encoding.temperatures]
-            return lambda log_probs, view, samples: _encode_topk(encoding.k, ratios, log_probs)
+            return lambda log_probs, view, sample_ids: _encode_topk(encoding.k, ratios, log_probs)
         case Basis():
-            project = projection(moved)
-            return lambda log_probs, view, samples: _encode_basis(
-                encoding, moved, project, log_probs
+            project = projection(shared)
+            return lambda log_probs, view, sample_ids: _encode_basis(
+                encoding, shared, project, log_probs
             )
         case Sampled():
-            return lambda log_probs, view, samples: _encode_sampled(
-                log_probs, uniform(seed, view, samples, stream=SAMPLED_STREAM, draws=1), encoding.n
+            return lambda log_probs, view, sample_ids: _encode_sampled(
+                log_probs,
+                uniform(seed, view, sample_ids, stream=SAMPLED_STREAM, draws=1),
+                encoding.n,
             )
     raise TypeError(f"no encoder for {encoding}")
 
 
 @dataclass(frozen=True)
 class HostCopy:
-    """Tensors on their way from the teacher's device; the device need not wait for their arrival."""
+    """An asynchronous copy of tensors to host memory, which the teacher does not wait for.
+
+    Attributes:
+        arrived: recorded when the copy is complete; None if the tensors were on the host already.
+    """
 
     tensors: Stored
     arrived: torch.cuda.Event | None
 
     @staticmethod
     def of(stored: Stored) -> HostCopy:
+        """Start copying; returns at once."""
         if not any(tensor.is_cuda for tensor in stored.values()):
             return HostCopy(stored, None)
         copies = {}
@@ -118,13 +126,14 @@ class HostCopy:
         return HostCopy(copies, arrived)
 
     def wait(self) -> Stored:
+        """Wait until the copy is complete and return it."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.tensors
 
 
 def as_arrays(stored: Stored) -> dict[str, npt.NDArray[Any]]:
-    """What an encoder gives, as the file's writer takes it; ids become unsigned again."""
+    """Convert the output of an encoder for the cache writer; ids become unsigned again."""
     arrays = {name: tensor.cpu().numpy() for name, tensor in stored.items()}
     if "ids" in arrays:
         arrays["ids"] = arrays["ids"].view(f"u{arrays['ids'].dtype.itemsize}")
@@ -158,8 +167,8 @@ def _encode_topk(k: int, ratios: list[float], log_probs: Tensor) -> Stored:
 
 
 def projection(shared: Mapping[str, Tensor]) -> Tensor:
-    """(C, r), takes centred rows to coefficients: least squares on the directions as stored."""
-    directions = shared["directions"].double()  # (r, C), rounded to float16: not quite orthonormal
+    """The matrix (C, r) from centred rows to coefficients: least squares on the stored directions."""
+    directions = shared["directions"].double()  # (r, C), not quite orthonormal after rounding
     inverse: Tensor = torch.linalg.pinv(directions)
     return inverse.float()
 
@@ -172,16 +181,16 @@ def _encode_basis(
     mean, directions = shared["mean"].float(), shared["directions"].float()
     scale = shared["direction_steps"]  # (r,)
     coefficients = (rows - mean) @ project / scale  # (B, r), in steps of each direction
-    most = torch.tensor([127.0] * encoding.wide + [7.0] * encoding.narrow, device=rows.device)
-    step, levels = _best_step(coefficients, most, scale)
+    max_levels = torch.tensor([127.0] * encoding.wide + [7.0] * encoding.narrow, device=rows.device)
+    step, levels = _best_step(coefficients, max_levels, scale)
     projected = mean + (levels * step.float() * scale) @ directions
-    error = rows - projected
+    error = rows - projected  # (B, C)
     ids = (error.square() * log_probs.exp()).topk(encoding.top, dim=-1).indices
     rests = error.gather(-1, ids)
     rest_step = _half_above(rests.abs().amax(-1, keepdim=True) / 127)
     codes = (rests / rest_step.float()).round().clamp(-127, 127)
     wide, narrow = levels[:, : encoding.wide], (levels[:, encoding.wide :] + 8).to(torch.uint8)
-    packed = narrow[:, 0::2] + narrow[:, 1::2] * _BYTES_OF_NARROW
+    packed = narrow[:, 0::2] + narrow[:, 1::2] * _NARROW_LEVELS
     return {
         "codes": torch.cat([wide.to(torch.int8).view(torch.uint8), packed], -1),
         "steps": torch.cat([step, rest_step], -1),
@@ -190,18 +199,18 @@ def _encode_basis(
     }
 
 
-def _best_step(coefficients: Tensor, most: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The row's step (B, 1) float16 and the levels (B, r) that err least.
+def _best_step(coefficients: Tensor, max_levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The step of each row, (B, 1) float16, and the levels (B, r) with the smallest error.
 
-    A step that clips the largest coefficient a little is finer for all the others.
+    Clipping the largest coefficient a little makes the step finer for all the others.
     """
-    full = (coefficients.abs() / most).amax(-1, keepdim=True)
+    full = (coefficients.abs() / max_levels).amax(-1, keepdim=True)
     best_error = torch.full_like(full, math.inf)
     best_step, best_levels = _half_above(full), torch.zeros_like(coefficients)
     for clip in CLIPS:
         step = _half_above(full * clip)
         levels = (coefficients / step.float()).round()
-        levels = torch.maximum(torch.minimum(levels, most), -most)
+        levels = torch.maximum(torch.minimum(levels, max_levels), -max_levels)
         error = ((coefficients - levels * step.float()) * scale).square().sum(-1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -212,27 +221,28 @@ def _best_step(coefficients: Tensor, most: Tensor, scale: Tensor) -> tuple[Tenso
 
 def _encode_sampled(log_probs: Tensor, draws: npt.NDArray[np.float64], n: int) -> Stored:
     classes = log_probs.shape[-1]
-    total = log_probs.double().exp().cumsum(-1)  # (B, C)
+    cumulative = log_probs.double().exp().cumsum(-1)  # (B, C)
+    total = cumulative[:, -1:]
     offsets = torch.from_numpy(draws).to(log_probs.device)  # (B, 1)
-    places = (offsets + torch.arange(n, device=log_probs.device)) / n * total[:, -1:]
-    # the last draw must not round up to the total, behind which classes have probability 0
-    places = torch.minimum(places, total[:, -1:] * (1 - 2**-50))
-    ids = torch.searchsorted(total, places, right=True).clamp(max=classes - 1)  # (B, n)
+    points = (offsets + torch.arange(n, device=log_probs.device)) / n * total  # (B, n)
+    # the last point must not round up to the total: only classes of probability 0 lie beyond it
+    points = torch.minimum(points, total * (1 - 2**-50))
+    ids = torch.searchsorted(cumulative, points, right=True).clamp(max=classes - 1)  # (B, n)
     return {"ids": _short_ids(ids, classes)}
 
 
 def _short_ids(ids: Tensor, classes: int) -> Tensor:
-    # to a signed type of the same width, of which torch can do more; all bits are kept
+    # signed types of the same width, since torch supports few operations on unsigned ones
     return ids.to(torch.int16 if id_dtype(classes) == "<u2" else torch.int32)
 
 
 def _half(values: Tensor) -> Tensor:
-    """float16, finite: the largest stands for anything beyond it."""
+    """float16, with values beyond its range clamped to the largest finite ones."""
     return values.clamp(FLOAT16_LOWEST, -FLOAT16_LOWEST).half()
 
 
 def _half_above(values: Tensor) -> Tensor:
-    """float16, rounded up, and above 0: a step that still reaches the largest value."""
+    """float16, rounded up and above 0, so that a step still reaches the largest value."""
     half = values.clamp(min=1e-6, max=-FLOAT16_LOWEST).half()
-    up = (half.view(torch.int16) + 1).view(torch.float16)  # the next one: half is above 0
+    up = (half.view(torch.int16) + 1).view(torch.float16)  # the next larger number, since half > 0
     return torch.where(half.float() < values, up, half).clamp(max=-FLOAT16_LOWEST)

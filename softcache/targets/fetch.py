@@ -1,4 +1,4 @@
-"""Rows of a cache as targets, read from the memory-mapped file."""
+"""Read rows of a cache from the memory-mapped file, as soft targets."""
 
 from __future__ import annotations
 
@@ -18,29 +18,35 @@ from softcache.targets.decode import class_ids, decode
 from softcache.targets.encode import Indices
 from softcache.types import Targets, Views
 
-# picking a row is slow, seconds, if it takes so long and its bytes come at less than so many a second
+# reading is slow if a row takes longer than SLOW_ROW seconds plus its bytes at SLOW_BYTES per second
 SLOW_ROW, SLOW_BYTES = 20e-6, 5e8
-
-SLOW_BATCHES = 100  # after a slow one
+SLOW_BATCHES = 100  # how many batches are prefetched after a slow one
 
 
 def soft_targets(
     cache: Cache, temperature: float, device: torch.device
 ) -> Callable[[Views, Indices], Targets]:
-    """A function (views, rows of the cache (B,)) -> targets at `temperature` on `device`.
+    """Make the function that fetches targets at `temperature` to `device`.
+
+    Returns:
+        (views, cache rows (B,)) -> targets, dense or sparse. A view is counted from the cache's
+        first. The function raises FormatError if a stored class id is out of range.
 
     Raises:
-        SettingsError: the encoding cannot be re-tempered so.
-        FormatError: (the function) a stored class id is out of range.
+        SettingsError: the encoding cannot be re-tempered to `temperature`.
     """
     fetch = tempered_targets(cache, [temperature], device)
-    return lambda views, rows: fetch(views, rows)[temperature]
+    return lambda views, cache_rows: fetch(views, cache_rows)[temperature]
 
 
 def tempered_targets(
     cache: Cache, temperatures: Sequence[float], device: torch.device
 ) -> Callable[[Views, Indices], dict[float, Targets]]:
-    """The same at several temperatures; the rows are read once."""
+    """Like soft_targets(), but at several temperatures, reading the rows only once.
+
+    Returns:
+        (views, cache rows (B,)) -> targets by temperature.
+    """
     header = cache.header
     if isinstance(header.encoding, Sampled):
         for temperature in temperatures:
@@ -48,56 +54,61 @@ def tempered_targets(
     gather = make_gather(cache)
     shared = {name: tensor.to(device) for name, tensor in shared_tensors(cache).items()}
 
-    def fetch(views: Views, rows: Indices) -> dict[float, Targets]:
-        picked = gather(views * header.samples + rows)
-        if "ids" in picked:
-            picked["ids"] = class_ids(picked["ids"], header.classes)
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in picked.items()}
+    def fetch(views: Views, cache_rows: Indices) -> dict[float, Targets]:
+        stored = gather(views * header.samples + cache_rows)
+        if "ids" in stored:
+            stored["ids"] = class_ids(stored["ids"], header.classes)
+        on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in stored.items()}
         return {
-            wanted: decode(
+            target_temperature: decode(
                 header.encoding,
-                shared | moved,
+                shared | on_device,
                 temperature=header.temperature,
-                wanted=wanted,
+                wanted=target_temperature,
                 classes=header.classes,
             )
-            for wanted in temperatures
+            for target_temperature in temperatures
         }
 
     return fetch
 
 
 def make_gather(cache: Cache) -> Callable[[Indices], dict[str, Tensor]]:
-    """A function that picks rows (B,), counted through all views, of all arrays that have rows.
+    """Make the function that gathers rows from all per-row arrays.
 
-    Of a file larger than memory each row would wait for the disk on its own. Where picking has become
-    slow, the system is asked for all rows of a batch at once, so that they come side by side.
+    In a file larger than memory, every row would wait for the disk in turn. Once gathering becomes
+    slow, the operating system is asked for all rows of a batch at once, to read them in parallel.
+
+    Returns:
+        (rows (B,)) -> tensors (B, ...) by array name; rows are numbered view · samples + cache row.
     """
-    arrays = {
-        a: as_tensor(cache.arrays[a.name]).flatten(0, 1)  # (views · samples, ...)
-        for a in cache.header.arrays
-        if a.axis == "rows"
+    tensors = {
+        array: as_tensor(cache.arrays[array.name]).flatten(0, 1)  # (views · samples, ...)
+        for array in cache.header.arrays
+        if array.axis == "rows"
     }
     row_seconds = SLOW_ROW + cache.header.bytes_per_row / SLOW_BYTES
-    slow_batches = 0  # for which rows are still to be asked for
+    batches_to_prefetch = 0
 
-    def gather(at: Indices) -> dict[str, Tensor]:
-        nonlocal slow_batches
-        if slow_batches:
-            slow_batches -= 1
-            for array in arrays:
-                cache.prefetch_rows(array, at)
-        start, rows = time.perf_counter(), torch.from_numpy(at)
-        picked = {a.name: torch.index_select(array, 0, rows) for a, array in arrays.items()}
-        if time.perf_counter() - start > row_seconds * len(at):
-            slow_batches = SLOW_BATCHES
-        return picked
+    def gather(rows: Indices) -> dict[str, Tensor]:
+        nonlocal batches_to_prefetch
+        if batches_to_prefetch:
+            batches_to_prefetch -= 1
+            for array in tensors:
+                cache.prefetch_rows(array, rows)
+        start, index = time.perf_counter(), torch.from_numpy(rows)
+        gathered = {
+            array.name: torch.index_select(tensor, 0, index) for array, tensor in tensors.items()
+        }
+        if time.perf_counter() - start > row_seconds * len(rows):
+            batches_to_prefetch = SLOW_BATCHES
+        return gathered
 
     return gather
 
 
 def shared_tensors(cache: Cache) -> dict[str, Tensor]:
-    """What the rows of an encoding share, as float32."""
+    """The arrays that all rows of the encoding share, by name, as float32."""
     return {
         array.name: torch.from_numpy(cache.arrays[array.name].astype(np.float32))
         for array in cache.header.arrays
@@ -106,9 +117,10 @@ def shared_tensors(cache: Cache) -> dict[str, Tensor]:
 
 
 def as_tensor(array: npt.NDArray[Any]) -> Tensor:
-    """A tensor over the same memory; the map is read-only, and nothing here writes to it.
+    """A tensor over the memory of `array`, which may be a read-only map: do not write to it.
 
-    Unsigned numbers of 16 and 32 bits, of which torch can do little, come as signed ones.
+    Unsigned integers of more than 8 bits become signed ones of the same width, since torch supports
+    few operations on them.
     """
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
         array = array.view(f"<i{array.dtype.itemsize}")

@@ -1,4 +1,4 @@
-"""Fixtures that the tests of this folder share."""
+"""Fixtures shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.cache.writer_cases import run_dump
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The finished file of a dump that nothing disturbed."""
+    """The finished file of an undisturbed dump."""
     return run_dump(tmp_path_factory.mktemp("reference") / "tiny.h5")
 
 
 @pytest.fixture(autouse=True)
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commits come of what was written, not of how long it took."""
+    """Commits depend on how much was written, not on how long it took."""
     monkeypatch.setattr(writer_module, "COMMIT_SECONDS", float("inf"))
 
 
@@ -28,6 +28,6 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def unborn(tmp_path: Path) -> Path:
-    """Where a cache may be made."""
+def new_path(tmp_path: Path) -> Path:
+    """Where a test can create a cache."""
     return tmp_path / "new.h5"

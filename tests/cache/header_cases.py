@@ -1,4 +1,4 @@
-"""What the tests of header share."""
+"""Helpers shared by the tests of headers."""
 
 from __future__ import annotations
 
@@ -17,23 +17,21 @@ from softcache.errors import FormatError
 from tests.cache.writer_cases import run_dump
 
 JSON = dict[str, Any]
-
-
-Place = tuple[str | int, ...]  # the way to a value in the header: ("arrays", 0, "name")
+Place = tuple[str | int, ...]  # the path to a value in the header: ("arrays", 0, "name")
 
 
 class _Gone:
     def __repr__(self) -> str:
-        return "gone"  # names a test case, the same in every process
+        return "gone"  # names a test case alike in every process
 
 
-GONE = _Gone()  # in place of a value: there is none
+GONE = _Gone()  # instead of a value: delete it
 
 
 # a real cache, and ways to change it
 @cache
 def tiny_cache() -> bytes:
-    """The bytes of a finished cache of two views of 30 samples, in blocks of 8."""
+    """The bytes of a finished cache with two views of 30 samples, in blocks of 8."""
     with TemporaryDirectory() as folder:
         return run_dump(Path(folder) / "tiny.h5")
 
@@ -45,7 +43,7 @@ def header_of(raw: bytes) -> JSON:
 
 
 def with_text(raw: bytes, text: bytes) -> bytes:
-    """The file with `text` for its header, and a preamble that fits it."""
+    """The file with `text` as its header, and a matching preamble."""
     user_block = header_of(raw)["user_block"]
     room = user_block - PREAMBLE.size
     assert len(text) <= room
@@ -57,16 +55,16 @@ def with_fields(raw: bytes, fields: JSON) -> bytes:
 
 
 def with_values(raw: bytes, values: dict[Place, Any]) -> bytes:
-    """The file with some values of its header replaced, added, or GONE."""
+    """The file with some values of its header replaced, added or deleted (GONE)."""
     fields = header_of(raw)
     for place, value in values.items():
-        inside: Any = fields
+        parent: Any = fields
         for step in place[:-1]:
-            inside = inside[step]
+            parent = parent[step]
         if value is GONE:
-            del inside[place[-1]]
+            del parent[place[-1]]
         else:
-            inside[place[-1]] = value
+            parent[place[-1]] = value
     return with_fields(raw, fields)
 
 
@@ -77,13 +75,13 @@ def opened(raw: bytes, folder: Path) -> Cache:
 
 
 def refused(raw: bytes, folder: Path, match: str) -> None:
-    """The file is refused by name with a message of one short line that a terminal can take."""
+    """Check that the file is refused, by name, with one short line that is safe to print."""
     with pytest.raises(FormatError, match=f"^{re.escape(str(folder))}/hostile.h5: .*{match}") as e:
         opened(raw, folder)
     message = str(e.value)
-    assert message.isprintable(), f"what the file holds got to the terminal: {message!r}"
+    assert message.isprintable(), f"content of the file reached the terminal: {message!r}"
     assert len(message) < 500 + len(str(folder))
 
 
 # fields
-WHOLE = "expected a whole number, "
+WHOLE = "expected a whole number from "

@@ -1,4 +1,4 @@
-"""Allocate, then fill: what is on disk after each step, after any stop, and when the disk fails."""
+"""Allocating and filling a cache: what is on disk after each step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.cache.writer_cases import (
     [
         (1, 6_000_000, 20, 52_428),
         (9, 6_000_000, 20, 52_428),
-        (1, 60_000, 20, 1024),  # so that several processes can share a small file out
+        (1, 60_000, 20, 1024),  # so that processes can share out a small file
         (1, 128_000, 20, 2000),
         (1, 100, 20, 100),
         (1, 60_000, 1 << 20, 1),
@@ -79,8 +79,8 @@ def test_of_large_rows_there_are_more_in_a_block_than_make_too_many_blocks(
 ) -> None:
     rows = block_rows(views, samples, 1 << 20)
     assert views * -(-samples // rows) <= MAX_BLOCKS
-    assert rows > 1  # of 1 MiB each
-    assert views * samples >= rows * MAX_BLOCKS // 4  # and no more than need be
+    assert rows > 1  # though a row has 1 MiB
+    assert views * samples >= rows * MAX_BLOCKS // 4  # and not larger than necessary
 
 
 def test_an_allocated_file_has_all_its_bytes_and_no_row(path: Path) -> None:
@@ -89,7 +89,9 @@ def test_an_allocated_file_has_all_its_bytes_and_no_row(path: Path) -> None:
     cache = open_cache(partial_path(path), unfinished=True)
     status = partial_path(path).stat()
     assert status.st_size == cache.header.file_bytes
-    assert status.st_blocks * 512 >= status.st_size, "a full disk must show now, not in mid-dump"
+    assert status.st_blocks * 512 >= status.st_size, (
+        "a full disk must show now, not in the middle of a dump"
+    )
     assert cache.missing_blocks() == cache.header.blocks * (VIEWS + 1) == 12
     assert cache.class_names == list(CLASS_NAMES)
 
@@ -98,7 +100,7 @@ def test_an_allocated_file_has_all_its_bytes_and_no_row(path: Path) -> None:
 def test_every_array_begins_at_a_cache_line_whatever_lies_before_it(
     path: Path, length: int
 ) -> None:
-    names = np.array([b"x" * length] * CLASSES)  # of any number of bytes
+    names = np.array([b"x" * length] * CLASSES)  # an array of any number of bytes
     create(path, draft(), shared_values() | {"class_names": names})
     header = open_cache(partial_path(path), unfinished=True).header
     assert {array.offset % 64 for array in header.arrays} == {0}
@@ -116,9 +118,9 @@ def test_an_array_that_lies_astride_is_refused_as_the_file_is_made(
 
 def test_an_unfinished_file_is_not_opened_by_either_name(path: Path) -> None:
     begin(path)
-    with pytest.raises(FormatError, match="unfinished: 0 of 12 blocks are there; run the same"):
+    with pytest.raises(FormatError, match="unfinished: it has 0 of 12 blocks; run the same"):
         open_cache(partial_path(path))
-    with pytest.raises(FormatError, match=r"has not completed \(tiny.h5.partial is there\)"):
+    with pytest.raises(FormatError, match=r"has not completed \(tiny.h5.partial exists\)"):
         open_cache(path)
 
 
@@ -209,10 +211,10 @@ def test_samples_that_change_between_views_are_refused(path: Path) -> None:
     samples = sample_values()
     changed = samples | {"labels": samples["labels"].copy()}
     changed["labels"][17] = 77
-    was = samples["labels"][17]
+    stored = samples["labels"][17]
     with Writer(path) as writer:
         writer.write(0, 0, row_values(0), samples)
-        with pytest.raises(DataError, match=f"sample 17: its labels are 77 now and were {was} in"):
+        with pytest.raises(DataError, match=f"sample 17: its labels are 77, but were {stored} in"):
             writer.write(1, 0, row_values(1), changed)
 
 

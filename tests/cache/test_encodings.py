@@ -1,4 +1,4 @@
-"""`dense`: how far what comes back may be from what the teacher said, for every distribution."""
+"""`dense`: bounds on the error of a decoded row, for every kind of distribution."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from softcache.targets.encode import as_arrays, make_encoder
 
 Rows = npt.NDArray[np.float64]
 
-RELATIVE = 2.0**-11  # half a step of float16, of a normal number
-ABSOLUTE = 2.0**-25  # and of a subnormal one
-FLOAT32 = 1e-5  # what the arithmetic of the decode may add
+RELATIVE = 2.0**-11  # half a step of a normal float16
+ABSOLUTE = 2.0**-25  # half a step of a subnormal one
+FLOAT32 = 1e-5  # tolerance for the arithmetic of the decoder
 
 same_every_time = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
@@ -30,33 +30,35 @@ def log_softmax(logits: Rows) -> Rows:
 
 
 def store(log_probs: Rows) -> npt.NDArray[np.float16]:
-    """(B, C) as the file holds them."""
+    """Rows (B, C) as the file stores them."""
     encode = make_encoder(Dense(), {}, temperature=1.0, seed=0, device=torch.device("cpu"))
     stored = as_arrays(encode(torch.from_numpy(log_probs).float(), 0, np.arange(len(log_probs))))
     assert list(stored) == ["log_probs"]
     return stored["log_probs"]
 
 
-def decode(stored: npt.NDArray[np.float16], temperature: float = 1.0, wanted: float = 1.0) -> Rows:
+def decode(
+    stored: npt.NDArray[np.float16], temperature: float = 1.0, requested: float = 1.0
+) -> Rows:
     classes = stored.shape[-1]
-    decoded = Dense().decode({"log_probs": stored}, temperature, wanted, classes)
+    decoded = Dense().decode({"log_probs": stored}, temperature, requested, classes)
     assert decoded.dtype == np.float32
     return decoded.astype(np.float64)
 
 
 def divergence(log_p: Rows, log_q: Rows) -> Rows:
-    """KL(p ‖ q) in nats, (B,); a class without probability adds nothing."""
+    """KL(p ‖ q) in nats, (B,); classes with zero probability contribute nothing."""
     p = np.exp(log_p)
     with np.errstate(invalid="ignore"):
-        found: Rows = np.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-    return found
+        kl: Rows = np.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return kl
 
 
 def slack(log_probs: Rows, ratio: float = 1.0) -> Rows:
-    """How far each entry at T' may be off, (B, C).
+    """A bound on the error of each entry at T', (B, C).
 
     Rounding moves an entry of log p by at most half a step, re-tempering multiplies that by T/T',
-    and the sum that normalizes moves by no more than the mean of it over the distribution.
+    and the log of the normalizing sum moves by at most its mean over the distribution.
     """
     moved = (np.abs(log_probs) * RELATIVE + ABSOLUTE) * ratio
     p = np.exp(log_softmax(log_probs * ratio))
@@ -68,7 +70,7 @@ def slack(log_probs: Rows, ratio: float = 1.0) -> Rows:
 
 @st.composite
 def distributions(draw: st.DrawFn) -> Rows:
-    """One row of log-probabilities: any spread, ties, one-hot, uniform, classes without any mass."""
+    """One row of log-probabilities: any spread, with ties, one-hot, uniform, or with impossible classes."""
     classes = draw(st.sampled_from([2, 3, 10, 257, 1000]))
     seed, spread = (
         draw(st.integers(0, 1 << 32)),
@@ -86,10 +88,12 @@ def distributions(draw: st.DrawFn) -> Rows:
     return log_softmax(logits)
 
 
-def near(found: Rows, exact: Rows, bound: Rows) -> bool:
-    """Within the bound where there is probability at all; elsewhere none comes back."""
-    some = exact > -80
-    return bool((np.abs(found - exact) <= bound)[some].all() and (found[~some] < -70).all())
+def near(decoded: Rows, exact: Rows, bound: Rows) -> bool:
+    """Within the bound where there is any probability, and negligible elsewhere."""
+    possible = exact > -80
+    return bool(
+        (np.abs(decoded - exact) <= bound)[possible].all() and (decoded[~possible] < -70).all()
+    )
 
 
 @same_every_time
@@ -98,17 +102,17 @@ def near(found: Rows, exact: Rows, bound: Rows) -> bool:
 def test_what_comes_back_is_within_half_a_step_of_float16(log_probs: Rows) -> None:
     decoded = decode(store(log_probs))
     assert near(decoded, log_probs, slack(log_probs))
-    assert divergence(log_probs, decoded).max() <= 1e-5, "what Dense says of itself"
+    assert divergence(log_probs, decoded).max() <= 1e-5, "what the docstring of Dense promises"
 
 
 @same_every_time
 @given(distributions(), st.sampled_from([1.0, 4.0]), st.sampled_from([0.5, 1.0, 2.0, 4.0, 8.0]))
 def test_any_temperature_follows_from_what_is_stored(
-    log_probs: Rows, temperature: float, wanted: float
+    log_probs: Rows, temperature: float, requested: float
 ) -> None:
-    ratio = temperature / wanted
+    ratio = temperature / requested
     exact = log_softmax(np.maximum(log_probs, FLOAT16_LOWEST) * ratio)
-    retempered = decode(store(log_probs), temperature, wanted)
+    retempered = decode(store(log_probs), temperature, requested)
     assert near(retempered, exact, slack(np.maximum(log_probs, FLOAT16_LOWEST), ratio))
 
 
@@ -123,9 +127,9 @@ def test_that_bound_notices_bfloat16_and_a_temperature_forgotten() -> None:
 @same_every_time
 @given(distributions(), st.sampled_from([0.5, 1.0, 4.0, 100.0]))
 def test_probabilities_are_finite_not_negative_and_sum_to_one(
-    log_probs: Rows, wanted: float
+    log_probs: Rows, requested: float
 ) -> None:
-    decoded = decode(store(log_probs), 1.0, wanted)
+    decoded = decode(store(log_probs), 1.0, requested)
     assert np.isfinite(decoded).all()
     assert (decoded <= 0).all()
     assert np.abs(np.exp(decoded).sum(-1) - 1).max() < 1e-5
@@ -143,8 +147,8 @@ def test_what_is_too_deep_for_float16_is_stored_as_its_lowest(deep: float) -> No
 def test_the_largest_class_stays_the_largest() -> None:
     log_probs = log_softmax(np.random.default_rng(1).standard_normal((1000, 100)) * 2)
     decoded = decode(store(log_probs))
-    at = log_probs.argmax(-1)[:, None]
-    assert (np.take_along_axis(decoded, at, -1)[:, 0] == decoded.max(-1)).all()
+    top = log_probs.argmax(-1)[:, None]
+    assert (np.take_along_axis(decoded, top, -1)[:, 0] == decoded.max(-1)).all()
 
 
 def test_rows_of_positions_decode_as_rows() -> None:

@@ -1,4 +1,4 @@
-"""Caches that earlier releases wrote are read for ever after."""
+"""Caches written by earlier releases stay readable."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ FILES = sorted(FOLDER.glob("*/*.h5"))
 
 @pytest.fixture(params=FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def path(request: pytest.FixtureRequest) -> Path:
-    found: Path = request.param
-    return found
+    file: Path = request.param
+    return file
 
 
 def written(path: Path) -> dict[str, Any]:
-    """What was noted of a file when it was made."""
-    found: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
-    return found
+    """The facts recorded when the file was made."""
+    record: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+    return record
 
 
 def test_every_encoding_is_there() -> None:
@@ -48,10 +48,10 @@ def test_every_encoding_is_there() -> None:
 
 
 def test_it_is_whole_and_the_one_that_was_written(path: Path) -> None:
-    cache, then = open_cache(path), written(path)
+    cache, record = open_cache(path), written(path)
     assert find_damage(cache) == []
-    assert cache.content_id() == then["content_id"]
-    assert cache.header.samples == then["samples"]
+    assert cache.content_id() == record["content_id"]
+    assert cache.header.samples == record["samples"]
     assert cache.header.version == tuple(map(int, path.parent.name.split(".")))
 
 
@@ -68,21 +68,21 @@ def test_a_byte_that_changed_would_be_noticed(path: Path, tmp_path: Path) -> Non
         raw = bytearray(path.read_bytes())
         raw[array.offset + array.nbytes - 1] ^= 1
         copy.write_bytes(raw)
-        found = open_cache(copy)
-        assert len(find_damage(found)) == 1
-        changed = found.content_id() != written(path)["content_id"]
-        assert changed == (array.axis == "commits")  # it names the digests, and they the rest
+        damaged = open_cache(copy)
+        assert len(find_damage(damaged)) == 1
+        changed = damaged.content_id() != written(path)["content_id"]
+        assert changed == (array.axis == "commits")  # it covers the digests, and they the rest
 
 
 def check_rows(cache: Cache, path: Path) -> None:
-    """Rows, labels and keys are those that were written beside the file."""
-    found = expected(cache)
-    with np.load(path.with_suffix(".npz")) as then:
-        assert set(then) == set(found)
-        for name, values in found.items():
-            off = 0 if name in ("labels", "keys") else 1e-5
-            np.testing.assert_allclose(values, then[name], rtol=off, atol=off)
-        mass = np.exp(then["rows"].astype(np.float64)).sum(-1)
+    """Rows, labels and keys are the ones stored beside the file."""
+    arrays = expected(cache)
+    with np.load(path.with_suffix(".npz")) as recorded:
+        assert set(recorded) == set(arrays)
+        for name, values in arrays.items():
+            tolerance = 0 if name in ("labels", "keys") else 1e-5
+            np.testing.assert_allclose(values, recorded[name], rtol=tolerance, atol=tolerance)
+        mass = np.exp(recorded["rows"].astype(np.float64)).sum(-1)
     np.testing.assert_allclose(mass, 1, rtol=1e-5)
 
 
@@ -93,28 +93,28 @@ def test_its_rows_decode_to_what_they_did(path: Path) -> None:
 @pytest.mark.parametrize("axis", ["rows", "samples"])
 def test_that_check_notices_two_rows_that_changed_places(axis: str, path: Path) -> None:
     cache = open_cache(path)
-    turned = {
+    rolled = {
         a.name: np.roll(cache.arrays[a.name], 1, 1 if axis == "rows" else 0)
         for a in cache.header.arrays
         if a.axis == axis
     }
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        check_rows(replace(cache, arrays=dict(cache.arrays) | turned), path)
+        check_rows(replace(cache, arrays=dict(cache.arrays) | rolled), path)
 
 
 def test_its_rows_decode_to_the_same_in_torch(path: Path) -> None:
     cache = open_cache(path)
-    with np.load(path.with_suffix(".npz")) as then:
-        check_torch(cache, cache.header.temperature, then["rows"])
+    with np.load(path.with_suffix(".npz")) as recorded:
+        check_torch(cache, cache.header.temperature, recorded["rows"])
         if not isinstance(cache.header.encoding, Sampled):
-            check_torch(cache, OTHER_TEMPERATURE, then["other"])
+            check_torch(cache, OTHER_TEMPERATURE, recorded["other"])
 
 
 def check_torch(cache: Cache, temperature: float, rows: np.ndarray) -> None:
     fetch = soft_targets(cache, temperature, torch.device("cpu"))
-    for view, then in enumerate(rows):
-        now = to_dense(fetch(view, np.arange(cache.header.samples)))
-        np.testing.assert_allclose(now.numpy(), then, rtol=1e-4, atol=1e-4)
+    for view, expected_rows in enumerate(rows):
+        decoded = to_dense(fetch(view, np.arange(cache.header.samples)))
+        np.testing.assert_allclose(decoded.numpy(), expected_rows, rtol=1e-4, atol=1e-4)
 
 
 def test_hdf5_reads_the_same_arrays(path: Path) -> None:
@@ -126,7 +126,7 @@ def test_hdf5_reads_the_same_arrays(path: Path) -> None:
 
 
 def rewritten(path: Path, folder: Path, **changes: object) -> Path:
-    """A copy with another header of the same length or less, and its digest."""
+    """A copy with changes in its header, and a matching digest."""
     raw = bytearray(path.read_bytes())
     _, offset, length, _ = PREAMBLE.unpack(raw[: PREAMBLE.size])
     fields = json.loads(raw[offset : offset + length]) | changes
@@ -152,10 +152,10 @@ def test_an_older_major_version_is_refused(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_newer_minor_version_with_news_is_read(path: Path, tmp_path: Path) -> None:
-    found = open_cache(rewritten(path, tmp_path, version=[1, 7], a_field_of_tomorrow=[1, 2]))
-    assert found.header.version == (1, 7)
-    check_rows(found, path)
-    assert find_damage(found) == []
+    cache = open_cache(rewritten(path, tmp_path, version=[1, 7], a_field_of_tomorrow=[1, 2]))
+    assert cache.header.version == (1, 7)
+    check_rows(cache, path)
+    assert find_damage(cache) == []
 
 
 def test_unknown_fields_of_todays_version_are_refused(path: Path, tmp_path: Path) -> None:
@@ -172,6 +172,6 @@ def test_a_feature_that_must_be_understood_is_refused(path: Path, tmp_path: Path
 def test_files_of_a_release_are_never_written_again(capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in FOLDER.glob("*/*")}
     make.main()
-    said = capsys.readouterr().out
-    assert said.count("holds files already; they are never written again") == 2
+    output = capsys.readouterr().out
+    assert output.count("already holds files, which are never rewritten") == 2
     assert {path: path.stat().st_mtime_ns for path in FOLDER.glob("*/*")} == before

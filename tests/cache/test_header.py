@@ -1,4 +1,4 @@
-"""Headers and files from a stranger: each attack is refused, with a message of its own."""
+"""Untrusted headers: every malformed preamble, JSON and field is refused with its own message."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from tests.cache.writer_cases import SAMPLES, SUMMARY
 def with_preamble(raw: bytes, **parts: int) -> bytes:
     """The file with another offset, length or digest in its preamble."""
     magic, offset, length, digest = PREAMBLE.unpack(raw[: PREAMBLE.size])
-    found = {"offset": offset, "length": length, "digest": digest} | parts
-    return PREAMBLE.pack(magic, *found.values()) + raw[PREAMBLE.size :]
+    fields = {"offset": offset, "length": length, "digest": digest} | parts
+    return PREAMBLE.pack(magic, *fields.values()) + raw[PREAMBLE.size :]
 
 
 def test_the_cache_is_good_before_it_is_changed_and_after_a_change_that_means_nothing(
@@ -82,9 +82,9 @@ def depth(brackets: bytes, count: int) -> bytes:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (depth(b"[]", 30_000), "nested too deep"),
-        (b"[" * 60_000, "nested too deep"),
-        (b'{"a":' * 12_000 + b"0" + b"}" * 5_000, "nested too deep"),
+        (depth(b"[]", 30_000), "nested too deeply"),
+        (b"[" * 60_000, "nested too deeply"),
+        (b'{"a":' * 12_000 + b"0" + b"}" * 5_000, "nested too deeply"),
         (b"", "the header is not JSON"),
         (b"\0", "the header is not JSON"),
         (b"{", "the header is not JSON"),
@@ -94,10 +94,10 @@ def depth(brackets: bytes, count: int) -> bytes:
         ('{"format": "softcaché"}'.encode(), "the header is not JSON"),
         (b'\xef\xbb\xbf{"format": "softcache"}', "the header is not JSON"),
         (b'{"format": "soft\ncache"}', "the header is not JSON"),
-        (b"[]", "the header's JSON is no object"),
-        (b'"softcache"', "the header's JSON is no object"),
-        (b"null", "the header's JSON is no object"),
-        (b"{}", "the header does not say format softcache"),
+        (b"[]", "the header's JSON is not an object"),
+        (b'"softcache"', "the header's JSON is not an object"),
+        (b"null", "the header's JSON is not an object"),
+        (b"{}", "format is None; expected 'softcache': this is not a cache"),
     ],
     ids=lambda value: repr(value)[:24],
 )
@@ -108,14 +108,14 @@ def test_a_header_that_is_no_json_object(tmp_path: Path, text: bytes, message: s
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (b"NaN", "the header's JSON holds NaN; expected finite numbers"),
-        (b"Infinity", "the header's JSON holds Infinity; expected finite numbers"),
-        (b"-Infinity", "the header's JSON holds -Infinity; expected finite numbers"),
-        (b"1e999", "the header's JSON holds '1e999'; expected finite numbers"),
-        (b"-1e999", "the header's JSON holds '-1e999'; expected finite numbers"),
-        (b"1" * 5000 + b".5", "the header's JSON holds '111111.*; expected finite numbers"),
-        (b"1" + b"0" * 400, "the header's JSON holds '1000.*; expected smaller numbers"),
-        (b"1" * 5000, "the header's JSON holds '1111.*; expected smaller numbers"),
+        (b"NaN", "the header's JSON has NaN; expected finite numbers"),
+        (b"Infinity", "the header's JSON has Infinity; expected finite numbers"),
+        (b"-Infinity", "the header's JSON has -Infinity; expected finite numbers"),
+        (b"1e999", "the header's JSON has '1e999'; expected finite numbers"),
+        (b"-1e999", "the header's JSON has '-1e999'; expected finite numbers"),
+        (b"1" * 5000 + b".5", "the header's JSON has '111111.*; expected finite numbers"),
+        (b"1" + b"0" * 400, "the header's JSON has '1000.*; expected smaller numbers"),
+        (b"1" * 5000, "the header's JSON has '1111.*; expected smaller numbers"),
     ],
     ids=lambda value: repr(value)[:16],
 )
@@ -130,7 +130,7 @@ def test_a_number_that_is_no_number(tmp_path: Path, number: bytes, message: str)
 def test_an_integer_beyond_a_double_is_refused_anywhere(tmp_path: Path, sign: str) -> None:
     number = int(f"{sign}1{'0' * 400}")
     raw = with_values(tiny_cache(), {("teachers", 0, "layers"): number})
-    refused(raw, tmp_path, f"the header's JSON holds '{sign}1000.*; expected smaller numbers")
+    refused(raw, tmp_path, f"the header's JSON has '{sign}1000.*; expected smaller numbers")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_key_twice(tmp_path: Path, key: bytes, twice: bytes) -> None:
     text = json.dumps(header_of(tiny_cache())).encode()
     assert text.count(key) == 1
     raw = with_text(tiny_cache(), text.replace(key, twice))
-    refused(raw, tmp_path, "the header's JSON has a key twice")
+    refused(raw, tmp_path, "the header's JSON has a duplicate key")
 
 
 # versions
@@ -188,7 +188,7 @@ TEACHERS = "expected objects with name, parameters and weight, in printable text
 
 
 def teacher(**fields: object) -> list[JSON]:
-    """One good teacher, but for `fields`."""
+    """A list of one valid teacher, with `fields` replaced or added."""
     return [{"name": "t", "parameters": 7, "weight": 1.0, **fields}]
 
 
@@ -200,7 +200,7 @@ def basis(wide: int, narrow: int, top: int) -> JSON:
     return {"name": "basis", "wide": wide, "narrow": narrow, "top": top}
 
 
-# for every field of the header, values of a wrong type or out of range, and what is said of them
+# for every field of the header: values of a wrong type or out of range, and the message for each
 WRONG: dict[str, list[tuple[Any, str]]] = {
     "version": [
         (None, "version is None; expected a list"),
@@ -232,7 +232,7 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         ([30], rf"samples is \[30\]; {WHOLE}1 to"),
         ((1 << 48) + 1, f"samples is .*; {WHOLE}1 to {1 << 48}"),
         (10**18, f"samples is 1000000000000000000; {WHOLE}1 to {1 << 48}"),
-        (10**4000, "the header's JSON holds '1000.*; expected smaller numbers"),
+        (10**4000, "the header's JSON has '1000.*; expected smaller numbers"),
     ],
     "positions": [
         (None, "positions is None; expected a list"),
@@ -268,25 +268,37 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         ({"name": "unheard_of"}, "encoding .*'unheard_of'"),
         ({"name": ["dense"]}, "encoding .*'dense'"),
         ({"name": "dense", "unheard_of": 1}, "encoding .*'unheard_of'"),
-        ({"name": "topk", "k": 3}, r"encoding is .*; topk has \['k', 'temperatures'\]"),
-        (topk(0, [1.0]), "encoding is .* needs k from 1"),
-        (topk(3.0, [1.0]), "encoding is .*; k is no whole number from 0 up"),
+        ({"name": "topk", "k": 3}, r"encoding is .*; topk has k, temperatures"),
+        (topk(0, [1.0]), "encoding is .* needs k of at least 1"),
+        (topk(3.0, [1.0]), "encoding is .*; expected k to be a whole number, 0 or more"),
         (topk(5, [1.0]), "topk:5 of 5 classes leaves no tail; use dense"),
-        (topk(3, []), "encoding is .* needs k from 1, and 1 to 16 ascending temperatures"),
+        (topk(3, []), "encoding is .* needs k of at least 1, and 1 to 16 ascending temperatures"),
         (topk(3, [2.0, 1.0]), "encoding is .* needs .* 1 to 16 ascending temperatures"),
         (topk(3, [float(t) for t in range(1, 18)]), "encoding is .* needs .* 1 to 16 ascending"),
-        (topk(3, "1"), "encoding is .*; temperatures are no list of numbers"),
-        (topk(3, [True]), "encoding is .*; temperatures are no list of numbers"),
+        (topk(3, "1"), "encoding is .*; expected temperatures to be a list of numbers"),
+        (topk(3, [True]), "encoding is .*; expected temperatures to be a list of numbers"),
         (topk(3, [0.0, 1.0]), "encoding is .*temperatures"),
-        (basis(2, 1, 1), "encoding is .* needs an even narrow, top from 1, and some coefficients"),
-        (basis(0, 0, 1), "encoding is .* needs an even narrow, top from 1, and some coefficients"),
-        (basis(2, 2, 0), "encoding is .* needs an even narrow, top from 1, and some coefficients"),
-        (basis(-1, 2, 1), "encoding is .*; wide is no whole number from 0 up"),
-        (basis(2, 4, 1), r"Basis\(.*\) is more than 5 classes have; use dense"),
-        (basis(2, 2, 6), r"Basis\(.*\) is more than 5 classes have; use dense"),
+        (
+            basis(2, 1, 1),
+            "encoding is .* needs an even narrow, top of at least 1, and some coefficients",
+        ),
+        (
+            basis(0, 0, 1),
+            "encoding is .* needs an even narrow, top of at least 1, and some coefficients",
+        ),
+        (
+            basis(2, 2, 0),
+            "encoding is .* needs an even narrow, top of at least 1, and some coefficients",
+        ),
+        (basis(-1, 2, 1), "encoding is .*; expected wide to be a whole number, 0 or more"),
+        (basis(2, 4, 1), r"Basis\(.*\) needs more than 5 classes; use dense"),
+        (basis(2, 2, 6), r"Basis\(.*\) needs more than 5 classes; use dense"),
         ({"name": "sampled", "n": 0}, "sampled:0 draws; expected 1 to 65536"),
         ({"name": "sampled", "n": 65537}, "sampled:65537 draws; expected 1 to 65536"),
-        ({"name": "sampled", "n": True}, "encoding is .*; n is no whole number from 0 up"),
+        (
+            {"name": "sampled", "n": True},
+            "encoding is .*; expected n to be a whole number, 0 or more",
+        ),
     ],
     "seed": [
         (-1, f"seed is -1; {WHOLE}0 to"),
@@ -300,13 +312,13 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         ((1 << 48) + 1, f"first_view is {(1 << 48) + 1}; {WHOLE}0 to {1 << 48}"),
         (1 << 64, f"first_view is {1 << 64}; {WHOLE}0 to {1 << 48}"),
         (10**307, f"first_view is 1000.*; {WHOLE}0 to {1 << 48}"),
-        (10**308, "the header's JSON holds '1000.*; expected smaller numbers"),
+        (10**308, "the header's JSON has '1000.*; expected smaller numbers"),
     ],
     "first_sample": [
         (-1, f"first_sample is -1; {WHOLE}0 to"),
         ("0", f"first_sample is '0'; {WHOLE}0 to"),
         (None, f"first_sample is None; {WHOLE}0 to"),
-        (1, f"first_sample is 1; {WHOLE}0 to 0$"),  # of 30 samples of 30 in the whole data
+        (1, f"first_sample is 1; {WHOLE}0 to 0$"),  # the cache has all 30 samples of the data set
     ],
     "data_samples": [
         (SAMPLES - 1, f"data_samples is {SAMPLES - 1}; {WHOLE}{SAMPLES} to {1 << 48}"),
@@ -336,9 +348,9 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         ("\ud800", r"data is '\\ud800'; expected printable text"),
     ],
     "choice": [
-        ("auto", "choice is 'auto'; expected what was asked and the candidates"),
-        ([], r"choice is \[\]; expected what was asked and the candidates"),
-        ({}, "choice is {}; expected what was asked and the candidates"),
+        ("auto", "choice is 'auto'; expected an object with asked, and the candidates"),
+        ([], r"choice is \[\]; expected an object with asked, and the candidates"),
+        ({}, "choice is {}; expected an object with asked, and the candidates"),
     ],
     "teachers": [
         (None, f"teachers is None; {TEACHERS}"),
@@ -391,8 +403,8 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         (None, f"file_bytes is None; {WHOLE}1 to"),
         (0, f"file_bytes is 0; {WHOLE}1 to"),
         ("1", f"file_bytes is '1'; {WHOLE}1 to"),
-        (1, "its header says 1; it was cut or added to"),
-        (1 << 60, "its header says 1,152,921,504,606,846,976; it was cut or added to"),
+        (1, "its header says 1; it was truncated or appended to"),
+        (1 << 60, "its header says 1,152,921,504,606,846,976; it was truncated or appended to"),
     ],
     "hdf5_digest": [
         (None, "hdf5_digest is None; expected printable text"),
@@ -410,7 +422,7 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         ([{}], "an array is described as {}; expected name, dtype, shape, axis, offset"),
         (
             [],
-            r"a dense cache has arrays \['class_names', .*'log_probs'.*; lacking here: class_names, ",
+            r"a dense cache has arrays \['class_names', .*'log_probs'.*; missing here: class_names, ",
         ),
     ],
     "summary": [
@@ -461,7 +473,8 @@ def test_a_field_that_is_looked_at_first_is_not_there(tmp_path: Path, field: str
 @pytest.mark.parametrize("value", [GONE, None, "hdf5", ["softcache"]], ids=repr)
 def test_another_format(tmp_path: Path, value: object) -> None:
     raw = with_values(tiny_cache(), {("format",): value})
-    refused(raw, tmp_path, "the header does not say format softcache")
+    shown = re.escape(repr(None if value is GONE else value))
+    refused(raw, tmp_path, f"format is {shown}; expected 'softcache': this is not a cache")
 
 
 @pytest.mark.parametrize(

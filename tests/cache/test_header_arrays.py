@@ -1,4 +1,4 @@
-"""Headers and files from a stranger: each attack is refused, with a message of its own (2)."""
+"""Untrusted arrays and files: every malformed one is refused with its own message."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.cache.header_cases import (
 
 
 def array_at(name: str) -> int:
-    """Where the header lists an array."""
+    """Index of an array in the header's list."""
     return next(i for i, a in enumerate(header_of(tiny_cache())["arrays"]) if a["name"] == name)
 
 
@@ -47,7 +47,11 @@ def array_at(name: str) -> int:
 )
 def test_a_name_that_is_no_plain_word(tmp_path: Path, name: str) -> None:
     raw = with_values(tiny_cache(), {("arrays", 0, "name"): name})
-    refused(raw, tmp_path, r"(array name .* is no plain word|name is .*; expected printable text)")
+    refused(
+        raw,
+        tmp_path,
+        r"(array name is .*; expected a plain word|name is .*; expected printable text)",
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,10 +60,10 @@ def test_a_name_that_is_no_plain_word(tmp_path: Path, name: str) -> None:
         (3, "name is 3; expected printable text"),
         (
             "\u0430",
-            r"a dense cache has .*; lacking here: log_probs, unknown: '\\u0430'",
-        ),  # a plain word, in another alphabet
-        ("labels", "two arrays have one name"),
-        ("logits", "a dense cache has .*; lacking here: log_probs, unknown: 'logits'"),
+            r"a dense cache has .*; missing here: log_probs, unknown: '\\u0430'",
+        ),  # a Cyrillic letter, which is a plain word
+        ("labels", "two arrays have the same name"),
+        ("logits", "a dense cache has .*; missing here: log_probs, unknown: 'logits'"),
     ],
 )
 def test_a_name_of_no_array_or_of_another(tmp_path: Path, value: object, message: str) -> None:
@@ -74,7 +78,7 @@ def test_the_array_that_is_too_many_is_named(tmp_path: Path) -> None:
 
 def test_an_array_too_few(tmp_path: Path) -> None:
     raw = with_values(tiny_cache(), {("arrays", array_at("keys")): GONE})
-    refused(raw, tmp_path, r"a dense cache has arrays .*'keys'.*; lacking here: keys, unknown: ")
+    refused(raw, tmp_path, r"a dense cache has arrays .*'keys'.*; missing here: keys, unknown: ")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,7 @@ def test_text_of_a_length_in_another_script(tmp_path: Path) -> None:
         ("offset", (1 << 60) + 1, f"offset is {(1 << 60) + 1}; {WHOLE}0 to {1 << 60}"),
         ("offset", 1 << 64, f"offset is {1 << 64}; {WHOLE}0 to {1 << 60}"),
         ("offset", 10**307, f"offset is 1000.*; {WHOLE}0 to {1 << 60}"),
-        ("offset", 10**308, "the header's JSON holds '1000.*; expected smaller numbers"),
+        ("offset", 10**308, "the header's JSON has '1000.*; expected smaller numbers"),
     ],
     ids=lambda value: repr(value)[:24],
 )
@@ -153,7 +157,7 @@ def test_an_array_with_a_part_too_many(tmp_path: Path) -> None:
     [
         [1 << 40, 1 << 40],
         [1 << 48] * 8,
-        [1 << 32, 1 << 32, 5],  # 0 elements, to one who multiplies 64-bit numbers
+        [1 << 32, 1 << 32, 5],  # 0 elements, if multiplied in 64 bits
         [1 << 48, 1 << 16, 2],
     ],
     ids=str,
@@ -208,7 +212,7 @@ def test_an_array_that_overlaps_another(tmp_path: Path, name: str, shift: int) -
 @pytest.mark.parametrize("name", ["keys", "class_names", "sample_digests"])
 @pytest.mark.parametrize("shift", [1, 2, 4, 7])
 def test_an_array_that_lies_astride(tmp_path: Path, name: str, shift: int) -> None:
-    # numpy reads values that lie so, but slowly, and not on every machine
+    # numpy reads unaligned values, but slowly, and not on every machine
     fields = header_of(tiny_cache())
     end = len(tiny_cache()) // 64 * 64 + 64
     room = 1 << 12
@@ -218,7 +222,9 @@ def test_an_array_that_lies_astride(tmp_path: Path, name: str, shift: int) -> No
     refused(raw, tmp_path, f"array {name} begins at {end + shift:,}; expected a multiple of 8$")
     fields["arrays"][array_at(name)]["offset"] = end + 8
     (tmp_path / "even.h5").write_bytes(with_fields(tiny_cache(), fields) + bytes(room))
-    open_cache(tmp_path / "even.h5", unfinished=True)  # whatever it holds there now
+    open_cache(
+        tmp_path / "even.h5", unfinished=True
+    )  # the layout is valid, whatever the values are
 
 
 @pytest.mark.parametrize("offset", [0, 32, 65_535])
@@ -231,28 +237,31 @@ def test_an_array_in_the_user_block(tmp_path: Path, offset: int) -> None:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        (1 << 22, "is damaged: 8,388,608 of its 8,388,608 digests are gone"),  # but not too many
+        (
+            1 << 22,
+            "is damaged: 8,388,608 of its 8,388,608 digests are missing",
+        ),  # the largest number of blocks that is allowed
         ((1 << 22) + 1, "block_rows is 1, which makes 4,194,305 blocks; .*at most 4,194,304"),
     ],
 )
 def test_a_small_file_that_claims_very_many_blocks(
     tmp_path: Path, samples: int, message: str
 ) -> None:
-    # a sparse file takes no room; to look at all its digests took 4 GB of memory, of 2^29 of them
+    # a sparse file takes no room on disk, but reading 2^29 digests would take 4 GB of memory
     fields = header_of(tiny_cache())
     fields |= {"views": 1, "samples": samples, "classes": 2, "block_rows": 1}
     fields["data_samples"] = samples
     end = fields["user_block"]
     for array in fields["arrays"]:
         leading = {"rows": [1, samples], "samples": [samples], "shared": []}
-        own = {
+        trailing = {
             "log_probs": [2],
             "class_names": [2],
             "fingerprinted": [3],
             "fingerprints": [1, 3, 8],
         }
-        own |= {"digests": [1, samples], "sample_digests": [samples]}
-        shape = [*leading.get(array["axis"], []), *own.get(array["name"], [])]
+        trailing |= {"digests": [1, samples], "sample_digests": [samples]}
+        shape = [*leading.get(array["axis"], []), *trailing.get(array["name"], [])]
         array |= {"shape": shape, "offset": end}
         end += -(-np.dtype(array["dtype"]).itemsize * math.prod(shape) // 8) * 8
     fields["file_bytes"] = end
@@ -266,18 +275,27 @@ def test_a_small_file_that_claims_very_many_blocks(
         open_cache(path)
 
 
-# files that were cut, added to, or are something else
+# files that are truncated, appended to, or of another kind
 @pytest.mark.parametrize(
     ("size", "message"),
     [
         (0, "the file is empty, not a cache"),
         (1, "a file that begins with 89, not a cache"),
         (7, "a file that begins with 89534654430d0a, not a cache"),
-        (32, r"header at 32 to [\d,]+ of a file of 32 bytes; the file is cut or damaged"),
-        (1000, r"header at 32 to [\d,]+ of a file of 1,000 bytes; the file is cut or damaged"),
-        (60_000, r"the file has 60,000 bytes, its header says [\d,]+; it was cut or added to"),
-        (66_000, r"the file has 66,000 bytes, its header says [\d,]+; it was cut or added to"),
-        (-1, r"the file has [\d,]+ bytes, its header says [\d,]+; it was cut or added to"),
+        (32, r"header at 32 to [\d,]+ of a file of 32 bytes; the file is truncated or damaged"),
+        (
+            1000,
+            r"header at 32 to [\d,]+ of a file of 1,000 bytes; the file is truncated or damaged",
+        ),
+        (
+            60_000,
+            r"the file has 60,000 bytes, its header says [\d,]+; it was truncated or appended to",
+        ),
+        (
+            66_000,
+            r"the file has 66,000 bytes, its header says [\d,]+; it was truncated or appended to",
+        ),
+        (-1, r"the file has [\d,]+ bytes, its header says [\d,]+; it was truncated or appended to"),
     ],
 )
 def test_a_truncated_file(tmp_path: Path, size: int, message: str) -> None:
@@ -286,13 +304,17 @@ def test_a_truncated_file(tmp_path: Path, size: int, message: str) -> None:
 
 @pytest.mark.parametrize("size", [8, 20, 31])
 def test_a_file_cut_within_the_preamble_is_said_to_be_cut(tmp_path: Path, size: int) -> None:
-    refused(tiny_cache()[:size], tmp_path, f"the file was cut to {size} bytes; copy it again")
+    refused(tiny_cache()[:size], tmp_path, f"the file was truncated to {size} bytes; copy it again")
 
 
 @pytest.mark.parametrize("more", [b"\0", b"x" * 4096, b"a cache"], ids=["1", "page", "twice"])
 def test_a_file_that_was_added_to(tmp_path: Path, more: bytes) -> None:
     raw = tiny_cache() + more.replace(b"a cache", tiny_cache())
-    refused(raw, tmp_path, f"the file has {len(raw):,} bytes, its header says .* cut or added to")
+    refused(
+        raw,
+        tmp_path,
+        f"the file has {len(raw):,} bytes, its header says .* truncated or appended to",
+    )
 
 
 def plain_hdf5() -> bytes:
@@ -315,7 +337,7 @@ def archive(save: Callable[..., None]) -> bytes:
         (plain_hdf5(), "an HDF5 file, but not a softcache cache; make one with softcache dump"),
         (archive(np.savez), "a zip archive .*, not a cache; make one with softcache dump"),
         (archive(np.save), "an npy file, not a cache; make one with softcache dump"),
-        (gzip.compress(b"x"), "gzip, not a cache; make one with softcache dump"),
+        (gzip.compress(b"x"), "a gzip file, not a cache; make one with softcache dump"),
         (b"\x80\x04pickle", "a file that begins with 8004[0-9a-f]+, not a cache; make one"),
         (b"\x1b[2Jtext", "a file that begins with 1b5b324a[0-9a-f]+, not a cache; make one"),
         (bytes(100_000), "a file that begins with 0000000000000000, not a cache; make one"),
@@ -333,8 +355,8 @@ def test_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "device", "pipe", "socket"])
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "odd"
-    message = f"this is a {kind}, not a file; name a cache that softcache dump made"
+    path = tmp_path / "special"
+    message = f"this is a {kind}, not a file; give a cache made by softcache dump"
     if kind == "folder":
         path.mkdir()
     elif kind == "device":
@@ -344,7 +366,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -
     else:
         os.mknod(path, 0o140644)  # S_IFSOCK
         message = "No such device or address; expected a cache"
-    # in a process of its own, for one that waits on a pipe never returns
+    # in a separate process with a timeout, since waiting on a pipe would never return
     code = f"from softcache.cache import open_cache; open_cache({str(path)!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
@@ -365,46 +387,46 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
-def places(value: object, at: Place = ()) -> list[Place]:
-    """The way to every value in a header."""
-    inside = (
+def places(value: object, prefix: Place = ()) -> list[Place]:
+    """The path to every value in a header."""
+    children = (
         value.items()
         if isinstance(value, dict)
         else enumerate(value)
         if isinstance(value, list)
         else ()
     )
-    return [at, *(place for key, part in inside for place in places(part, (*at, key)))]
+    return [prefix, *(p for key, child in children for p in places(child, (*prefix, key)))]
 
 
 def mutated_fields(random: np.random.Generator, fields: JSON) -> JSON:
-    """A header in which one to three values are replaced, moved, doubled or gone."""
+    """A header with one to three values replaced, moved, duplicated or deleted."""
     fields = copy.deepcopy(fields)
     for _ in range(random.integers(1, 4)):
-        ways = [place for place in places(fields) if place]
-        place, other = (ways[i] for i in random.integers(0, len(ways), 2))
-        inside: Any = fields
+        paths = [place for place in places(fields) if place]
+        place, other = (paths[i] for i in random.integers(0, len(paths), 2))
+        parent: Any = fields
         for step in place[:-1]:
-            inside = inside[step]
+            parent = parent[step]
         last, kind = place[-1], random.integers(0, 6)
         if kind == 0:
-            del inside[last]
-        elif kind == 1 and isinstance(inside, list):
-            inside.append(copy.deepcopy(inside[int(last)]))
+            del parent[last]
+        elif kind == 1 and isinstance(parent, list):
+            parent.append(copy.deepcopy(parent[int(last)]))
         elif kind == 2:  # a value from elsewhere in the header
-            found: Any = fields
+            value: Any = fields
             for step in other:
-                found = found[step]
-            inside[last] = copy.deepcopy(found)
-        elif kind == 3 and type(inside[last]) is int:
-            inside[last] += int(random.choice([-1, 1, 8, -8, 4096, 1 << 40]))
+                value = value[step]
+            parent[last] = copy.deepcopy(value)
+        elif kind == 3 and type(parent[last]) is int:
+            parent[last] += int(random.choice([-1, 1, 8, -8, 4096, 1 << 40]))
         else:
-            inside[last] = copy.deepcopy(VALUES[random.integers(len(VALUES))])
+            parent[last] = copy.deepcopy(VALUES[random.integers(len(VALUES))])
     return fields
 
 
 def mutated_text(random: np.random.Generator, text: bytes) -> bytes:
-    """JSON of which a few bytes are changed, gone, doubled, or taken from elsewhere in it."""
+    """JSON with a few bytes changed, deleted, duplicated, or copied from elsewhere in it."""
     for _ in range(random.integers(1, 4)):
         at, other = (int(i) for i in random.integers(0, len(text), 2))
         count = int(random.integers(1, 9))
@@ -421,9 +443,9 @@ def mutated_text(random: np.random.Generator, text: bytes) -> bytes:
 
 
 def survivors(folder: Path, count: int, seed: int) -> int:
-    """How many of `count` mutated headers, each with a right digest, are accepted.
+    """How many of `count` mutated headers, each with a valid digest, are accepted.
 
-    Whatever is no FormatError, here or in reading the cache, fails the test that asks.
+    Any exception but FormatError, in opening or in reading the cache, propagates.
     """
     random = np.random.default_rng(seed)
     fields, path, accepted = header_of(tiny_cache()), folder / "mutated.h5", 0
@@ -452,13 +474,13 @@ def survivors(folder: Path, count: int, seed: int) -> int:
 
 def test_a_mutated_header_raises_nothing_but_a_format_error(tmp_path: Path) -> None:
     accepted = survivors(tmp_path, 2000, seed=0)
-    assert 20 < accepted < 1000, "the changes are too wild, or nothing is checked"
+    assert 20 < accepted < 1000, "the mutations are too strong, or nothing is checked"
 
 
 def test_that_campaign_notices_another_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # a reader that trusts what a field is: the mistake the campaign is there for
+    # a reader that trusts the type of a field, the kind of mistake that the campaign must find
     monkeypatch.setattr("softcache.cache.header.text_of", lambda fields, name: fields[name].strip())
     with pytest.raises((AttributeError, TypeError), match=r"strip|unhashable|isidentifier"):
         survivors(tmp_path, 300, seed=0)

@@ -1,4 +1,4 @@
-"""Parts of one dump become one file: the same rows as a dump of all of it, or a refusal by name."""
+"""Parts of one dump become one file with the same rows as a whole dump, or are refused by name."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from softcache.errors import FormatError, SettingsError
 from softcache.join.fingerprints import fingerprints
 from tests.conftest import Run, make_arrays
 
-SAMPLES, BLOCK_ROWS = 60, 8  # a block is a whole part of a batch
+SAMPLES, BLOCK_ROWS = 60, 8  # a batch is a multiple of a block
 Part = Callable[..., Cache]
 
-# its arithmetic is exact, so that a row comes out the same in any batch on any machine
+# exact arithmetic, so that a row is the same in any batch and on any machine
 TEACHER = """
 import torch
 from torch import nn
@@ -61,7 +61,7 @@ def wide():
 
 
 def exact_config(folder: Path) -> DumpConfig:
-    """A dump of four views, small and always the same."""
+    """A small, reproducible dump of four views."""
     (folder / "models.py").write_text(TEACHER)
     write_data(folder / "data.npz")
     return DumpConfig(
@@ -77,7 +77,7 @@ def exact_config(folder: Path) -> DumpConfig:
 
 
 def write_data(path: Path, *, image: int | None = None, label: int | None = None) -> None:
-    """The data, but for one pixel of an image or one label."""
+    """Write the data; `image` and `label` are samples with one pixel or the label changed."""
     images, labels = make_arrays(SAMPLES)
     if image is not None:
         images[image, 0, 0, 0] ^= 255
@@ -87,7 +87,7 @@ def write_data(path: Path, *, image: int | None = None, label: int | None = None
 
 
 def write_other_data(folder: Path) -> None:
-    """The data under another name, and fewer of them under their own."""
+    """Write the data under another name, and fewer samples under the same name."""
     write_data(folder / "copy.npz")
     (folder / "less").mkdir()
     images, labels = make_arrays(SAMPLES - 10)
@@ -96,7 +96,7 @@ def write_other_data(folder: Path) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DumpConfig:
-    """In blocks of a few rows, each committed when it is whole; no part ends where a block does."""
+    """A dump in small blocks that are committed at once; most parts do not end at the end of a block."""
     monkeypatch.setattr(cache_allocate, "BLOCK_BYTES", 10 * BLOCK_ROWS)
     monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)
     return exact_config(tmp_path)
@@ -104,7 +104,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DumpConfig:
 
 @pytest.fixture
 def part(config: DumpConfig) -> Part:
-    """Dump a part into a file of its own."""
+    """Dump a part of the whole into its own file."""
 
     def part(name: str, **changes: object) -> Cache:
         return dump(replace(config, out=config.out.with_name(f"{name}.h5"), **changes))  # type: ignore[arg-type]
@@ -116,57 +116,59 @@ def views(first: int, stop: int) -> dict[str, Any]:
     return {"first_view": first, "views": stop - first}
 
 
-def check_same(found: Cache, whole: Cache) -> None:
-    """All that is stored is the same, but for which rows have fingerprints, and it is intact."""
-    alike = found.header.block_rows == whole.header.block_rows
+def check_same(merged: Cache, whole: Cache) -> None:
+    """The merged cache is intact, and stores the same as the whole but for the fingerprints."""
+    same_blocks = merged.header.block_rows == whole.header.block_rows
     for array in whole.header.arrays:
-        if not array.name.startswith("fingerprint") and (alike or array.axis != "commits"):
-            np.testing.assert_array_equal(found.arrays[array.name], whole.arrays[array.name])
+        if not array.name.startswith("fingerprint") and (same_blocks or array.axis != "commits"):
+            np.testing.assert_array_equal(merged.arrays[array.name], whole.arrays[array.name])
     for name in (*SETTINGS, "views", "samples", "first_view", "first_sample"):
-        assert getattr(found.header, name) == getattr(whole.header, name)
+        assert getattr(merged.header, name) == getattr(whole.header, name)
     for name in ("entropy", "agreement", "rows"):
-        assert (found.header.summary or {})[name] == (whole.header.summary or {})[name]
-    assert find_damage(found) == []
-    assert found.complete
-    assert not partial_path(found.path).exists()
+        assert (merged.header.summary or {})[name] == (whole.header.summary or {})[name]
+    assert find_damage(merged) == []
+    assert merged.complete
+    assert not partial_path(merged.path).exists()
 
 
-def check_fingerprints(found: Cache, config: DumpConfig, parts: Sequence[Cache]) -> None:
-    """The rows with fingerprints are those of the parts, and the fingerprints are theirs."""
-    header = found.header
-    rows = found.arrays["fingerprinted"] + header.first_sample
-    theirs = {
-        int(row) + one.header.first_sample for one in parts for row in one.arrays["fingerprinted"]
+def check_fingerprints(merged: Cache, config: DumpConfig, parts: Sequence[Cache]) -> None:
+    """The merged cache has fingerprints of the same samples as the parts, and they are correct."""
+    header = merged.header
+    sample_ids = merged.arrays["fingerprinted"] + header.first_sample
+    expected_ids = {
+        int(cache_row) + cache.header.first_sample
+        for cache in parts
+        for cache_row in cache.arrays["fingerprinted"]
     }
-    assert rows.tolist() == sorted(theirs)
-    again, _ = fingerprints(
+    assert sample_ids.tolist() == sorted(expected_ids)
+    expected, _ = fingerprints(
         open_source(config.data),
         parse_augment(config.augment, seed=config.seed, total=SAMPLES),
         views=range(header.first_view, header.first_view + header.views),
-        sample_ids=rows,
+        sample_ids=sample_ids,
     )
-    np.testing.assert_allclose(found.arrays["fingerprints"], again, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(merged.arrays["fingerprints"], expected, rtol=1e-5, atol=1e-6)
 
 
-# what is merged is what one dump of it all is
+# a merged cache is the same as one dump of everything
 
 
 def test_views_become_one_file(part: Part, config: DumpConfig, tmp_path: Path) -> None:
     parts = [part("b", **views(1, 3)), part("c", **views(3, 4)), part("a", **views(0, 1))]
-    found, whole = merge(parts, tmp_path / "merged.h5"), part("whole")
-    check_same(found, whole)
-    check_fingerprints(found, config, parts)
+    merged, whole = merge(parts, tmp_path / "merged.h5"), part("whole")
+    check_same(merged, whole)
+    check_fingerprints(merged, config, parts)
     for name in ("fingerprinted", "fingerprints"):
-        np.testing.assert_array_equal(found.arrays[name], whole.arrays[name])
+        np.testing.assert_array_equal(merged.arrays[name], whole.arrays[name])
 
 
 def test_shards_become_one_file(part: Part, config: DumpConfig, tmp_path: Path) -> None:
     parts = [part(f"shard{i}", shard=(i, 7)) for i in (3, 0, 6, 1, 5, 2, 4)]
-    found = merge(parts, tmp_path / "merged.h5")
-    borders = [one.header.first_sample % found.header.block_rows for one in parts]
-    assert borders.count(0) < 3, "most lie inside of blocks"
-    check_same(found, part("whole"))
-    check_fingerprints(found, config, parts)
+    merged = merge(parts, tmp_path / "merged.h5")
+    borders = [cache.header.first_sample % merged.header.block_rows for cache in parts]
+    assert borders.count(0) < 3, "most shards start inside a block"
+    check_same(merged, part("whole"))
+    check_fingerprints(merged, config, parts)
 
 
 def test_a_grid_of_both_becomes_one_file(part: Part, config: DumpConfig, tmp_path: Path) -> None:
@@ -175,28 +177,28 @@ def test_a_grid_of_both_becomes_one_file(part: Part, config: DumpConfig, tmp_pat
         for first in (2, 0)
         for i in (1, 0)
     ]
-    found = merge(parts, tmp_path / "merged.h5")
-    check_same(found, part("whole"))
-    check_fingerprints(found, config, parts)
+    merged = merge(parts, tmp_path / "merged.h5")
+    check_same(merged, part("whole"))
+    check_fingerprints(merged, config, parts)
 
 
 def test_parts_that_do_not_begin_at_the_first_keep_their_numbers(
     part: Part, config: DumpConfig, tmp_path: Path
 ) -> None:
     parts = [part(f"{i}-{v}", shard=(i, 4), **views(v, v + 1)) for v in (6, 5) for i in (2, 3)]
-    found = merge(parts, tmp_path / "merged.h5")
-    assert (found.header.first_view, found.header.first_sample) == (5, 30)
-    assert found.header.data_samples == SAMPLES
-    check_same(found, part("whole", shard=(1, 2), **views(5, 7)))
-    check_fingerprints(found, config, parts)
+    merged = merge(parts, tmp_path / "merged.h5")
+    assert (merged.header.first_view, merged.header.first_sample) == (5, 30)
+    assert merged.header.data_samples == SAMPLES
+    check_same(merged, part("whole", shard=(1, 2), **views(5, 7)))
+    check_fingerprints(merged, config, parts)
 
 
 def test_what_is_merged_can_be_merged_again(part: Part, config: DumpConfig, tmp_path: Path) -> None:
     parts = [part(f"{i}-{v}", shard=(i, 2), **views(v, v + 2)) for v in (0, 2) for i in (0, 1)]
     halves = [merge(parts[:2], tmp_path / "first.h5"), merge(parts[2:], tmp_path / "second.h5")]
-    found = merge(halves, tmp_path / "merged.h5")
-    check_same(found, part("whole"))
-    check_fingerprints(found, config, parts)
+    merged = merge(halves, tmp_path / "merged.h5")
+    check_same(merged, part("whole"))
+    check_fingerprints(merged, config, parts)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_any_cuts_come_to_the_same(
     if len(parts) == 1:
         return
     random.Random(seed).shuffle(parts)
-    with pytest.MonkeyPatch.context() as patch:  # the blocks of the parts stay as they are
+    with pytest.MonkeyPatch.context() as patch:  # does not affect the blocks of the parts
         patch.setattr(cache_allocate, "BLOCK_BYTES", block_bytes)
         check_same(merge(parts, tmp_path / "merged.h5"), part("whole", encoding=encoding))
 
@@ -259,15 +261,15 @@ def test_that_check_notices_two_rows_that_changed_places(name: str, part: Part) 
 def test_that_check_notices_fingerprints_of_another_view(part: Part, config: DumpConfig) -> None:
     whole = part("whole")
     check_fingerprints(whole, config, [whole])
-    turned = np.roll(whole.arrays["fingerprints"], 1, 0)
-    wrong = replace(whole, arrays=dict(whole.arrays) | {"fingerprints": turned})
+    rolled = np.roll(whole.arrays["fingerprints"], 1, 0)
+    wrong = replace(whole, arrays=dict(whole.arrays) | {"fingerprints": rolled})
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check_fingerprints(wrong, config, [whole])
 
 
 # refusals
 
-# each of what the parts must agree in, but `positions`, of which a dump knows none
+# for every setting that the parts must agree in, except `positions`, which no dump uses
 DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "data": ({"data": "npz:copy.npz"}, r"b\.h5 has data npz:copy\.npz\S*, \S*a\.h5 has npz:data\."),
     "data_samples": ({"data": "npz:less/data.npz"}, r"has data_samples 50, \S*a\.h5 has 60"),
@@ -319,7 +321,9 @@ def test_a_gap_in_the_samples_is_named(part: Part, tmp_path: Path) -> None:
 
 def test_shards_of_different_views_are_refused(part: Part, tmp_path: Path) -> None:
     parts = [part("a", shard=(0, 2), views=2), part("b", shard=(1, 2), views=3)]
-    with pytest.raises(SettingsError, match=r"b\.h5 .* views 0 to 2, \S*a\.h5 .* 0 to 1; all need"):
+    with pytest.raises(
+        SettingsError, match=r"b\.h5 .* views 0 to 2, but \S*a\.h5 .* 0 to 1; all shards need"
+    ):
         merge(parts, tmp_path / "merged.h5")
 
 
@@ -327,29 +331,29 @@ def test_shards_of_different_views_are_refused(part: Part, tmp_path: Path) -> No
 def test_other_data_are_refused_by_their_first_sample(
     changed: dict[str, int], named: str, part: Part, tmp_path: Path
 ) -> None:
-    one = part("a", shard=(1, 2), **views(0, 2))
+    first = part("a", shard=(1, 2), **views(0, 2))
     write_data(tmp_path / "data.npz", **changed)
-    two = part("b", shard=(1, 2), **views(2, 4))
-    message = rf"b\.h5 and \S*a\.h5 differ in the {named} of sample 37; .* from other data"
+    second = part("b", shard=(1, 2), **views(2, 4))
+    message = rf"b\.h5 and \S*a\.h5 differ in the {named} of sample 37; .* from different data"
     with pytest.raises(SettingsError, match=message):
-        merge([one, two], tmp_path / "merged.h5")
+        merge([first, second], tmp_path / "merged.h5")
 
 
 def test_a_basis_fitted_apart_is_refused_with_advice_that_helps(
     part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = part("a", encoding="basis:4,2", shard=(0, 2))
-    monkeypatch.setattr(select_encoding, "FIT_VIEWS", 2)  # as another machine's rounding might
-    two = part("b", encoding="basis:4,2", shard=(1, 2))
-    message = r"b\.h5 and \S*a\.h5 differ in mean, .* dump the one again with --like a\.h5"
+    first = part("a", encoding="basis:4,2", shard=(0, 2))
+    monkeypatch.setattr(select_encoding, "FIT_VIEWS", 2)  # gives another basis
+    second = part("b", encoding="basis:4,2", shard=(1, 2))
+    message = r"b\.h5 and \S*a\.h5 differ in mean, .*; dump b\.h5 again with --like a\.h5"
     with pytest.raises(SettingsError, match=message):
-        merge([one, two], tmp_path / "merged.h5")
-    again = part("again", encoding="basis:4,2", shard=(1, 2), like=one.path)
-    found = merge([one, again], tmp_path / "merged.h5")
+        merge([first, second], tmp_path / "merged.h5")
+    again = part("again", encoding="basis:4,2", shard=(1, 2), like=first.path)
+    merged = merge([first, again], tmp_path / "merged.h5")
     monkeypatch.undo()
     monkeypatch.setattr(cache_allocate, "BLOCK_BYTES", 10 * BLOCK_ROWS)
     np.testing.assert_array_equal(
-        found.arrays["codes"], part("whole", encoding="basis:4,2").arrays["codes"]
+        merged.arrays["codes"], part("whole", encoding="basis:4,2").arrays["codes"]
     )
 
 
@@ -364,9 +368,11 @@ def test_no_file_is_written_over(part: Part, tmp_path: Path) -> None:
     (tmp_path / "there.h5").write_text("mine")
     (tmp_path / "link.h5").symlink_to(parts[0].path)
     for name in ("a.h5", "link.h5"):
-        with pytest.raises(SettingsError, match=f"{name} is itself to be merged; give another --o"):
+        with pytest.raises(
+            SettingsError, match=f"{name} is one of the caches to merge; give another --o"
+        ):
             merge(parts, tmp_path / name)
-    with pytest.raises(SettingsError, match=r"there\.h5 is there already; give another --out"):
+    with pytest.raises(SettingsError, match=r"there\.h5 already exists; give another --out"):
         merge(parts, tmp_path / "there.h5")
     assert (tmp_path / "there.h5").read_text() == "mine"
     assert parts[0].path.read_bytes() == before
@@ -380,7 +386,9 @@ def test_a_partial_of_something_else_is_in_the_way(
     partial = tmp_path / "merged.h5.partial"
     part("other", **changes).path.rename(partial)
     before = partial.read_bytes()
-    with pytest.raises(SettingsError, match=r"merged\.h5\.partial is in the way: it was begun by"):
+    with pytest.raises(
+        SettingsError, match=r"merged\.h5\.partial is in the way: it was started with other"
+    ):
         merge(parts, tmp_path / "merged.h5")
     assert partial.read_bytes() == before
 
@@ -388,15 +396,13 @@ def test_a_partial_of_something_else_is_in_the_way(
 def test_a_partial_of_other_rows_is_refused(
     part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the same settings, and of other rows: a machine rounds otherwise than the next."""
+    """The same settings, but other rows, as another machine's rounding can produce."""
     parts = stopped_merge(part, tmp_path, monkeypatch)
     array = parts[0].header.array("log_probs")
     other = damaged(parts[0], array.offset)
     digest = other.block_digest(0, 0).to_bytes(8, "little")
     other = damaged(other, digest_offset(other.header, 0, 0), digest)
-    message = (
-        r"merged\.h5\.partial holds other log_probs of samples 0 to 7 than .*a\.h5: .*remove it"
-    )
+    message = r"merged\.h5\.partial has other log_probs of samples 0 to 7 than .*a\.h5: .*remove it"
     with pytest.raises(SettingsError, match=message):
         merge([other, parts[1]], tmp_path / "merged.h5")
 
@@ -410,7 +416,7 @@ def test_a_part_that_was_damaged_after_it_was_copied_stops_nothing(
 
 
 def stopped_merge(part: Part, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Cache]:
-    """Two parts, of which two blocks are in the file that they are to become."""
+    """Two parts, and an unfinished merge of them that has two blocks."""
     parts = [part("a", **views(0, 2)), part("b", **views(2, 4))]
     with monkeypatch.context() as patched:
         stop_after(patched, writes=2)
@@ -420,11 +426,11 @@ def stopped_merge(part: Part, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, *, writes: int) -> None:
-    """Ctrl-C once so many blocks were written and committed."""
-    write, turn = cache_writer.Writer.write, count()
+    """Raise KeyboardInterrupt once `writes` blocks are written and committed."""
+    write, counter = cache_writer.Writer.write, count()
 
     def stopping(self: cache_writer.Writer, *arguments: Any) -> None:
-        if next(turn) == writes:
+        if next(counter) == writes:
             raise KeyboardInterrupt("Ctrl-C")
         write(self, *arguments)
 
@@ -434,20 +440,20 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, *, writes: int) -> None:
 
 def test_the_order_of_the_parts_does_not_show(part: Part, tmp_path: Path) -> None:
     parts = [part(f"{i}", shard=(i, 3)) for i in range(3)]
-    found = [
+    files = [
         merge([parts[i] for i in order], tmp_path / "far" / f"{number}.h5").path.read_bytes()
         for number, order in enumerate([(0, 1, 2), (2, 0, 1), (1, 2, 0)])
     ]
-    assert found[0] == found[1] == found[2]
+    assert files[0] == files[1] == files[2]
 
 
 def test_views_of_shards_merged_before_are_refused_with_what_helps(
     part: Part, tmp_path: Path
 ) -> None:
-    one = merge([part(f"one{i}", shard=(i, 2), **views(0, 2)) for i in (0, 1)], tmp_path / "one.h5")
-    two = part("two", **views(2, 4))
+    shards = [part(f"one{i}", shard=(i, 2), **views(0, 2)) for i in (0, 1)]
+    first, second = merge(shards, tmp_path / "one.h5"), part("two", **views(2, 4))
     with pytest.raises(SettingsError, match="merge the views of each shard first, then the shards"):
-        merge([one, two], tmp_path / "merged.h5")
+        merge([first, second], tmp_path / "merged.h5")
 
 
 def test_ctrl_c_says_how_to_go_on(
@@ -456,9 +462,9 @@ def test_ctrl_c_says_how_to_go_on(
     paths = [str(part(f"{i}", **views(i, i + 1)).path) for i in (0, 1)]
     stop_after(monkeypatch, writes=1)
     arguments = ["merge", *paths, "--out", str(tmp_path / "merged.h5")]
-    found = CliRunner().invoke(main, arguments)
-    assert found.exit_code == 130
-    assert found.stderr.splitlines()[-1] == "Error: stopped; the same command continues"
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "Error: stopped; the same command continues"
     monkeypatch.undo()
     assert CliRunner().invoke(main, arguments).exit_code == 0
 
@@ -467,14 +473,14 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 def test_damaged_labels_are_not_taken_for_other_data(part: Part, tmp_path: Path) -> None:
-    one, two = part("a", **views(0, 2)), part("b", **views(2, 4))
-    bad = damaged(two, two.header.array("labels").offset)
+    first, second = part("a", **views(0, 2)), part("b", **views(2, 4))
+    bad = damaged(second, second.header.array("labels").offset)
     with pytest.raises(FormatError, match=r"b\.h5 is damaged: labels and keys of samples 0 to 7"):
-        merge([one, bad], tmp_path / "merged.h5")
+        merge([first, bad], tmp_path / "merged.h5")
 
 
 def damaged(cache: Cache, offset: int, values: bytes | None = None) -> Cache:
-    """The cache with other bytes at `offset`; without any, one bit is flipped."""
+    """The cache with `values` at `offset`; by default, one bit is flipped there."""
     raw = bytearray(cache.path.read_bytes())
     raw[offset : offset + len(values or b"1")] = values or bytes([raw[offset] ^ 1])
     cache.path.write_bytes(raw)
@@ -482,8 +488,8 @@ def damaged(cache: Cache, offset: int, values: bytes | None = None) -> Cache:
 
 
 def test_a_damaged_part_is_named_and_nothing_is_finished(part: Part, tmp_path: Path) -> None:
-    one, two = (part(f"{i}", shard=(i, 2)) for i in (0, 1))
-    intact, header = two.path.read_bytes(), two.header
+    first, second = (part(f"{i}", shard=(i, 2)) for i in (0, 1))
+    intact, header = second.path.read_bytes(), second.header
     array, labels = header.array("log_probs"), header.array("labels")
     row = header.samples + BLOCK_ROWS  # the second block of the part's second view
     places = {
@@ -491,33 +497,33 @@ def test_a_damaged_part_is_named_and_nothing_is_finished(part: Part, tmp_path: P
         "labels and keys of samples 24 to 29": labels.offset + 29 * labels.row_bytes,
     }
     for what, offset in places.items():
-        bad = damaged(two, offset)
+        bad = damaged(second, offset)
         message = rf"1\.h5 is damaged: {what}; softcache verify 1\.h5 says what to do"
         with pytest.raises(FormatError, match=message):
-            merge([one, bad], tmp_path / "merged.h5")
+            merge([first, bad], tmp_path / "merged.h5")
         assert not (tmp_path / "merged.h5").exists()
-        two.path.write_bytes(intact)
-    # and with the part as it was, the same merge goes on
-    check_same(merge([one, open_cache(two.path)], tmp_path / "merged.h5"), part("whole"))
+        second.path.write_bytes(intact)
+    # once the part is intact again, the same merge continues
+    check_same(merge([first, open_cache(second.path)], tmp_path / "merged.h5"), part("whole"))
 
 
 def test_damage_to_what_all_rows_share_is_named(part: Part, tmp_path: Path) -> None:
-    one, two = part("a", **views(0, 2)), part("b", **views(2, 4))
-    bad = damaged(two, two.header.array("fingerprints").offset)
+    first, second = part("a", **views(0, 2)), part("b", **views(2, 4))
+    bad = damaged(second, second.header.array("fingerprints").offset)
     with pytest.raises(FormatError, match=r"b\.h5 is damaged: the arrays shared by all rows"):
-        merge([one, bad], tmp_path / "merged.h5")
+        merge([first, bad], tmp_path / "merged.h5")
     assert not list(tmp_path.glob("merged*"))
 
 
 def test_class_ids_beyond_the_last_are_not_copied(part: Part, tmp_path: Path) -> None:
-    one, two = (part(f"{i}", shard=(i, 2), encoding="topk:2") for i in (0, 1))
-    forged = damaged(two, two.header.array("ids").offset, b"\5\0")
+    first, second = (part(f"{i}", shard=(i, 2), encoding="topk:2") for i in (0, 1))
+    forged = damaged(second, second.header.array("ids").offset, b"\5\0")
     digest = forged.block_digest(0, 0).to_bytes(8, "little")
-    forged = damaged(forged, digest_offset(two.header, 0, 0), digest)
+    forged = damaged(forged, digest_offset(second.header, 0, 0), digest)
     with pytest.raises(
         FormatError, match=r"1\.h5 is damaged: class ids beyond the last class of s"
     ):
-        merge([one, forged], tmp_path / "merged.h5")
+        merge([first, forged], tmp_path / "merged.h5")
 
 
 # the command line
@@ -527,10 +533,10 @@ def test_a_merged_file_is_used_as_any_other(
     part: Part, config: DumpConfig, tmp_path: Path, run: Run
 ) -> None:
     parts = [part(f"shard{i}", shard=(i, 2), views=2).path for i in range(2)]
-    found = run("merge", *parts, "--out", "merged.h5", check=True)
+    result = run("merge", *parts, "--out", "merged.h5", check=True)
     content_id = open_cache(tmp_path / "merged.h5").content_id()
-    assert found.stdout.startswith("merged.h5: 60 samples x 2 view(s), ")
-    assert content_id in found.stdout
+    assert result.stdout.startswith("merged.h5: 60 samples x 2 view(s), ")
+    assert content_id in result.stdout
     assert "intact" in run("verify", "merged.h5", "--expect", content_id, check=True).stdout
     train = ["train", "merged.h5", "--student", "mlp:4", "--data", config.data, "--epochs", "2"]
     run(*train, "--out", "run", check=True)

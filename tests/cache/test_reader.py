@@ -38,8 +38,8 @@ from tests.cache.writer_cases import (
 
 USER_BLOCK, STRUCTURE = "the user block behind the header", "the HDF5 structure"
 SHARED = "the arrays shared by all rows"
-SPANS = ("0 to 7", "8 to 15", "16 to 23", "24 to 29")  # samples of the blocks
-# of a part of the file: what it is; for blocks, their view and samples
+SPANS = ("0 to 7", "8 to 15", "16 to 23", "24 to 29")  # cache_rows of the blocks
+# a part of the file: what it is, and for a block its view and cache_rows
 Part = tuple[str, int | None, range | None]
 
 
@@ -51,11 +51,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def retempered(log_probs: npt.NDArray[np.float16], ratio: float) -> npt.NDArray[np.float64]:
-    """log softmax(log p · T / T') in float64: the oracle."""
+    """The reference: log softmax(log p · T / T') in float64."""
     logits = log_probs.astype(np.float64) * ratio
     logits -= logits.max(-1, keepdims=True)
-    found: npt.NDArray[np.float64] = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return found
+    normalized: npt.NDArray[np.float64] = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return normalized
 
 
 # rows
@@ -117,9 +117,9 @@ def test_class_names_are_shown_as_a_terminal_can_take_them(
     names = [stored, b"one", b"two", b"three", b"four"]
     path = tmp_path / "tiny.h5"
     create(path, draft(), shared_values() | {"class_names": np.array(names)})
-    found = open_cache(partial_path(path), unfinished=True).class_names
-    assert found == [shown, "one", "two", "three", "four"]
-    assert all(name.isprintable() for name in found)
+    class_names = open_cache(partial_path(path), unfinished=True).class_names
+    assert class_names == [shown, "one", "two", "three", "four"]
+    assert all(name.isprintable() for name in class_names)
 
 
 # content id
@@ -141,7 +141,7 @@ def test_the_content_id_is_the_same_wherever_the_file_lies(path: Path, tmp_path:
 
 def test_the_content_id_differs_with_any_field_and_any_row(path: Path) -> None:
     cache = open_cache(path)
-    own, ids = cache.content_id(), set()
+    original, ids = cache.content_id(), set()
     changed = with_values(tiny_cache(), {("data",): "npz:other.npz@train"})
     for offset in (digest_offset(cache.header, 1, 2), digest_offset(cache.header, None, 0)):
         raw = bytearray(tiny_cache())
@@ -150,7 +150,7 @@ def test_the_content_id_differs_with_any_field_and_any_row(path: Path) -> None:
         ids.add(open_cache(path).content_id())
     path.write_bytes(changed)
     ids.add(open_cache(path).content_id())
-    assert len(ids | {own}) == 4
+    assert len(ids | {original}) == 4
 
 
 # unfinished files
@@ -160,9 +160,9 @@ def test_an_unfinished_cache_says_how_much_of_it_is_there(tmp_path: Path) -> Non
     path = tmp_path / "tiny.h5"
     begin(path)
     with Writer(path) as writer:
-        fill(writer, batches=1)  # 12 rows: one block of rows, one of samples
+        fill(writer, batches=1)  # 12 rows: a block of rows and a block of samples
     partial = partial_path(path)
-    with pytest.raises(FormatError, match=r"is unfinished: 2 of 12 blocks are there; run the same"):
+    with pytest.raises(FormatError, match=r"is unfinished: it has 2 of 12 blocks; run the same"):
         open_cache(partial)
     cache = open_cache(partial, unfinished=True)
     assert not cache.complete
@@ -176,14 +176,14 @@ def test_the_first_complete_views_of_an_unfinished_cache_train(
     path = tmp_path / "tiny.h5"
     begin(path)
     with Writer(path) as writer:
-        fill(writer, batches=batches)  # of three a view
-    found = open_trainable(partial_path(path))
-    assert (found.header.views, found.complete) == (views, False)
-    every = np.arange(SAMPLES)
+        fill(writer, batches=batches)  # a view has three
+    cache = open_trainable(partial_path(path))
+    assert (cache.header.views, cache.complete) == (views, False)
+    cache_rows = np.arange(SAMPLES)
     for view in range(views):
         stored = row_values(view)["log_probs"].astype(np.float64)
-        np.testing.assert_allclose(found.rows(view, every), stored, atol=1e-2)
-    assert find_damage(found) == []  # what is lacking of the others is no damage to these
+        np.testing.assert_allclose(cache.rows(view, cache_rows), stored, atol=1e-2)
+    assert find_damage(cache) == []  # blocks missing from other views are not damage to these
 
 
 @pytest.mark.parametrize(("batches", "there"), [(0, 0), (1, 2), (2, 6)])
@@ -196,7 +196,7 @@ def test_an_unfinished_cache_without_a_complete_view_does_not_train(
         fill(writer, batches=batches)
     with pytest.raises(
         FormatError,
-        match=r"\.partial is unfinished, and not one of its views is complete, which training",
+        match=r"\.partial is unfinished, and training needs at least its first view complete; run",
     ):
         open_trainable(partial_path(path))
 
@@ -212,23 +212,23 @@ def test_a_view_that_is_complete_behind_one_that_is_not_does_not_train(tmp_path:
     mark_missing(partial_path(path), [(0, 3)])
     assert header.blocks == 4
     with pytest.raises(
-        FormatError, match="is unfinished, and not one of its views is complete, which training"
+        FormatError, match="is unfinished, and training needs at least its first view complete; run"
     ):
         open_trainable(partial_path(path))
 
 
 def test_a_complete_cache_trains_with_all_its_views(path: Path) -> None:
-    found = open_trainable(path)
-    assert (found.header.views, found.complete) == (VIEWS, True)
+    cache = open_trainable(path)
+    assert (cache.header.views, cache.complete) == (VIEWS, True)
 
 
 @pytest.mark.parametrize("block", [(1, 2), (None, 2)])
 def test_a_finished_cache_that_lost_a_digest_does_not_train(
     block: tuple[int | None, int], path: Path
 ) -> None:
-    # though its first view may be whole: a finished file lacks nothing unless it is damaged
+    # even if its first view is complete: a finished file with a missing block is damaged
     mark_missing(path, [block])
-    with pytest.raises(FormatError, match="is damaged: 1 of its 12 digests are gone"):
+    with pytest.raises(FormatError, match="is damaged: 1 of its 12 digests are missing"):
         open_trainable(path)
 
 
@@ -246,17 +246,17 @@ GONE = "missing: the block of samples"
 
 
 @pytest.mark.parametrize(
-    ("gone", "wrong", "told"),
+    ("missing", "wrong", "expected"),
     [
         ([(0, 1)], [], [f"{GONE} 8 to 15 in view 0"]),
         ([(0, 0), (0, 1)], [], [f"{GONE} 0 to 15 in view 0"]),
         ([(1, 2), (1, 3)], [], [f"{GONE} 16 to 29 in view 1"]),
         ([(None, 1), (None, 2)], [], [f"{GONE} 8 to 23"]),
         ([(0, 0), (0, 2)], [], [f"{GONE} 0 to 7 in view 0", f"{GONE} 16 to 23 in view 0"]),
-        # views are told apart, though one ends where the other begins
+        # views are reported separately, though one ends where the other begins
         ([(0, 1), (1, 2)], [], [f"{GONE} 8 to 15 in view 0", f"{GONE} 16 to 23 in view 1"]),
         ([(None, 0), (0, 1)], [], [f"{GONE} 0 to 7", f"{GONE} 8 to 15 in view 0"]),
-        # and so is what is wrong, told after all that is missing in its view
+        # and so is damage, after everything that is missing from its view
         (
             [(0, 0), (0, 2)],
             [(0, 1)],
@@ -278,26 +278,26 @@ GONE = "missing: the block of samples"
 )
 def test_missing_neighbours_are_told_as_one(
     path: Path,
-    gone: list[tuple[int | None, int]],
+    missing: list[tuple[int | None, int]],
     wrong: list[tuple[int | None, int]],
-    told: list[str],
+    expected: list[str],
 ) -> None:
     raw, header = bytearray(tiny_cache()), open_cache(path).header
-    for view, block in gone:
-        at = digest_offset(header, view, block)
-        raw[at : at + 8] = bytes(8)
+    for view, block in missing:
+        offset = digest_offset(header, view, block)
+        raw[offset : offset + 8] = bytes(8)
     for view, block in wrong:
         raw[digest_offset(header, view, block)] ^= 1
     path.write_bytes(raw)
-    assert [str(damage) for damage in find_damage(open_cache(path, unfinished=True))] == told
+    assert [str(damage) for damage in find_damage(open_cache(path, unfinished=True))] == expected
 
 
 def test_a_finished_file_that_lost_a_digest_is_called_damaged(path: Path) -> None:
     raw = bytearray(tiny_cache())
-    at = digest_offset(open_cache(path).header, 1, 2)
-    raw[at : at + 8] = bytes(8)
+    offset = digest_offset(open_cache(path).header, 1, 2)
+    raw[offset : offset + 8] = bytes(8)
     path.write_bytes(raw)
-    with pytest.raises(FormatError, match="is damaged: 1 of its 12 digests are gone"):
+    with pytest.raises(FormatError, match="is damaged: 1 of its 12 digests are missing"):
         open_cache(path)
 
 
@@ -313,12 +313,12 @@ def is_missing(header: Header, raw: bytes, view: int | None, samples: range | No
     """Whether the digest of a block is 0."""
     if samples is None:
         return False
-    at = digest_offset(header, view, samples.start // header.block_rows)
-    return raw[at : at + 8] == bytes(8)
+    offset = digest_offset(header, view, samples.start // header.block_rows)
+    return raw[offset : offset + 8] == bytes(8)
 
 
 def parts_of(header: Header, header_end: int) -> list[tuple[slice, Part]]:
-    """What every byte of a finished file belongs to."""
+    """The parts of a finished file; every byte belongs to one of them."""
     parts: list[tuple[slice, Part]] = [
         (slice(0, header_end), ("header", None, None)),
         (slice(header_end, header.user_block), (USER_BLOCK, None, None)),
@@ -331,13 +331,14 @@ def parts_of(header: Header, header_end: int) -> list[tuple[slice, Part]]:
         what = "labels and keys" if view is None else "soft targets"
         for block in range(header.blocks):
             part = (what, view, header.block_range(block))
-            at = digest_offset(header, view, block)
-            parts += [(place, part) for place in (*locate(header, view, block), slice(at, at + 8))]
+            offset = digest_offset(header, view, block)
+            places = (*locate(header, view, block), slice(offset, offset + 8))
+            parts += [(place, part) for place in places]
     return parts
 
 
 def changed_parts(header: Header, before: bytes, after: bytes) -> set[Part]:
-    """What a checker must name: the header alone if it cannot be read any more."""
+    """The parts that a checker must name; only the header, if it is unreadable."""
     end = 32 + len(header_text(before))
     if len(after) != len(before) or after[:end] != before[:end]:
         return {("header", None, None)}
@@ -349,7 +350,7 @@ def changed_parts(header: Header, before: bytes, after: bytes) -> set[Part]:
 
 
 def found_parts(path: Path) -> set[Part]:
-    """What opening and verifying names; the header where the file cannot be opened."""
+    """The parts that opening and verifying name; the header, if the file cannot be opened."""
     try:
         cache = open_cache(path, unfinished=True)
     except FormatError:
@@ -362,56 +363,57 @@ def found_parts(path: Path) -> set[Part]:
 
 
 def blocks_of(damage: Damage, rows: int) -> list[range | None]:
-    """The blocks of what is missing, which is told in one of all neighbours."""
+    """The single blocks of a Damage, which reports adjacent missing blocks as one."""
     if damage.samples is None or not damage.missing:
         return [damage.samples]
-    return [damage.samples[at : at + rows] for at in range(0, len(damage.samples), rows)]
+    return [damage.samples[i : i + rows] for i in range(0, len(damage.samples), rows)]
 
 
 def corrupted(random: np.random.Generator, raw: bytes) -> tuple[str, bytes]:
-    """What is done to a file, and the file."""
-    at, other = (int(i) for i in random.integers(0, len(raw), 2))
+    """A randomly corrupted file, and what was done to it."""
+    offset, other = (int(i) for i in random.integers(0, len(raw), 2))
     kind = str(random.choice(["bit", "word", "burst", "swap", "zero", "cut", "append"]))
     new = bytearray(raw)
     if kind == "bit":
-        new[at] ^= 1 << int(random.integers(8))
+        new[offset] ^= 1 << int(random.integers(8))
     elif kind in ("word", "burst"):
         count = 8 if kind == "word" else int(random.integers(1, 300))
-        new[at : at + count] = random.bytes(len(new[at : at + count]))
+        new[offset : offset + count] = random.bytes(len(new[offset : offset + count]))
     elif kind in ("swap", "zero"):
         size = int(random.choice([16, 80, 512, 4096]))
-        at, other = at // size * size, min(other // size * size, len(raw) - size)
-        at = min(at, len(raw) - size)
-        if kind == "swap" and abs(at - other) >= size:
-            new[at : at + size], new[other : other + size] = (
+        offset, other = offset // size * size, min(other // size * size, len(raw) - size)
+        offset = min(offset, len(raw) - size)
+        if kind == "swap" and abs(offset - other) >= size:
+            new[offset : offset + size], new[other : other + size] = (
                 raw[other : other + size],
-                raw[at : at + size],
+                raw[offset : offset + size],
             )
         elif kind == "zero":
-            new[at : at + size] = bytes(size)
+            new[offset : offset + size] = bytes(size)
     elif kind == "cut":
-        new = new[:at]
+        new = new[:offset]
     else:
         new += random.bytes(int(random.integers(1, 5000)))
-    return f"{kind} at {at:,}", bytes(new)
+    return f"{kind} at {offset:,}", bytes(new)
 
 
 def misjudged(folder: Path, count: int, seed: int) -> list[str]:
-    """Corruptions that are not found, or of which other parts or rows are named than hit."""
+    """Corruptions that are not found, or that are reported for other parts or rows than they hit."""
     path, random, wrong, done = folder / "tiny.h5", np.random.default_rng(seed), [], 0
     path.write_bytes(tiny_cache())
     header = open_cache(path).header
     front = slice(0, header.user_block)
     while done < count:
         what, raw = corrupted(random, tiny_cache())
-        # the user block is nine tenths of so small a file: fewer of the hits on it are taken
+        # the user block is nine tenths of such a small file: skip most of the hits on it
         if raw == tiny_cache() or (raw[front] != tiny_cache()[front] and random.random() < 0.8):
             continue
         done += 1
         path.write_bytes(raw)
-        found, expected = found_parts(path), changed_parts(header, tiny_cache(), raw)
-        if not found or found != expected:
-            wrong.append(f"{what}: {expected - found} not found, {found - expected} for nothing")
+        reported, expected = found_parts(path), changed_parts(header, tiny_cache(), raw)
+        if not reported or reported != expected:
+            missed, spurious = expected - reported, reported - expected
+            wrong.append(f"{what}: {missed} not reported, {spurious} reported wrongly")
     return wrong
 
 
@@ -447,11 +449,11 @@ def test_every_byte_of_a_file_is_some_part_of_it(path: Path) -> None:
 def test_a_flipped_bit_is_found_in_every_part(path: Path, bit: int) -> None:
     header = open_cache(path).header
     for place, part in parts_of(header, 32 + len(header_text(tiny_cache()))):
-        for at in (place.start, (place.start + place.stop) // 2, place.stop - 1):
+        for offset in (place.start, (place.start + place.stop) // 2, place.stop - 1):
             raw = bytearray(tiny_cache())
-            raw[at] ^= 1 << bit
+            raw[offset] ^= 1 << bit
             path.write_bytes(raw)
-            assert found_parts(path) == {part}, f"bit {bit} of byte {at:,}"
+            assert found_parts(path) == {part}, f"bit {bit} of byte {offset:,}"
 
 
 def test_an_intact_file_has_no_damage_and_its_bytes_are_counted(path: Path) -> None:
@@ -467,7 +469,7 @@ def test_digests_of_the_header_that_do_not_hold(path: Path) -> None:
 
 
 def test_a_final_header_in_another_place(path: Path) -> None:
-    # the same header, further behind: all digests hold, and yet it is not the file that was made
+    # the same header at a later offset: all digests match, but the file is not the one that was made
     raw = bytearray(tiny_cache())
     text = header_text(tiny_cache())
     raw[32 : 32 + len(text)] = bytes(len(text))
@@ -528,5 +530,5 @@ def test_reading_imports_neither_h5py_nor_torch_and_opens_no_other_file(path: Pa
 
 
 def test_that_check_notices_an_import_and_an_open(path: Path) -> None:
-    found = read_in_a_process(path, "import h5py, click", "open('/dev/null').close()")
-    assert found == f"imported: click h5py opened: /dev/null {path}"
+    report = read_in_a_process(path, "import h5py, click", "open('/dev/null').close()")
+    assert report == f"imported: click h5py opened: /dev/null {path}"

@@ -1,4 +1,4 @@
-"""Beyond 2^31 rows and 2^40 bytes, in a sparse file: no index wraps."""
+"""More than 2^31 rows and 2^40 bytes, in a sparse file: no index overflows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from softcache.cache.verify import block_damage
 from softcache.cache.writer import Writer
 from softcache.targets.fetch import soft_targets
 
-CLASSES = 256  # 512 bytes a row
+CLASSES = 256  # 512 bytes per row
 SAMPLES = (1 << 31) + (1 << 24) + 5
 
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An unfinished cache of more than a tebibyte, of which nothing lies on the disk."""
+    """An unfinished cache of more than a tebibyte, sparse, so that it takes no room on disk."""
     monkeypatch.setattr(os, "posix_fallocate", lambda file, start, size: os.truncate(file, size))
     header = Header(
         views=2,
@@ -60,12 +60,12 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     except Exception as error:
         if partial_path(tmp_path / "big.h5").exists():
             raise
-        pytest.skip(f"this file system holds no sparse file of 2 TiB: {error}")
+        pytest.skip(f"this file system cannot hold a sparse file of 2 TiB: {error}")
     return tmp_path / "big.h5"
 
 
 def rows_of(block: range, view: int) -> np.ndarray:
-    """Log-probabilities (B, C) float16 that depend on the row's number."""
+    """Log-probabilities (B, C) float16 that depend on cache_row and view."""
     logits = np.zeros((len(block), CLASSES), np.float32)
     logits[np.arange(len(block)), (np.arange(block.start, block.stop) + view) % CLASSES] = 5
     log_probs: np.ndarray = torch.log_softmax(torch.from_numpy(logits), -1).half().numpy()
@@ -78,11 +78,11 @@ def test_the_last_rows_of_a_file_of_two_tebibytes_come_back(path: Path) -> None:
         blocks = [header.block_range(block) for block in (0, header.blocks // 2, header.blocks - 1)]
         for view in range(2):
             for block in blocks:
-                samples = np.arange(block.start, block.stop)
-                known = {"labels": samples % CLASSES, "keys": samples.astype(np.uint64)}
-                writer.write(view, block.start, {"log_probs": rows_of(block, view)}, known)
+                cache_rows = np.arange(block.start, block.stop)
+                samples = {"labels": cache_rows % CLASSES, "keys": cache_rows.astype(np.uint64)}
+                writer.write(view, block.start, {"log_probs": rows_of(block, view)}, samples)
                 assert not writer.missing(view, block.start, block.stop).any()
-                assert not writer._filling  # a block is on the disk as soon as it is whole
+                assert not writer._filling  # a block is written as soon as it is full
     cache = open_cache(partial_path(path), unfinished=True)
     assert cache.header.file_bytes > 1 << 40
     assert cache.header.views * cache.header.samples > 1 << 32
@@ -93,13 +93,13 @@ def check_rows(cache: Cache, blocks: list[range]) -> None:
     fetch = soft_targets(cache, 2.0, torch.device("cpu"))
     for view in range(2):
         for block in blocks:
-            samples = np.arange(block.start, block.stop)[-7:]
+            cache_rows = np.arange(block.start, block.stop)[-7:]
             expected = rows_of(block, view)[-7:].astype(np.float32)
-            np.testing.assert_allclose(cache.rows(view, samples), expected, atol=2e-3)
-            found = fetch(view, samples)
-            assert isinstance(found, torch.Tensor)
-            np.testing.assert_allclose(found.numpy(), expected, atol=2e-3)
-            np.testing.assert_array_equal(cache.labels[samples], samples % CLASSES)
+            np.testing.assert_allclose(cache.rows(view, cache_rows), expected, atol=2e-3)
+            targets = fetch(view, cache_rows)
+            assert isinstance(targets, torch.Tensor)
+            np.testing.assert_allclose(targets.numpy(), expected, atol=2e-3)
+            np.testing.assert_array_equal(cache.labels[cache_rows], cache_rows % CLASSES)
             assert block_damage(cache, view, block.start // cache.header.block_rows) is None
             assert block_damage(cache, None, block.start // cache.header.block_rows) is None
     assert cache.missing_blocks() == 3 * (cache.header.blocks - 3)

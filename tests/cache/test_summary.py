@@ -1,4 +1,4 @@
-"""What a header says of its soft targets: by hand the same, of some rows and of several parts."""
+"""The summary of a cache equals one computed by hand, on a subset of rows and for merged parts too."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FIDELITY = {
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
-    """Two views of 30 samples, some of them unlabelled."""
+    """A cache with two views of 30 samples, some of them unlabelled."""
     run_dump(tmp_path / "tiny.h5")
     return open_cache(tmp_path / "tiny.h5")
 
@@ -44,48 +44,48 @@ def by_hand(rows: npt.NDArray[np.int64]) -> tuple[float, float]:
     log_probs = np.concatenate([row_values(view)["log_probs"] for view in range(VIEWS)])[rows]
     labels = np.tile(sample_values()["labels"], VIEWS)[rows]
     logs = log_probs.astype(np.float64)
-    logs -= np.log(np.exp(logs).sum(1, keepdims=True))  # float16 has rounded them
-    known = labels >= 0
+    logs -= np.log(np.exp(logs).sum(1, keepdims=True))  # undo the rounding to float16
+    labelled = labels >= 0
     entropy = -(np.exp(logs) * logs).sum(1).mean()
-    return float(entropy), float((logs.argmax(1) == labels)[known].mean())
+    return float(entropy), float((logs.argmax(1) == labels)[labelled].mean())
 
 
 # one cache
 
 
 def test_all_rows_of_a_small_cache_are_looked_at(cache: Cache) -> None:
-    found = summarize(cache)
+    measured = summarize(cache)
     entropy, agreement = by_hand(np.arange(VIEWS * SAMPLES))
-    assert found["entropy"] == pytest.approx(entropy, rel=1e-6)
-    assert found["agreement"] == pytest.approx(agreement)
-    assert found["rows"] == VIEWS * SAMPLES
+    assert measured["entropy"] == pytest.approx(entropy, rel=1e-6)
+    assert measured["agreement"] == pytest.approx(agreement)
+    assert measured["rows"] == VIEWS * SAMPLES
     # the comparison would notice rows that are left out
-    assert found["entropy"] != pytest.approx(by_hand(np.arange(SAMPLES))[0], rel=1e-6)
+    assert measured["entropy"] != pytest.approx(by_hand(np.arange(SAMPLES))[0], rel=1e-6)
 
 
 def test_unlabelled_samples_neither_agree_nor_differ(cache: Cache) -> None:
     labels = sample_values()["labels"]
     assert (labels < 0).any()
-    everywhere = replace(cache, arrays=dict(cache.arrays) | {"labels": labels.clip(0)})
-    assert summarize(everywhere)["agreement"] != pytest.approx(summarize(cache)["agreement"])
+    all_labelled = replace(cache, arrays=dict(cache.arrays) | {"labels": labels.clip(0)})
+    assert summarize(all_labelled)["agreement"] != pytest.approx(summarize(cache)["agreement"])
 
 
 def test_without_labels_there_is_no_agreement(cache: Cache) -> None:
-    bare = replace(cache, arrays=dict(cache.arrays) | {"labels": np.full(SAMPLES, -1)})
-    found = summarize(bare)
-    assert found["agreement"] is None
-    assert found["entropy"] == summarize(cache)["entropy"]
+    unlabelled = replace(cache, arrays=dict(cache.arrays) | {"labels": np.full(SAMPLES, -1)})
+    measured = summarize(unlabelled)
+    assert measured["agreement"] is None
+    assert measured["entropy"] == summarize(cache)["entropy"]
 
 
 def test_of_many_rows_some_are_looked_at_spread_through_all_views(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(summary, "SUMMARY_VALUES", 10 * CLASSES + 1)
-    found = summarize(cache)
+    measured = summarize(cache)
     entropy, agreement = by_hand(np.arange(0, VIEWS * SAMPLES, 6))
-    assert (found["entropy"], found["agreement"]) == pytest.approx((entropy, agreement))
-    assert found["rows"] == summary_row_count(cache) == 10
-    assert found["entropy"] != pytest.approx(by_hand(np.arange(10))[0])
+    assert (measured["entropy"], measured["agreement"]) == pytest.approx((entropy, agreement))
+    assert measured["rows"] == summary_row_count(cache) == 10
+    assert measured["entropy"] != pytest.approx(by_hand(np.arange(10))[0])
 
 
 def test_one_row_at_least_is_looked_at(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,10 +97,9 @@ def test_one_row_at_least_is_looked_at(cache: Cache, monkeypatch: pytest.MonkeyP
 def test_how_many_rows_are_read_at_once_changes_nothing(
     rows: int, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, done = summarize(cache), list[int]()
+    expected, done = summarize(cache), list[int]()
     monkeypatch.setattr(summary, "CHUNK_VALUES", rows * CLASSES)
-    found = summarize(cache, done.append)
-    assert found == pytest.approx(whole)
+    assert summarize(cache, done.append) == pytest.approx(expected)
     assert sum(done) == VIEWS * SAMPLES
     assert max(done) == rows
 
@@ -117,22 +116,22 @@ def test_classes_that_were_never_drawn_count_as_nothing(tmp_path: Path) -> None:
 # several parts
 
 
-def measured(cache: Cache, fidelity: dict[str, Any] | None) -> Cache:
-    """The cache, of which a dump measured this."""
-    known = {"fidelity": fidelity} if fidelity else {}
-    said: dict[str, Any] = {"entropy": 1.0, "agreement": None, "rows": 1, **known}
-    return replace(cache, header=replace(cache.header, summary=said))
+def with_fidelity(cache: Cache, fidelity: dict[str, Any] | None) -> Cache:
+    """The cache with this fidelity in its summary, or without any."""
+    optional = {"fidelity": fidelity} if fidelity else {}
+    new_summary: dict[str, Any] = {"entropy": 1.0, "agreement": None, "rows": 1, **optional}
+    return replace(cache, header=replace(cache.header, summary=new_summary))
 
 
 def test_parts_count_by_the_rows_they_were_measured_on(cache: Cache) -> None:
     other = {
         "rows": 30, "mean": 4e-4, "p99": 5e-4, "worst": 3e-3, "at": {"1": 4e-4, "4": 0.0}, "moved": 0.05
     }  # fmt: skip
-    found = pooled_fidelity([measured(cache, FIDELITY), measured(cache, other)])
-    assert found is not None
-    at = found.pop("at")
-    assert at == pytest.approx({"4": 0.5e-4, "1": 5e-4})
-    assert found == pytest.approx(
+    pooled = pooled_fidelity([with_fidelity(cache, FIDELITY), with_fidelity(cache, other)])
+    assert pooled is not None
+    by_temperature = pooled.pop("at")
+    assert by_temperature == pytest.approx({"4": 0.5e-4, "1": 5e-4})
+    assert pooled == pytest.approx(
         {"rows": 40, "mean": 3.5e-4, "p99": 1e-3, "worst": 3e-3, "moved": 0.04}
     )
 
@@ -148,75 +147,74 @@ def test_the_mean_of_the_parts_is_that_of_all_their_rows(
         FIDELITY | {"rows": count, "mean": mean, "moved": mean / 10, "at": {"2": mean}}
         for count, mean in zip(rows, numbers, strict=False)
     ]
-    found = pooled_fidelity([measured(no_cache(), part) for part in parts])
-    assert found is not None
-    every = np.repeat(numbers[: len(rows)], rows).mean()
-    assert found["mean"] == pytest.approx(every, abs=1e-12)
-    assert found["at"] == pytest.approx({"2": every}, abs=1e-12)
-    assert found["moved"] == pytest.approx(every / 10, abs=1e-12)
-    assert found["rows"] == sum(rows)
+    pooled = pooled_fidelity([with_fidelity(header_only(), part) for part in parts])
+    assert pooled is not None
+    mean_of_rows = np.repeat(numbers[: len(rows)], rows).mean()
+    assert pooled["mean"] == pytest.approx(mean_of_rows, abs=1e-12)
+    assert pooled["at"] == pytest.approx({"2": mean_of_rows}, abs=1e-12)
+    assert pooled["moved"] == pytest.approx(mean_of_rows / 10, abs=1e-12)
+    assert pooled["rows"] == sum(rows)
 
 
-def no_cache() -> Cache:
-    """A header and nothing else: pooling reads no more."""
+def header_only() -> Cache:
+    """A cache with nothing but a header, which is all that pooling reads."""
     return Cache(Path("none.h5"), draft(), b"", {})
 
 
 def test_a_part_that_was_not_measured_leaves_all_unsaid(cache: Cache) -> None:
-    known = measured(cache, FIDELITY)
-    assert pooled_fidelity([known, measured(cache, None)]) is None
-    assert (
-        pooled_fidelity([known, replace(cache, header=replace(cache.header, summary=None))]) is None
-    )
-    assert pooled_fidelity([known, known]) is not None
+    measured = with_fidelity(cache, FIDELITY)
+    unfinished = replace(cache, header=replace(cache.header, summary=None))
+    assert pooled_fidelity([measured, with_fidelity(cache, None)]) is None
+    assert pooled_fidelity([measured, unfinished]) is None
+    assert pooled_fidelity([measured, measured]) is not None
 
 
 def test_parts_measured_at_other_temperatures_leave_all_unsaid(cache: Cache) -> None:
     other = FIDELITY | {"at": {"4": 2e-4, "2": 8e-4}}
-    assert pooled_fidelity([measured(cache, FIDELITY), measured(cache, other)]) is None
+    assert pooled_fidelity([with_fidelity(cache, FIDELITY), with_fidelity(cache, other)]) is None
 
 
 def test_a_merged_file_says_how_far_its_parts_are_from_the_teacher(tmp_path: Path) -> None:
     config = replace(exact_config(tmp_path), encoding="quantized")
     parts = [dump(replace(config, shard=(i, 2), out=tmp_path / f"{i}.h5")) for i in range(2)]
-    known = [(part.header.summary or {})["fidelity"] for part in parts]
-    found = (merge(parts, tmp_path / "merged.h5").header.summary or {})["fidelity"]
-    assert found["worst"] == max(one["worst"] for one in known)
-    assert found["rows"] == sum(one["rows"] for one in known)
-    assert found["mean"] == pytest.approx(np.mean([one["mean"] for one in known]))
-    # the whole dump, measured on all of the same rows, says the same but for float noise
+    fidelities = [(part.header.summary or {})["fidelity"] for part in parts]
+    merged = (merge(parts, tmp_path / "merged.h5").header.summary or {})["fidelity"]
+    assert merged["worst"] == max(fidelity["worst"] for fidelity in fidelities)
+    assert merged["rows"] == sum(fidelity["rows"] for fidelity in fidelities)
+    assert merged["mean"] == pytest.approx(np.mean([fidelity["mean"] for fidelity in fidelities]))
+    # the whole dump is measured on the same rows, and agrees up to floating-point noise
     whole = (dump(config).header.summary or {})["fidelity"]
-    assert whole["mean"] == pytest.approx(found["mean"], rel=0.01)
-    assert set(whole) == set(found)
+    assert whole["mean"] == pytest.approx(merged["mean"], rel=0.01)
+    assert set(whole) == set(merged)
 
 
 def test_a_part_without_a_measure_merges_into_a_file_without_one(tmp_path: Path) -> None:
     config = exact_config(tmp_path)
     parts = [dump(replace(config, shard=(i, 2), out=tmp_path / f"{i}.h5")) for i in range(2)]
-    parts[1] = measured(parts[1], None)
-    found = merge(parts, tmp_path / "merged.h5").header.summary
-    assert found is not None
-    assert set(found) == {"entropy", "agreement", "rows"}
+    parts[1] = with_fidelity(parts[1], None)
+    merged = merge(parts, tmp_path / "merged.h5").header.summary
+    assert merged is not None
+    assert set(merged) == {"entropy", "agreement", "rows"}
 
 
 def test_an_evaluation_that_one_part_has_is_kept(tmp_path: Path) -> None:
     config = exact_config(tmp_path)
     write_data(tmp_path / "test.npz")
     evaluated = replace(config, eval_data=f"npz:{tmp_path / 'test.npz'}")
-    one = dump(replace(config, out=tmp_path / "a.h5", **views(0, 2)))
-    two = dump(replace(evaluated, out=tmp_path / "b.h5", **views(2, 4)))
-    assert one.header.evaluation is None
-    assert two.header.evaluation is not None
-    for number, order in enumerate(([one, two], [two, one])):
-        found = merge(order, tmp_path / f"{number}.h5")
-        assert found.header.evaluation == two.header.evaluation
+    first = dump(replace(config, out=tmp_path / "a.h5", **views(0, 2)))
+    second = dump(replace(evaluated, out=tmp_path / "b.h5", **views(2, 4)))
+    assert first.header.evaluation is None
+    assert second.header.evaluation is not None
+    for number, order in enumerate(([first, second], [second, first])):
+        merged = merge(order, tmp_path / f"{number}.h5")
+        assert merged.header.evaluation == second.header.evaluation
 
 
 @pytest.mark.parametrize("change", [{"at": 3}, {"rows": "many"}, {"rows": 0}, {"mean": None}])
 def test_a_measure_that_makes_no_sense_is_left_out(cache: Cache, change: dict[str, Any]) -> None:
-    """A header may say anything."""
-    assert pooled_fidelity([measured(cache, FIDELITY), measured(cache, FIDELITY)]) is not None
-    assert pooled_fidelity([measured(cache, FIDELITY | change)] * 2) is None
+    """A header can contain anything."""
+    assert pooled_fidelity([with_fidelity(cache, FIDELITY)] * 2) is not None
+    assert pooled_fidelity([with_fidelity(cache, FIDELITY | change)] * 2) is None
 
 
 @pytest.mark.parametrize(
@@ -225,7 +223,7 @@ def test_a_measure_that_makes_no_sense_is_left_out(cache: Cache, change: dict[st
 def test_many_rows_stand_in_runs_that_reach_from_first_to_last(
     rows: int, run: int, cache: Cache
 ) -> None:
-    """As one dense file would be read: no row twice, none beyond the last."""
+    """No row is read twice, and none beyond the last."""
     header = replace(cache.header, views=1, samples=rows, classes=5)
     count = summary_row_count(replace(cache, header=header))
     assert summary._run(count) == run

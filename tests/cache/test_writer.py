@@ -1,4 +1,4 @@
-"""Allocate, then fill: what is on disk after each step, after any stop, and when the disk fails (2)."""
+"""Committing, resuming and finishing a cache, after any stop and any error of the disk."""
 
 from __future__ import annotations
 
@@ -35,34 +35,35 @@ from tests.cache.writer_cases import (
     stop,
 )
 
-Call = tuple[str, int, int]  # name of the function in os; for pwrite also offset and length
+Call = tuple[str, int, int]  # name of the function in os; for pwrite, offset and length
 
 
 def locate(header: Header, view: int | None, block: int) -> list[slice]:
-    """Where the bytes of one block lie: of soft targets, or of labels and keys if view is None."""
+    """The bytes of one block of soft targets, or of labels and keys if `view` is None."""
     axis = "samples" if view is None else "rows"
     first, count = header.block_range(block).start, len(header.block_range(block))
     row = first if view is None else view * header.samples + first
     starts = [(a.offset + row * a.row_bytes, a.row_bytes) for a in header.arrays if a.axis == axis]
-    return [slice(start, start + count * each) for start, each in starts]
+    return [slice(start, start + count * row_bytes) for start, row_bytes in starts]
 
 
 def digest_offset(header: Header, view: int | None, block: int) -> int:
+    """Offset of a block's digest, independently of the implementation."""
     if view is None:
         return header.array("sample_digests").offset + 8 * block
     return header.array("digests").offset + 8 * (view * header.blocks + block)
 
 
 def record(patch: pytest.MonkeyPatch) -> list[Call]:
-    """The list that all further calls of pwrite, fdatasync and fsync go into."""
+    """A list to which every later call of pwrite, fdatasync and fsync is appended."""
     calls: list[Call] = []
 
     def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(file: int, *arguments: Any) -> int | None:
-            where = (arguments[1], len(arguments[0])) if name == "pwrite" else (0, 0)
-            calls.append((name, *where))
-            done: int | None = real(file, *arguments)
-            return done
+            offset_and_length = (arguments[1], len(arguments[0])) if name == "pwrite" else (0, 0)
+            calls.append((name, *offset_and_length))
+            result: int | None = real(file, *arguments)
+            return result
 
         return recorded
 
@@ -74,7 +75,7 @@ def record(patch: pytest.MonkeyPatch) -> list[Call]:
 def fail(
     patch: pytest.MonkeyPatch, name: str, at: int, code: int, *, once: bool = True
 ) -> list[int]:
-    """Let the `at`-th call of os.`name` raise OSError, or all from it on; returns those that did."""
+    """Make the `at`-th call of os.`name` raise OSError, or all calls from it on; returns their numbers."""
     real, count, failed = getattr(os, name), itertools.count(1), list[int]()
 
     def failing(*arguments: Any) -> int | None:
@@ -82,25 +83,25 @@ def fail(
         if number == at or (number > at and not once):
             failed.append(number)
             raise OSError(code, os.strerror(code))
-        done: int | None = real(*arguments)
-        return done
+        result: int | None = real(*arguments)
+        return result
 
     patch.setattr(os, name, failing)
     return failed
 
 
 def failure(code: int) -> str:
-    """The message that an error of the disk is told with."""
-    advice = "free some space, or give" if code == errno.ENOSPC else "see to the disk"
+    """A pattern for the message of an error of the disk."""
+    advice = "free some space, or give" if code == errno.ENOSPC else "check the disk"
     return (
         rf"cannot (create|write|finish) .*tiny.h5.*: {os.strerror(code)}; {advice}.*, then run the "
-        "same command: it goes on where it stopped"
+        "same command again: it continues where it stopped"
     )
 
 
 # commit
 def unsynced_commits(calls: Iterable[Call], header: Header) -> list[str]:
-    """Blocks whose digest was written while bytes of theirs had not reached the disk."""
+    """Blocks with a digest that was written before all their bytes had reached the disk."""
     never, written, synced = 0, 1, 2
     state = np.full(header.file_bytes, never, np.uint8)
     blocks = {
@@ -115,8 +116,8 @@ def unsynced_commits(calls: Iterable[Call], header: Header) -> list[str]:
             continue
         state[offset : offset + length] = written
         if offset in blocks:
-            where = locate(header, *blocks[offset])
-            if not all((state[place] == synced).all() for place in where):
+            places = locate(header, *blocks[offset])
+            if not all((state[place] == synced).all() for place in places):
                 early.append(f"view, block {blocks[offset]}")
     return early
 
@@ -147,8 +148,8 @@ def test_that_check_notices_a_sync_left_out_and_one_too_late(
     calls, header = recorded_fill(path, monkeypatch)
     left_out = [call for call in calls if call[0] != "fdatasync"]
     assert len(unsynced_commits(left_out, header)) == header.blocks * (VIEWS + 1)
-    at = next(i for i, call in enumerate(calls) if call[0] == "fdatasync")
-    too_late = [*calls[:at], calls[at + 1], calls[at], *calls[at + 2 :]]
+    sync = next(i for i, call in enumerate(calls) if call[0] == "fdatasync")
+    too_late = [*calls[:sync], calls[sync + 1], calls[sync], *calls[sync + 2 :]]
     assert len(unsynced_commits(too_late, header)) == 1
 
 
@@ -166,7 +167,7 @@ def test_a_commit_makes_whole_blocks_count_and_no_other(path: Path) -> None:
 def test_blocks_whose_sync_failed_are_not_committed_after_all(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Linux reports lost pages once and then takes them for clean: a second fdatasync succeeds
+    # Linux reports lost pages once and then treats them as clean: a second fdatasync succeeds
     begin(path)
     fail(monkeypatch, "fdatasync", 1, errno.EIO)
     with Writer(path) as writer:
@@ -176,7 +177,7 @@ def test_blocks_whose_sync_failed_are_not_committed_after_all(
     assert open_cache(partial_path(path), unfinished=True).missing_blocks() == 12
 
 
-# go on
+# resume
 @pytest.mark.parametrize("batches", range(7))
 def test_a_dump_that_stopped_between_batches_goes_on_to_the_same_bytes(
     path: Path, reference: bytes, batches: int
@@ -227,11 +228,11 @@ def test_a_committed_block_that_went_bad_is_filled_again(
         file.write(bytes([last ^ 0x10]))
     with Writer(path) as writer:
         bad = np.isin(np.arange(SAMPLES), header.block_range(block))
-        wanted = view or 0  # labels and keys come again with view 0
-        np.testing.assert_array_equal(writer.missing(wanted), bad)
-        assert not writer.missing(1 - wanted).any()
+        affected = view or 0  # labels and keys are written with view 0
+        np.testing.assert_array_equal(writer.missing(affected), bad)
+        assert not writer.missing(1 - affected).any()
         digest = partial_path(path).read_bytes()[digest_offset(header, view, block) :][:8]
-        assert digest == bytes(8), "a stop right now must not leave the bad block committed"
+        assert digest == bytes(8), "a stop at this point must not leave the bad block committed"
     assert run_dump(path) == reference
 
 
@@ -327,7 +328,7 @@ def test_an_error_while_a_bad_block_is_marked_missing_is_told(
         Writer(path)
 
 
-# run_dump() where no file may grow beyond a limit: what a full disk does, and a signal besides
+# run_dump() with a limit on the size of files, which acts like a full disk but also sends a signal
 ON_A_FULL_DISK = """
 import resource, sys
 from pathlib import Path
@@ -400,7 +401,7 @@ def test_a_finish_that_stops_anywhere_is_finished_by_the_next_run(
         if path.exists():
             assert path.read_bytes() == reference
         else:
-            with pytest.raises(FormatError, match=r"tiny.h5.partial is there"):
+            with pytest.raises(FormatError, match=r"tiny.h5.partial exists"):
                 open_cache(path)
         assert run_dump(path) == reference
         if not stopped:
@@ -413,15 +414,15 @@ def test_the_preamble_points_at_the_final_header_only_when_that_is_synced(
 ) -> None:
     calls, header = recorded_fill(path, monkeypatch)
     steps = [(name, offset) for name, offset, _ in calls]
-    text, preamble, old = 32, 0, header.user_block // 2
+    text, preamble, initial = 32, 0, header.user_block // 2
     assert steps[steps.index(("pwrite", text)) :] == [
         ("pwrite", text),
         ("fsync", 0),
         ("pwrite", preamble),
         ("fsync", 0),
-        ("pwrite", old),  # the old header becomes zeros when nothing points at it any more
+        ("pwrite", initial),  # the initial header is cleared when nothing points to it any more
         ("fsync", 0),
-        ("fsync", 0),  # of the folder, after the file got its name
+        ("fsync", 0),  # of the folder, after the file was renamed
     ]
 
 

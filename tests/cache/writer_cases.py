@@ -1,4 +1,4 @@
-"""What the tests of writer share."""
+"""Helpers shared by the tests of the writer."""
 
 from __future__ import annotations
 
@@ -18,25 +18,16 @@ from softcache.cache.reader import partial_path
 from softcache.cache.writer import Writer
 
 VIEWS, SAMPLES, CLASSES = 2, 30, 5
-
-
-ROWS_OF_A_BLOCK = 8  # four blocks a view, the last of 6 rows
-
-
-BATCH = 12  # straddles the blocks
-
-
+ROWS_OF_A_BLOCK = 8  # four blocks per view, the last with 6 rows
+BATCH = 12  # straddles blocks
 SUMMARY = {"entropy": 1.25, "agreement": 0.5, "rows": VIEWS * SAMPLES}
-
-
 CLASS_NAMES = ("zero", "one", "two", "three", "quatre à cinq")
-
 
 Values = dict[str, npt.NDArray[Any]]
 
 
 def draft(positions: tuple[int, ...] = ()) -> Header:
-    """The header of a tiny cache, but for its layout."""
+    """The header of a tiny cache, without its layout."""
     return Header(
         views=VIEWS,
         samples=SAMPLES,
@@ -75,7 +66,7 @@ def shared_values() -> Values:
 
 
 def row_values(view: int, positions: tuple[int, ...] = ()) -> Values:
-    """What is stored of all rows of a view: always the same."""
+    """The stored arrays of a view, the same in every call."""
     random = np.random.default_rng(view)
     probabilities = random.dirichlet(np.ones(CLASSES), (SAMPLES, *positions))
     return {"log_probs": np.log(probabilities).astype("<f2")}
@@ -96,7 +87,7 @@ def part(values: Values, start: int, stop: int) -> Values:
 def begin(
     path: Path, positions: tuple[int, ...] = (), rows_of_a_block: int = ROWS_OF_A_BLOCK
 ) -> None:
-    """Allocate a tiny unfinished cache of several blocks."""
+    """Allocate a tiny unfinished cache with several blocks."""
     row_bytes = 2 * CLASSES * int(np.prod(positions))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_allocate, "BLOCK_BYTES", rows_of_a_block * row_bytes)
@@ -106,7 +97,7 @@ def begin(
 def fill(
     writer: Writer, batch: int = BATCH, positions: tuple[int, ...] = (), batches: int | None = None
 ) -> None:
-    """Write the batches in which rows are missing, as a dump does; at most `batches` of them."""
+    """Write the batches with missing rows, as a dump does; at most `batches` of them."""
     samples = sample_values(positions)
     missing = [writer.missing(view) for view in range(VIEWS)]
     grid = [
@@ -114,14 +105,14 @@ def fill(
         for view in range(VIEWS)
         for start in range(0, SAMPLES, batch)
     ]
-    wanted = [(v, start, stop) for v, start, stop in grid if missing[v][start:stop].any()]
-    for view, start, stop in wanted[:batches]:
+    to_write = [(v, start, stop) for v, start, stop in grid if missing[v][start:stop].any()]
+    for view, start, stop in to_write[:batches]:
         rows = part(row_values(view, positions), start, stop)
         writer.write(view, start, rows, part(samples, start, stop))
 
 
 def run_dump(path: Path) -> bytes:
-    """Begin or go on, fill, finish: the bytes of the finished file."""
+    """Start or resume a dump, and finish it; returns the bytes of the finished file."""
     if not path.exists():
         if not partial_path(path).exists():
             begin(path)
@@ -133,11 +124,11 @@ def run_dump(path: Path) -> bytes:
 
 # finish
 class Stopped(BaseException):
-    """The process dies here: nothing catches it."""
+    """Stands for the death of the process; nothing catches it."""
 
 
 def stop(patch: pytest.MonkeyPatch, at: int, *, torn: bool) -> list[str]:
-    """Stop after the `at`-th call, or in the middle of it; no call after that does anything."""
+    """Stop after the `at`-th write or sync, or in the middle of it; later calls do nothing."""
     calls: list[str] = []
 
     def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,7 +137,7 @@ def stop(patch: pytest.MonkeyPatch, at: int, *, torn: bool) -> list[str]:
             if len(calls) > at:
                 raise Stopped
             if len(calls) == at and torn and name == "pwrite" and arguments[2]:
-                # all but the preamble, which lies in one sector, may be written by half
+                # any write can be torn, except of the preamble, which lies in one sector
                 real(arguments[0], arguments[1][: len(arguments[1]) // 2], arguments[2])
             elif not (len(calls) == at and torn):
                 real(*arguments)

@@ -1,4 +1,4 @@
-"""Fixtures that the tests of this folder share."""
+"""Fixtures shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.dump.loop_cases import StopAt
 
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StopAt:
-    """Let the teacher raise at its n-th batch from now on; 0: never again."""
+    """A function that makes the teacher raise at its n-th batch from now on; 0 means never."""
 
     def stop_at(batch: int, error: type[BaseException] = ValueError) -> None:
         (tmp_path / "calls").unlink(missing_ok=True)
@@ -25,6 +25,6 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StopAt:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 7 rows, each committed when it is whole: they end where no batch does."""
+    """Blocks of 7 rows, each committed as soon as it is whole; no batch ends where a block does."""
     monkeypatch.setattr(cache_allocate, "block_rows", lambda *layout: 7)
     monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)

@@ -1,4 +1,4 @@
-"""What the tests of loop share."""
+"""Helpers shared by the tests of the dump loop."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ from softcache.errors import ModelError
 
 StopAt = Callable[..., None]
 
+BATCHES = 5  # of up to 64 samples
 
-BATCHES = 5  # of 64 samples and less
-
-
-# a teacher that is told by the environment what to do in the middle of its work; a batch of one
-# sample, on which the dump tries it, does not count
+# a teacher that environment variables make fail or pause in the middle of a dump; batches of one
+# sample, with which the dump tries it, do not count
 TEACHER = """
 import builtins, os, time
 from pathlib import Path
@@ -66,7 +64,7 @@ def batches_seen(folder: Path) -> int:
 
 
 def begin(config: DumpConfig, stop_at: StopAt, batch: int = 3) -> Path:
-    """A dump that the teacher broke off; the unfinished file."""
+    """Start a dump that the teacher breaks off; returns the unfinished file."""
     stop_at(batch)
     with pytest.raises(ModelError, match="raised ValueError on samples"):
         dump(config)
@@ -75,12 +73,12 @@ def begin(config: DumpConfig, stop_at: StopAt, batch: int = 3) -> Path:
 
 
 def whole(config: DumpConfig) -> DumpConfig:
-    """The same dump into another file, which nothing stops."""
+    """The same dump into another file, to be run without a stop."""
     return replace(config, out=config.out.with_name("whole.h5"))
 
 
 def batches_of(config: DumpConfig, folder: Path) -> int:
-    """How many batches the teacher in `folder` sees in a dump."""
+    """Run a dump; returns how many batches the teacher in `folder` sees."""
     before = batches_seen(folder)
     dump(config)
     return batches_seen(folder) - before
@@ -92,7 +90,7 @@ def committed(path: Path) -> int:
 
 
 def data_of(config: DumpConfig, folder: Path, **arrays: npt.NDArray[Any]) -> DumpConfig:
-    """Other arrays in a file of the same name."""
+    """The same dump of other arrays, in a file of the same name."""
     folder = folder / "changed"
     folder.mkdir()
     np.savez(folder / "tiny.npz", **arrays)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""More views for a finished cache, parts of a dump, stopped merges: nothing is asked or risked twice."""
+"""Views added to a finished cache, parts of a dump, stopped merges: no row is computed or risked twice."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ Work = Callable[[], object]
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DumpConfig:
-    """Of two views, in blocks of a few rows, each committed when it is whole."""
+    """A dump of two views, in blocks of a few rows, each committed as soon as it is whole."""
     monkeypatch.setattr(cache_allocate, "BLOCK_BYTES", 10 * BLOCK_ROWS)
     monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)
     return replace(exact_config(tmp_path), views=2, out=tmp_path / "cache.h5")
 
 
 def fresh(config: DumpConfig, **changes: Any) -> Cache:
-    """The same in one go, into another file."""
+    """The same dump in one go, into another file."""
     return dump(replace(config, out=config.out.with_name("fresh.h5"), **changes))
 
 
@@ -68,20 +68,20 @@ def committed(path: Path) -> int:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows the teachers are asked for, call by call."""
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows the teachers compute, call by call."""
     rows: list[int] = []
-    real = Ensemble.log_probs
+    log_probs = Ensemble.log_probs
 
     def counted(self: Ensemble, inputs: Tensor, *arguments: Any, **named: Any) -> Tensor:
         rows.append(len(inputs))
-        return real(self, inputs, *arguments, **named)
+        return log_probs(self, inputs, *arguments, **named)
 
     monkeypatch.setattr(Ensemble, "log_probs", counted)
     return rows
 
 
-# views that are added to a finished cache
+# views added to a finished cache
 
 
 @pytest.mark.parametrize(
@@ -119,17 +119,17 @@ def test_parts_of_any_kind_may_get_views_added(
 
 @pytest.mark.parametrize("encoding", ["dense", "basis:4,2", "auto"])
 def test_the_teacher_is_asked_about_the_new_views_alone(
-    encoding: str, config: DumpConfig, asked: list[int]
+    encoding: str, config: DumpConfig, computed: list[int]
 ) -> None:
     config = replace(config, encoding=encoding, eval_data=config.data)
     dump(config)
-    asked.clear()
+    computed.clear()
     dump(replace(config, views=3))
-    # every row, of so few, is asked for once more to measure the fidelity
-    assert sum(asked) == SAMPLES + 3 * SAMPLES
-    asked.clear()
+    # with so few rows, every one of them is computed once more to measure the fidelity
+    assert sum(computed) == SAMPLES + 3 * SAMPLES
+    computed.clear()
     dump(replace(config, views=3))
-    assert sum(asked) == 0, "it is complete"
+    assert sum(computed) == 0, "the cache is complete"
 
 
 @pytest.mark.parametrize("encoding", ["basis:4,2", "auto"])
@@ -139,19 +139,19 @@ def test_the_encoding_stays_the_one_that_was_fitted(
     config = replace(config, encoding=encoding)
     first = dump(config)
     fitted = {a.name: np.array(first.arrays[a.name]) for a in first.header.arrays}
-    monkeypatch.setattr(select_encoding, "FIT_VIEWS", 2)  # it would come out otherwise today
-    again, anew = dump(replace(config, views=3)), fresh(config)
+    monkeypatch.setattr(select_encoding, "FIT_VIEWS", 2)  # a new fit would differ
+    extended, refitted = dump(replace(config, views=3)), fresh(config)
     for name in {"mean", "directions", "direction_steps"} & set(fitted):
-        np.testing.assert_array_equal(again.arrays[name], fitted[name])
-    assert again.header.encoding == first.header.encoding
-    assert again.header.choice == first.header.choice != anew.header.choice
+        np.testing.assert_array_equal(extended.arrays[name], fitted[name])
+    assert extended.header.encoding == first.header.encoding
+    assert extended.header.choice == first.header.choice != refitted.header.choice
 
 
-# the old file is whole until the new one is
+# the old file stays until the new one is complete
 
 
 def test_a_failure_at_the_very_end_leaves_the_old_file(
-    config: DumpConfig, monkeypatch: pytest.MonkeyPatch, asked: list[int]
+    config: DumpConfig, monkeypatch: pytest.MonkeyPatch, computed: list[int]
 ) -> None:
     before = dump(config).path.read_bytes()
 
@@ -164,9 +164,9 @@ def test_a_failure_at_the_very_end_leaves_the_old_file(
             dump(replace(config, views=3))
     assert config.out.read_bytes() == before
     assert committed(partial_path(config.out)) == 3 * BLOCKS
-    asked.clear()
+    computed.clear()
     dump(replace(config, views=3))
-    assert sum(asked) == 3 * SAMPLES, "for the fidelity alone"
+    assert sum(computed) == 3 * SAMPLES, "only for the fidelity"
     assert config.out.read_bytes() == fresh(config, views=3).path.read_bytes()
     assert not partial_path(config.out).exists()
 
@@ -194,14 +194,16 @@ def test_a_killed_extension_leaves_the_old_file_and_goes_on(
         dump(more)
         assert config.out.read_bytes() == config.out.with_name("fresh.h5").read_bytes()
         assert not partial.exists()
-    assert kept == sorted(kept), "the later, the more was there"
+    assert kept == sorted(kept), "a later kill leaves more blocks"
     assert kept[0] == 0
-    assert any(2 * BLOCKS < blocks < 4 * BLOCKS for blocks in kept), "some among the new views"
+    assert any(2 * BLOCKS < blocks < 4 * BLOCKS for blocks in kept), (
+        "some kills while new views are written"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_what_an_extension_has_begun_outlives_the_old_file(
-    config: DumpConfig, asked: list[int]
+    config: DumpConfig, computed: list[int]
 ) -> None:
     config = replace(config, device="cpu")
     dump(config)
@@ -209,9 +211,9 @@ def test_what_an_extension_has_begun_outlives_the_old_file(
     kill_at(3 * writes_of(lambda: fresh(config, views=4)) // 4, lambda: dump(more))
     assert committed(partial_path(config.out)) > 2 * BLOCKS
     config.out.unlink()
-    asked.clear()
+    computed.clear()
     dump(more)
-    assert sum(asked) < 2 * SAMPLES + 4 * SAMPLES, "not the first two views, but for the fidelity"
+    assert sum(computed) < 2 * SAMPLES + 4 * SAMPLES, "the first two views only for the fidelity"
     assert config.out.read_bytes() == config.out.with_name("fresh.h5").read_bytes()
 
 
@@ -221,16 +223,16 @@ def test_another_number_of_views_does_not_go_on_with_a_begun_extension(config: D
     before = dump(config).path.read_bytes()
     kill_at(30, lambda: dump(replace(config, views=4)))
     partial = partial_path(config.out)
-    begun = partial.read_bytes()
-    with pytest.raises(SettingsError, match=r"partial was begun with views 4, now it is 3"):
+    unfinished = partial.read_bytes()
+    with pytest.raises(SettingsError, match=r"partial was started with views 4, now it is 3"):
         dump(replace(config, views=3))
-    dump(config)  # the finished one is what was asked for: left alone
-    assert (config.out.read_bytes(), partial.read_bytes()) == (before, begun)
+    dump(config)  # the finished cache is the requested one, so nothing is touched
+    assert (config.out.read_bytes(), partial.read_bytes()) == (before, unfinished)
 
 
 # refusals
 
-# each setting that decides the values, as another than the finished cache has
+# a change of each setting that determines the values, and how the refusal describes it
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "data": ({"data": "npz:copy.npz"}, "data 'npz:data.npz@train', now it is 'npz:copy.npz@train'"),
     "data_samples": ({"data": "npz:less/data.npz"}, "data_samples 60, now it is 50"),
@@ -247,8 +249,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": 1}, "seed 3, now it is 1"),
     "must_understand": ({"embed_inputs": True}, "nothing embedded, now inputs; use the same"),
     "weights": ({"teacher": "retrained/models.py:teacher"}, "another teacher (sha256 '"),
-    "two teachers": ({"teacher": ["models.py:teacher"] * 2}, "1 teachers, now 2; use the same"),
-    "evaluation": ({"eval_data": "npz:copy.npz"}, "evaluation data none, now they are npz:copy.npz"),
+    "two teachers": ({"teacher": ["models.py:teacher"] * 2}, "1 teacher(s), now 2; use the same"),
+    "evaluation": ({"eval_data": "npz:copy.npz"}, "evaluation data none, now it is npz:copy.npz"),
 }  # fmt: skip
 
 
@@ -263,7 +265,7 @@ def test_views_of_other_settings_are_not_added(
     monkeypatch.chdir(tmp_path)
     changes, message = CHANGES[kind]
     before = dump(config).path.read_bytes()
-    with pytest.raises(SettingsError, match=rf"cache\.h5 was begun with {re.escape(message)}"):
+    with pytest.raises(SettingsError, match=rf"cache\.h5 was started with {re.escape(message)}"):
         dump(replace(config, **{"views": 3, **changes}))
     assert config.out.read_bytes() == before
     assert not partial_path(config.out).exists()
@@ -287,11 +289,11 @@ def test_views_are_not_added_to_those_of_other_data(
 def test_views_that_would_be_drawn_otherwise_are_not_added(
     config: DumpConfig, tmp_path: Path
 ) -> None:
-    own = tmp_path / "own.py"
-    own.write_text("def draw(sample):\n    return sample\n")
-    config = replace(config, augment=f"{own}:draw")
+    transform = tmp_path / "own.py"
+    transform.write_text("def draw(sample):\n    return sample\n")
+    config = replace(config, augment=f"{transform}:draw")
     before = dump(config).path.read_bytes()
-    own.write_text("def draw(sample):\n    return 255 - sample\n")
+    transform.write_text("def draw(sample):\n    return 255 - sample\n")
     with pytest.raises(DataError, match=r"in view 0 is not what the teacher .* has changed"):
         dump(replace(config, views=3))
     assert config.out.read_bytes() == before
@@ -323,12 +325,12 @@ def test_shards_have_each_sample_once_in_nearly_equal_parts(
     source = open_source(config.data)
     teacher = load_teachers(config, source, Augmentation(None, 0))
     shards = data.draw(st.integers(1, samples))
-    seen, sizes = list[int](), set[int]()
+    sample_ids, sizes = list[int](), set[int]()
     for shard in range(shards):
         header = draft_header(replace(config, shard=(shard, shards)), source, teacher)
-        seen += range(header.first_sample, header.first_sample + header.samples)
+        sample_ids += range(header.first_sample, header.first_sample + header.samples)
         sizes.add(header.samples)
-    assert seen == list(range(samples))
+    assert sample_ids == list(range(samples))
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -369,12 +371,12 @@ def test_the_command_line_adds_views_and_makes_parts(
 
 
 def at_each_write(note: Callable[[], None], work: Work) -> None:
-    """Do some work, and before each of its writes to a cache something else."""
-    real = disk.pwrite
+    """Do some work, and call `note` before each of its writes to a cache."""
+    pwrite = disk.pwrite
 
     def noted(file: int, values: bytes, offset: int) -> None:
         note()
-        real(file, values, offset)
+        pwrite(file, values, offset)
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (cache_allocate, cache_writer):
@@ -383,14 +385,14 @@ def at_each_write(note: Callable[[], None], work: Work) -> None:
 
 
 def writes_of(work: Work) -> int:
-    """How often some work writes to a cache."""
+    """Do some work; returns how often it writes to a cache."""
     writes: list[None] = []
     at_each_write(lambda: writes.append(None), work)
     return len(writes)
 
 
 def kill_at(write: int, work: Work) -> None:
-    """Do some work in a process that is killed before its `write`-th write to a cache."""
+    """Do some work in a process that is killed just before its `write`-th write to a cache."""
     writes = count(1)
 
     def note() -> None:
@@ -405,7 +407,7 @@ def kill_at(write: int, work: Work) -> None:
 
 
 def spread(writes: int) -> list[int]:
-    """Some of so many writes: the first, the last, those just before it, and some between."""
+    """Write numbers to kill at: the first, the three quarters, and the last three."""
     return [1, writes // 4, writes // 2, writes * 3 // 4, writes - 2, writes - 1, writes]
 
 
@@ -428,7 +430,7 @@ def test_a_killed_merge_ends_in_the_same_bytes(parts: list[Cache], tmp_path: Pat
         partial = partial_path(out)
         kept.append(committed(partial) if partial.exists() else 0)
         assert merge(parts, out).path.read_bytes() == expected
-    assert kept == sorted(kept), "the later, the more was there"
+    assert kept == sorted(kept), "a later kill leaves more blocks"
     assert 0 == kept[0] < kept[2] < kept[-1] == 2 * BLOCKS
 
 
@@ -445,13 +447,13 @@ def test_a_stopped_merge_copies_what_is_missing_or_damaged(
 
     with pytest.raises(KeyboardInterrupt, match="enough"):
         merge(parts, out, stop)
-    begun = open_cache(partial_path(out), unfinished=True)
-    assert (begun.arrays["digests"] != 0).sum(1).tolist() == [BLOCKS, 1]
-    # rows that are there already are not looked at: their source may be damaged by now
+    partial = open_cache(partial_path(out), unfinished=True)
+    assert (partial.arrays["digests"] != 0).sum(1).tolist() == [BLOCKS, 1]
+    # rows that were copied before are not read again: their source may be damaged by now
     parts[1] = damaged(parts[1], parts[1].header.array("log_probs").offset)
-    raw = bytearray(begun.path.read_bytes())
-    raw[begun.header.array("log_probs").offset] ^= 1  # of the first part
-    begun.path.write_bytes(raw)
+    raw = bytearray(partial.path.read_bytes())
+    raw[partial.header.array("log_probs").offset] ^= 1  # a row of the first part
+    partial.path.write_bytes(raw)
     with pytest.raises(FormatError, match=r"1\.h5 is damaged: soft targets of samples 0 to 7"):
         merge(parts, tmp_path / "third.h5")
     assert merge(parts, out).path.read_bytes() == expected

@@ -1,4 +1,4 @@
-"""What a dump would take, told before it is begun."""
+"""The estimate of what a dump would cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from softcache.dump.loop import dump
 from softcache.errors import SettingsError
 
 
-def bytes_told(text: str) -> int:
+def bytes_reported(text: str) -> int:
     return int(re.findall(r"about ([\d,]+) bytes", text)[0].replace(",", ""))
 
 
@@ -47,11 +47,11 @@ def test_a_dry_run_tells_size_time_and_candidates_and_writes_nothing(
     )
     header = dump(config).header
     stored = sum(a.nbytes for a in header.arrays if a.axis in ("rows", "samples", "shared"))
-    assert bytes_told(text) == pytest.approx(stored, rel=0.1)
+    assert bytes_reported(text) == pytest.approx(stored, rel=0.1)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "part"),
     [
         ({"shard": (1, 3)}, "100 samples (shard 1 of 3 of 300) x 1"),
         ({"views": 4, "augment": "flip"}, "300 samples x 4"),
@@ -62,14 +62,14 @@ def test_a_dry_run_tells_size_time_and_candidates_and_writes_nothing(
     ],
 )
 def test_the_size_is_that_of_the_part_that_is_asked_for(
-    changes: dict[str, Any], told: str, dump_config: DumpConfig
+    changes: dict[str, Any], part: str, dump_config: DumpConfig
 ) -> None:
     config = replace(dump_config, eval_data=None, **changes)
     text = dry_run(config)
-    assert f"\n{told} view(s) as dense: " in text
+    assert f"\n{part} view(s) as dense: " in text
     header = dump(config).header
     stored = sum(a.nbytes for a in header.arrays if a.axis in ("rows", "samples"))
-    assert bytes_told(text) == stored
+    assert bytes_reported(text) == stored
 
 
 def test_what_could_not_be_dumped_is_refused(dump_config: DumpConfig) -> None:

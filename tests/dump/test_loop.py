@@ -1,4 +1,4 @@
-"""The dump: what it writes, and that no stop of any kind changes a byte of it."""
+"""The dump: what it writes, and that stopping and resuming changes no byte of it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def whole_bytes(config: DumpConfig) -> bytes:
 
 
 def softened(config: DumpConfig, images: npt.NDArray[Any], temperature: float) -> Floats:
-    """log softmax(z / T) of float images (B, 1, 8, 8) in float64, by hand."""
+    """log softmax(z / T) for float images (B, 1, 8, 8), computed independently in float64."""
     weight = import_callable(str(config.teacher), what="teacher")().weight.detach().numpy()
     logits = images.reshape(len(images), -1).astype(np.float64) @ weight / temperature
     return np.asarray(logits - np.log(np.exp(logits).sum(1, keepdims=True)))
@@ -72,7 +72,7 @@ def test_rows_are_the_teachers_softened_log_probabilities(dump_config: DumpConfi
     assert stored.shape == (SAMPLES, CLASSES)
     np.testing.assert_allclose(stored, expected, rtol=2**-10)  # float16 keeps 11 bits
     np.testing.assert_array_equal(cache.labels, labels)
-    # the comparison would notice another temperature, and rows of other samples
+    # the comparison would detect another temperature and rows of other samples
     assert not np.allclose(stored, softened(dump_config, images / 255, 3.9), rtol=2**-10)
     assert not np.allclose(stored, np.roll(expected, 1, 0), rtol=2**-10)
 
@@ -131,10 +131,10 @@ def test_each_view_holds_the_teacher_on_that_views_images(dump_config: DumpConfi
     images = to_float(open_source(config.data).fetch(range(SAMPLES))[0])
     augmentation = parse_augment(config.augment, seed=11, total=SAMPLES)
     for view in range(3):
-        seen = augmentation(images, None, view, np.arange(SAMPLES)).numpy()
+        inputs = augmentation(images, None, view, np.arange(SAMPLES)).numpy()
         stored = cache.arrays["log_probs"][view].astype(np.float64)
-        np.testing.assert_allclose(stored, softened(config, seen, 4.0), rtol=2**-10)
-    # views differ, so that the comparison would notice one in another's place
+        np.testing.assert_allclose(stored, softened(config, inputs, 4.0), rtol=2**-10)
+    # views differ, so the comparison would detect swapped ones
     views = cache.arrays["log_probs"].astype(np.float64)
     assert not np.allclose(views[0], views[1], rtol=2**-10)
     assert not np.allclose(views[1], views[2], rtol=2**-10)
@@ -145,20 +145,20 @@ def test_shards_and_ranges_of_views_hold_what_the_whole_dump_has_there(
     augment: str, dump_config: DumpConfig, tmp_path: Path
 ) -> None:
     config = replace(dump_config, eval_data=None, augment=augment, seed=11)
-    all_of_it = dump(replace(config, views=4, out=tmp_path / "all.h5"))
+    complete = dump(replace(config, views=4, out=tmp_path / "all.h5"))
     for part, (first, end) in enumerate([(0, 100), (100, 200), (200, 300)]):
         out = tmp_path / f"{part}.h5"
-        found = dump(replace(config, views=2, first_view=1, shard=(part, 3), out=out))
-        header = found.header
+        cache = dump(replace(config, views=2, first_view=1, shard=(part, 3), out=out))
+        header = cache.header
         assert (header.first_view, header.views) == (1, 2)
         assert (header.first_sample, header.samples, header.data_samples) == (first, 100, SAMPLES)
         for name in ("keys", "labels"):
-            np.testing.assert_array_equal(found.arrays[name], all_of_it.arrays[name][first:end])
-        stored = found.arrays["log_probs"].astype(np.float64)
-        whole = all_of_it.arrays["log_probs"].astype(np.float64)
-        # in other company in its batch, a row may round otherwise
-        np.testing.assert_allclose(stored, whole[1:3, first:end], rtol=2**-9, atol=2**-9)
-        assert not np.allclose(stored, whole[:2, first:end], rtol=0.01)  # other views would show
+            np.testing.assert_array_equal(cache.arrays[name], complete.arrays[name][first:end])
+        stored = cache.arrays["log_probs"].astype(np.float64)
+        expected = complete.arrays["log_probs"].astype(np.float64)
+        # a row can round differently in a batch with other rows
+        np.testing.assert_allclose(stored, expected[1:3, first:end], rtol=2**-9, atol=2**-9)
+        assert not np.allclose(stored, expected[:2, first:end], rtol=0.01)  # other views differ
 
 
 @pytest.mark.parametrize(("samples", "shards"), [(300, 7), (300, 300), (5, 4), (1, 1)])
@@ -169,13 +169,13 @@ def test_shards_are_of_nearly_one_size_and_hold_every_sample_once(
     config = data_of(dump_config, tmp_path, x_train=images, y_train=labels)
     source = open_source(config.data)
     teacher = load_teachers(config, source, Augmentation(None, 0))
-    held: list[int] = []
+    sample_ids: list[int] = []
     sizes = set()
     for part in range(shards):
         header = draft_header(replace(config, shard=(part, shards)), source, teacher)
-        held += range(header.first_sample, header.first_sample + header.samples)
+        sample_ids += range(header.first_sample, header.first_sample + header.samples)
         sizes.add(header.samples)
-    assert held == list(range(samples))
+    assert sample_ids == list(range(samples))
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -184,7 +184,7 @@ def test_a_dump_like_another_takes_its_encoding_and_what_it_was_fitted_to(
 ) -> None:
     config = replace(dump_config, eval_data=None)
     first = dump(replace(config, encoding="basis:4,2", shard=(0, 2), out=tmp_path / "first.h5"))
-    config = replace(config, augment="shift:2")  # it would be fitted otherwise
+    config = replace(config, augment="shift:2")  # a new fit would differ
     like = dump(replace(config, like=first.path, out=tmp_path / "like.h5"))
     fitted = dump(replace(config, encoding="basis:4,2", out=tmp_path / "fitted.h5"))
     assert like.header.encoding == first.header.encoding
@@ -192,7 +192,7 @@ def test_a_dump_like_another_takes_its_encoding_and_what_it_was_fitted_to(
         np.testing.assert_array_equal(like.arrays[name], first.arrays[name])
     assert not np.array_equal(like.arrays["mean"], fitted.arrays["mean"])
     assert like.header.samples == SAMPLES
-    # its samples are its own
+    # the rows are those of its own samples
     assert like.header.summary is not None
     assert like.header.summary["fidelity"]["mean"] < 1e-3
 
@@ -204,10 +204,14 @@ def test_a_dump_goes_on_only_like_the_same(dump_config: DumpConfig, tmp_path: Pa
     config = replace(config, shard=(1, 2))
     like = dump(replace(config, like=one.path))
     assert dump(replace(config, like=one.path)).content_id() == like.content_id()
-    with pytest.raises(SettingsError, match=r"was begun with another encoding than .*two\.h5's; u"):
+    with pytest.raises(
+        SettingsError, match=r"was started with another encoding than .*two\.h5's; u"
+    ):
         dump(replace(config, like=two.path))
     like.path.rename(partial_path(like.path))
-    with pytest.raises(SettingsError, match=r"was begun with another encoding than .*two\.h5's; u"):
+    with pytest.raises(
+        SettingsError, match=r"was started with another encoding than .*two\.h5's; u"
+    ):
         dump(replace(config, like=two.path))
 
 
@@ -224,12 +228,12 @@ def test_a_dump_like_one_of_other_classes_is_refused(
 def test_a_dump_anywhere_else_gives_the_same_bytes(
     dump_config: DumpConfig, teacher_file: Path, tmp_path: Path
 ) -> None:
-    elsewhere = tmp_path / "other" / "place"
+    elsewhere = tmp_path / "other" / "folder"
     elsewhere.mkdir(parents=True)
     (elsewhere / "models.py").write_text(TEACHER)
     other = replace(dump_config, teacher=f"{elsewhere}/models.py:teacher", out=elsewhere / "o.h5")
     assert dump(other).path.read_bytes() == dump(dump_config).path.read_bytes()
-    # the comparison would notice a difference in what decides the values
+    # the comparison would detect a change of a setting that determines the values
     warmer = replace(other, temperature=4.1, overwrite=True)
     assert dump(warmer).path.read_bytes() != dump_config.out.read_bytes()
 
@@ -249,9 +253,10 @@ def test_a_resumed_dump_ends_in_the_same_bytes(
     partial = begin(config, stop_at, batch)
     view, done = divmod(batch - 1, BATCHES)
     whole_blocks = -(-SAMPLES // 7)
-    assert committed(partial) == view * whole_blocks + done * 64 // 7  # what was done is kept
+    assert committed(partial) == view * whole_blocks + done * 64 // 7  # finished work is kept
     saved = batches_of(whole(config), tmp_path) - batches_of(config, tmp_path)
-    assert saved == batch - 1 - (done > 0)  # the batch in which the last block began is seen again
+    # the batch that holds the start of the unfinished block is computed again
+    assert saved == batch - 1 - (done > 0)
     assert config.out.read_bytes() == whole_bytes(config)
 
 
@@ -309,14 +314,14 @@ def test_kills_at_random_moments_lose_nothing(
 
 def wait_for_batches(folder: Path, count: int, alive: Callable[[], bool]) -> None:
     while batches_seen(folder) < count:
-        assert alive(), "the dump ended before its time"
+        assert alive(), "the dump ended too early"
         time.sleep(0.001)
 
 
 def test_ctrl_c_stops_in_one_line_and_the_same_command_goes_on(
     data_file: Path, teacher_file: Path, tmp_path: Path
 ) -> None:
-    # rows so wide that the first of two blocks is whole before the last of ten batches
+    # rows are so wide that the first of two blocks is whole before the last of ten batches
     config = DumpConfig(
         teacher=f"{teacher_file}:wide",
         data=f"npz:{data_file}",
@@ -338,7 +343,8 @@ def test_ctrl_c_stops_in_one_line_and_the_same_command_goes_on(
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == (
-        f"Error: stopped; {config.out}.partial keeps what was done: the same command goes on\n"
+        f"Error: stopped; the finished rows are kept in {config.out}.partial: run the same command "
+        "again to continue\n"
     )
     assert committed(partial_path(config.out)) == 1
     saved = batches_of(whole(config), tmp_path) - batches_of(config, tmp_path)
@@ -348,7 +354,9 @@ def test_ctrl_c_stops_in_one_line_and_the_same_command_goes_on(
 
 def test_ctrl_c_is_told_as_such_to_callers(dump_config: DumpConfig, stop_at: StopAt) -> None:
     stop_at(3, KeyboardInterrupt)
-    with pytest.raises(Interrupted, match=r"stopped; .*tiny\.h5\.partial keeps what was done"):
+    with pytest.raises(
+        Interrupted, match=r"stopped; the finished rows are kept in .*tiny\.h5\.partial: run"
+    ):
         dump(replace(dump_config, eval_data=None))
     assert Interrupted.exit_code == 130
 
@@ -381,7 +389,7 @@ def boom(image):
     raise ValueError("no more")
 
 def ragged(image):
-    # of the first sample, on which the teacher is tried, all rows are kept
+    # the first sample, with which the teacher is tried, keeps all its rows
     return image[:, : 8 - int(image[0, 0, 0]) % 3]
 
 def text(image):
@@ -394,10 +402,10 @@ def counter(image):
     calls += 1
     return image // (1 + calls % 7)
 
-own = random.Random(0)
+rng = random.Random(0)
 
 def generator(image):
-    return image // own.randint(1, 250)
+    return image // rng.randint(1, 250)
 """
 
 
@@ -431,7 +439,7 @@ def test_a_resumed_dump_of_mixed_views_ends_in_the_same_bytes(
         ("boom", r"transforms\.py:boom raised ValueError on sample \d+ in view 0, .*no more"),
         (
             "ragged",
-            r"transforms\.py:ragged gives different shapes.*view 0.*must give all samples one",
+            r"transforms\.py:ragged returns different shapes.*view 0.*must return the same shape",
         ),
         (
             "text",
@@ -455,7 +463,7 @@ def test_a_transform_with_a_state_of_its_own_is_refused(
 ) -> None:
     with pytest.raises(
         DataError,
-        match=r"sample \d+ of npz:tiny\.npz@train in view \d comes out different the second time: "
+        match=r"sample \d+ of npz:tiny\.npz@train in view \d is different when it is loaded again: "
         r".* state of its own; draw only from",
     ):
         dump(replace(dump_config, views=views, augment=f"{transforms}:{name}{rest}"))
@@ -486,6 +494,6 @@ def test_a_size_far_beyond_the_image_is_refused(augment: str, dump_config: DumpC
 def test_an_augmentation_with_an_empty_part_is_refused(
     augment: str, dump_config: DumpConfig
 ) -> None:
-    # of "," alone, all views would be the same
+    # with "," alone, all views would be the same
     with pytest.raises(SettingsError, match=rf"in '{augment}' is unknown; expected shift"):
         dump(replace(dump_config, views=2, augment=augment))

@@ -1,4 +1,4 @@
-"""The dump: what it writes, and that no stop of any kind changes a byte of it (2)."""
+"""The dump: file names, refused settings, and invalid data."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_finished_cache_is_left_alone(
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert batches_seen(tmp_path) == seen
     assert capsys.readouterr().out == (
-        f"{dump_config.out} is complete already; left alone (--overwrite makes it anew)\n"
+        f"{dump_config.out} is already complete; nothing to do (--overwrite starts again)\n"
     )
 
 
@@ -79,10 +79,10 @@ def test_overwrite_begins_an_unfinished_cache_anew(
 ) -> None:
     config = replace(dump_config, eval_data=None)
     begin(config, stop_at)
-    anew = replace(config, overwrite=True)
-    assert batches_of(anew, tmp_path) == batches_of(whole(config), tmp_path)
-    begin(replace(config, overwrite=True), stop_at)
-    assert dump(replace(anew, temperature=2.0)).header.temperature == 2.0
+    overwriting = replace(config, overwrite=True)
+    assert batches_of(overwriting, tmp_path) == batches_of(whole(config), tmp_path)
+    begin(overwriting, stop_at)
+    assert dump(replace(overwriting, temperature=2.0)).header.temperature == 2.0
 
 
 def test_the_old_cache_stays_until_the_new_one_is_complete(
@@ -113,16 +113,16 @@ def test_an_out_folder_that_cannot_be_made_is_told_with_advice(
     (tmp_path / "file").write_text("")
     with pytest.raises(
         SoftcacheError,
-        match=r"^--out .*file/tiny\.h5: cannot make its folder \(.*\); give another --out$",
+        match=r"^--out .*file/tiny\.h5: cannot create its folder \(.*\); give another --out$",
     ):
         dump(replace(dump_config, out=tmp_path / "file" / "tiny.h5"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
 def test_an_out_folder_without_permission_is_told(dump_config: DumpConfig, tmp_path: Path) -> None:
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o500)
-    with pytest.raises(SoftcacheError, match="Permission denied; see to the disk and its permi"):
+    with pytest.raises(SoftcacheError, match="Permission denied; check the disk and its permi"):
         dump(replace(dump_config, out=folder / "tiny.h5"))
 
 
@@ -150,14 +150,14 @@ def shorter_data(config: DumpConfig, folder: Path) -> DumpConfig:
 
 
 def teacher_of(config: DumpConfig, folder: Path, old: str, new: str) -> DumpConfig:
-    """A teacher of the same name whose source differs."""
+    """The same dump with a teacher of the same name and different source code."""
     folder = folder / "changed"
     folder.mkdir()
     (folder / "models.py").write_text(TEACHER.replace(old, new))
     return replace(config, teacher=f"{folder}/models.py:teacher")
 
 
-# what changes, and how the refusal says it
+# a change of each setting, and how the refusal describes it
 CHANGES: dict[str, tuple[Callable[[DumpConfig, Path], DumpConfig], str]] = {
     "data": (renamed_data, "data 'npz:tiny.npz@train', now it is 'npz:other.npz@train'"),
     "data_samples": (shorter_data, "data_samples 300, now it is 299"),
@@ -190,7 +190,7 @@ CHANGES: dict[str, tuple[Callable[[DumpConfig, Path], DumpConfig], str]] = {
         lambda config, _: replace(config, first_view=1),
         "first_view 0, now it is 1",
     ),
-    # more of them are no mistake where the cache is finished
+    # more views would be added to a finished cache, so they are not refused
     "views": (lambda config, _: replace(config, views=1), "views 2, now it is 1"),
     "augment": (
         lambda config, _: replace(config, augment="flip"),
@@ -209,10 +209,10 @@ def test_every_setting_has_a_change_to_be_refused() -> None:
 
 
 @pytest.fixture(params=["unfinished", "finished"])
-def begun(
+def started(
     request: pytest.FixtureRequest, dump_config: DumpConfig, stop_at: StopAt
 ) -> tuple[DumpConfig, Path]:
-    """Settings of two views, and the file that was begun or finished with them."""
+    """Settings with two views, and the file that was started or finished with them."""
     config = replace(dump_config, views=2, augment="shift:1", eval_data=None)
     if request.param == "unfinished":
         return config, begin(config, stop_at)
@@ -222,39 +222,42 @@ def begun(
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("setting", CHANGES)
 def test_other_settings_are_refused_by_name_and_the_file_is_kept(
-    setting: str, begun: tuple[DumpConfig, Path], tmp_path: Path
+    setting: str, started: tuple[DumpConfig, Path], tmp_path: Path
 ) -> None:
-    config, path = begun
+    config, path = started
     before = path.read_bytes()
     change, message = CHANGES[setting]
     with pytest.raises(
         SettingsError,
-        match=rf"{path.name} was begun with {message}; use the same, give another --out",
+        match=rf"{path.name} was started with {message}; use the same, give another --out",
     ):
         dump(change(config, tmp_path))
     assert path.read_bytes() == before
-    assert open_cache(dump(config).path).complete  # the settings it was begun with go on
+    assert open_cache(dump(config).path).complete  # the original settings still work
 
 
 def test_evaluation_data_that_would_not_be_recorded_are_refused(
-    begun: tuple[DumpConfig, Path], data_file: Path
+    started: tuple[DumpConfig, Path], data_file: Path
 ) -> None:
-    with pytest.raises(SettingsError, match=r"begun with.*eval"):
-        dump(replace(begun[0], eval_data=f"npz:{data_file}@test"))
+    with pytest.raises(
+        SettingsError, match=r"started with evaluation data none, now it is npz:tiny\.npz@test; use"
+    ):
+        dump(replace(started[0], eval_data=f"npz:{data_file}@test"))
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("what", ["x_train", "y_train"])
 def test_other_data_under_the_same_name_are_refused(
-    what: str, begun: tuple[DumpConfig, Path], tmp_path: Path
+    what: str, started: tuple[DumpConfig, Path], tmp_path: Path
 ) -> None:
-    config, path = begun
+    config, path = started
     images, labels = make_arrays()
     arrays: dict[str, npt.NDArray[Any]] = {"x_train": images, "y_train": labels}
     arrays[what][10] = (arrays[what][10] + 1) % CLASSES
     before = path.read_bytes()
     with pytest.raises(
-        SettingsError, match=r"begun with other data: sample 10 of npz:tiny\.npz@train differs; use"
+        SettingsError,
+        match=r"started with other data: sample 10 of npz:tiny\.npz@train differs; use",
     ):
         dump(data_of(config, tmp_path, **arrays))
     assert path.read_bytes() == before
@@ -297,7 +300,7 @@ def test_evaluation_data_without_labels_are_refused(
 ) -> None:
     images, _ = make_arrays()
     changed = data_of(dump_config, tmp_path, x_train=images)
-    with pytest.raises(DataError, match="sample 0 has no label; errors need labels"):
+    with pytest.raises(DataError, match="sample 0 has no label; evaluation needs labels"):
         dump(replace(dump_config, eval_data=changed.data))
 
 
@@ -323,7 +326,7 @@ def test_data_without_labels_are_dumped(dump_config: DumpConfig, tmp_path: Path)
         ({"precision": "fp8"}, "precision is fp8; expected one of fp32, tf32, bf16, fp16"),
         ({"views": 2}, "2 views without --augment would all be the same; add it, or ask for one"),
         ({"first_view": 3}, "1 views without --augment would all be the same; add it, or ask for"),
-        ({"first_view": -1}, "--views begins at -1; expected at least 0"),
+        ({"first_view": -1}, "--views starts at -1; expected 0 or more"),
         ({"shard": (2, 2)}, "shard is 2/2; expected I/N with I from 0 to N - 1"),
         ({"shard": (-1, 2)}, "shard is -1/2; expected I/N with I from 0 to N - 1"),
         ({"shard": (0, 0)}, "shard is 0/0; expected I/N with I from 0 to N - 1"),
@@ -350,7 +353,7 @@ def test_settings_that_make_no_sense_are_refused(
         ),
         ({"classes": 7}, r"returns shape \(1, 5\) for samples 0 to 0; expected .*\(1, 7\)"),
         ({"data": "npz:nowhere.npz"}, r"npz:nowhere\.npz: no such file"),
-        ({"shard": (0, 301)}, "301 shards of 300 samples; expected at most one for each"),
+        ({"shard": (0, 301)}, "301 shards of 300 samples; expected at most one shard per sample"),
         ({"like": Path("nowhere.h5")}, r"nowhere\.h5: No such file or directory; expected a cache"),
         (
             {"teacher": "nowhere.py:teacher"},

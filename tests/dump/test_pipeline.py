@@ -1,4 +1,4 @@
-"""Stages at work at the same time: order, bounds, and errors that arrive."""
+"""Concurrent stages: order, bounds, and errors that reach the loop."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def test_no_more_than_depth_items_are_made_ahead() -> None:
             made += 1
             yield made
 
-    found = prefetch(items(), depth=2)
-    assert next(found) == 1
+    prefetched = prefetch(items(), depth=2)
+    assert next(prefetched) == 1
     await_quiet(lambda: made)
-    assert made <= 1 + 2 + 1  # taken, waiting, and the one that finds no room
-    found.close()  # type: ignore[attr-defined]
+    assert made <= 1 + 2 + 1  # taken, queued, and the one that the full queue blocks
+    prefetched.close()  # type: ignore[attr-defined]
 
 
 def await_quiet(value: object) -> None:
-    """Until nothing has changed for a while."""
+    """Wait until a value has stopped changing."""
     before = None
     while before != (now := value()):  # type: ignore[operator]
         before = now
@@ -69,9 +69,9 @@ def test_a_loop_that_stops_early_leaves_no_thread() -> None:
 
 def test_all_that_was_put_is_consumed_in_order() -> None:
     seen: list[int] = []
-    with BackgroundConsumer(seen.append, depth=2) as behind:
+    with BackgroundConsumer(seen.append, depth=2) as consumer:
         for item in range(50):
-            behind.put(item)
+            consumer.put(item)
     assert seen == list(range(50))
     assert threads() == 0
 
@@ -83,10 +83,10 @@ def test_finish_waits_for_the_last_item() -> None:
         time.sleep(0.02)
         seen.append(item)
 
-    with BackgroundConsumer(slowly) as behind:
+    with BackgroundConsumer(slowly) as consumer:
         for item in range(4):
-            behind.put(item)
-        behind.finish()
+            consumer.put(item)
+        consumer.finish()
         assert seen == [0, 1, 2, 3]
 
 
@@ -96,9 +96,9 @@ def test_an_error_in_the_consumer_fails_the_loop() -> None:
             raise OSError("the disk is gone")
 
     def loop() -> None:
-        with BackgroundConsumer(consume, depth=1) as behind:
+        with BackgroundConsumer(consume, depth=1) as consumer:
             for item in range(1000):
-                behind.put(item)
+                consumer.put(item)
 
     with pytest.raises(OSError, match="the disk is gone"):
         loop()
@@ -110,8 +110,8 @@ def test_an_error_at_the_last_item_is_not_lost() -> None:
         raise OSError("too late")
 
     def loop() -> None:
-        with BackgroundConsumer(consume) as behind:
-            behind.put(1)
+        with BackgroundConsumer(consume) as consumer:
+            consumer.put(1)
 
     with pytest.raises(OSError, match="too late"):
         loop()
@@ -125,9 +125,9 @@ def test_what_was_put_before_the_loop_failed_is_kept() -> None:
         seen.append(item)
 
     def loop() -> None:
-        with BackgroundConsumer(slowly, depth=8) as behind:
+        with BackgroundConsumer(slowly, depth=8) as consumer:
             for item in range(5):
-                behind.put(item)
+                consumer.put(item)
             raise ValueError("the teacher failed")
 
     with pytest.raises(ValueError, match="the teacher failed"):
@@ -153,4 +153,4 @@ def test_time_goes_to_the_stage_that_takes_it() -> None:
 
 
 def test_a_watch_that_saw_nothing_says_so() -> None:
-    assert Stopwatch().advice() == "time: nothing was left to do"
+    assert Stopwatch().advice() == "time: there was nothing left to do"

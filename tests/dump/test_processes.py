@@ -1,4 +1,4 @@
-"""Several processes that fill one file, as torchrun starts them."""
+"""Several processes, started by torchrun, that fill one file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def student():
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
+    """A folder with data and models, in which commands run."""
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (SAMPLES, 1, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", x=images, y=random.integers(0, 5, SAMPLES))
@@ -70,49 +71,50 @@ def dump_command(processes: int, out: str, teacher: str = "teacher") -> list[str
     return command(processes, "dump", *options.split(), "--augment", "shift:1", "--out", out)
 
 
-def run(place: Path, arguments: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, arguments: list[str], **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        arguments, cwd=place, env=environment(**more), capture_output=True, text=True, timeout=120
+        arguments, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=120
     )
 
 
-def reference(place: Path) -> bytes:
-    found = run(place, dump_command(1, "one.h5"))
-    assert found.returncode == 0, found.stderr
-    return (place / "one.h5").read_bytes()
+def reference(folder: Path) -> bytes:
+    """The file that a single process writes."""
+    result = run(folder, dump_command(1, "one.h5"))
+    assert result.returncode == 0, result.stderr
+    return (folder / "one.h5").read_bytes()
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_write_the_file_that_one_writes(processes: int, place: Path) -> None:
-    found = run(place, dump_command(processes, "many.h5"))
-    assert found.returncode == 0, found.stderr
-    assert (place / "many.h5").read_bytes() == reference(place)
-    assert found.stdout.count("content id") == 1  # one of them speaks
+def test_several_processes_write_the_file_that_one_writes(processes: int, folder: Path) -> None:
+    result = run(folder, dump_command(processes, "many.h5"))
+    assert result.returncode == 0, result.stderr
+    assert (folder / "many.h5").read_bytes() == reference(folder)
+    assert result.stdout.count("content id") == 1  # only one process prints
 
 
-def test_a_slow_process_is_not_waited_for(place: Path) -> None:
-    found = run(place, dump_command(2, "many.h5", "uneven"))
-    assert found.returncode == 0, found.stderr
-    whole = open_cache(place / "many.h5")
-    one = run(place, dump_command(1, "one.h5", "uneven"))
-    assert one.returncode == 0, one.stderr
-    assert whole.complete
+def test_a_slow_process_is_not_waited_for(folder: Path) -> None:
+    result = run(folder, dump_command(2, "many.h5", "uneven"))
+    assert result.returncode == 0, result.stderr
+    many = open_cache(folder / "many.h5")
+    single = run(folder, dump_command(1, "one.h5", "uneven"))
+    assert single.returncode == 0, single.stderr
+    assert many.complete
     np.testing.assert_array_equal(
-        whole.arrays["log_probs"], open_cache(place / "one.h5").arrays["log_probs"]
+        many.arrays["log_probs"], open_cache(folder / "one.h5").arrays["log_probs"]
     )
 
 
-def test_a_killed_process_fails_the_job_and_another_number_of_them_goes_on(place: Path) -> None:
-    expected = reference(place)
+def test_a_killed_process_fails_the_job_and_another_number_of_them_goes_on(folder: Path) -> None:
+    expected = reference(folder)
     job = subprocess.Popen(
         dump_command(2, "many.h5"),
-        cwd=place,
+        cwd=folder,
         env=environment(SECONDS_A_BATCH="0.1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    partial = partial_path(place / "many.h5")
+    partial = partial_path(folder / "many.h5")
     deadline = time.monotonic() + 60
     while committed(partial) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -122,11 +124,11 @@ def test_a_killed_process_fails_the_job_and_another_number_of_them_goes_on(place
     os.kill(victim, signal.SIGKILL)
     job.communicate(timeout=60)
     assert job.returncode != 0
-    assert not (place / "many.h5").exists()
+    assert not (folder / "many.h5").exists()
     assert committed(partial) >= kept
-    found = run(place, dump_command(3, "many.h5"))
-    assert found.returncode == 0, found.stderr
-    assert (place / "many.h5").read_bytes() == expected
+    result = run(folder, dump_command(3, "many.h5"))
+    assert result.returncode == 0, result.stderr
+    assert (folder / "many.h5").read_bytes() == expected
 
 
 def committed(partial: Path) -> int:
@@ -136,36 +138,36 @@ def committed(partial: Path) -> int:
 
 
 def children(parent: int) -> list[int]:
-    found = Path(f"/proc/{parent}/task/{parent}/children")
-    if not found.exists():
-        pytest.skip("the system does not tell the children of a process")
-    return [int(child) for child in found.read_text().split()]
+    listing = Path(f"/proc/{parent}/task/{parent}/children")
+    if not listing.exists():
+        pytest.skip("this system does not list the children of a process")
+    return [int(child) for child in listing.read_text().split()]
 
 
 def command_line(process: int) -> str:
     return Path(f"/proc/{process}/cmdline").read_text()
 
 
-def test_an_error_in_the_first_process_ends_the_others(place: Path) -> None:
+def test_an_error_in_the_first_process_ends_the_others(folder: Path) -> None:
     arguments = [*dump_command(2, "many.h5"), "--temperature", "4", "--eval-data", "npz:none.npz"]
-    found = run(place, arguments)
-    assert found.returncode != 0
-    assert "npz:none.npz: no such file" in found.stderr
-    assert not (place / "many.h5").exists()
+    result = run(folder, arguments)
+    assert result.returncode != 0
+    assert "npz:none.npz: no such file" in result.stderr
+    assert not (folder / "many.h5").exists()
 
 
-def test_several_processes_train_as_one_does(place: Path) -> None:
-    reference(place)
+def test_several_processes_train_as_one_does(folder: Path) -> None:
+    reference(folder)
     losses = []
     for processes in (1, 2, 3):
-        # with a checkpoint at every step, and a decision that all must take alike
+        # a checkpoint at every step, and early stopping, which all must decide alike
         options = (
             f"--student models.py:student --data npz:data.npz --epochs 2 --out run{processes} "
         )
         options += "--checkpoint-minutes 0 --patience 5 --eval-data npz:data.npz"
-        found = run(place, command(processes, "train", "one.h5", *options.split()))
-        assert found.returncode == 0, found.stderr
-        lines = (place / f"run{processes}" / "metrics.jsonl").read_text().splitlines()
+        result = run(folder, command(processes, "train", "one.h5", *options.split()))
+        assert result.returncode == 0, result.stderr
+        lines = (folder / f"run{processes}" / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == 2
         losses.append([float(line.split('"total": ')[1].split(",")[0]) for line in lines])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
@@ -186,7 +188,8 @@ def test_processes_on_several_hosts_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(
-        SoftcacheError, match=r"8 processes, of which 4 on this host; .*--shard i/n"
+        SoftcacheError,
+        match=r"8 processes, but only 4 on this host; expected one host.*--shard I/N",
     ):
         join_processes()
 
@@ -195,7 +198,7 @@ def test_a_process_that_waits_hears_that_another_has_failed() -> None:
     from torch.distributed import HashStore  # type: ignore[attr-defined]
 
     store = HashStore()
-    here, there = ProcessGroup(0, 2, store), ProcessGroup(1, 2, store)
-    there.fail()
+    waiting, failing = ProcessGroup(0, 2, store), ProcessGroup(1, 2, store)
+    failing.fail()
     with pytest.raises(SoftcacheError, match="another process of this job has failed"):
-        here.barrier()
+        waiting.barrier()

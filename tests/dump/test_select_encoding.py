@@ -1,4 +1,4 @@
-"""The choice of an encoding: candidates, their measured error, and which of them is taken."""
+"""The choice of an encoding: the candidates, their measured error, and the one that is chosen."""
 
 from __future__ import annotations
 
@@ -36,8 +36,12 @@ from softcache.errors import SettingsError
 CLASSES, WIDTH = 40, 6
 
 
-def said(rows: int = 200, classes: int = CLASSES, width: int | None = WIDTH) -> Tensor:
-    """What a teacher says, (rows, classes), at T = 1; width None: its logits are independent."""
+def teacher_rows(rows: int = 200, classes: int = CLASSES, width: int | None = WIDTH) -> Tensor:
+    """Log-probabilities (rows, classes) of a teacher at T = 1.
+
+    Args:
+        width: how many inputs the teacher's last layer has; None makes all logits independent.
+    """
     random = np.random.default_rng(0)
     weight = random.standard_normal((width or classes, classes)) if width else np.eye(classes)
     logits = random.standard_normal((rows, width or classes)) @ weight
@@ -45,17 +49,17 @@ def said(rows: int = 200, classes: int = CLASSES, width: int | None = WIDTH) -> 
 
 
 @pytest.fixture(scope="module")
-def found() -> list[Candidate]:
-    return candidates(said(), temperature=1.0, seed=0)
+def measured() -> list[Candidate]:
+    return candidates(teacher_rows(), temperature=1.0, seed=0)
 
 
 def fake(size: int, *kl: float) -> Candidate:
-    """A candidate that takes `size` bytes; what it is plays no part in the choice."""
+    """A candidate of `size` bytes; its encoding does not matter for the choice."""
     by_temperature = dict(zip((1.0, 2.0, 4.0, 8.0), kl, strict=False))
     return Candidate(f"sampled:{size}", Sampled(size), {}, size, by_temperature)
 
 
-# which one is taken
+# which candidate is chosen
 
 
 def take(
@@ -63,7 +67,7 @@ def take(
 ) -> tuple[Encoding, list[Candidate]]:
     with monkeypatch.context() as patch:
         patch.setattr(select_encoding, "candidates", lambda *_, **__: listed)
-        encoding, _, shown = select("auto", said(4), temperature=1.0, seed=0, max_kl=max_kl)
+        encoding, _, shown = select("auto", teacher_rows(4), temperature=1.0, seed=0, max_kl=max_kl)
     return encoding, shown
 
 
@@ -78,10 +82,10 @@ def test_the_smallest_that_keeps_within_the_limit_at_every_temperature_is_taken(
 ) -> None:
     kl = st.lists(st.sampled_from([0.0, 1e-4, 1e-3, 1e-2, 0.1]), min_size=4, max_size=4)
     listed = [fake(size, *data.draw(kl)) for size in sizes]
-    good = [size for size, c in zip(sizes, listed, strict=True) if max(c.kl.values()) <= max_kl]
+    accepted = [n for n, c in zip(sizes, listed, strict=True) if max(c.kl.values()) <= max_kl]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        if good:
-            assert take(listed, max_kl, monkeypatch) == (Sampled(min(good)), listed)
+        if accepted:
+            assert take(listed, max_kl, monkeypatch) == (Sampled(min(accepted)), listed)
         else:
             with pytest.raises(SettingsError, match=f"no encoding keeps KL within {max_kl:g} at"):
                 take(listed, max_kl, monkeypatch)
@@ -106,10 +110,7 @@ def test_where_none_is_good_enough_the_best_is_told_with_advice(
 
 @pytest.mark.parametrize(
     "kl",
-    [
-        (math.nan, 0.0),
-        ((0.0, math.nan)),
-    ],
+    [(math.nan, 0.0), (0.0, math.nan)],
 )
 def test_a_nan_is_not_good_enough(kl: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
     listed = [fake(10, *kl), fake(20, 0.0, 0.0)]
@@ -120,7 +121,7 @@ def test_a_nan_is_not_good_enough(kl: tuple[float, float], monkeypatch: pytest.M
 def test_auto_takes_what_the_teachers_rows_allow(
     max_kl: float, expected: type[Encoding] | None
 ) -> None:
-    rows = said(width=None)
+    rows = teacher_rows(width=None)
     if expected is None:
         with pytest.raises(SettingsError, match="no encoding keeps KL within 1e-09 at T = 1, 2, 4"):
             select("auto", rows, temperature=1.0, seed=0, max_kl=max_kl)
@@ -135,7 +136,7 @@ def test_auto_takes_what_the_teachers_rows_allow(
 
 
 def test_a_teacher_of_few_dimensions_gets_a_basis() -> None:
-    encoding, shared, _ = select("auto", said(), temperature=1.0, seed=0, max_kl=1e-3)
+    encoding, shared, _ = select("auto", teacher_rows(), temperature=1.0, seed=0, max_kl=1e-3)
     assert isinstance(encoding, Basis)
     assert {name: tuple(tensor.shape) for name, tensor in shared.items()} == {
         "mean": (CLASSES,),
@@ -145,7 +146,9 @@ def test_a_teacher_of_few_dimensions_gets_a_basis() -> None:
 
 
 def test_the_same_rows_give_the_same_choice() -> None:
-    one, other = (select("auto", said(), temperature=4.0, seed=0, max_kl=1e-3) for _ in "12")
+    one, other = (
+        select("auto", teacher_rows(), temperature=4.0, seed=0, max_kl=1e-3) for _ in "12"
+    )
     assert one[0] == other[0]
     assert one[1].keys() == other[1].keys()
     assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
@@ -155,21 +158,24 @@ def test_the_same_rows_give_the_same_choice() -> None:
 # the candidates
 
 
-def test_candidates_are_unique_and_the_smallest_comes_first(found: list[Candidate]) -> None:
-    assert len({candidate.encoding for candidate in found}) == len(found)
-    sizes = [candidate.bytes_per_row for candidate in found]
+def test_candidates_are_unique_and_the_smallest_comes_first(measured: list[Candidate]) -> None:
+    assert len({candidate.encoding for candidate in measured}) == len(measured)
+    sizes = [candidate.bytes_per_row for candidate in measured]
     assert sizes == sorted(sizes)
-    assert {type(candidate.encoding) for candidate in found} == {Dense, Quantized, TopK, Basis}
+    assert {type(candidate.encoding) for candidate in measured} == {Dense, Quantized, TopK, Basis}
 
 
-def test_a_teacher_of_few_dimensions_would_have_twins() -> None:
-    # the larger budgets come to the same encoding, for want of directions to spend them on
-    largest = fit_basis("basis:16,8", said(), 1.0, 0), fit_basis("basis:19,8", said(), 1.0, 0)
+def test_a_teacher_of_few_dimensions_would_have_duplicate_candidates() -> None:
+    # larger budgets yield the same encoding when there are no directions left to spend them on
+    largest = (
+        fit_basis("basis:16,8", teacher_rows(), 1.0, 0),
+        fit_basis("basis:19,8", teacher_rows(), 1.0, 0),
+    )
     assert largest[0].encoding == largest[1].encoding
 
 
-def test_candidates_say_the_bytes_that_a_row_takes(found: list[Candidate]) -> None:
-    for candidate in found:
+def test_candidates_say_the_bytes_that_a_row_takes(measured: list[Candidate]) -> None:
+    for candidate in measured:
         arrays = candidate.encoding.arrays(CLASSES)
         assert candidate.bytes_per_row == sum(
             np.dtype(array.dtype).itemsize * math.prod(array.shape)
@@ -180,18 +186,18 @@ def test_candidates_say_the_bytes_that_a_row_takes(found: list[Candidate]) -> No
         assert set(candidate.shared) == shared
 
 
-def test_candidates_are_measured_at_every_temperature(found: list[Candidate]) -> None:
-    for candidate in found:
+def test_candidates_are_measured_at_every_temperature(measured: list[Candidate]) -> None:
+    for candidate in measured:
         assert sorted(candidate.kl) == [1.0, 2.0, 4.0, 8.0]
         assert all(kl > -1e-6 for kl in candidate.kl.values())
-    odd = candidates(said(), temperature=3.0, seed=0)
-    assert all(sorted(candidate.kl) == [1.0, 2.0, 3.0, 4.0, 8.0] for candidate in odd)
-    assert all(3.0 in c.encoding.temperatures for c in odd if isinstance(c.encoding, TopK))
+    at_three = candidates(teacher_rows(), temperature=3.0, seed=0)
+    assert all(sorted(candidate.kl) == [1.0, 2.0, 3.0, 4.0, 8.0] for candidate in at_three)
+    assert all(3.0 in c.encoding.temperatures for c in at_three if isinstance(c.encoding, TopK))
 
 
 def test_the_error_is_measured_on_rows_that_the_fit_has_not_seen() -> None:
-    # with as many directions as rows, the rows of the fit would come back nearly exactly
-    candidate = fit_basis("basis:50,1", said(80, classes=200, width=None), 1.0, 0)
+    # with as many directions as rows, the fitted rows would be decoded almost exactly
+    candidate = fit_basis("basis:50,1", teacher_rows(80, classes=200, width=None), 1.0, 0)
     assert isinstance(candidate.encoding, Basis)
     assert candidate.encoding.rank > 45
     assert candidate.kl[1.0] > 0.1
@@ -199,7 +205,7 @@ def test_the_error_is_measured_on_rows_that_the_fit_has_not_seen() -> None:
 
 @pytest.mark.parametrize("classes", [2, 3, 5, 16, 17])
 def test_few_classes_have_fewer_candidates(classes: int) -> None:
-    listed = candidates(said(classes=classes), temperature=1.0, seed=0)
+    listed = candidates(teacher_rows(classes=classes), temperature=1.0, seed=0)
     kinds = {type(candidate.encoding) for candidate in listed}
     assert {Dense, Quantized} <= kinds
     assert (TopK in kinds) == (classes >= 16)
@@ -210,7 +216,7 @@ def test_few_classes_have_fewer_candidates(classes: int) -> None:
 @pytest.mark.parametrize("spec", ["basis:3,2", "basis:8,8", "basis:12,1"])
 def test_a_basis_takes_no_more_than_the_bytes_asked_for(spec: str) -> None:
     size, top = map(int, spec[6:].split(","))
-    encoding, shared, listed = select(spec, said(), temperature=1.0, seed=0, max_kl=1e-9)
+    encoding, shared, listed = select(spec, teacher_rows(), temperature=1.0, seed=0, max_kl=1e-9)
     assert isinstance(encoding, Basis)
     assert encoding.top == top
     assert encoding.wide + encoding.narrow // 2 <= size
@@ -219,7 +225,7 @@ def test_a_basis_takes_no_more_than_the_bytes_asked_for(spec: str) -> None:
     assert len(shared["directions"]) == encoding.rank
 
 
-# what may be asked for
+# specifications
 
 
 @pytest.mark.parametrize(
@@ -233,7 +239,7 @@ def test_what_needs_no_rows_is_taken_as_it_is(spec: str, expected: Encoding) -> 
 @pytest.mark.parametrize("spec", ["dense", "quantized", "topk:9", "sampled:5"])
 def test_what_needs_no_rows_is_the_same_with_rows(spec: str) -> None:
     without = select(spec, None, temperature=1.0, seed=0, max_kl=1e-3)[0]
-    encoding, shared, _ = select(spec, said(), temperature=1.0, seed=0, max_kl=1e-3)
+    encoding, shared, _ = select(spec, teacher_rows(), temperature=1.0, seed=0, max_kl=1e-3)
     assert (encoding, shared) == (without, {})
 
 
@@ -256,9 +262,9 @@ def test_a_good_specification_passes(spec: str) -> None:
         ),
         ("basis:1,2,3", r"^encoding 'basis:1,2,3': expected basis:BYTES,K, "),
         ("basis:a,b", r"^encoding 'basis:a,b': expected basis:BYTES,K, "),
-        ("basis:41,8", "is more than 40 classes have; use dense"),
-        ("basis:8,41", "is more than 40 classes have; use dense"),
-        ("topk:0", "needs k from 1"),
+        ("basis:41,8", "needs more than 40 classes; use dense"),
+        ("basis:8,41", "needs more than 40 classes; use dense"),
+        ("topk:0", "needs k of at least 1"),
         ("topk:40", "topk:40 of 40 classes leaves no tail; use dense"),
         ("sampled:0", "sampled:0 draws; expected 1 to 65536"),
         ("sampled:65537", "sampled:65537 draws; expected 1 to 65536"),
@@ -287,9 +293,9 @@ def test_an_encoding_is_named_as_the_command_line_names_it(encoding: Encoding, s
 # the table
 
 
-def test_the_table_marks_the_chosen_one(found: list[Candidate]) -> None:
-    for candidate in found:
-        lines = candidates_table(found, candidate.encoding).splitlines()
+def test_the_table_marks_the_chosen_one(measured: list[Candidate]) -> None:
+    for candidate in measured:
+        lines = candidates_table(measured, candidate.encoding).splitlines()
         marked = [line for line in lines if line.startswith("*")]
         assert len(marked) == 1
         assert marked[0].split()[:2] == [f"*{candidate.spec}", f"{candidate.bytes_per_row:,}"]
@@ -301,7 +307,7 @@ def test_the_table_has_a_line_for_each_candidate_and_a_column_for_each_temperatu
     ).splitlines()
     assert re.split(r"  +", lines[0]) == [
         "encoding",
-        "bytes a row",
+        "bytes per row",
         *(f"KL at T={t}" for t in (1, 2, 4, 8)),
     ]
     assert lines[2].split() == ["sampled:10", "10", "1.0e-01", "2.0e-01", "3.0e-01", "4.0e-01"]
@@ -324,7 +330,7 @@ def test_a_dump_records_what_it_chose_from(
     dump_config: DumpConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     header = dump(replace(dump_config, eval_data=None, encoding="auto", max_kl=0.01)).header
-    assert header.encoding == Quantized()  # 7 bytes a row of 5 classes, where dense has 10
+    assert header.encoding == Quantized()  # 7 bytes per row of 5 classes; dense takes 10
     assert header.choice is not None
     assert header.choice["asked"] == "auto"
     assert header.choice["max_kl"] == 0.01
@@ -348,16 +354,16 @@ def test_a_dump_that_can_choose_none_writes_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-# the rows it is chosen by
+# the rows it is measured on
 
 
-def rows_tried(config: DumpConfig, most: int = 200) -> Tensor:
+def drawn_rows(config: DumpConfig, max_rows: int = 200) -> Tensor:
     source = open_source(config.data)
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     teacher = load_teachers(config, source, augmentation)
     draft = draft_header(config, source, teacher)
     return select_encoding.draw_teacher_rows(
-        draft, source, teacher, augmentation, config.workers, most
+        draft, source, teacher, augmentation, config.workers, max_rows
     )
 
 
@@ -366,14 +372,14 @@ def test_rows_to_choose_by_are_the_same_whatever_the_file_is_to_hold(
     augment: str | None, dump_config: DumpConfig
 ) -> None:
     config = replace(dump_config, augment=augment, seed=3)
-    expected = rows_tried(config)
+    expected = drawn_rows(config)
     others = [replace(config, shard=(2, 3))]
     if augment:
         others += [replace(config, views=20), replace(config, views=2, first_view=9, shard=(0, 2))]
     for other in others:
-        assert torch.equal(rows_tried(other), expected)
-    # they change with what decides the values
-    assert not torch.equal(rows_tried(replace(config, seed=4)), expected)
+        assert torch.equal(drawn_rows(other), expected)
+    # they do change with the seed
+    assert not torch.equal(drawn_rows(replace(config, seed=4)), expected)
 
 
 def test_rows_to_choose_by_come_from_the_first_views_of_all_samples(
@@ -387,7 +393,7 @@ def test_rows_to_choose_by_come_from_the_first_views_of_all_samples(
 
     monkeypatch.setattr(select_encoding, "draw_rows", note)
     for augment, shard in ((None, (0, 1)), (None, (1, 3)), ("flip", (0, 1)), ("flip", (1, 3))):
-        rows_tried(replace(dump_config, augment=augment, shard=shard), most=9)
+        drawn_rows(replace(dump_config, augment=augment, shard=shard), max_rows=9)
     assert drawn == [(1, 300), (1, 300), (8, 300), (8, 300)]
 
 

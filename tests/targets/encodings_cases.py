@@ -1,4 +1,4 @@
-"""What the tests of encodings share."""
+"""Helpers shared by the tests of encodings."""
 
 from __future__ import annotations
 
@@ -22,12 +22,8 @@ from softcache.types import Targets
 
 Rows = npt.NDArray[np.float64]
 
-
 CPU = torch.device("cpu")
-
-
-EDGE = 1 << 16  # classes up to which an id takes 16 bits
-
+EDGE = 1 << 16  # the most classes for which an id takes 16 bits
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
@@ -43,12 +39,12 @@ def divergence(log_p: Rows, log_q: Rows) -> Rows:
     """KL(p ‖ q) in nats, (B,); a class without probability adds nothing."""
     p = np.exp(log_p)
     with np.errstate(invalid="ignore"):
-        found: Rows = np.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-    return found
+        divergences: Rows = np.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return divergences
 
 
 def every_kind(classes: int, seed: int, spread: float) -> Rows:
-    """Log-probabilities (7, C), of which each row is of another kind; exact in float32."""
+    """Log-probabilities (7, C), exact in float32; each row is of another kind."""
     random = np.random.default_rng(seed)
     noise = random.standard_normal(classes).clip(-4, 4)
     order, hot = random.permutation(classes), random.integers(classes)
@@ -57,9 +53,11 @@ def every_kind(classes: int, seed: int, spread: float) -> Rows:
         noise * spread,
         np.round(noise) * spread,  # ties
         np.zeros(classes),  # uniform
-        np.where(is_hot, 0.0, -1e3 + noise),  # one-hot but for what no float32 can tell
+        np.where(is_hot, 0.0, -1e3 + noise),  # one-hot to float32 precision
         np.where(is_hot, 0.0, -np.inf),  # one-hot
-        np.where(order < (classes + 1) // 2, noise * spread, -np.inf),  # half of them forbidden
+        np.where(
+            order < (classes + 1) // 2, noise * spread, -np.inf
+        ),  # half of the classes impossible
         np.where(is_hot, 12.0, noise),  # very peaked
     ]
     return log_softmax(np.array(rows)).astype(np.float32).astype(np.float64)
@@ -88,7 +86,7 @@ def encodings(draw: st.DrawFn, name: str, classes: int) -> Encoding:
 
 @functools.cache
 def directions(rank: int, classes: int) -> Directions:
-    """Fitted to rows that have nothing to do with those that will be encoded."""
+    """Directions fitted to rows that are unrelated to those that will be encoded."""
     generator = torch.Generator().manual_seed(0)
     return principal_directions(torch.randn(rank + 9, classes, generator=generator) * 3, rank)
 
@@ -100,7 +98,7 @@ def shared_of(encoding: Encoding, classes: int) -> dict[str, Tensor]:
 
 
 class Trip(NamedTuple):
-    """A batch that went through an encoding, and back both ways."""
+    """A batch that was encoded, and decoded both in torch and in numpy."""
 
     stored: dict[str, npt.NDArray[Any]]
     targets: Targets
@@ -115,20 +113,24 @@ def encode(
     *,
     seed: int = 0,
     view: int = 0,
-    samples: npt.NDArray[np.int64] | None = None,
+    sample_ids: npt.NDArray[np.int64] | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
-    """As the file's writer takes them."""
+    """Encode rows as the cache writer takes them."""
     shared = shared_of(encoding, rows.shape[-1])
     encoder = make_encoder(encoding, shared, temperature=temperature, seed=seed, device=CPU)
-    samples = np.arange(len(rows)) if samples is None else samples
-    return as_arrays(encoder(torch.from_numpy(rows).float(), view, samples))
+    sample_ids = np.arange(len(rows)) if sample_ids is None else sample_ids
+    return as_arrays(encoder(torch.from_numpy(rows).float(), view, sample_ids))
 
 
 def round_trip(
-    encoding: Encoding, rows: Rows, temperature: float = 1.0, wanted: float | None = None
+    encoding: Encoding,
+    rows: Rows,
+    temperature: float = 1.0,
+    target_temperature: float | None = None,
 ) -> Trip:
+    """Encode rows at `temperature` and decode them at `target_temperature`, by default the same."""
     classes = rows.shape[-1]
-    wanted = wanted or temperature
+    target_temperature = target_temperature or temperature
     stored, shared = encode(encoding, rows, temperature), shared_of(encoding, classes)
     tensors = {name: as_tensor(values) for name, values in stored.items()}
     if "ids" in tensors:
@@ -137,19 +139,19 @@ def round_trip(
         encoding,
         tensors | {name: tensor.float() for name, tensor in shared.items()},
         temperature=temperature,
-        wanted=wanted,
+        wanted=target_temperature,
         classes=classes,
     )
-    plain = encoding.decode(
+    reference = encoding.decode(
         stored | {name: tensor.numpy() for name, tensor in shared.items()},
         temperature,
-        wanted,
+        target_temperature,
         classes,
     )
-    assert plain.dtype == np.float32
-    found = to_dense(targets)
-    assert found.dtype == torch.float32
-    return Trip(stored, targets, found.double().numpy(), plain.astype(np.float64))
+    assert reference.dtype == np.float32
+    dense = to_dense(targets)
+    assert dense.dtype == torch.float32
+    return Trip(stored, targets, dense.double().numpy(), reference.astype(np.float64))
 
 
 def temperatures_for(name: str) -> st.SearchStrategy[float]:
@@ -157,6 +159,6 @@ def temperatures_for(name: str) -> st.SearchStrategy[float]:
 
 
 def renormalised(rows: Rows, k: int, ratio: float) -> Rows:
-    """What keeping the k largest alone gives: nothing for the others."""
+    """Rows cut to their k largest entries; the other classes get probability 0."""
     least = np.sort(rows, -1)[:, -k][:, None]
     return log_softmax(np.where(rows >= least, rows, -np.inf) * ratio)

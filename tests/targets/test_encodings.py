@@ -1,4 +1,4 @@
-"""Every encoding in torch and in numpy: what comes back of a row, for every distribution."""
+"""Every encoding in torch and in numpy: what is decoded from rows of every kind of distribution."""
 
 from __future__ import annotations
 
@@ -33,12 +33,10 @@ from tests.targets.encodings_cases import (
 )
 
 HALF = 2.0**-11  # half a step of float16, relative
+FLOAT32 = 2e-6  # error of float32 arithmetic, relative to the depth of a row
 
 
-FLOAT32 = 2e-6  # what float32 arithmetic adds, relative to the depth of a row
-
-
-# what all of them must do
+# what every encoding must do
 @pytest.mark.parametrize("name", ENCODINGS)
 @few
 @given(data=st.data())
@@ -48,8 +46,8 @@ def test_torch_and_numpy_give_the_same_probabilities(name: str, data: st.DataObj
     trip = round_trip(encoding, rows, 1.0, data.draw(temperatures_for(name)))
     np.testing.assert_array_equal(np.isneginf(trip.torch), np.isneginf(trip.numpy))
     np.testing.assert_allclose(np.exp(trip.torch), np.exp(trip.numpy), rtol=1e-3, atol=1e-6)
-    some = np.isfinite(trip.numpy)
-    np.testing.assert_allclose(trip.torch[some], trip.numpy[some], rtol=1e-4, atol=1e-3)
+    finite = np.isfinite(trip.numpy)
+    np.testing.assert_allclose(trip.torch[finite], trip.numpy[finite], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -73,8 +71,8 @@ def test_what_is_stored_is_what_the_encoding_declares(name: str, data: st.DataOb
     rows = data.draw(batches())
     encoding = data.draw(encodings(name, rows.shape[-1]))
     declared = encoding.arrays(rows.shape[-1])
-    found = {array: values.dtype.str for array, values in encode(encoding, rows).items()}
-    assert found == {array.name: array.dtype for array in declared if array.axis == "rows"}
+    dtypes = {array: values.dtype.str for array, values in encode(encoding, rows).items()}
+    assert dtypes == {array.name: array.dtype for array in declared if array.axis == "rows"}
     for array, values in encode(encoding, rows).items():
         shape = next(spec.shape for spec in declared if spec.name == array)
         assert values.shape == (len(rows), *shape)
@@ -93,7 +91,7 @@ def test_what_is_stored_is_what_the_encoding_declares(name: str, data: st.DataOb
 def test_classes_on_both_sides_of_16_bits_keep_their_places(
     encoding: Encoding, classes: int
 ) -> None:
-    # 32,767 is the last id that a signed 16 bits would hold; the last class is the highest of all
+    # 32,767 is the largest id that fits into a signed 16-bit integer; the last class is the likeliest
     favourites = np.array([0, 32_767, 32_768, 40_000, classes - 1])
     logits = np.random.default_rng(0).standard_normal((2, classes))
     logits[:, favourites] = np.arange(20, 25)
@@ -112,7 +110,7 @@ def test_classes_on_both_sides_of_16_bits_keep_their_places(
 
 def test_ids_read_with_a_sign_would_be_noticed() -> None:
     stored = encode(TopK(2), log_softmax(np.eye(1, EDGE, 40_000) * 30))
-    assert as_tensor(stored["ids"])[0, 0] == 40_000 - EDGE  # which class_ids() has to mend
+    assert as_tensor(stored["ids"])[0, 0] == 40_000 - EDGE  # class_ids() has to undo this
     assert class_ids(as_tensor(stored["ids"]), EDGE)[0, 0] == 40_000
 
 
@@ -144,12 +142,12 @@ def test_rows_with_positions_decode_as_rows() -> None:
 # quantized
 def depths(log_probs: Rows) -> Rows:
     """How far each entry lies below the row's largest."""
-    found: Rows = log_probs.max(-1, keepdims=True) - log_probs
-    return found
+    below: Rows = log_probs.max(-1, keepdims=True) - log_probs
+    return below
 
 
 def excess(rows: Rows, decoded: Rows, ranges: Rows) -> float:
-    """By how much the worst entry is further off than `Quantized` says of itself."""
+    """By how much the worst entry exceeds the error bound that `Quantized` documents."""
     exact = depths(rows)
     reached = np.minimum(exact, QUANTIZED_RANGE)
     bound = np.sqrt(reached * ranges) / 255 + ranges / 255**2
@@ -186,14 +184,14 @@ def test_quantized_is_as_near_as_it_says_where_all_classes_are_nearly_equal(dept
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-@pytest.mark.parametrize("wanted", [1.0, 2.0, 4.0, 8.0])
+@pytest.mark.parametrize("target_temperature", [1.0, 2.0, 4.0, 8.0])
 def test_quantized_rows_of_a_teacher_lose_at_most_a_thousandth_of_a_nat(
-    temperature: float, wanted: float
+    temperature: float, target_temperature: float
 ) -> None:
     logits = np.random.default_rng(1).standard_normal((50, 500)) * 4
     rows = log_softmax(logits / temperature)
-    trip = round_trip(Quantized(), rows, temperature, wanted)
-    assert divergence(log_softmax(logits / wanted), trip.torch).max() < 1e-3
+    trip = round_trip(Quantized(), rows, temperature, target_temperature)
+    assert divergence(log_softmax(logits / target_temperature), trip.torch).max() < 1e-3
 
 
 # topk
@@ -204,10 +202,10 @@ def head_mask(trip: Trip, classes: int) -> npt.NDArray[np.bool_]:
 
 
 def log_sum(log_probs: Rows, where: npt.NDArray[np.bool_]) -> Rows:
-    """log of the sum of the probabilities where the mask is, (B,)."""
+    """log of the sum of the probabilities where the mask is set, (B,)."""
     kept = np.where(where, log_probs, -np.inf)
-    found: Rows = np.logaddexp.reduce(kept, -1)
-    return found
+    sums: Rows = np.logaddexp.reduce(kept, -1)
+    return sums
 
 
 @few
@@ -217,25 +215,25 @@ def test_topk_keeps_the_largest_classes(data: st.DataObject) -> None:
     trip = round_trip(data.draw(encodings("topk", rows.shape[-1])), rows)
     mask = head_mask(trip, rows.shape[-1])
     k = trip.stored["ids"].shape[-1]
-    assert (mask.sum(-1) == k).all()  # each once
+    assert (mask.sum(-1) == k).all()  # no duplicates
     assert (np.where(mask, rows, np.inf).min(-1) >= np.where(mask, -np.inf, rows).max(-1)).all()
 
 
 @few
-@given(data=st.data(), wanted=st.sampled_from([0.5, 1.0, 3.0, 8.0]))
+@given(data=st.data(), target_temperature=st.sampled_from([0.5, 1.0, 3.0, 8.0]))
 def test_the_head_of_topk_is_exact_to_float16_relative_to_itself(
-    data: st.DataObject, wanted: float
+    data: st.DataObject, target_temperature: float
 ) -> None:
     rows = data.draw(batches(spreads=(0.1, 1, 3, 10, 100)))
-    trip = round_trip(data.draw(encodings("topk", rows.shape[-1])), rows, 1.0, wanted)
+    trip = round_trip(data.draw(encodings("topk", rows.shape[-1])), rows, 1.0, target_temperature)
     ids = trip.stored["ids"].astype(np.int64)
     exact = np.take_along_axis(rows, ids, -1)
-    bound = (np.abs(exact) + np.abs(exact[:, :1])) * (HALF + FLOAT32) / wanted
+    bound = (np.abs(exact) + np.abs(exact[:, :1])) * (HALF + FLOAT32) / target_temperature
     for decoded in (trip.torch, trip.numpy):
-        found = np.take_along_axis(decoded, ids, -1)
+        head = np.take_along_axis(decoded, ids, -1)
         with np.errstate(invalid="ignore"):
-            off = np.abs((found - found[:, :1]) - (exact - exact[:, :1]) / wanted)
-        allowed = bound + 1e-5 + FLOAT32 * np.abs(found)
+            off = np.abs((head - head[:, :1]) - (exact - exact[:, :1]) / target_temperature)
+        allowed = bound + 1e-5 + FLOAT32 * np.abs(head)
         assert (off <= allowed)[exact > -60_000].all()
 
 
@@ -245,15 +243,16 @@ def test_the_tail_of_topk_has_its_mass_at_every_temperature_kept(data: st.DataOb
     rows = data.draw(batches())
     encoding = data.draw(encodings("topk", rows.shape[-1]))
     assert isinstance(encoding, TopK)
-    for wanted in encoding.temperatures:
-        trip = round_trip(encoding, rows, 2.0, wanted)
+    for target_temperature in encoding.temperatures:
+        trip = round_trip(encoding, rows, 2.0, target_temperature)
         mask = head_mask(trip, rows.shape[-1])
-        exact = log_softmax(rows * 2.0 / wanted)
+        exact = log_softmax(rows * 2.0 / target_temperature)
         odds = log_sum(exact, ~mask) - log_sum(exact, mask)
         for decoded in (trip.torch, trip.numpy):
-            found = log_sum(decoded, ~mask) - log_sum(decoded, mask)
-            assert (np.abs(found - odds) <= np.abs(odds) * HALF + 1e-4)[odds > -60_000].all()
-            assert (found < -60_000)[odds <= -60_000].all()
+            decoded_odds = log_sum(decoded, ~mask) - log_sum(decoded, mask)
+            allowed = np.abs(odds) * HALF + 1e-4
+            assert (np.abs(decoded_odds - odds) <= allowed)[odds > -65_000].all()
+            assert (decoded_odds < -60_000)[odds <= -65_000].all()
 
 
 def test_a_tail_kept_at_one_temperature_alone_would_be_noticed_at_another() -> None:
@@ -269,10 +268,10 @@ def test_a_tail_kept_at_one_temperature_alone_would_be_noticed_at_another() -> N
 
 
 @few
-@given(data=st.data(), wanted=st.sampled_from([0.25, 1.0, 3.0, 100.0]))
-def test_the_tail_of_topk_is_even(data: st.DataObject, wanted: float) -> None:
+@given(data=st.data(), target_temperature=st.sampled_from([0.25, 1.0, 3.0, 100.0]))
+def test_the_tail_of_topk_is_even(data: st.DataObject, target_temperature: float) -> None:
     rows = data.draw(batches())
-    trip = round_trip(data.draw(encodings("topk", rows.shape[-1])), rows, 1.0, wanted)
+    trip = round_trip(data.draw(encodings("topk", rows.shape[-1])), rows, 1.0, target_temperature)
     mask = head_mask(trip, rows.shape[-1])
     for decoded in (trip.torch, trip.numpy):
         assert (
@@ -286,7 +285,7 @@ def test_topk_at_an_endless_temperature_is_uniform() -> None:
 
 
 def uniform_tail(rows: Rows, k: int, ratio: float) -> Rows:
-    """What the k largest and one number for the rest give: an even tail, tempered as classes."""
+    """Rows cut to their k largest entries, with an even tail that is tempered class by class."""
     ids = np.argsort(-rows, -1, kind="stable")[:, :k]
     mask = np.zeros(rows.shape, bool)
     np.put_along_axis(mask, ids, True, -1)
@@ -301,19 +300,19 @@ def test_topk_is_no_worse_than_the_same_k_with_an_even_tail_or_none(
 ) -> None:
     rows = data.draw(batches(spreads=(0.1, 1, 3, 10)))
     k = data.draw(st.integers(1, min(rows.shape[-1] - 1, 40)))
-    for wanted in (1.0, 2.0, 4.0, 8.0):
-        ratio = temperature / wanted
+    for target_temperature in (1.0, 2.0, 4.0, 8.0):
+        ratio = temperature / target_temperature
         exact = log_softmax(rows * ratio)
-        ours = divergence(exact, round_trip(TopK(k), rows, temperature, wanted).torch)
+        kl = divergence(exact, round_trip(TopK(k), rows, temperature, target_temperature).torch)
         for other in (renormalised, uniform_tail):
-            # theirs are not rounded, ours are; hence the little that is allowed
-            assert (ours <= divergence(exact, other(rows, k, ratio)) * 1.01 + 1e-4).all()
+            # only topk is rounded to float16, hence the small allowance
+            assert (kl <= divergence(exact, other(rows, k, ratio)) * 1.01 + 1e-4).all()
 
 
 def test_the_tail_kept_at_several_temperatures_is_worth_its_bytes() -> None:
-    logits = np.random.default_rng(2).standard_normal((100, 1000)) * 8  # the top class has 0.7
+    logits = np.random.default_rng(2).standard_normal((100, 1000)) * 8  # top-1 about 0.7
     rows = log_softmax(logits)
     exact = log_softmax(logits / 4)
-    ours = divergence(exact, round_trip(TopK(32), rows, 1.0, 4.0).torch).mean()
-    assert divergence(exact, uniform_tail(rows, 32, 0.25)).mean() > 1.2 * ours
+    kl = divergence(exact, round_trip(TopK(32), rows, 1.0, 4.0).torch).mean()
+    assert divergence(exact, uniform_tail(rows, 32, 0.25)).mean() > 1.2 * kl
     assert divergence(exact, renormalised(rows, 32, 0.25)).mean() == np.inf

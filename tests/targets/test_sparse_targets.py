@@ -1,4 +1,4 @@
-"""Every encoding in torch and in numpy: what comes back of a row, for every distribution (2)."""
+"""Sampled rows, the loss on sparse targets, and encodings in headers and on the command line."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_each_count_is_within_one_of_its_expectation(data: st.DataObject) -> Non
 
 
 def test_draws_that_are_independent_would_be_noticed() -> None:
-    # the counts of a multinomial are further from n p than 1
+    # the counts of a multinomial differ from n p by more than 1
     p = np.full(10, 0.1)
     counts = np.random.default_rng(0).multinomial(100, p)
     assert np.abs(counts - 10).max() > 1
@@ -70,7 +70,7 @@ def test_no_draw_at_all_gives_a_class_without_probability(
     rows = log_softmax(np.array([[-np.inf, 0.0, 1.0, -np.inf]]))
     for extreme in (0.0, 1 - 2.0**-53):
         monkeypatch.setattr(
-            "softcache.targets.encode.uniform", lambda *_, at=extreme, **__: np.array([[at]])
+            "softcache.targets.encode.uniform", lambda *_, draw=extreme, **__: np.array([[draw]])
         )
         assert set(encode(Sampled(n), rows)["ids"][0].tolist()) <= {1, 2}
 
@@ -79,11 +79,11 @@ def test_draws_depend_on_seed_view_and_sample_alone() -> None:
     rows = np.repeat(every_kind(300, 0, 2.0)[:1], 40, 0)
     samples = np.arange(100, 140)
 
-    def drawn(seed: int, view: int, at: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        found: npt.NDArray[Any] = encode(
-            Sampled(20), rows[: len(at)], seed=seed, view=view, samples=at
-        )["ids"]
-        return found
+    def drawn(seed: int, view: int, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        stored = encode(
+            Sampled(20), rows[: len(sample_ids)], seed=seed, view=view, sample_ids=sample_ids
+        )
+        return stored["ids"]
 
     whole = drawn(3, 1, samples)
     np.testing.assert_array_equal(whole, drawn(3, 1, samples))
@@ -92,29 +92,27 @@ def test_draws_depend_on_seed_view_and_sample_alone() -> None:
     np.testing.assert_array_equal(whole[7:9], drawn(3, 1, samples[7:9]))
     for other in (drawn(4, 1, samples), drawn(3, 2, samples), drawn(3, 1, samples + 1000)):
         assert (other != whole).any(-1).mean() > 0.9
-    assert len(np.unique(whole, axis=0)) > 25  # nor are the samples' draws all the same
+    assert len(np.unique(whole, axis=0)) > 25  # samples differ from each other too
 
 
-FALSE_ALARM = 1e-9  # how often the test of a sound sampler would fail, over all seeds
-
-
+FALSE_ALARM = 1e-9  # probability, over all seeds, that the test fails for a correct sampler
 DRAWS, DRAWN_CLASSES, N = 20_000, 20, 8
 
 
 def bias_allowed() -> float:
-    """How far a mean count may be from n p.
+    """How far the mean count of any class can be from n p, except with probability FALSE_ALARM.
 
-    A systematic count is floor(n p), or one more; by Hoeffding's inequality the mean of m of them is
-    further off than t with a probability of at most 2 exp(-2 m t²), for each of the classes.
+    A systematic count is floor(n p) or one more, so by Hoeffding's inequality the mean of m counts
+    is off by more than t with a probability of at most 2 exp(-2 m t²), for each class.
     """
     return math.sqrt(math.log(2 * DRAWN_CLASSES / FALSE_ALARM) / (2 * DRAWS))
 
 
 def mean_counts(rows: Rows) -> Rows:
-    """Counts of each class among N draws, (C,), the mean over all rows."""
+    """How often each class is among the N draws, averaged over all rows, (C,)."""
     ids = encode(Sampled(N), rows)["ids"].astype(np.int64)
-    found: Rows = np.bincount(ids.ravel(), minlength=DRAWN_CLASSES) / len(rows)
-    return found
+    means: Rows = np.bincount(ids.ravel(), minlength=DRAWN_CLASSES) / len(rows)
+    return means
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
@@ -149,7 +147,7 @@ def test_sampled_cannot_be_retempered() -> None:
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """How many values the largest tensor has that comes about."""
+    """Records the size of the largest tensor that is created."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -162,11 +160,11 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
-        found = func(*args, **(kwargs or {}))
-        for part in found if isinstance(found, tuple | list) else [found]:
-            if isinstance(part, Tensor):
-                self.values = max(self.values, part.numel())
-        return found
+        result = func(*args, **(kwargs or {}))
+        for output in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(output, Tensor):
+                self.values = max(self.values, output.numel())
+        return result
 
 
 def test_decoding_many_draws_takes_memory_in_proportion_to_them() -> None:
@@ -193,8 +191,8 @@ def soft_loss_of(logits: Rows, targets: Targets, temperature: float) -> LossAndG
 
 
 def differs(sparse: LossAndGradient, dense: LossAndGradient) -> bool:
-    apart = not math.isclose(sparse.loss, dense.loss, rel_tol=1e-4, abs_tol=1e-5)
-    return apart or not np.allclose(sparse.gradient, dense.gradient, rtol=1e-3, atol=1e-6)
+    losses_differ = not math.isclose(sparse.loss, dense.loss, rel_tol=1e-4, abs_tol=1e-5)
+    return losses_differ or not np.allclose(sparse.gradient, dense.gradient, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["topk", "sampled"])
@@ -204,14 +202,16 @@ def test_the_loss_of_sparse_targets_is_that_of_dense_ones(
     name: str, data: st.DataObject, seed: int
 ) -> None:
     rows = data.draw(batches())
-    wanted = data.draw(temperatures_for(name))
-    targets = round_trip(data.draw(encodings(name, rows.shape[-1])), rows, 1.0, wanted).targets
+    target_temperature = data.draw(temperatures_for(name))
+    targets = round_trip(
+        data.draw(encodings(name, rows.shape[-1])), rows, 1.0, target_temperature
+    ).targets
     assert isinstance(targets, SparseTargets)
     assert targets.shape == rows.shape
     logits = np.random.default_rng(seed).standard_normal(rows.shape) * 3
-    sparse = soft_loss_of(logits, targets, wanted)
-    # -inf in a dense tensor makes NaN of the gradient: a class never drawn has a log p that is finite
-    dense = soft_loss_of(logits, to_dense(targets).clamp(min=-1e5), wanted)
+    sparse = soft_loss_of(logits, targets, target_temperature)
+    # -inf in a dense tensor makes the gradient NaN, so classes never drawn get a finite log p
+    dense = soft_loss_of(logits, to_dense(targets).clamp(min=-1e5), target_temperature)
     assert not differs(sparse, dense)
 
 
@@ -221,26 +221,30 @@ def test_a_tail_forgotten_or_a_draw_counted_twice_would_be_noticed() -> None:
     topk, sampled = (round_trip(e, rows).targets for e in (TopK(5), Sampled(100)))
     assert isinstance(topk, SparseTargets)
     assert isinstance(sampled, SparseTargets)
-    without = SparseTargets(topk.ids, topk.log_probs, topk.rest - 100, topk.classes)
+    without_tail = SparseTargets(topk.ids, topk.log_probs, topk.rest - 100, topk.classes)
     dense = soft_loss_of(logits, to_dense(topk), 1.0)
-    assert differs(soft_loss_of(logits, without, 1.0), dense)
-    again = sampled.log_probs.clone()
-    again[again.isneginf()] = -3
-    twice = SparseTargets(sampled.ids, again, sampled.rest, sampled.classes)
+    assert differs(soft_loss_of(logits, without_tail, 1.0), dense)
+    log_probs = sampled.log_probs.clone()
+    log_probs[log_probs.isneginf()] = -3
+    counted_twice = SparseTargets(sampled.ids, log_probs, sampled.rest, sampled.classes)
     dense = soft_loss_of(logits, to_dense(sampled).clamp(min=-1e5), 1.0)
-    assert differs(soft_loss_of(logits, twice, 1.0), dense)
+    assert differs(soft_loss_of(logits, counted_twice, 1.0), dense)
 
 
 @few
-@given(data=st.data(), wanted=st.sampled_from([1.0, 4.0]))
+@given(data=st.data(), target_temperature=st.sampled_from([1.0, 4.0]))
 def test_the_loss_of_a_student_that_is_its_topk_targets_is_zero(
-    data: st.DataObject, wanted: float
+    data: st.DataObject, target_temperature: float
 ) -> None:
     rows = data.draw(batches(spreads=(0.1, 1, 3, 10)))
-    targets = round_trip(data.draw(encodings("topk", rows.shape[-1])), rows, 1.0, wanted).targets
-    found = soft_loss_of(to_dense(targets).double().numpy() * wanted, targets, wanted)
-    assert abs(found.loss) < 1e-5
-    assert np.abs(found.gradient).max() < 1e-5
+    targets = round_trip(
+        data.draw(encodings("topk", rows.shape[-1])), rows, 1.0, target_temperature
+    ).targets
+    result = soft_loss_of(
+        to_dense(targets).double().numpy() * target_temperature, targets, target_temperature
+    )
+    assert abs(result.loss) < 1e-5
+    assert np.abs(result.gradient).max() < 1e-5
 
 
 def test_the_loss_of_sparse_targets_keeps_its_precision_with_many_classes() -> None:
@@ -259,15 +263,15 @@ def test_draws_of_one_class_count_as_that_class() -> None:
     shares = np.array([[1, 0, 0], [0.5, 0.5, 0]])
     for decoded in (trip.torch, trip.numpy):
         np.testing.assert_allclose(np.exp(decoded), shares, atol=1e-6)
-    found = soft_loss_of(np.zeros((2, 3)), trip.targets, 1.0)
-    assert found.loss == pytest.approx((math.log(3) + math.log(1.5)) / 2, rel=1e-5)
+    result = soft_loss_of(np.zeros((2, 3)), trip.targets, 1.0)
+    assert result.loss == pytest.approx((math.log(3) + math.log(1.5)) / 2, rel=1e-5)
     expected = (1 / 3 - shares) / 2
-    np.testing.assert_allclose(found.gradient, expected, atol=1e-6)
+    np.testing.assert_allclose(result.gradient, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_the_gradient_of_draws_is_on_average_that_of_the_distribution(temperature: float) -> None:
-    # the same student and row in a large batch, whose loss is a mean: its gradient is one over draws
+    # in a large batch of the same student and row, the mean loss averages the gradient over draws
     row = every_kind(DRAWN_CLASSES, 8, 1.0)[:1]
     logits = np.random.default_rng(1).standard_normal((1, DRAWN_CLASSES)) * 2
 
@@ -280,15 +284,15 @@ def test_the_gradient_of_draws_is_on_average_that_of_the_distribution(temperatur
         return student.grad.double().numpy()
 
     expected = gradient(row, None)
-    # a count off by t moves the gradient, (q - count / n) / T, by t / n T
+    # a count that is off by t moves the gradient, (q - count / n) / T, by t / (n T)
     allowed = bias_allowed() / N / temperature + 1e-6
-    found = gradient(np.repeat(row, DRAWS, 0), Sampled(N))
-    assert np.abs(found - expected).max() < allowed
+    mean_gradient = gradient(np.repeat(row, DRAWS, 0), Sampled(N))
+    assert np.abs(mean_gradient - expected).max() < allowed
     cut = gradient(np.repeat(renormalised(row, N, 1.0), 2, 0).clip(-1e5), None)
-    assert np.abs(cut - expected).max() > allowed  # as the most probable N alone would do
+    assert np.abs(cut - expected).max() > allowed  # the N most probable classes alone are biased
 
 
-# what a header and a command line may say
+# encodings in headers and on the command line
 @pytest.mark.parametrize(
     "encoding",
     [
@@ -333,35 +337,44 @@ KNOWN = r"; this softcache knows dense, quantized, topk, basis, sampled$"
         ({"name": "Dense"}, KNOWN),
         ({"name": "x" * 10_000}, rf"^encoding is .{{80}}{KNOWN}"),
         ({"name": "dense\n\x1b[31m"}, rf"^encoding is [\x20-\x7e]+{KNOWN}"),
-        ({"name": "dense", "k": 1}, r"; dense has nothing$"),
-        ({"name": "quantized", "bits": 4}, r"; quantized has nothing$"),
-        ({"name": "topk", "k": 1}, r"; topk has \['k', 'temperatures'\]$"),
-        (topk_json(ids=2), r"; topk has \['k', 'temperatures'\]$"),
-        ({"name": "basis", "wide": 4}, r"; basis has \['narrow', 'top', 'wide'\]$"),
-        ({"name": "sampled"}, r"; sampled has \['n'\]$"),
+        ({"name": "dense", "k": 1}, r"; dense has no parameters$"),
+        ({"name": "quantized", "bits": 4}, r"; quantized has no parameters$"),
+        ({"name": "topk", "k": 1}, r"; topk has k, temperatures$"),
+        (topk_json(ids=2), r"; topk has k, temperatures$"),
+        ({"name": "basis", "wide": 4}, r"; basis has narrow, top, wide$"),
+        ({"name": "sampled"}, r"; sampled has n$"),
         *(
-            (topk_json(k=k), r"; k is no whole number from 0 up$")
+            (topk_json(k=k), r"; expected k to be a whole number, 0 or more$")
             for k in (None, True, "3", 3.0, [3], -1, 1 << 31, 10**400)
         ),
-        (topk_json(k=0), r"needs k from 1, and 1 to 16 ascending temperatures"),
+        (topk_json(k=0), r"needs k of at least 1, and 1 to 16 ascending temperatures"),
         *(
-            (topk_json(temperatures=t), r"; temperatures are no list of numbers above 0")
+            (topk_json(temperatures=t), r"; expected temperatures to be a list of numbers above 0")
             for t in (None, 4.0, "14", {"1": 4}, [1, "4"], [True], [[1.0]], [None])
         ),
         *(
-            (topk_json(temperatures=t), r"needs k from 1, and 1 to 16 ascending temperatures")
+            (
+                topk_json(temperatures=t),
+                r"needs k of at least 1, and 1 to 16 ascending temperatures",
+            )
             for t in ([], [4, 1], [1, 1], list(range(1, 18)))
         ),
         *(
-            (topk_json(temperatures=t), r"; temperatures are no list of numbers above 0")
+            (topk_json(temperatures=t), r"; expected temperatures to be a list of numbers above 0")
             for t in ([0, 1], [-1], [math.nan], [1, math.inf])
         ),
         (topk_json(temperatures=[1, 2e6]), "needs temperatures above 0, up to 1e6$"),
         (topk_json(temperatures=[1, 1e7]), "needs temperatures above 0, up to 1e6$"),
-        *((basis_json(**{n: -1}), rf"; {n} is no whole") for n in ("wide", "narrow", "top")),
-        (basis_json(narrow=3), "needs an even narrow, top from 1, and some coefficients"),
-        (basis_json(top=0), "needs an even narrow, top from 1, and some coefficients"),
-        (basis_json(wide=0, narrow=0), "needs an even narrow, top from 1, and some coefficients"),
+        *(
+            (basis_json(**{n: -1}), rf"; expected {n} to be a whole number, 0 or more$")
+            for n in ("wide", "narrow", "top")
+        ),
+        (basis_json(narrow=3), "needs an even narrow, top of at least 1, and some coefficients"),
+        (basis_json(top=0), "needs an even narrow, top of at least 1, and some coefficients"),
+        (
+            basis_json(wide=0, narrow=0),
+            "needs an even narrow, top of at least 1, and some coefficients",
+        ),
         ({"name": "sampled", "n": 0}, "sampled:0 draws; expected 1 to 65536"),
         ({"name": "sampled", "n": 65_537}, "sampled:65537 draws; expected 1 to 65536"),
     ],
@@ -379,18 +392,18 @@ def test_a_header_with_a_temperature_too_large_for_a_float_is_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TopK(0), r"TopK\(k=0, .* needs k from 1"),
-        (lambda: TopK(-3), r"TopK\(k=-3, .* needs k from 1"),
+        (lambda: TopK(0), r"TopK\(k=0, .* needs k of at least 1"),
+        (lambda: TopK(-3), r"TopK\(k=-3, .* needs k of at least 1"),
         (lambda: TopK(3, ()), "1 to 16 ascending temperatures"),
         (lambda: TopK(3, (4.0, 1.0)), "1 to 16 ascending temperatures"),
         (lambda: TopK(3, (1.0, 1.0)), "1 to 16 ascending temperatures"),
         (lambda: TopK(3, tuple(map(float, range(1, 18)))), "1 to 16 ascending temperatures"),
         (lambda: TopK(3, (0.0, 1.0)), "needs temperatures above 0"),
         (lambda: TopK(3, (1.0, math.inf)), "needs temperatures above 0"),
-        (lambda: Basis(-1, 4, 1), r"Basis\(wide=-1, .* needs an even narrow, top from 1"),
+        (lambda: Basis(-1, 4, 1), r"Basis\(wide=-1, .* needs an even narrow, top of at least 1"),
         (lambda: Basis(4, -2, 1), "needs an even narrow"),
         (lambda: Basis(4, 3, 1), "needs an even narrow"),
-        (lambda: Basis(4, 2, 0), "top from 1"),
+        (lambda: Basis(4, 2, 0), "top of at least 1"),
         (lambda: Basis(0, 0, 1), "some coefficients"),
         (lambda: Sampled(0), "sampled:0 draws; expected 1 to 65536"),
         (lambda: Sampled(65_537), "sampled:65537 draws; expected 1 to 65536"),
@@ -408,9 +421,9 @@ def test_parameters_that_make_no_sense_are_refused(
     [
         (TopK(10), "topk:10 of 10 classes leaves no tail; use dense"),
         (TopK(11), "topk:11 of 10 classes leaves no tail; use dense"),
-        (Basis(11, 0, 1), "is more than 10 classes have; use dense"),
-        (Basis(5, 6, 1), "is more than 10 classes have; use dense"),
-        (Basis(1, 0, 11), "is more than 10 classes have; use dense"),
+        (Basis(11, 0, 1), "needs more than 10 classes; use dense"),
+        (Basis(5, 6, 1), "needs more than 10 classes; use dense"),
+        (Basis(1, 0, 11), "needs more than 10 classes; use dense"),
     ],
 )
 def test_parameters_that_do_not_fit_the_classes_are_refused(
@@ -426,7 +439,7 @@ def test_parameters_that_do_not_fit_the_classes_are_refused(
     [
         ("dense", Dense()),
         ("quantized", Quantized()),
-        ("topk:32", TopK(32, (1.0, 2.0, 3.0, 4.0, 8.0))),  # with the dump's own temperature
+        ("topk:32", TopK(32, (1.0, 2.0, 3.0, 4.0, 8.0))),  # 3 is the temperature of the dump
         ("sampled:50", Sampled(50)),
     ],
 )
