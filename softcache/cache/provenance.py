@@ -66,7 +66,9 @@ def summary(value: object) -> JSON | None:
     """What the finished cache was measured to be; None while it is unfinished.
 
     `entropy` in nats; `agreement` with the labels in [0, 1], or None without labels; the number of
-    `rows` that they were measured on; and optionally `fidelity`, statistics of KL(teacher ‖ stored).
+    `rows` that they were measured on; and optionally `fidelity`, statistics of KL(teacher ‖ stored),
+    `confidence`, the teacher's mean top-1 probability at temperature 1, and `warnings`, what cannot be
+    right about it.
     """
     if value is None:
         return None
@@ -83,4 +85,12 @@ def summary(value: object) -> JSON | None:
         type(number) not in (int, float) for name, number in fidelity.items() if name != "at"
     ):
         raise FormatError(f"summary has fidelity {shown(fidelity)}; expected numbers by name")
+    confidence = value.get("confidence", 0.0)
+    if not isinstance(confidence, float) or not 0 <= confidence <= 1:
+        raise FormatError(f"summary has confidence {shown(confidence)}; expected 0 to 1")
+    warnings = value.get("warnings", [])
+    if not isinstance(warnings, list) or len(warnings) > 8 or not all(map(is_text, warnings)):
+        raise FormatError(
+            f"summary has warnings {shown(warnings)}; expected at most 8 printable texts"
+        )
     return value

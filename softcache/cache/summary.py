@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from softcache.cache.encodings import Sampled
+from softcache.cache.header import Header
 from softcache.cache.reader import Cache
+from softcache.cache.verdict import Predictions, judge, judge_entropy
+
+Floats64 = npt.NDArray[np.float64]
 
 SUMMARY_VALUES = 1 << 27  # probabilities that a summary decodes, at most
 CHUNK_VALUES = 1 << 22  # probabilities decoded at a time
@@ -26,22 +33,57 @@ def _run(count: int) -> int:
     return max(1, min(RUN, count // (8 * RUN)))
 
 
-def summarize(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RowStatistics:
+    """What the rows of a cache come to.
+
+    Attributes:
+        rows: how many were decoded.
+        entropy: the mean in nats at the dump temperature.
+        entropy_at_1: the mean in nats at temperature 1; None if the rows cannot be re-tempered.
+        predictions: those of labelled rows whose samples are not mixed, with their confidence at
+            temperature 1 (NaN if the rows cannot be re-tempered).
+        agreement: share of labelled rows with their label as the top class; None without labels.
+    """
+
+    rows: int
+    entropy: float
+    entropy_at_1: float | None
+    predictions: Predictions
+    agreement: float | None
+
+    @property
+    def confidence(self) -> float | None:
+        """Mean probability of the top class of labelled rows at temperature 1, if it is known."""
+        if not len(self.predictions.labels) or self.entropy_at_1 is None:
+            return None
+        return self.predictions.mean_confidence
+
+    def summary(self) -> dict[str, Any]:
+        """The fields of a header's summary."""
+        confidence = self.confidence
+        return {
+            "entropy": self.entropy,
+            "agreement": self.agreement,
+            "rows": self.rows,
+            **({} if confidence is None else {"confidence": confidence}),
+        }
+
+
+def measure_rows(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> RowStatistics:
     """Measure a cache on runs of rows that are spread evenly over its views and samples.
 
     Args:
         advance: called with the number of rows done.
-
-    Returns:
-        `entropy`, the mean in nats at the dump temperature; `agreement`, the share of labelled rows
-        with their label as the top class, or None without labels; `rows`, how many were decoded.
     """
     header = cache.header
     total, count = header.views * header.samples, summary_row_count(cache)
     run = _run(count)
     starts = (np.arange(0, count, run) * (total / count)).astype(np.int64)
     rows = (starts[:, None] + np.arange(run)).reshape(-1)
-    entropy = agreed = labelled = 0.0
+    retempers = not isinstance(header.encoding, Sampled) or header.temperature == 1.0
+    entropies = [0.0, 0.0]  # at the dump temperature, and at 1
+    labels, classes, confidence = [], [], []
     chunk = max(1, CHUNK_VALUES // header.classes)
     for start in range(0, count, chunk):
         chunk_rows = rows[start : start + chunk]
@@ -53,17 +95,69 @@ def summarize(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> 
         for view in np.unique(views):
             rows_of_view = cache_rows[views == view]
             log_probs = cache.rows(int(view), rows_of_view).astype(np.float64)  # (B, C)
-            labels = cache.labels[rows_of_view]
-            probs = np.exp(log_probs)
-            entropy -= float((probs * np.where(probs > 0, log_probs, 0)).sum())
-            agreed += int((log_probs.argmax(-1) == labels).sum())
-            labelled += int((labels >= 0).sum())
+            entropies[0] += _entropy(log_probs)
+            classes.append(log_probs.argmax(-1))
+            if retempers:
+                if header.temperature != 1.0:
+                    log_probs *= header.temperature
+                    log_probs -= np.logaddexp.reduce(log_probs, -1, keepdims=True)
+                entropies[1] += _entropy(log_probs)
+            confidence.append(np.exp(log_probs.max(-1)) if retempers else classes[-1] * np.nan)
+            labels.append(np.array(cache.labels[rows_of_view]))
         advance(len(chunk_rows))
-    return {
-        "entropy": entropy / count,
-        "agreement": agreed / labelled if labelled else None,
-        "rows": count,
-    }
+    predictions = Predictions(
+        np.concatenate(labels), np.concatenate(classes), np.concatenate(confidence)
+    )
+    labelled = predictions.labels >= 0
+    judged = labelled if not mixes_samples(header) else np.zeros_like(labelled)
+    return RowStatistics(
+        rows=count,
+        entropy=entropies[0] / count,
+        entropy_at_1=entropies[1] / count if retempers else None,
+        predictions=predictions.only(judged),
+        agreement=predictions.only(labelled).agreement if labelled.any() else None,
+    )
+
+
+def mixes_samples(header: Header) -> bool:
+    """Whether samples are mixed in pairs, so that no row has one label."""
+    return "mixup" in (header.augment or "").split(",")
+
+
+def warnings_of(
+    cache: Cache, statistics: RowStatistics, *, by_row: bool = False, inputs: str | None = None
+) -> list[str]:
+    """What cannot be right about the rows of a cache, as messages; empty if nothing is wrong.
+
+    Args:
+        by_row: whether the rows came as a matrix, which may be in another order than the data.
+        inputs: mean and standard deviation of what the teacher got, for messages.
+    """
+    header = cache.header
+    names = [name.decode("utf-8", "replace") for name in cache.arrays["class_names"]]
+    found = judge("the teacher", statistics.predictions, names, by_row=by_row, inputs=inputs)
+    if statistics.entropy_at_1 is not None:
+        found += judge_entropy(
+            "the teacher", statistics.entropy_at_1, header.classes, statistics.agreement
+        )
+    return found
+
+
+def _entropy(log_probs: Floats64) -> float:
+    """The sum over rows of their entropy in nats."""
+    probs = np.exp(log_probs)
+    return -float((probs * np.where(probs > 0, log_probs, 0)).sum())
+
+
+def summarize(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+    """The fields of a header's summary, and what cannot be right as `warnings`; see measure_rows()."""
+    statistics = measure_rows(cache, advance)
+    return statistics.summary() | warning_field(warnings_of(cache, statistics))
+
+
+def warning_field(warnings: Sequence[str]) -> dict[str, Any]:
+    """Warnings as a header keeps them; a summary without any has no such field."""
+    return {"warnings": list(warnings)} if warnings else {}
 
 
 def pooled_fidelity(parts: Sequence[Cache]) -> dict[str, Any] | None:

@@ -40,6 +40,10 @@ class Predictions:
     classes: Integers
     confidence: npt.NDArray[np.float64]
 
+    def only(self, rows: npt.NDArray[np.bool_]) -> Predictions:
+        """The predictions of some rows, given as a mask (n,)."""
+        return Predictions(self.labels[rows], self.classes[rows], self.confidence[rows])
+
     @property
     def agreement(self) -> float:
         """Share of the rows whose most probable class is the label."""
@@ -71,6 +75,8 @@ def judge(
     if count < FEWEST_ROWS:
         return []
     agreement, confidence = predictions.agreement, predictions.mean_confidence
+    if not math.isfinite(confidence):
+        return []  # the rows cannot be re-tempered
     doubt = math.sqrt(max(confidence * (1 - confidence), 1e-4) / count)
     if agreement >= confidence - SIGMAS * doubt:
         return []

@@ -55,12 +55,25 @@ class DumpConfig:
         default_text="the teacher's",
         at_least=2,
     )
+    teacher_classes: str | None = setting(
+        None,
+        help="Classes of a wider teacher to keep, in this order: numbers, ranges or names, separated by "
+        "commas, or a file with one per line.",
+        group=TEACHER,
+        metavar="FILE|LIST",
+    )
     data: str = setting(help="Training samples.", group=DATA, metavar="SPEC")
     eval_data: str | None = setting(
         None,
         help="Labelled data to evaluate the teacher on.",
         group=DATA,
         metavar="SPEC",
+    )
+    same_classes: bool = setting(
+        False,
+        help="Data and teacher have the same classes in the same order, under other names.",
+        group=DATA,
+        affects_result=False,
     )
     views: int = setting(
         1,
@@ -122,6 +135,12 @@ class DumpConfig:
     )
     out: Path = setting(
         help="Cache file to write.", group=OUTPUT, metavar="FILE", affects_result=False
+    )
+    strict: bool = setting(
+        False,
+        help="Exit with an error if a result cannot be right; the rows are kept.",
+        group=OUTPUT,
+        affects_result=False,
     )
     embed_inputs: bool = setting(
         False, help="Store the samples too, so that training needs no --data.", group=OUTPUT

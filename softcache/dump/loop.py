@@ -13,9 +13,10 @@ from softcache.cache import Cache, Header, Sampled, open_cache
 from softcache.cache.header import INPUTS
 from softcache.cache.merge import copy_view
 from softcache.cache.reader import partial_path
-from softcache.cache.summary import summarize, summary_row_count
+from softcache.cache.summary import measure_rows, summary_row_count, warning_field, warnings_of
 from softcache.cache.writer import Writer
 from softcache.data.augment import Augmentation, parse_augment
+from softcache.data.class_names import align_classes
 from softcache.data.loader import Batch, Request, augmented, loader, make_request
 from softcache.data.open import open_source
 from softcache.data.source import Source, check_labels
@@ -25,18 +26,20 @@ from softcache.dump.fidelity import fidelity_line, measure_fidelity
 from softcache.dump.pipeline import BackgroundConsumer, Stopwatch, prefetch
 from softcache.dump.prepare import (
     check_out,
+    describe_inputs,
     draft_header,
     load_teachers,
     open_unfinished,
     with_batch_size,
 )
 from softcache.dump.processes import ProcessGroup, join_processes
-from softcache.errors import Interrupted
+from softcache.errors import DataError, Interrupted
 from softcache.join.fingerprints import check_replay
 from softcache.targets.encode import HostCopy, as_arrays, make_encoder
 from softcache.targets.fetch import shared_tensors
 from softcache.teachers.ensemble import Ensemble
-from softcache.util.log import inform
+from softcache.teachers.matrix import Matrix
+from softcache.util.log import inform, verdict
 from softcache.util.progress import progress
 
 # per process and view: few enough for runs to be long, many enough to balance slow processes
@@ -70,9 +73,12 @@ def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
     """One process's part of a dump; the first process also creates the file and finishes it."""
     source = open_source(config.data)
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
-    teacher = load_teachers(config, source, augmentation)
-    draft = draft_header(config, source, teacher)
     check_out(config.out)
+    teacher = load_teachers(config, source, augmentation)
+    source = align_classes(
+        source, teacher.class_names, "the teacher", same_classes=config.same_classes
+    )
+    draft = draft_header(config, source, teacher)
     finished = open_finished(config, draft, source, augmentation)
     if finished is not None and finished.header.views == draft.views:
         if group.first:
@@ -94,6 +100,8 @@ def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
             fidelity = (header.summary or {})["fidelity"]
             inform(fidelity_line(fidelity, isinstance(header.encoding, Sampled)))
             inform(watch.advice())
+            for warning in (header.summary or {}).get("warnings", []):
+                verdict(warning)
         group.barrier()
     except KeyboardInterrupt:
         partial = partial_path(config.out)
@@ -129,14 +137,30 @@ def open_finished(
 def finish_dump(
     config: DumpConfig, source: Source, teacher: Ensemble, augmentation: Augmentation
 ) -> None:
-    """Summarize the rows, measure their fidelity, and give the file its final name."""
+    """Summarize and judge the rows, measure their fidelity, and give the file its final name.
+
+    Raises:
+        DataError: `strict` is set, and a result cannot be right; the rows are kept.
+    """
     # no recheck: older blocks were checked at the start, and this job wrote all the others
     with Writer(config.out, recheck=False) as writer:
         with progress("summary", summary_row_count(writer.cache), "rows") as advance:
-            summary = summarize(writer.cache, advance)
+            statistics = measure_rows(writer.cache, advance)
+        warnings = warnings_of(
+            writer.cache,
+            statistics,
+            by_row=any(isinstance(member.model, Matrix) for member in teacher.teachers),
+            inputs=describe_inputs(source, augmentation, config.first_view),
+        )
+        if warnings and config.strict:
+            raise DataError(
+                f"{warnings[0]}. The rows are kept in {partial_path(config.out)}: correct the cause and dump "
+                "with --overwrite, or run the same command without --strict to accept them"
+            )
         fidelity = measure_fidelity(
             writer.cache, source, teacher, augmentation, workers=config.workers
         )
+        summary = statistics.summary() | warning_field(warnings)
         writer.finish(summary | {"fidelity": fidelity})
 
 

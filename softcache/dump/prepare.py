@@ -15,7 +15,7 @@ from softcache.cache.encodings import DTYPES, ArraySpec
 from softcache.cache.header import BASE_VERSION, INPUTS, VERSION
 from softcache.cache.reader import partial_path
 from softcache.data.augment import Augmentation, split_augment
-from softcache.data.class_names import check_class_names
+from softcache.data.class_names import align_classes
 from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.dump.check_resume import check_same
@@ -32,6 +32,8 @@ from softcache.teachers.options import COMPILED
 from softcache.util.device import pick_device
 from softcache.util.log import inform
 from softcache.util.tensors import to_float
+
+DESCRIBED = 64  # samples of which mean and standard deviation are told
 
 
 def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Header:
@@ -126,7 +128,12 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
                 f"teacher {teacher.spec} has {len(teacher.model.values):,} rows, {source.name} has "
                 f"{len(source):,} samples; expected a row for each sample of the data, in the same order"
             )
-        check_class_names(source, teacher.class_names, f"teacher {teacher.spec}")
+        align_classes(
+            source,
+            teacher.class_names,
+            f"teacher {teacher.spec}",
+            same_classes=config.same_classes,
+        )
     return make_ensemble(loaded, config.teacher_weight)
 
 
@@ -188,6 +195,16 @@ def open_unfinished(
     create(config.out, replace(header, evaluation=evaluation), arrays, config.batch_size, inputs)
 
 
+def describe_inputs(source: Source, augmentation: Augmentation, view: int) -> str:
+    """Mean and standard deviation of what the teacher gets, on a few samples, for messages."""
+    samples = np.linspace(0, len(source) - 1, min(len(source), DESCRIBED)).astype(np.int64)
+    raw = source.fetch(samples.tolist())[0]
+    inputs = to_float(augmentation.transformed(raw, view, samples))
+    if not inputs.is_floating_point():
+        return f"type {inputs.dtype}"
+    return f"mean {float(inputs.mean()):.3g} and standard deviation {float(inputs.std()):.3g}"
+
+
 def input_array_spec(source: Source) -> ArraySpec:
     """The array that stores the raw samples of the source: its dtype and the shape of one sample.
 
@@ -215,9 +232,8 @@ def evaluate_teacher(
     """
     if spec is None:
         return None
-    source = open_source(spec)
-    check_class_names(source, dumped.class_names, dumped.name)
-    check_class_names(source, teacher.class_names, "the teacher")
+    source = align_classes(open_source(spec), dumped.class_names, dumped.name)
+    source = align_classes(source, teacher.class_names, "the teacher")
     evaluation = evaluate(
         lambda inputs: teacher.log_probs(inputs, 1.0),
         source,

@@ -17,6 +17,7 @@ from softcache.data.loader import augmented, loader, make_request
 from softcache.data.source import Source
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.util.counter_rng import uniform
+from softcache.util.log import inform
 
 FINGERPRINTED = 8  # samples with fingerprints in each view
 TOLERANCE = 2e-3  # of the input's root mean square: far above float noise, far below another crop
@@ -144,7 +145,7 @@ def check_replay(
         cache: holds the fingerprints of the dump.
         source: the data to train on.
         augmentation: the augmentation to train with.
-        source_indices: (samples,) the source index of each cache row.
+        source_indices: (samples,) the source index of each cache row, -1 where the source lacks it.
         source_index_of: (data_samples,) the source index of each sample id, for mixup.
 
     Raises:
@@ -158,6 +159,15 @@ def check_replay(
             f"{cache.path} has fingerprints of samples {cache_rows.min()} to {cache_rows.max()}; expected 0 "
             f"to {header.samples - 1}: the file is damaged or forged, get it again"
         )
+    present = source_indices[cache_rows] >= 0
+    if not present.any():
+        if header.augment:
+            inform(
+                f"note: {source.name} has none of the samples with fingerprints in {cache.path}; whether its "
+                "views are replayed exactly cannot be checked"
+            )
+        return
+    cache_rows = cache_rows[present]
     current, rms = fingerprints(
         source,
         augmentation,
@@ -166,7 +176,8 @@ def check_replay(
         source_indices=source_indices[cache_rows],
         source_index_of=source_index_of,
     )
-    distances = np.abs(current - cache.arrays["fingerprints"][: header.views]).max(-1)  # (views, F)
+    stored = cache.arrays["fingerprints"][: header.views, present]
+    distances = np.abs(current - stored).max(-1)  # (views, F)
     differing = _differing(distances, rms)
     if len(differing):
         view, number = map(int, differing[0])

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from softcache.cache import Cache
 from softcache.data.augment import ROTATION_STREAM, Augmentation, parse_augment
-from softcache.data.loader import Batch, Request, augmented, make_request
+from softcache.data.loader import (
+    Batch,
+    Request,
+    augmented,
+    loader,
+    make_request,
+    sequential_batches,
+)
 from softcache.data.source import Source, check_labels
 from softcache.errors import DataError
 from softcache.losses import LOWEST
@@ -21,6 +28,8 @@ from softcache.targets.decode import to_dense
 from softcache.types import Labels, MixedLabels, SparseTargets, Targets, Views
 from softcache.util.counter_rng import uniform
 from softcache.util.tensors import to_float
+
+READ_BATCH = 1000  # samples per batch when all labels are read
 
 Indices = npt.NDArray[np.int64]
 
@@ -72,6 +81,29 @@ class JoinedData:
         """The first sample as float (1, *shape), after the user's own transform."""
         raw, first = self.source.fetch([int(self.source_indices[0])])[0], self.sample_ids[:1]
         return to_float(self.augmentation.transformed(raw, self.views(0, first), first))
+
+    def labels(self) -> Indices:
+        """The label of each sample (N,), UNLABELLED where there is none.
+
+        They are the source's own if it keeps them, else those of the cache; else all samples are read.
+
+        Raises:
+            DataError: a label is not a class.
+        """
+        labels = getattr(self.source, "labels", None)
+        if labels is not None:
+            labels = np.asarray(labels, np.int64)[self.source_indices]
+        elif self.cache is not None:
+            labels = self.cache.labels[self.sample_ids - self.cache.header.first_sample]
+        else:
+            labels = np.empty(len(self), np.int64)
+            batches = sequential_batches(len(self), READ_BATCH)
+            indices = [self.source_indices[rows.start : rows.stop].tolist() for rows in batches]
+            for rows, batch in zip(batches, loader(self.source, indices), strict=True):
+                labels[rows.start : rows.stop] = batch.labels.numpy()
+        labels = np.asarray(labels, np.int64)
+        check_labels(labels, self.source_indices, self.classes, self.source)
+        return labels
 
     def views(self, epoch: int, sample_ids: Indices) -> Views:
         """The view of each sample in an epoch: one for the whole batch, or (B,) one for each sample.

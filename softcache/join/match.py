@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from softcache.cache import Cache
 from softcache.data.loader import loader, sequential_batches
@@ -21,6 +23,57 @@ from softcache.util.progress import progress
 BATCH = 1000  # samples per batch when all keys are read
 
 
+@dataclass(frozen=True)
+class Match:
+    """Which samples of a source are which rows of a cache: one entry for each that both have.
+
+    Attributes:
+        source_indices: (N,).
+        cache_rows: (N,), ascending.
+        labels: (all samples of the source,) as the source gives them.
+    """
+
+    source_indices: Indices
+    cache_rows: Indices
+    labels: Indices
+
+    def by_cache_row(self, samples: int) -> Indices:
+        """(samples,) the source index of each row of the cache, -1 where the source lacks it."""
+        source_indices = np.full(samples, -1, np.int64)
+        source_indices[self.cache_rows] = self.source_indices
+        return source_indices
+
+
+@dataclass(frozen=True)
+class RelabelledSource:
+    """A source with other labels."""
+
+    source: Source
+    labels: Indices  # (N,)
+
+    @property
+    def name(self) -> str:
+        """The name of the source."""
+        return self.source.name
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of its classes."""
+        return self.source.class_names
+
+    @property
+    def text(self) -> bool:
+        """Whether the samples are texts."""
+        return bool(getattr(self.source, "text", False))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Indices]:
+        """Raw inputs (B, *shape) and labels (B,) of the samples at `indices`."""
+        return self.source.fetch(indices)[0], self.labels[np.asarray(indices, np.int64)]
+
+
 def join(
     source: Source,
     cache: Cache,
@@ -30,17 +83,21 @@ def join(
     device: torch.device,
     workers: int = 0,
     rotate: bool = True,
+    known_only: bool = False,
+    labels: str | None = None,
 ) -> JoinedData:
     """Join a source to a cache, and check that the inputs are those that the teacher saw.
 
     Args:
-        source: the data that the cache was made from, in any order.
+        source: samples that the cache knows, all or some of them, in any order.
         cache: the cache to join.
         augment: the cache's augmentation; needed only if it includes the user's own callable.
         temperatures: the temperatures to fetch soft targets at.
         device: the device of the soft targets.
         workers: the number of worker processes that read the data.
         rotate: whether each sample starts with a view of its own.
+        known_only: leave out samples that the cache does not know.
+        labels: whose labels count where they differ, `data` or `cache`; None refuses them.
 
     Raises:
         DataError: the data or their augmentation are not those of the cache.
@@ -48,22 +105,26 @@ def join(
     """
     header = cache.header
     targets = tempered_targets(cache, temperatures, device)
-    source_indices = join_samples(source, cache, workers)
+    match = match_samples(source, cache, workers, known_only=known_only, labels=labels)
+    if labels == "cache":
+        relabelled = match.labels.copy()
+        relabelled[match.source_indices] = cache.labels[match.cache_rows]
+        source = RelabelledSource(source, relabelled)
     augmentation = replayed(header, augment)
-    if augmentation.mixup and len(source) < header.data_samples:
+    whole = len(match.cache_rows) == header.data_samples
+    if augmentation.mixup and not whole and len(source) != header.data_samples:
         raise SettingsError(
             f"{cache.path} holds {header.samples:,} of {header.data_samples:,} samples, each mixed with any "
             f"of them, but {source.name} has only {len(source):,}; give the whole data set"
         )
     # the whole data set of a shard is in the order of the dump; the data of a whole cache may not be
-    in_order = np.arange(len(source))
-    source_index_of = source_indices if header.samples == header.data_samples else in_order
-    check_replay(cache, source, augmentation, source_indices, source_index_of)
-    sample_ids = np.array(header.sample_range)
+    source_index_of = match.source_indices if whole else np.arange(len(source))
+    by_cache_row = match.by_cache_row(header.samples)
+    check_replay(cache, source, augmentation, by_cache_row, source_index_of)
     return JoinedData(
         source,
-        source_indices,
-        sample_ids,
+        match.source_indices,
+        header.first_sample + match.cache_rows,
         source_index_of,
         augmentation,
         header.classes,
@@ -74,40 +135,65 @@ def join(
 
 
 def join_samples(source: Source, cache: Cache, workers: int = 0) -> Indices:
-    """The source index of each sample of the cache, (samples,); all samples are read once.
-
-    Samples are matched in order if the order is the same, else by the hash of their content. The source may
-    also be the whole data set of a shard; then it must be in the order of the dump.
+    """The source index of each row of the cache, (samples,); the source must have them all.
 
     Raises:
         DataError: the data are not those of the cache; the message names the first sample that differs.
     """
+    match = match_samples(source, cache, workers)
+    if len(match.cache_rows) < cache.header.samples:
+        raise DataError(
+            f"{source.name} has {len(match.cache_rows):,} of the {cache.header.samples:,} samples of "
+            f"{cache.path}; all are needed here"
+        )
+    return match.source_indices
+
+
+def match_samples(
+    source: Source,
+    cache: Cache,
+    workers: int = 0,
+    *,
+    known_only: bool = False,
+    labels: str | None = None,
+) -> Match:
+    """Match the samples of a source to the rows of a cache; all samples are read once.
+
+    In order where the order is the same, else by the hash of each sample's content. The source may have
+    any of the samples, in any order, or be the whole data set of a shard in the order of the dump.
+
+    Args:
+        known_only: leave out samples that the cache does not know, instead of refusing them.
+        labels: whose labels count where they differ, `data` or `cache`; None refuses them.
+
+    Raises:
+        DataError: the cache does not know a sample, or knows it by another label; the first is named.
+    """
     header = cache.header
-    if len(source) not in (header.samples, header.data_samples):
-        shard = f" (a shard of {header.data_samples:,})"
-        raise DataError(
-            f"{source.name} has {len(source):,} samples, but {cache.path} was made from "
-            f"{header.samples:,}{shard if header.samples < header.data_samples else ''} of {header.data}; "
-            "give the data the cache was made from"
-        )
-    keys, labels = read_keys(source, workers)
-    check_labels(labels, np.arange(len(source)), header.classes, source)
-    first = header.first_sample if len(source) == header.data_samples else 0
-    source_indices = np.arange(first, first + header.samples)
-    differs = np.flatnonzero(keys[source_indices] != cache.keys)
-    if len(differs) and len(source) > header.samples:
-        raise DataError(
-            f"sample {source_indices[differs[0]]} of {source.name} is not the one in {cache.path}, a shard "
-            f"of {header.data}; give the data the cache was made from, in the order of the dump"
-        )
-    if len(differs):
-        source_indices = _by_key(keys, labels, cache, source)
-        inform(
-            f"note: {source.name} is not in the order of the cache (first difference at sample "
-            f"{differs[0]}); joined by content"
-        )
-    _check_labels(labels, cache, source_indices, source)
-    return source_indices
+    keys, given = read_keys(source, workers)
+    check_labels(given, np.arange(len(source)), header.classes, source)
+    match = _in_order(keys, given, cache)
+    if match is None:
+        match = _by_key(keys, given, cache)
+        unknown = np.setdiff1d(np.arange(len(source)), match.source_indices)
+        if len(unknown) and (not known_only or len(unknown) == len(source)):
+            raise DataError(_unknown_samples(source, cache, unknown))
+        if len(unknown):
+            inform(
+                f"note: {len(unknown):,} of the {len(source):,} samples of {source.name} are not in "
+                f"{cache.path} and are left out (the first is sample {unknown[0]})"
+            )
+        known = len(match.cache_rows)
+        if known < header.samples:
+            how = f"has {known:,} of the {header.samples:,} samples of the cache"
+        else:
+            differs = match.source_indices != np.arange(known)
+            first = f" (first difference at sample {differs.argmax()})" if differs.any() else ""
+            how = f"is not in the order of the cache{first}"
+        inform(f"note: {source.name} {how}; joined by content")
+    if labels is None:
+        _check_labels(cache, match, source)
+    return match
 
 
 def read_keys(
@@ -126,48 +212,79 @@ def read_keys(
     return keys, labels
 
 
-def _by_key(
-    keys: npt.NDArray[np.uint64], labels: npt.NDArray[np.int64], cache: Cache, source: Source
-) -> npt.NDArray[np.int64]:
-    """Source indices (samples,) by key; samples with equal content are matched by label, then in order."""
-    cached_keys = np.array(cache.keys)
-    cache_rows = np.lexsort((cache.labels, cached_keys))
-    sorted_indices = np.lexsort((labels, keys))
-    if (cached_keys[cache_rows] != keys[sorted_indices]).any():
-        surplus = _surplus(keys, cached_keys)
-        raise DataError(
-            f"sample {surplus[0]} of {source.name} is not in {cache.path}, which was made from "
-            f"{cache.header.data} ({len(surplus):,} samples differ); give the data the cache was made "
-            "from, or dump a cache of these"
+def _in_order(keys: npt.NDArray[np.uint64], labels: Indices, cache: Cache) -> Match | None:
+    """The match of data in the order of the dump, whole or the cache's own part; None if they are not."""
+    header = cache.header
+    if len(keys) not in (header.samples, header.data_samples):
+        return None
+    first = header.first_sample if len(keys) == header.data_samples else 0
+    source_indices = np.arange(first, first + header.samples)
+    if (keys[source_indices] != cache.keys).any():
+        return None
+    return Match(source_indices, np.arange(header.samples), labels)
+
+
+def _by_key(keys: npt.NDArray[np.uint64], labels: Indices, cache: Cache) -> Match:
+    """The match by content; samples of equal content are matched by label first, then in order."""
+    cached_keys, cached_labels = np.array(cache.keys), np.array(cache.labels)
+    source_indices, cache_rows = _pairs(
+        np.stack([keys.view(np.int64), labels], -1),
+        np.stack([cached_keys.view(np.int64), cached_labels], -1),
+    )
+    left = np.setdiff1d(np.arange(len(keys)), source_indices)
+    free = np.setdiff1d(np.arange(len(cached_keys)), cache_rows)
+    more_indices, more_rows = _pairs(
+        keys[left, None].view(np.int64), cached_keys[free, None].view(np.int64)
+    )
+    source_indices = np.concatenate([source_indices, left[more_indices]])
+    cache_rows = np.concatenate([cache_rows, free[more_rows]])
+    order = np.argsort(cache_rows)
+    return Match(source_indices[order], cache_rows[order], labels)
+
+
+def _pairs(left: Indices, right: Indices) -> tuple[Indices, Indices]:
+    """Equal rows of two arrays (n, k), (m, k), each taken once: the first with the first, and so on."""
+    rows, codes = np.unique(np.concatenate([left, right]), axis=0, return_inverse=True)
+    codes = codes.reshape(-1)
+    ranked = [_ranks(side) * len(rows) + side for side in (codes[: len(left)], codes[len(left) :])]
+    _, at_left, at_right = np.intersect1d(
+        ranked[0], ranked[1], assume_unique=True, return_indices=True
+    )
+    return at_left, at_right
+
+
+def _ranks(codes: Indices) -> Indices:
+    """How many equal entries come before each entry, (n,)."""
+    order = np.argsort(codes, kind="stable")
+    ordered = codes[order]
+    ranks = np.empty(len(codes), np.int64)
+    ranks[order] = np.arange(len(codes)) - np.searchsorted(ordered, ordered)
+    return ranks
+
+
+def _unknown_samples(source: Source, cache: Cache, unknown: Indices) -> str:
+    header = cache.header
+    if len(source) == header.data_samples > header.samples:
+        return (
+            f"sample {unknown[0]} of {source.name} is not in {cache.path}, a shard of {header.data} "
+            f"({len(unknown):,} of {len(source):,} are unknown); give the data the cache was made from, in the "
+            "order of the dump, or the samples of the shard alone (--known-only leaves the others out)"
         )
-    source_indices = np.empty(len(keys), np.int64)
-    source_indices[cache_rows] = sorted_indices
-    return source_indices
+    advice = ", or add --known-only to train on the others" if len(unknown) < len(source) else ""
+    return (
+        f"sample {unknown[0]} of {source.name} is not in {cache.path}, which was made from {header.data} "
+        f"({len(unknown):,} of {len(source):,} are unknown); give the data the cache was made from, dump a "
+        f"cache of these{advice}"
+    )
 
 
-def _surplus(
-    keys: npt.NDArray[np.uint64], cached_keys: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.int64]:
-    """Source indices of the samples without a cache row; of too many equal samples, the last ones."""
-    unique_keys, counts = np.unique(cached_keys, return_counts=True)
-    order = np.argsort(keys, kind="stable")
-    sorted_keys = keys[order]
-    # how many samples of the same content come before each sample
-    earlier = np.arange(len(keys)) - np.searchsorted(sorted_keys, sorted_keys)
-    nearest = np.searchsorted(unique_keys, sorted_keys).clip(max=len(unique_keys) - 1)
-    available = np.where(unique_keys[nearest] == sorted_keys, counts[nearest], 0)
-    return np.sort(order[earlier >= available])
-
-
-def _check_labels(
-    labels: npt.NDArray[np.int64], cache: Cache, source_indices: Indices, source: Source
-) -> None:
-    joined = labels[source_indices]
-    differs = np.flatnonzero((joined != cache.labels) & (joined >= 0) & (cache.labels >= 0))
+def _check_labels(cache: Cache, match: Match, source: Source) -> None:
+    given, stored = match.labels[match.source_indices], cache.labels[match.cache_rows]
+    differs = np.flatnonzero((given != stored) & (given >= 0) & (stored >= 0))
     if len(differs):
-        cache_row = differs[int(source_indices[differs].argmin())]
+        first = differs[int(match.source_indices[differs].argmin())]
         raise DataError(
-            f"sample {source_indices[cache_row]} of {source.name} has label {joined[cache_row]}, but "
-            f"{cache.labels[cache_row]} in {cache.path} ({len(differs):,} labels differ); give the data "
-            "the cache was made from"
+            f"sample {match.source_indices[first]} of {source.name} has label {given[first]}, but "
+            f"{stored[first]} in {cache.path} ({len(differs):,} labels differ); give the data the cache was "
+            "made from, or say whose labels count with --labels data or --labels cache"
         )

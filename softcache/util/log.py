@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 
 _LOG = logging.getLogger("softcache")
+_VERDICTS = logging.getLogger("softcache.verdict")
 _PROGRESS = logging.getLogger("softcache.progress")
 
 
@@ -19,6 +20,11 @@ def inform(text: str) -> None:
 def warn(text: str) -> None:
     """Log something that may be wrong."""
     _LOG.warning("%s", text)
+
+
+def verdict(text: str) -> None:
+    """A line about a result that cannot be right; the command line shows it last."""
+    _VERDICTS.warning("%s", text)
 
 
 def report_progress(text: str) -> None:

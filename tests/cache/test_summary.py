@@ -99,7 +99,9 @@ def test_how_many_rows_are_read_at_once_changes_nothing(
 ) -> None:
     expected, done = summarize(cache), list[int]()
     monkeypatch.setattr(summary, "CHUNK_VALUES", rows * CLASSES)
-    assert summarize(cache, done.append) == pytest.approx(expected)
+    again = summarize(cache, done.append)
+    assert again.pop("warnings", None) == expected.pop("warnings", None)
+    assert again == pytest.approx(expected)
     assert sum(done) == VIEWS * SAMPLES
     assert max(done) == rows
 

@@ -158,20 +158,22 @@ def test_the_same_content_with_two_labels_goes_to_the_row_of_its_label(
 
 
 @pytest.mark.parametrize("count", [1, SAMPLES - 1])
-def test_cut_data_are_refused(make_cache: MakeCache, data: ArraySource, count: int) -> None:
+def test_cut_data_are_refused_where_all_are_needed(
+    make_cache: MakeCache, data: ArraySource, count: int
+) -> None:
     cache = make_cache(data.inputs, data.labels)
-    expected = (
-        rf"mine has {count} samples, but .*cache\.h5 was made from 40 of npz:data\.npz@train; give"
-    )
+    expected = rf"mine has {count} of the 40 samples of .*cache\.h5; all are needed here"
     with pytest.raises(DataError, match=expected):
         join_samples(picked(data, list(range(count))), cache)
 
 
 def test_data_with_more_samples_are_refused(make_cache: MakeCache, data: ArraySource) -> None:
     cache = make_cache(data.inputs[:30], data.labels[:30])
-    with pytest.raises(
-        DataError, match=r"mine has 40 samples, but .* was made from 30 of npz:data\.npz"
-    ):
+    expected = (
+        r"sample 30 of mine is not in .*, which was made from npz:data\.npz@train \(10 of 40 are unknown\); "
+        ".* or add --known-only to train on the others"
+    )
+    with pytest.raises(DataError, match=expected):
         join_samples(data, cache)
 
 
@@ -179,7 +181,7 @@ def test_other_data_are_refused(make_cache: MakeCache, data: ArraySource) -> Non
     cache = make_cache(*make_arrays(SAMPLES, seed=1))
     expected = (
         r"sample 0 of mine is not in .*cache\.h5, which was made from npz:data\.npz@train "
-        r"\(40 samples differ\); give the data the cache was made from, or dump a cache of these"
+        r"\(40 of \d+ are unknown\); give the data the cache was made from, dump a cache of these"
     )
     with pytest.raises(DataError, match=expected):
         join_samples(data, cache)
@@ -196,7 +198,7 @@ def test_one_changed_pixel_is_named_by_its_sample(
     source_index = 22 if reverse else 17
     source = picked(ArraySource("mine", changed, data.labels), order)
     with pytest.raises(
-        DataError, match=rf"sample {source_index} of mine is not in .* \(1 samples differ\)"
+        DataError, match=rf"sample {source_index} of mine is not in .* \(1 of \d+ are unknown\)"
     ):
         join_samples(source, cache)
 
@@ -206,7 +208,7 @@ def test_the_same_pixels_in_another_type_are_other_data(
 ) -> None:
     cache = make_cache(data.inputs, data.labels)
     floats = ArraySource("mine", data.inputs.astype(np.float32), data.labels)
-    with pytest.raises(DataError, match=r"sample 0 of mine is not in .* \(40 samples differ\)"):
+    with pytest.raises(DataError, match=r"sample 0 of mine is not in .* \(40 of \d+ are unknown\)"):
         join_samples(floats, cache)
 
 
@@ -214,7 +216,7 @@ def test_a_sample_in_the_place_of_another_is_refused(
     make_cache: MakeCache, data: ArraySource
 ) -> None:
     cache = make_cache(data.inputs[:4], data.labels[:4])
-    with pytest.raises(DataError, match=r"sample \d of mine .* \(1 samples differ\)"):
+    with pytest.raises(DataError, match=r"sample \d of mine .* \(1 of \d+ are unknown\)"):
         join_samples(picked(data, [0, 1, 2, 1]), cache)
 
 
@@ -222,7 +224,7 @@ def test_the_sample_that_is_once_too_often_is_named(
     make_cache: MakeCache, data: ArraySource
 ) -> None:
     cache = make_cache(data.inputs[:4], data.labels[:4])
-    with pytest.raises(DataError, match=r"sample 2 of mine is not in .* \(1 samples differ\)"):
+    with pytest.raises(DataError, match=r"sample 2 of mine is not in .* \(1 of \d+ are unknown\)"):
         join_samples(picked(data, [1, 0, 0, 3]), cache)  # 0 twice, 2 not at all
 
 
@@ -285,10 +287,10 @@ def test_the_whole_data_set_out_of_order_is_refused(
     shard = shard_of(make_cache, data)
     order = np.arange(SAMPLES)
     order[[left, right]] = right, left
-    first = left if left >= 10 else right
     expected = (
-        rf"^sample {first} of mine is not the one in .*cache\.h5, a shard of npz:data\.npz@train; give "
-        "the data the cache was made from, in the order of the dump$"
+        r"^sample \d+ of mine is not in .*cache\.h5, a shard of npz:data\.npz@train \(30 of 40 are "
+        "unknown\\); "
+        r"give the data the cache was made from, in the order of the dump, or the samples of the shard alone"
     )
     with pytest.raises(DataError, match=expected):
         join_samples(picked(data, order), shard)
@@ -312,21 +314,18 @@ def test_the_samples_of_a_shard_alone_join_in_any_order(
     )
 
 
-@pytest.mark.parametrize("rows", [range(9), range(10, 21), range(39)])
-def test_data_that_are_neither_a_shard_nor_the_whole_are_refused(
-    make_cache: MakeCache, data: ArraySource, rows: range
+@pytest.mark.parametrize(("rows", "first"), [(range(9), 0), (range(10, 21), 10), (range(39), 0)])
+def test_samples_of_other_shards_are_refused_with_those_of_the_shard(
+    make_cache: MakeCache, data: ArraySource, rows: range, first: int
 ) -> None:
     shard = shard_of(make_cache, data)
-    expected = (
-        rf"mine has {len(rows)} samples, but .* was made from 10 \(a shard of 40\) of npz:data\."
-    )
-    with pytest.raises(DataError, match=expected):
+    with pytest.raises(DataError, match=rf"sample {first} of mine is not in .* are unknown"):
         join_samples(picked(data, list(rows)), shard)
 
 
 def test_the_samples_of_another_shard_are_refused(make_cache: MakeCache, data: ArraySource) -> None:
     shard = shard_of(make_cache, data)
-    with pytest.raises(DataError, match=r"sample 0 of mine is not in .* \(10 samples differ\)"):
+    with pytest.raises(DataError, match=r"sample 0 of mine is not in .* \(10 of \d+ are unknown\)"):
         join_samples(picked(data, np.arange(20, 30)), shard)
 
 
