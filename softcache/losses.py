@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from softcache.divergences import LOSSES, LOWEST, parse_loss
 from softcache.errors import SettingsError
-from softcache.types import Labels, MixedLabels, SparseTargets, Targets
+from softcache.types import Labels, MixedLabels, Targets
 
-DKD_BETA = 8.0  # the value that Zhao et al. use for CIFAR-100
-LOWEST = -1e5  # a finite log-probability with an exp of 0, used instead of -inf
+__all__ = [
+    "LOSSES",
+    "LOWEST",
+    "Loss",
+    "RowLosses",
+    "distillation_loss",
+    "hard_loss",
+    "label_weights",
+    "parse_loss",
+    "reduce_losses",
+    "row_losses",
+    "soft_loss",
+]
 
 
 class Loss(NamedTuple):
@@ -24,6 +34,14 @@ class Loss(NamedTuple):
     total: Tensor
     soft: Tensor  # divergence from the soft targets at the temperature, without the factor T²
     hard: Tensor  # cross-entropy with the labels at temperature 1
+
+
+class RowLosses(NamedTuple):
+    """The two parts of a loss for each row, before they are averaged."""
+
+    soft: Tensor  # (B,) divergence from the soft targets, without the factor T²
+    hard: Tensor  # (B,) weighted cross-entropy with the label; 0 where unlabelled
+    weights: Tensor  # (B,) weight of each row in the mean of `hard`; 0 where unlabelled
 
 
 def distillation_loss(
@@ -67,10 +85,81 @@ def distillation_loss(
             f"targets have shape {tuple(targets.shape)} and logits {tuple(logits.shape)}; expected the "
             "same shape (samples, classes)"
         )
-    zero = logits.new_zeros((), dtype=torch.float32)
-    soft = zero if targets is None else soft_loss(logits, targets, temperature, loss, labels)
-    hard = hard_loss(logits, labels, label_smoothing) if alpha < 1 else zero
+    rows = row_losses(
+        logits,
+        targets,
+        labels,
+        temperature=temperature,
+        alpha=alpha,
+        loss=loss,
+        label_smoothing=label_smoothing,
+    )
+    return reduce_losses(rows, temperature=temperature, alpha=alpha)
+
+
+def row_losses(
+    logits: Tensor,
+    targets: Targets | None,
+    labels: Labels,
+    *,
+    temperature: float,
+    alpha: float,
+    loss: str = "kl",
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> RowLosses:
+    """The soft and the hard loss of each row; reduce_losses() makes a loss of them.
+
+    Args:
+        logits: (B, C) float, the student's logits at temperature 1.
+        targets: log softmax(z_teacher / T), (B, C) or sparse; None for a soft loss of 0.
+        labels: (B,) int64, or mixed labels; negative labels are left out of the cross-entropy.
+        temperature: T > 0.
+        alpha: weight of the soft targets; at 1 the hard loss is not computed, and is 0.
+        loss: a name in LOSSES, with a parameter if it takes one (`dkd:8`).
+        label_smoothing: probability mass spread from the label over all classes, in [0, 1).
+        class_weights: (C,) weights of the classes in the hard loss; None for 1 each.
+
+    Raises:
+        SettingsError: the loss is unknown, or not defined for these targets or labels.
+    """
+    zeros = logits.new_zeros(len(logits), dtype=torch.float32)
+    soft, hard, weights = zeros, zeros, zeros
+    if targets is not None:
+        soft = _soft_rows(logits, targets, temperature, loss, labels)
+    if alpha < 1:
+        hard, weights = _hard_rows(logits, labels, label_smoothing, class_weights)
+    return RowLosses(soft, hard, weights)
+
+
+def reduce_losses(
+    rows: RowLosses, *, temperature: float, alpha: float, mean_weight: Tensor | None = None
+) -> Loss:
+    """The mean loss of some rows, as a part of the mean loss of a batch that they belong to.
+
+    Weighted by their numbers of rows, the losses of all parts add up to the loss of the batch, whichever
+    part the labelled samples are in: the sum of their cross-entropies divided by the sum of all weights.
+
+    Args:
+        rows: losses of some rows of the batch, or of all.
+        temperature: T > 0.
+        alpha: weight of the soft targets, in [0, 1].
+        mean_weight: scalar, mean of label_weights() over the whole batch; None if the rows are the batch.
+
+    Returns:
+        alpha T² soft + (1 - alpha) hard, and its two parts; the hard part is 0 if no sample is labelled.
+    """
+    count, weight = len(rows.soft), rows.weights.sum()
+    soft = rows.soft.sum() / count
+    hard = rows.hard.sum() / _positive(weight)
+    if mean_weight is not None:
+        hard = hard * (weight / count / _positive(mean_weight))
     return Loss(alpha * temperature**2 * soft + (1 - alpha) * hard, soft, hard)
+
+
+def _positive(total: Tensor) -> Tensor:
+    """A sum of weights to divide by; 1 if it is 0."""
+    return torch.where(total > 0, total, 1)
 
 
 def soft_loss(
@@ -95,242 +184,29 @@ def soft_loss(
     Raises:
         SettingsError: the loss is unknown, or not defined for these targets or labels.
     """
+    return _soft_rows(logits, targets, temperature, loss, labels).mean()
+
+
+def _soft_rows(
+    logits: Tensor, targets: Targets, temperature: float, loss: str, labels: Labels | None
+) -> Tensor:
+    """The soft loss of each row, (B,)."""
     name, parameter = parse_loss(loss)
     log_q = functional.log_softmax(_wide(logits) / temperature, dim=-1)  # (B, C)
-    return LOSSES[name].rows(log_q, targets, labels, parameter).mean()
-
-
-def parse_loss(spec: str) -> tuple[str, float]:
-    """Split a loss such as `kl`, `dkd` or `dkd:8` into its name and its parameter.
-
-    Returns:
-        The name, and the parameter: the given one, the default, or 0 if the loss takes none.
-
-    Raises:
-        SettingsError: the loss is unknown, or its parameter is invalid.
-    """
-    name, colon, number = spec.partition(":")
-    default = LOSSES[name].parameter if name in LOSSES else None
-    try:
-        parameter = float(number) if colon else default or 0.0
-    except ValueError:
-        parameter = -1.0
-    if name not in LOSSES or (colon and default is None) or not 0 <= parameter < 1e6:
-        forms = ", ".join(kind.form for kind in LOSSES.values())
-        raise SettingsError(f"loss {spec!r} is unknown; expected one of {forms}")
-    return name, parameter
-
-
-def kl(log_q: Tensor, targets: Targets) -> Tensor:
-    """KL(teacher ‖ student) = sum p (log p - log q) of each row, in nats; Hinton et al.
-
-    Args:
-        log_q: (B, C), the student's log-probabilities.
-        targets: the teacher's log-probabilities, (B, C) or sparse.
-
-    Returns:
-        (B,) in nats.
-    """
-    if not isinstance(targets, SparseTargets):
-        return functional.kl_div(log_q, targets, reduction="none", log_target=True).sum(-1)
-    # the sum over the classes without an id needs only the sum of all log q
-    head_q, named = log_q.gather(1, targets.ids), _named(targets)
-    # a class of probability 0 must add 0, not 0 · -inf
-    head = targets.log_probs.exp() * (targets.log_probs.clamp(min=LOWEST) - head_q)
-    rest_q = log_q.sum(1) - head_q.masked_fill(~named, 0).sum(1)
-    rest = targets.rest.exp() * (
-        (targets.classes - named.sum(1)) * targets.rest.clamp(min=LOWEST) - rest_q
-    )
-    return head.sum(1) + rest
-
-
-def reverse_kl(log_q: Tensor, targets: Targets) -> Tensor:
-    """KL(student ‖ teacher) = sum q (log q - log p) of each row.
-
-    It is mode-seeking where KL is mode-covering: Gu et al., "MiniLLM" (arXiv 2306.08543), section 2.1.
-
-    Args:
-        log_q: (B, C), the student's log-probabilities.
-        targets: the teacher's log-probabilities, (B, C) or sparse.
-
-    Returns:
-        (B,) in nats.
-    """
-    if not isinstance(targets, SparseTargets):
-        return (log_q.exp() * (log_q - targets.clamp(min=LOWEST))).sum(-1)
-    head_q = log_q.gather(1, targets.ids).exp().masked_fill(~_named(targets), 0)
-    cross = (head_q * targets.log_probs.clamp(min=LOWEST)).sum(1)
-    cross = cross + (1 - head_q.sum(1)) * targets.rest.clamp(min=LOWEST)
-    return (log_q.exp() * log_q).sum(1) - cross
-
-
-def jensen_shannon(log_q: Tensor, targets: Targets) -> Tensor:
-    """KL(p ‖ m) / 2 + KL(q ‖ m) / 2 with m = (p + q) / 2 of each row.
-
-    Lin, "Divergence measures based on the Shannon entropy" (IEEE Trans. Inf. Theory 37, 1991),
-    section IV, with equal weights.
-
-    Args:
-        log_q: (B, C), the student's log-probabilities.
-        targets: the teacher's log-probabilities, (B, C) or sparse.
-
-    Returns:
-        (B,) in nats, at most log 2.
-    """
-    if not isinstance(targets, SparseTargets):
-        return _jensen_shannon_terms(targets, log_q).sum(-1)
-    head_q, named = log_q.gather(1, targets.ids), _named(targets)
-    rest = targets.rest[:, None]
-    # every class counts as one of the rest at first, then the named ones are corrected
-    head = _jensen_shannon_terms(targets.log_probs, head_q)
-    correction = head - _jensen_shannon_terms(rest, head_q)  # (B, k)
-    return _jensen_shannon_terms(rest, log_q).sum(1) + correction.masked_fill(~named, 0).sum(1)
-
-
-def _jensen_shannon_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    log_p = log_p.clamp(min=LOWEST)
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)) / 2
-
-
-def mean_squared_error(log_q: Tensor, targets: Targets) -> Tensor:
-    """Half the mean over the classes of (log q - log p)², both centred, of each row.
-
-    Multiplied by T², it equals the same error of the centred logits at T = 1, which is the limit of T² KL
-    as T grows: Hinton et al., section 2.1; Kim et al. (arXiv 2105.08919), section 3.
-
-    Args:
-        log_q: (B, C), the student's log-probabilities.
-        targets: (B, C), the teacher's log-probabilities.
-
-    Returns:
-        (B,).
-
-    Raises:
-        SettingsError: the targets are sparse.
-    """
-    if isinstance(targets, SparseTargets):
-        raise SettingsError(
-            "loss mse compares the logits of all classes, but topk and sampled keep only a few; use kl, or "
-            "a dense, quantized or basis cache"
-        )
-    difference = log_q - targets.clamp(min=LOWEST)
-    return (difference - difference.mean(-1, keepdim=True)).square().mean(-1) / 2
-
-
-def decoupled(log_q: Tensor, targets: Targets, labels: Labels | None, beta: float) -> Tensor:
-    """TCKD + beta NCKD of each row: the KL of the label against all other classes, and the KL among those.
-
-    Zhao et al., "Decoupled Knowledge Distillation" (arXiv 2203.08679), equation 7 with alpha = 1.
-
-    Args:
-        log_q: (B, C), the student's log-probabilities.
-        targets: the teacher's log-probabilities, (B, C) or sparse.
-        labels: (B,) int64, all of them known.
-        beta: weight of the second term.
-
-    Returns:
-        (B,) in nats.
-
-    Raises:
-        SettingsError: a label is missing, or the labels are mixed.
-    """
-    if not isinstance(labels, Tensor) or bool((labels < 0).any()):
-        raise SettingsError(
-            "loss dkd needs the label of every sample, but this batch has mixed samples or samples without "
-            "a label; use kl"
-        )
-    label = labels[:, None]  # (B, 1)
-    others_q = log_q.scatter(1, label, -torch.inf).logsumexp(1)  # (B,)
-    label_q = log_q.gather(1, label)[:, 0]
-    if isinstance(targets, SparseTargets):
-        is_label, named = targets.ids == label, _named(targets)
-        label_head = is_label & named
-        label_p = torch.where(
-            label_head.any(1),
-            targets.log_probs.masked_fill(~label_head, -torch.inf).amax(1),
-            targets.rest,
-        )
-        named = named & ~is_label
-        head = targets.log_probs.masked_fill(~named, -torch.inf)  # (B, k)
-        head_q = log_q.gather(1, targets.ids).masked_fill(~named, 0)
-        # the number of classes, other than the label, that share `rest`
-        rest_count = targets.classes - 1 - named.sum(1)
-        rest_mass = targets.rest + rest_count.to(log_q.dtype).log()
-        others_p = torch.logaddexp(head.logsumexp(1), rest_mass).clamp(min=LOWEST)
-        rest_q = log_q.sum(1) - label_q - head_q.sum(1)
-        given_p = head - others_p[:, None]  # (B, k), given that the class is not the label
-        divergence = given_p.clamp(min=LOWEST) - head_q + others_q[:, None]
-        non_target = (given_p.exp() * divergence).sum(1)
-        rest = (targets.rest - others_p).clamp(min=LOWEST)
-        non_target = non_target + rest.exp() * (rest_count * (rest + others_q) - rest_q)
-    else:
-        label_p = targets.gather(1, label)[:, 0]
-        others = targets.scatter(1, label, -torch.inf)
-        others_p = others.logsumexp(1).clamp(min=LOWEST)
-        given_p = others - others_p[:, None]  # (B, C), given that the class is not the label
-        given_q = (log_q - others_q[:, None]).scatter(1, label, 0.0)
-        non_target = (given_p.exp() * (given_p.clamp(min=LOWEST) - given_q)).sum(1)
-    label_p = label_p.clamp(min=LOWEST)
-    target = label_p.exp() * (label_p - label_q) + others_p.exp() * (others_p - others_q)
-    return target + beta * non_target
-
-
-@dataclass(frozen=True)
-class LossKind:
-    """An entry in the table of losses.
-
-    Attributes:
-        form: how the loss is written on the command line.
-        meaning: what it computes, in a phrase.
-        rows: the loss of each row (B,), from the student's log-probabilities at the temperature (B, C),
-            the targets, the labels and the parameter.
-        parameter: the default of the number after the colon; None if the loss takes no number.
-    """
-
-    form: str
-    meaning: str
-    rows: Callable[[Tensor, Targets, Labels | None, float], Tensor]
-    parameter: float | None = None
-
-
-LOSSES = {
-    "kl": LossKind(
-        "kl", "KL(teacher ‖ student); the default", lambda log_q, targets, *_: kl(log_q, targets)
-    ),
-    "reverse_kl": LossKind(
-        "reverse_kl",
-        "KL(student ‖ teacher)",
-        lambda log_q, targets, *_: reverse_kl(log_q, targets),
-    ),
-    "js": LossKind(
-        "js", "Jensen-Shannon divergence", lambda log_q, targets, *_: jensen_shannon(log_q, targets)
-    ),
-    "mse": LossKind(
-        "mse",
-        "half the mean squared error of the centred logits",
-        lambda log_q, targets, *_: mean_squared_error(log_q, targets),
-    ),
-    "dkd": LossKind(
-        "dkd:BETA",
-        "decoupled KD: KL of label against the rest + BETA times KL among the rest",
-        lambda *arguments: decoupled(*arguments),
-        DKD_BETA,
-    ),
-}
-
-
-def _named(targets: SparseTargets) -> Tensor:
-    """Which ids count, (B, k) bool: an id with a log-probability of -inf is a placeholder."""
-    return targets.log_probs > -torch.inf
+    return LOSSES[name].rows(log_q, targets, labels, parameter)
 
 
 def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def hard_loss(logits: Tensor, labels: Labels, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over the labelled samples; 0 if there are none.
+def hard_loss(
+    logits: Tensor,
+    labels: Labels,
+    smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """Mean cross-entropy over the labelled samples, weighted by class; 0 if there are none.
 
     A mixed sample has the cross-entropies with both labels, weighted as in the mixture, and counts only if
     both are known: Zhang et al., "mixup" (arXiv 1710.09412), section 2. Label smoothing: Szegedy et al.,
@@ -340,23 +216,66 @@ def hard_loss(logits: Tensor, labels: Labels, smoothing: float = 0.0) -> Tensor:
         logits: (B, C) float, at temperature 1.
         labels: (B,) int64, negative where unlabelled; or mixed labels.
         smoothing: probability mass spread from the label over all classes, in [0, 1).
+        class_weights: (C,) weights of the classes; None for 1 each. The mean is that of
+            torch.nn.functional.cross_entropy(weight=class_weights): the sum of the weighted losses, divided
+            by the sum of the weights of the labels.
 
     Returns:
         A scalar, float32 (float64 for float64 logits).
     """
+    losses, weights = _hard_rows(logits, labels, smoothing, class_weights)
+    return losses.sum() / _positive(weights.sum())
+
+
+def label_weights(labels: Labels, class_weights: Tensor | None = None) -> Tensor:
+    """The weight of each sample in the mean of the hard loss; 0 for a sample without a label.
+
+    Args:
+        labels: (B,) int64, negative where unlabelled; or mixed labels, which count if both are known, each
+            with the weight of its class and its share in the mixture.
+        class_weights: (C,) weights of the classes; None for 1 each.
+
+    Returns:
+        (B,) float32, or the dtype of the class weights.
+    """
+    own = labels.own if isinstance(labels, MixedLabels) else labels
+    labelled = own >= 0
     if isinstance(labels, MixedLabels):
-        labelled = (labels.own >= 0) & (labels.partners >= 0)
-        own = _cross_entropy(logits, labels.own, smoothing) * (1 - labels.partner_weights)
-        losses = own + _cross_entropy(logits, labels.partners, smoothing) * labels.partner_weights
-        return (losses * labelled).sum() / labelled.sum().clamp(min=1)
-    return _cross_entropy(logits, labels, smoothing).sum() / (labels >= 0).sum().clamp(min=1)
+        labelled = labelled & (labels.partners >= 0)
+    if class_weights is None:
+        return labelled.float()
+    weights = class_weights[own.clamp(min=0)]
+    if isinstance(labels, MixedLabels):
+        partner_weights = class_weights[labels.partners.clamp(min=0)]
+        weights = weights.lerp(partner_weights, labels.partner_weights.to(weights.dtype))
+    return weights * labelled
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """The cross-entropy of each sample, (B,); 0 where the label is negative."""
+def _hard_rows(
+    logits: Tensor, labels: Labels, smoothing: float, class_weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The weighted cross-entropy of each sample (B,), 0 where unlabelled, and its weight (B,)."""
+    logits = _wide(logits)
+    if class_weights is not None:
+        class_weights = class_weights.to(logits)
+    weights = label_weights(labels, class_weights)
+    if not isinstance(labels, MixedLabels):
+        return _cross_entropy(logits, labels, smoothing, class_weights), weights
+    own = _cross_entropy(logits, labels.own, smoothing, class_weights)
+    losses = own * (1 - labels.partner_weights)
+    partners = _cross_entropy(logits, labels.partners, smoothing, class_weights)
+    losses = losses + partners * labels.partner_weights
+    return losses * ((labels.own >= 0) & (labels.partners >= 0)), weights
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing: float, class_weights: Tensor | None
+) -> Tensor:
+    """The weighted cross-entropy of each sample, (B,); 0 where the label is negative."""
     return functional.cross_entropy(
-        _wide(logits),
+        logits,
         labels.clamp(min=-1),
+        weight=class_weights,
         ignore_index=-1,
         reduction="none",
         label_smoothing=smoothing,

@@ -63,7 +63,7 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _log_on_the_terminal() -> Iterator[None]:
     """Print the library's log, as the command line does, so that capsys captures it."""
-    with show_log():
+    with show_log(verdicts_last=False):
         yield
 
 

@@ -1,4 +1,4 @@
-"""The structure of the package: rooms, the direction of imports, and what is where."""
+"""The structure of the package: its folders, the direction of imports, and the length of files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import softcache
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(softcache.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = {
+FOLDERS = {
     "util", "cache", "data", "models", "teachers", "targets", "join", "dump", "train", "files",
     "results", "cli", "guide",
 }  # fmt: skip
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Check the contracts of pyproject.toml on the package in `folder`."""
+    """Check the import contracts of pyproject.toml for the package in `folder`."""
     program = (
         "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command"
     )
@@ -37,7 +37,7 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the package, to break."""
+    """A copy of the package in which a test can break a contract."""
     shutil.copytree(PACKAGE, tmp_path / "softcache", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
@@ -49,7 +49,7 @@ def test_imports_point_one_way_and_training_reaches_no_teacher(copy: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("module", "line", "broken"),
+    ("module", "code", "contract"),
     [
         ("train/loop.py", "from softcache.teachers.load import load_teacher", "reaches no teacher"),
         ("cache/reader.py", "import torch", "read without torch"),
@@ -58,19 +58,19 @@ def test_imports_point_one_way_and_training_reaches_no_teacher(copy: Path) -> No
     ],
 )
 def test_a_contract_that_is_broken_is_noticed(
-    copy: Path, module: str, line: str, broken: str
+    copy: Path, module: str, code: str, contract: str
 ) -> None:
     with (copy / "softcache" / module).open("a") as file:
-        file.write(f"\n{line}\n")
+        file.write(f"\n{code}\n")
     result = lint_imports(copy)
     assert result.returncode == 1
     lines = result.stdout.splitlines()
-    assert any(broken in text and "BROKEN" in text for text in lines), result.stdout
+    assert any(contract in line and "BROKEN" in line for line in lines), result.stdout
 
 
-def test_every_folder_is_a_room_that_says_its_purpose() -> None:
+def test_every_folder_is_known_and_states_its_purpose() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"}
-    assert folders <= ROOMS
+    assert folders <= FOLDERS
     for init in PACKAGE.glob("*/__init__.py"):
         purpose = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8")))
         assert purpose, init
@@ -106,10 +106,10 @@ def test_the_interface_stays_what_it_is_whatever_is_imported() -> None:
         "import softcache, softcache.dump.config, softcache.train.config;"
         "print(softcache.dump.__module__, softcache.train.__module__, *dir(softcache))"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    modules, names = done.stdout.split()[:2], done.stdout.split()[2:]
+    modules, names = result.stdout.split()[:2], result.stdout.split()[2:]
     assert modules == ["softcache.api", "softcache.api"]
     assert {"dump", "train", "open", "SoftLabelDataset", "distillation_loss"} <= set(names)
 

@@ -20,6 +20,7 @@ Integers = npt.NDArray[np.int64]
 FEWEST_ROWS = 20  # of fewer labelled rows nothing is said
 SIGMAS = 5.0  # standard deviations that chance may explain
 LEAST_GAP = 0.3  # share of the rows of some classes that another order of classes must win
+EXPLAINED = 0.5  # share of the missing agreement that another order of classes must bring back
 LEAST_SKEW = 0.25  # total variation between labels and predictions
 UNIFORM = 0.995  # of log C: entropy of a teacher that knows nothing
 CERTAIN = 1e-6  # nats: entropy of a teacher that is never in doubt
@@ -82,8 +83,10 @@ def judge(
         return []
     facts = f"{who} agrees with {agreement:.1%} of the labels, but its mean confidence is {confidence:.1%}"
     order = other_order(predictions, len(names))
+    gained = agreement
     if order:
         gained = float((mapped(predictions.classes, order) == predictions.labels).mean())
+    if gained - agreement > EXPLAINED * (confidence - agreement):
         return [f"{facts}: {describe_order(order, names)} it would agree with {gained:.1%}"]
     labels, guesses = (
         np.bincount(values, minlength=len(names)) / count

@@ -1,1 +1,1 @@
-"""The command line: each file parses a family of commands, calls one function and prints."""
+"""The command line: one module per family of commands, which parses, calls one function and prints."""

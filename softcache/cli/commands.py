@@ -20,7 +20,7 @@ PATH = click.Path(path_type=Path)
 OUTPUT = "Output"
 CONTEXT = {"max_content_width": 100, "help_option_names": ["-h", "--help"]}
 
-# settings that are written in another way than their type says, by their metavar
+# types of settings that have a syntax of their own, by metavar
 PARAMS: dict[str, click.ParamType[Any]] = {
     "N|A:B": ViewRange(),
     "I/N": Shard(),
@@ -28,7 +28,7 @@ PARAMS: dict[str, click.ParamType[Any]] = {
 }
 WRITTEN_DEFAULTS = {"views": "1", "shard": "0/1"}
 SHORT = {"out": "-o"}
-# options that had another name before 0.2
+# names of options before 0.2, and their names now
 RENAMED = {
     "--clip": "--max-grad-norm",
     "--accumulate": "--micro-batches",
@@ -41,29 +41,29 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Option(click.Option):
-    """An option that `--help` shows under a heading."""
+    """An option that `--help` lists under the heading `group`."""
 
-    def __init__(self, *arguments: Any, group: str = "Options", **facts: Any) -> None:
+    def __init__(self, *arguments: Any, group: str = "Options", **attributes: Any) -> None:
         self.group = group
-        super().__init__(*arguments, **facts)
+        super().__init__(*arguments, **attributes)
 
 
 class Command(click.Command):
-    """A command whose `--help` shows its options under headings."""
+    """A command whose `--help` groups its options under headings."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Take options by their names before 0.2 too."""
-        for number, word in enumerate(args):
-            name, equals, value = word.partition("=")
+        """Accept options by their names before 0.2, with a note on stderr."""
+        for index, argument in enumerate(args):
+            name, equals, value = argument.partition("=")
             if name in RENAMED and any(RENAMED[name] in param.opts for param in self.params):
                 click.echo(f"note: {name} is now called {RENAMED[name]}", err=True)
-                args[number] = f"{RENAMED[name]}{equals}{value}"
-                if name == "--mixed-precision" and args[number + 1 : number + 2] == ["no"]:
-                    args[number + 1] = "fp32"
+                args[index] = f"{RENAMED[name]}{equals}{value}"
+                if name == "--mixed-precision" and args[index + 1 : index + 2] == ["no"]:
+                    args[index + 1] = "fp32"
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write each group of options, in the order in which the groups first appear."""
+        """Write the groups of options, in the order in which they first appear."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
@@ -75,12 +75,12 @@ class Command(click.Command):
 
 
 class Commands(click.Group):
-    """Prints softcache's own errors in one line, and exits with their code."""
+    """A group that prints softcache's own errors in one line, and exits with their exit code."""
 
     command_class = Command
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command; the library's log goes to the terminal meanwhile."""
+        """Run the command with the library's log on the terminal."""
         try:
             with show_log():
                 return super().invoke(ctx)
@@ -95,49 +95,70 @@ class Commands(click.Group):
 
 
 class _Terminal(logging.Handler):
-    """Findings to stdout, warnings and progress to stderr."""
+    """Prints results to stdout, warnings and progress to stderr.
+
+    Attributes:
+        held: results that cannot be right, which are printed last; None to print them at once.
+    """
+
+    held: list[str] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.name.endswith(".verdict") and self.held is not None:
+            self.held.append(record.getMessage())
+            return
         is_warning = record.levelno >= logging.WARNING
         text = f"warning: {record.getMessage()}" if is_warning else record.getMessage()
         click.echo(text, err=is_warning or record.name.endswith(".progress"))
 
 
 @contextmanager
-def show_log() -> Iterator[None]:
-    """Show the library's log on the terminal."""
+def show_log(*, verdicts_last: bool = True) -> Iterator[None]:
+    """Show the library's log on the terminal inside the block.
+
+    Args:
+        verdicts_last: print results that cannot be right at the end of the block, where they are seen.
+    """
     log = logging.getLogger("softcache")
-    if any(isinstance(handler, _Terminal) for handler in log.handlers):
-        yield  # the demo runs commands within a command
-        return
-    handler, level = _Terminal(), log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    # the demo runs commands within a command
+    shown = next((handler for handler in log.handlers if isinstance(handler, _Terminal)), None)
+    handler, level, held = shown or _Terminal(), log.level, shown.held if shown else None
+    if shown is None:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    handler.held = [] if verdicts_last else None
     try:
         yield
     finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
+        verdicts, handler.held = handler.held or [], held
+        if shown is None:
+            log.removeHandler(handler)
+            log.setLevel(level)
+        for text in dict.fromkeys(verdicts):
+            click.echo(f"warning: {text}", err=True)
 
 
-def option(*names: str, group: str = "Options", **facts: Any) -> Decorator:
-    """An option under a heading."""
-    return click.option(*names, cls=Option, group=group, **facts)
+def option(*names: str, group: str = "Options", **attributes: Any) -> Decorator:
+    """An option that `--help` lists under the heading `group`; otherwise as click.option()."""
+    return click.option(*names, cls=Option, group=group, **attributes)
 
 
-def out_option(help: str, *, required: bool = True, **facts: Any) -> Decorator:
-    """`--out/-o`, the same in every command."""
-    return option("-o", "--out", type=PATH, required=required, help=help, group=OUTPUT, **facts)
+def out_option(help: str, *, required: bool = True, **attributes: Any) -> Decorator:
+    """The option `--out/-o`, which has the same name and type in every command."""
+    return option(
+        "-o", "--out", type=PATH, required=required, help=help, group=OUTPUT, **attributes
+    )
 
 
 def settings_options(
     *configs: type, only: Sequence[str] = (), repeatable: Sequence[str] = ()
 ) -> Decorator:
-    """The options of the settings of one or more dataclasses, group by group.
+    """Add an option for each setting of one or more dataclasses, group by group.
 
     Args:
-        only: names of fields; by default all that are settings.
-        repeatable: names of fields of which the command takes several, or none.
+        configs: the dataclasses, whose fields are declared with setting().
+        only: names of the fields to add; all settings by default.
+        repeatable: names of fields whose option can be given any number of times, or not at all.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,46 +173,46 @@ def _options(
     configs: Sequence[type], only: Sequence[str], repeatable: Sequence[str]
 ) -> Iterator[Decorator]:
     fields = [
-        (field, facts, str(get_type_hints(config)[field.name]))
+        (field, setting, str(get_type_hints(config)[field.name]))
         for config in configs
-        for field, facts in settings_of(config)
+        for field, setting in settings_of(config)
         if not only or field.name in only
     ]
-    groups = list(dict.fromkeys(facts.group for _, facts, _ in fields))
-    for field, facts, hint in sorted(fields, key=lambda entry: groups.index(entry[1].group)):
-        yield _option(field, facts, hint, repeatable=field.name in repeatable)
+    groups = list(dict.fromkeys(setting.group for _, setting, _ in fields))
+    for field, setting, hint in sorted(fields, key=lambda entry: groups.index(entry[1].group)):
+        yield _option(field, setting, hint, repeatable=field.name in repeatable)
 
 
 def _option(
-    field: dataclasses.Field[Any], facts: Setting, hint: str, *, repeatable: bool
+    field: dataclasses.Field[Any], setting: Setting, hint: str, *, repeatable: bool
 ) -> Decorator:
     name = option_name(field)
-    common: dict[str, Any] = {"group": facts.group, "help": facts.help}
-    common["show_default"] = facts.default_text or field.default is not None
+    common: dict[str, Any] = {"group": setting.group, "help": setting.help}
+    common["show_default"] = setting.default_text or field.default is not None
     if hint == "<class 'bool'>":
         flag = f"--{name}/--no-{name}" if field.default else f"--{name}"
         common["show_default"] = bool(field.default)
         return option(flag, field.name, is_flag=True, default=field.default, **common)
-    special = PARAMS.get(facts.metavar or "")
-    several = repeatable or ("Sequence" in hint and special is None)
+    own_type = PARAMS.get(setting.metavar or "")
+    multiple = repeatable or ("Sequence" in hint and own_type is None)
     required = field.default is MISSING and not repeatable
-    if not required and not several:
+    if not required and not multiple:
         common["default"] = WRITTEN_DEFAULTS.get(field.name, field.default)
-    if several:
-        common["show_default"] = facts.default_text or False
+    if multiple:
+        common["show_default"] = setting.default_text or False
     names = [*([SHORT[field.name]] if field.name in SHORT else []), f"--{name}", field.name]
     return option(
         *names,
-        type=special or _type(facts, hint),
-        multiple=several,
+        type=own_type or _type(setting, hint),
+        multiple=multiple,
         required=required,
-        metavar=facts.metavar,
+        metavar=setting.metavar,
         **common,
     )
 
 
-def _type(facts: Setting, hint: str) -> Any:  # noqa: ANN401  # what click takes for a type
-    if facts.choices:
-        return click.Choice(facts.choices)
+def _type(setting: Setting, hint: str) -> Any:  # noqa: ANN401  # anything that click accepts as a type
+    if setting.choices:
+        return click.Choice(setting.choices)
     types = {"Path": PATH, "float": float, "int": int}
-    return next((kind for word, kind in types.items() if word in hint), str)
+    return next((option_type for name, option_type in types.items() if name in hint), str)

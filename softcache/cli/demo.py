@@ -1,4 +1,4 @@
-"""`softcache demo`: the main job on the project's own data."""
+"""`softcache demo`: dump, inspect and train on the project's own data."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from softcache.cli.demo_commands import demo_commands
     type=PATH,
     default=Path("data"),
     show_default=True,
-    help="Data folder of the project.",
+    help="Data folder of a clone of the project.",
 )
 @out_option("Folder to write to.", required=False, default=Path("runs/demo"), show_default=True)
 @option("--seed", type=int, default=0, show_default=True, help="Seed of the student.")
 @click.pass_context
 def demo(ctx: click.Context, data_dir: Path, out: Path, seed: int) -> None:
-    """Distil a student of MNIST from a trained teacher, in a few minutes."""
+    """Distil a student on MNIST from a trained teacher, in a few minutes."""
     main = ctx.find_root().command
     for arguments in demo_commands(data_dir, out, seed):
         click.secho(f"\n$ softcache {shlex.join(arguments)}", bold=True)

@@ -1,4 +1,4 @@
-"""The main job on the project's own data, as command lines."""
+"""The command lines of the demo: dump, inspect and train on the project's own data."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ EPOCHS = 5
 
 
 def demo_commands(data: Path, out: Path, seed: int) -> list[list[str]]:
-    """Command lines, without the program's name: dump, info, train.
+    """The arguments of `softcache dump`, `info` and `train`, in this order.
+
+    Args:
+        data: the folder with `mnist/` and `teacher.safetensors`.
+        out: the folder for the cache and the run.
+        seed: the seed of the student, also in the name of its run folder.
 
     Raises:
-        SettingsError: the data are not there.
+        SettingsError: the teacher's weights are missing.
     """
     weights = data / "teacher.safetensors"
     if not weights.is_file():
         raise SettingsError(
-            f"no {weights}; run the demo in a clone of the project, or name its data folder with "
-            "--data-dir"
+            f"{weights} does not exist; run the demo in a clone of the project, or name its data folder "
+            "with --data-dir"
         )
     cache = str(out / "mnist.h5")
     train_data = f"idx:{data / 'mnist'}"

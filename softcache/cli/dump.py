@@ -1,4 +1,4 @@
-"""`softcache dump`: samples become a file."""
+"""`softcache dump`: write a teacher's soft targets into a cache."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from softcache.util.distributed import rank
 def dump(dry_run: bool, **options: Any) -> None:
     """Write a teacher's soft targets for every sample into one file.
 
-    A dump that was stopped continues when the same command is run again. Until the cache is complete
+    A dump that was stopped continues when the same command is run again. Until the cache is complete,
     it is called FILE.partial.
 
     Several GPUs on one host fill one file: torchrun --nproc-per-node N -m softcache dump … Several
     hosts each dump a --shard, and softcache merge joins them.
 
-    The forms of SPEC for teachers, data, augmentations and encodings: softcache help specs.
+    For the forms of SPEC (teachers, data, augmentations, encodings), see softcache help specs.
     """
     options["first_view"], options["views"] = options["views"]
     config = DumpConfig(**options)

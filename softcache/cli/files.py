@@ -1,4 +1,4 @@
-"""Commands on finished caches: info, verify, repair, merge, import, export-labels."""
+"""Commands for finished caches: info, verify, repair, merge, import, export-labels."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 
 import click
 
-from softcache.cli.commands import PATH, Command, option, out_option, settings_options
+from softcache.cli.commands import OUTPUT, PATH, Command, option, out_option, settings_options
 from softcache.dump.config import DumpConfig
 from softcache.errors import Interrupted
 
 
 @click.command(cls=Command)
 @click.argument("cache", metavar="CACHE|URL")
-@option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+@option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def info(cache: str, as_json: bool) -> None:
-    """Show the header of a cache; its rows are not read, and of a URL not even fetched."""
+    """Show what a cache holds, without reading (or, for a URL, fetching) its rows."""
     from softcache.cache import open_cache
     from softcache.files.describe import describe, facts
+    from softcache.util.log import verdict
 
     if "://" in cache:
         from softcache.files.remote import open_remote
@@ -29,6 +30,8 @@ def info(cache: str, as_json: bool) -> None:
     else:
         opened, name = open_cache(cache, unfinished=True), cache
     click.echo(json.dumps(facts(opened), indent=2) if as_json else describe(opened, name))
+    for warning in (opened.header.summary or {}).get("warnings", ()):
+        verdict(warning)
 
 
 @click.command(cls=Command)
@@ -36,6 +39,7 @@ def info(cache: str, as_json: bool) -> None:
 @option("--expect", metavar="CONTENT_ID", help="Fail unless the cache has this content id.")
 @option("--teacher", multiple=True, metavar="SPEC", help="Teacher to run again, as for dump.")
 @option("--weights", type=PATH, multiple=True, metavar="FILE", help="Weights of each --teacher.")
+@settings_options(DumpConfig, only=("teacher_classes", "same_classes"))
 @option("--data", metavar="SPEC", help="Samples on which to run the teacher again.")
 @option(
     "--rows",
@@ -47,9 +51,9 @@ def info(cache: str, as_json: bool) -> None:
 @option("--augment", metavar="SPEC", help="File of the cache's own augmentation, if it has one.")
 @settings_options(DumpConfig, only=("device",))
 def verify(cache: Path, expect: str | None, **options: Any) -> None:
-    """Check every byte of a cache against its digests, and name what is damaged.
+    """Check every byte of a cache against its digests, and list what is damaged.
 
-    With --teacher and --data, random rows are also computed again and compared.
+    With --teacher and --data, random rows are also computed again and compared with the stored ones.
     """
     from softcache.files.verify import verify_cache
 
@@ -73,12 +77,14 @@ def repair(cache: Path) -> None:
 @click.argument("caches", type=PATH, nargs=-1, required=True)
 @out_option("Cache file to write.", metavar="FILE")
 def merge(caches: tuple[Path, ...], out: Path) -> None:
-    """Join shards of samples, views, or both of one dump into one file.
+    """Join the shards or ranges of views of one dump, or both, into one file.
 
-    Every block is checked as it is copied. A merge that was stopped continues when run again.
+    Every block is checked as it is copied. A merge that was stopped continues when the same command is
+    run again.
     """
     from softcache.cache import open_cache
     from softcache.cache.merge import merge
+    from softcache.util.log import verdict
     from softcache.util.progress import progress
 
     parts = [open_cache(path) for path in caches]
@@ -88,6 +94,8 @@ def merge(caches: tuple[Path, ...], out: Path) -> None:
             merged = merge(parts, out, advance)
         except KeyboardInterrupt:
             raise Interrupted("stopped; the same command continues") from None
+    for warning in (merged.header.summary or {}).get("warnings", ()):
+        verdict(warning)
     header = merged.header
     click.echo(
         f"{out}: {header.samples:,} samples x {header.views} view(s), {header.file_bytes:,} bytes; "
@@ -97,22 +105,53 @@ def merge(caches: tuple[Path, ...], out: Path) -> None:
 
 @click.command("import", cls=Command)
 @click.argument("source", metavar="SOURCE")
-@option("--temperature", type=float, help="Temperature of the cache.  [default: that of SOURCE]")
+@option(
+    "--temperature",
+    type=float,
+    help="Temperature of the cache.  [default: the temperature of SOURCE]",
+)
 @option(
     "--encoding", metavar="SPEC", help="How each row is stored.  [default: dense; topk for hfds:]"
 )
 @settings_options(
     DumpConfig,
-    only=("data", "teacher_output", "teacher_temperature", "classes", "out", "overwrite"),
+    only=(
+        "data",
+        "teacher_output",
+        "teacher_temperature",
+        "classes",
+        "augment",
+        "seed",
+        "same_classes",
+        "out",
+        "overwrite",
+    ),
+)
+@option(
+    "--view",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="View of --augment that the teacher saw.",
+)
+@option(
+    "--strict/--no-strict",
+    default=True,
+    show_default=True,
+    group=OUTPUT,
+    help="Exit with an error if the rows cannot belong to these samples and labels.",
 )
 def import_labels(**options: Any) -> None:
-    """Make a cache of soft targets that you already have, one row per sample in the data's order.
+    """Make a cache of soft targets that you already have, one row per sample in the order of the data.
 
     \b
     SOURCE is one of
       FILE.npy, FILE.npz, FILE.pt                     a matrix (samples, classes)
       hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN   the k largest of each row, from a Hugging
                                                       Face dataset (data extra)
+
+    If the teacher saw augmented samples, name the augmentation with --augment: training makes the same
+    view again. export-labels says which one it wrote.
     """
     from softcache.files.describe import cache_line
     from softcache.files.import_labels import import_labels
@@ -125,12 +164,14 @@ def import_labels(**options: Any) -> None:
 @out_option("File to write.", metavar="FILE.npy|FILE.parquet")
 @option("--temperature", type=float, help="Temperature of the softmax.  [default: the cache's]")
 @option("--view", type=int, default=0, show_default=True, help="View to export.")
-@option("--log-probabilities", is_flag=True, help="Write log-probabilities.")
+@option(
+    "--log-probabilities", is_flag=True, help="Write log-probabilities instead of probabilities."
+)
 def export_labels(cache: Path, out: Path, **options: Any) -> None:
     """Write the soft targets of one view as an .npy matrix (samples, classes) float32, or as Parquet.
 
-    A row of Parquet (data extra) holds sample, label, key and the list of probabilities. The other way
-    round, softcache import makes a cache of a matrix.
+    A Parquet row (data extra) holds sample, label, key and the list of probabilities. The reverse is
+    softcache import, which makes a cache of a matrix.
     """
     from softcache.files.export_labels import export_labels
 

@@ -1,4 +1,4 @@
-"""`softcache help`: the grammar of specifications, from the tables of the rooms that parse them."""
+"""`softcache help`: the forms of specifications, from the tables of the modules that parse them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def help_command(ctx: click.Context, topic: str | None) -> None:
 
 
 def specs_page() -> str:
-    """Every form of every SPEC, in one page."""
+    """A page with every form of every SPEC."""
     from softcache.cache.encodings import ENCODINGS
     from softcache.data.augmentations import OPERATIONS
     from softcache.data.spec import KINDS as DATA_KINDS
@@ -43,31 +43,43 @@ def specs_page() -> str:
         ),
         "Options follow a ?, separated by &": [
             (
-                "folder:DIR?size=256",
-                "shorter side to 256, then the central square; or size=192x256",
+                "DATA?classes=A,B&shuffle=SEED&samples=N",
+                "any data: the names of labels 0, 1, …; a random order; the first N samples of it",
+            ),
+            (
+                "folder:DIR?size=256&mode=RGB",
+                "resize the shorter side to 256 and crop the central square, or size=192x256; depth=16 for "
+                "16-bit images, unreadable=skip to leave out files that are no images",
             ),
             (
                 "hfds:ID?input=COLUMN&label=COLUMN&name=CONFIG@test[:1000]",
-                "columns, configuration, slice",
+                "names of columns, configuration, slice of the split",
             ),
             (
-                "csv:FILE?label=COLUMN&inputs=A,B&classes=X,Y",
-                "columns, and names of the classes in order",
+                "csv:FILE?label=COLUMN&inputs=A,B&missing=mean",
+                "names of columns; missing=nan or mean for empty cells",
+            ),
+            (
+                "MODEL?normalize=imagenet, or mean=M,M,M&std=S,S,S",
+                "any teacher or student of images: normalizes inputs in [0, 1], channel by channel",
             ),
             ("hf:vit?pretrained=false&hidden_size=192", "a student with random weights"),
-            ("hf:FOLDER?tokenizer=ID_OR_FOLDER", "or processor=, if it lies elsewhere"),
+            ("hf:FOLDER?tokenizer=ID_OR_FOLDER", "or processor=, if it is in another folder"),
         ],
         "Augmentations (--augment, --extra-augment), one or more, separated by commas": [
             (
                 "FILE.py:CALLABLE",
-                "your own, first: one raw sample in, one out; randomness is seeded",
+                "your own, in first place: takes and returns one raw sample; randomness is seeded",
             ),
             *entries(OPERATIONS.values()),
-            ("mixup", "last: mixes in another sample, with a uniform weight"),
+            ("mixup", "in last place: mixes in another sample, with a uniform lambda"),
         ],
         "Encodings (--encoding)": [
             *entries(ENCODINGS.values()),
-            ("auto", "the smallest that keeps the KL within --max-kl, measured on the teacher"),
+            (
+                "auto",
+                "the smallest encoding whose KL, measured on the teacher, is at most --max-kl",
+            ),
         ],
         "Losses (--loss)": entries(LOSSES.values()),
     }

@@ -1,4 +1,4 @@
-"""Commands that show and export what students learned: compare, report, export."""
+"""Commands for trained students: compare, report, export."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from softcache.cli.commands import PATH, Command, Decorator, option, out_option
+from softcache.cli.commands import PATH, Command, Decorator, option, out_option, settings_options
+from softcache.train.config import TrainConfig
 
 
 def student_option() -> Decorator:
-    """Where the code of students is: their run folders name it without its folder."""
+    """The option `--student`, for students whose run folder does not say where their code is."""
     return option(
         "--student",
         multiple=True,
@@ -22,12 +23,13 @@ def student_option() -> Decorator:
 
 @click.command(cls=Command)
 @click.argument("runs", type=PATH, nargs=-1, required=True)
-@option("--eval-data", metavar="SPEC", help="Labelled data for test error and calibration.")
-@option("--cache", type=PATH, help="Cache on whose samples to measure KL to the teacher.")
+@option("--eval-data", metavar="SPEC", help="Labelled data on which to measure test error and ECE.")
+@option("--cache", type=PATH, help="Cache on which to measure the KL to the teacher.")
 @option("--data", metavar="SPEC", help="Samples of --cache, if it does not store them.")
 @student_option()
+@settings_options(TrainConfig, only=("same_classes", "strict"))
 def compare(runs: tuple[Path, ...], **options: Any) -> None:
-    """Compare students: size, multiply-adds (MACs), latency on the CPU, test error and calibration."""
+    """Compare students: size, MACs, latency on the CPU, test error, KL to the teacher, calibration (ECE)."""
     from softcache.results.compare import compare
 
     click.echo(compare(runs, **options))
@@ -40,10 +42,10 @@ def compare(runs: tuple[Path, ...], **options: Any) -> None:
 @option("--eval-data", metavar="SPEC", help="Labelled data on which to evaluate the students.")
 @student_option()
 def report(places: tuple[Path, ...], out: Path, **options: Any) -> None:
-    """Write a report on caches and finished runs: one HTML page with all figures in it.
+    """Write a report on caches and finished runs: one HTML page that contains all figures.
 
-    It opens with a verdict: what the teacher knows, what the file keeps of it, and what each student
-    gained over its hard-label baseline. Needs the report extra.
+    It opens with a verdict: how good the teacher is, how much of it the cache keeps, and what each
+    student gained over its hard-label baseline. Needs the report extra.
     """
     from softcache.results.report import report
 
@@ -53,11 +55,11 @@ def report(places: tuple[Path, ...], out: Path, **options: Any) -> None:
 @click.command(cls=Command)
 @click.argument("run", type=PATH)
 @option("--onnx", is_flag=True, help="Write RUN/student.onnx (onnx extra).")
-@option("--pt2", is_flag=True, help="Write RUN/student.pt2, a program for torch.export.")
+@option("--pt2", is_flag=True, help="Write RUN/student.pt2, a torch.export program.")
 @option("--hf", is_flag=True, help="Write RUN/student-hf, a folder that transformers loads.")
 @student_option()
 def export(run: Path, **options: Any) -> None:
-    """Export the student of a run, and check each file against the student.
+    """Export the student of a run, and check that each file returns the student's logits.
 
     ONNX and pt2 take (B, *shape) float32, images in [0, 1], and return logits (B, classes) for any B.
     """

@@ -1,4 +1,4 @@
-"""Commands that share caches: pull and push."""
+"""Commands for sharing caches: pull and push."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from softcache.cli.commands import PATH, Command, option, out_option
+from softcache.cli.commands import OUTPUT, PATH, Command, option, out_option
 from softcache.cli.params import Numbers
 
 
@@ -20,7 +20,7 @@ from softcache.cli.params import Numbers
 @option(
     "--overwrite",
     is_flag=True,
-    group="Output",
+    group=OUTPUT,
     help="Replace an existing file, or a pull that was started with other options.",
 )
 def pull(source: str, **options: Any) -> None:
@@ -41,7 +41,7 @@ def pull(source: str, **options: Any) -> None:
 @click.argument("url", metavar="URL|PATH")
 @option("--overwrite", is_flag=True, help="Replace another file at URL.")
 def push(cache: Path, url: str, overwrite: bool) -> None:
-    """Copy a cache to a URL (s3://, gs://, hf://) or a path, with a card (README.md) beside it.
+    """Copy a cache and a card (README.md) to a URL (s3://, gs://, hf://) or a path.
 
     The cache is verified first; afterwards its header and digests are read back.
     """

@@ -1,4 +1,4 @@
-"""`softcache train`: a cache becomes students."""
+"""`softcache train`: train students from a cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from softcache.train.config import STUDENT, StudentConfig, TrainConfig, make_tra
     multiple=True,
     metavar="NAME=A,B",
     group=STUDENT,
-    help="Train a student for each value of a setting, or for each combination of several.",
+    help="Train one student for each value of a setting, or for each combination if repeated.",
 )
 @option(
     "--config",
@@ -30,26 +30,27 @@ from softcache.train.config import STUDENT, StudentConfig, TrainConfig, make_tra
     callback=read_config,
     metavar="TOML",
     group=STUDENT,
-    help="Read options from a file; its [[student]] tables hold the settings of single students.",
+    help="Read options from a file; each [[student]] table has the settings of one student.",
 )
 def train(cache: tuple[str, ...], **options: Any) -> None:
     """Train students from CACHE; without CACHE, train a model on labels alone.
 
-    A URL is first pulled into the folder softcache in $XDG_CACHE_HOME (by default ~/.cache).
+    A URL is first pulled into $XDG_CACHE_HOME/softcache (by default ~/.cache/softcache).
 
-    With several caches, each batch is drawn from all samples alike: labelled and unlabelled ones, or
-    the shards of a dump. The complete views of an unfinished FILE.partial can be trained on.
+    With several caches, such as labelled and unlabelled samples, or the shards of a dump, each batch is
+    drawn from the samples of all of them. The complete views of an unfinished FILE.partial can be trained
+    from, if its first view is among them.
 
     A run that was stopped continues from its last checkpoint when the same command is run again.
 
     The loss is alpha T² KL(teacher ‖ student) + (1 - alpha) cross-entropy with the labels; --loss
-    replaces the KL. The forms of SPEC and the losses: softcache help specs.
+    replaces the KL. For the losses and the forms of SPEC, see softcache help specs.
     """
     from softcache.files.pull import local_copy
     from softcache.train.grid import make_variants
     from softcache.train.loop import train
 
     most_views = None if options["rotate"] else options["epochs"]
-    paths = [local_copy(place, most_views=most_views) for place in cache]
+    paths = [local_copy(source, most_views=most_views) for source in cache]
     variants = make_variants(*(options.pop(name) for name in ("student", "grid", "tables")))
     train(make_train_config(students=variants, cache=paths, **options))

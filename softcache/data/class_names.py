@@ -61,7 +61,12 @@ class MappedSource:
 
 
 def align_classes(
-    source: Source, names: Sequence[str], whose: str, *, same_classes: bool = False
+    source: Source,
+    names: Sequence[str],
+    whose: str,
+    *,
+    same_classes: bool = False,
+    quiet: bool = False,
 ) -> Source:
     """A source with its labels numbered as `names` are.
 
@@ -72,6 +77,7 @@ def align_classes(
         names: the names of the classes in the order that is needed.
         whose: where these come from, for messages.
         same_classes: the classes are the same in the same order, whatever they are called.
+        quiet: do not say that labels are mapped.
 
     Raises:
         DataError: the source has classes that `names` lacks.
@@ -95,8 +101,13 @@ def align_classes(
     if mapping == tuple(range(len(names))):
         return source  # other ways of writing the same names
     in_order = list(mapping) == sorted(mapping)
-    how = f"{len(own)} of the {len(names)} classes" if in_order else "the classes in another order"
-    inform(f"note: {source.name} has {how} of {whose}; its labels are mapped by name")
+    how = (
+        f"{len(own)} of the {len(names)} classes of"
+        if in_order
+        else "its classes in another order than"
+    )
+    if not quiet:
+        inform(f"note: {source.name} has {how} {whose}; its labels are mapped by name")
     return MappedSource(source, mapping, tuple(names))
 
 
@@ -129,11 +140,6 @@ def normalized(name: str) -> str:
 def first_words(name: str) -> str:
     """The first of several names of one class: `tench, Tinca tinca`."""
     return normalized(name.partition(",")[0])
-
-
-def check_class_names(source: Source, names: Sequence[str], whose: str) -> None:
-    """Raise DataError if the classes of a source cannot be those of `names`."""
-    align_classes(source, names, whose)
 
 
 def all_class_names(cache: Cache) -> tuple[str, ...]:

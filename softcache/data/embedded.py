@@ -13,6 +13,7 @@ from torch import Tensor
 from softcache.cache import Cache
 from softcache.cache.header import INPUTS
 from softcache.cache.reader import open_trainable
+from softcache.data.keys import sample_keys
 from softcache.errors import SettingsError
 
 
@@ -31,6 +32,7 @@ class CacheSource:
             )
         self.cache, self.name = cache, cache.header.data
         self.class_names = tuple(cache.class_names)
+        self.text = _are_texts(cache)
 
     def __reduce__(self) -> tuple[Callable[[Path], CacheSource], tuple[Path]]:
         return _reopen, (self.cache.path,)  # a memory map cannot be pickled for another process
@@ -41,6 +43,13 @@ class CacheSource:
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
         rows = np.asarray(indices, np.int64)
         return torch.from_numpy(self.cache.arrays[INPUTS][rows]), self.cache.labels[rows]
+
+
+def _are_texts(cache: Cache) -> bool:
+    """Whether the samples are texts, whose keys leave out the padding, unlike those of all others."""
+    first = torch.from_numpy(np.array(cache.arrays[INPUTS][:1]))
+    is_text = first.ndim == 2 and not first.dtype.is_floating_point
+    return is_text and bool(sample_keys(first, text=True)[0] == cache.keys[0])
 
 
 def _reopen(path: Path) -> CacheSource:

@@ -13,12 +13,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache.data import text
+from softcache.data.columns import class_labels
 from softcache.data.images import Pixels, as_array, parse_pixels, stack_images
 from softcache.data.source import DEFAULT_SPLIT, UNLABELLED
-from softcache.data.tables import class_labels
+from softcache.data.spec import named_classes
+from softcache.data.text import encode
 from softcache.errors import DataError, SettingsError, SoftcacheError
 from softcache.util.extras import import_extra
+from softcache.util.log import inform
 from softcache.util.spec import Spec
 
 FILES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
@@ -45,6 +47,11 @@ class HubSource:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def text(self) -> bool:
+        """Whether the samples are texts, whose keys do not depend on their padding."""
+        return self.kind == "text"
+
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
         rows = np.asarray(indices, np.int64)
         try:
@@ -61,10 +68,10 @@ class HubSource:
 
     def _tensor(self, values: Sequence[Any], rows: npt.NDArray[np.int64]) -> Tensor:
         if self.kind == "text":
-            return text.encode(values, self.length)
+            return encode(values, self.length)
         names = [f"sample {row}" for row in rows]
         if self.kind == "image":
-            arrays = [as_array(value, self.pixels) for value in values]
+            arrays = [self._array(value, row) for value, row in zip(values, rows, strict=True)]
             return torch.from_numpy(stack_images(arrays, names, self.name))
         try:
             return torch.from_numpy(np.stack([np.asarray(value) for value in values]))
@@ -74,15 +81,22 @@ class HubSource:
                 "are not numbers; expected numbers of one shape"
             ) from error
 
+    def _array(self, image: Any, row: int) -> npt.NDArray[Any]:  # noqa: ANN401  # a PIL image
+        try:
+            return as_array(image, self.pixels)
+        except (DataError, SettingsError) as error:
+            raise type(error)(f"{self.name}: sample {row} cannot be read: {error}") from error
+
 
 def open_hub_data(data: Spec) -> HubSource:
     """Open a data set from the hub, a save_to_disk folder or a file.
 
-    Options: input=COLUMN, label=COLUMN (`label=` for none), name=CONFIG, classes=X,Y; for images also
-    size= and mode=; for texts length=, the number of characters to cut them at.
+    Options: input=COLUMN, label=COLUMN (`label=` for none), name=CONFIG, classes=X,Y (the class names in
+    order); for images also size= and mode=; for texts length=, the number of characters to cut them at.
 
     Raises:
-        SettingsError: a column or a split does not exist, or must be named.
+        SettingsError: a column or a split does not exist, or must be named; or the classes are not those of
+            the label column.
         DataError: the data set cannot be loaded.
     """
     spec, options = f"hfds:{data.place}", data.options
@@ -240,22 +254,56 @@ def _labels(
     if label is None:
         return np.full(len(table), UNLABELLED, np.int64), ()
     names = tuple(getattr(table.features[label], "names", None) or ())
-    given_names = tuple(options["classes"].split(",")) if options.get("classes") else ()
+    given_names = named_classes(options, spec)
     column = table.select_columns([label]).with_format("arrow")[:].column(label)
-    labels, column_names = class_labels(column, given_names, f"{spec}: column {label!r}")
+    where = f"{spec}: column {label!r}"
+    labels, column_names = class_labels(column, given_names, where)
+    if names and given_names:
+        return _reordered(labels, names, given_names, where), given_names
     return labels, names or column_names
+
+
+def _reordered(
+    labels: npt.NDArray[np.int64], names: tuple[str, ...], order: tuple[str, ...], where: str
+) -> npt.NDArray[np.int64]:
+    """Labels (N,) of the classes `names` as labels of the same names in another order."""
+    if sorted(names) != sorted(order):
+        absent = [name for name in names if name not in order]
+        surplus = [name for name in order if name not in names]
+        is_other = f"has {surplus[0]!r}, which is not one of them" if surplus else ""
+        problem = is_other or f"leaves out {absent[0]!r}"
+        raise SettingsError(
+            f"{where} has the classes {', '.join(names)[:200]}; classes={','.join(order)[:200]} {problem}; "
+            "expected all of them, in any order"
+        )
+    known = (labels >= 0) & (labels < len(names))
+    positions = np.array([order.index(name) for name in names], np.int64)
+    return np.where(known, positions[np.where(known, labels, 0)], labels)
 
 
 def _length(table: Table, column: str, options: Mapping[str, str], spec: str) -> int:
     """The option `length`, or by default the length of the longest text, in characters."""
-    if "length" in options:
-        if not re.fullmatch(r"[1-9]\d{0,6}", options["length"]):
-            raise SettingsError(
-                f"{spec}: length {options['length']!r}; expected a whole number from 1 to 9999999"
-            )
-        return int(options["length"])
+    option = options.get("length")
+    if option is not None and not re.fullmatch(r"[1-9]\d{0,6}", option):
+        raise SettingsError(f"{spec}: length {option!r}; expected a whole number from 1 to 9999999")
+    lengths = _text_lengths(table, column)
+    longest = int(lengths.max(initial=1))
+    if option is None:
+        return longest
+    cut = int((lengths > int(option)).sum())
+    if cut:
+        inform(
+            f"{spec}: {cut:,} of {len(lengths):,} texts are longer than {option} characters and are cut; "
+            f"the longest has {longest:,} (?length={longest} cuts none)"
+        )
+    return int(option)
+
+
+def _text_lengths(table: Table, column: str) -> npt.NDArray[np.int64]:
+    """The length (N,) of each text in characters; 0 where there is none."""
     compute = import_extra("pyarrow.compute", extra="data", what="hfds:")
-    longest = 1
+    lengths = [np.empty(0, np.int64)]
     for batch in table.with_format("arrow").iter(10_000):
-        longest = max(longest, compute.max(compute.utf8_length(batch.column(column))).as_py() or 1)
-    return longest
+        filled = compute.fill_null(compute.utf8_length(batch.column(column)), 0)
+        lengths.append(np.asarray(filled.to_numpy(), np.int64))
+    return np.concatenate(lengths)

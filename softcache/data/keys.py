@@ -7,22 +7,44 @@ import numpy.typing as npt
 import xxhash
 from torch import Tensor
 
+from softcache.data.text import text_lengths
 
-def sample_keys(inputs: Tensor) -> npt.NDArray[np.uint64]:
+TEXT_LAYOUT = "<u4 text"  # instead of dtype and shape: a text's key does not depend on its padding
+
+
+def sample_keys(inputs: Tensor, *, text: bool = False) -> npt.NDArray[np.uint64]:
     """A 64-bit hash of each sample's own content: xxh3 over its bytes, seeded by dtype and shape.
+
+    A text is hashed without its padding, so that its key is the same in a batch of any length.
 
     Args:
         inputs: (B, *shape), on the CPU.
+        text: whether the samples are texts: code points (B, length), padded with zeros.
 
     Returns:
         (B,) uint64.
     """
+    if text:
+        return _text_keys(inputs)
     rows = inputs.contiguous().numpy()
-    layout = f"{rows.dtype.newbyteorder('<').str}{rows.shape[1:]}"
-    seed = xxhash.xxh3_64_intdigest(layout.encode())
+    seed = _seed(f"{rows.dtype.newbyteorder('<').str}{rows.shape[1:]}")
     raw, size = rows.reshape(-1).view(np.uint8).data, rows[:1].nbytes
     digest = xxhash.xxh3_64_intdigest
     keys = (
         digest(raw[start : start + size], seed) for start in range(0, len(rows) * size, size or 1)
     )
     return np.fromiter(keys, np.uint64, len(rows)) if size else np.full(len(rows), seed, np.uint64)
+
+
+def _text_keys(points: Tensor) -> npt.NDArray[np.uint64]:
+    rows = np.ascontiguousarray(points.numpy(), "<u4")  # (B, length)
+    seed, digest = _seed(TEXT_LAYOUT), xxhash.xxh3_64_intdigest
+    keys = (
+        digest(row[:length].tobytes(), seed)
+        for row, length in zip(rows, text_lengths(rows).tolist(), strict=True)
+    )
+    return np.fromiter(keys, np.uint64, len(rows))
+
+
+def _seed(layout: str) -> int:
+    return xxhash.xxh3_64_intdigest(layout.encode())

@@ -253,7 +253,9 @@ class _Batches(Dataset[Batch]):
             sample_ids = np.asarray(request.sample_ids, np.int64)
         transformed = self.augmentation.transformed
         inputs, labels = self.source.fetch(request.source_indices)
-        keys = sample_keys(inputs) if self.keys else np.empty(0, np.uint64)
+        keys = np.empty(0, np.uint64)
+        if self.keys:
+            keys = sample_keys(inputs, text=bool(getattr(self.source, "text", False)))
         partners, partner_labels = torch.empty(0), np.empty(0, np.int64)
         if len(request.partner_indices):
             partners, partner_labels = self.source.fetch(request.partner_indices)

@@ -6,14 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 
+from softcache.data.layout import layout_of
 from softcache.data.source import DEFAULT_SPLIT, ArraySource, array_source
 from softcache.errors import DataError, MissingDataError
+from softcache.util.log import inform
 from softcache.util.messages import one_line
 from softcache.util.spec import Spec
 
 
 def open_npz(spec: Spec) -> ArraySource:
     """Open the arrays x_SPLIT and y_SPLIT, or x and y for the train split; labels are optional.
+
+    Images with their channels last, without channels or in wide integers are converted (see `layout_of`).
 
     Raises:
         DataError: there is no such file, or it does not contain such arrays.
@@ -37,4 +41,8 @@ def open_npz(spec: Spec) -> ArraySource:
         raise
     except Exception as error:  # numpy raises errors of many types on damaged files
         raise DataError(f"npz:{path} cannot be read as arrays ({one_line(error)})") from error
-    return array_source(replace(spec, split=split).public_name, inputs, labels)
+    name = replace(spec, split=split).public_name
+    layout = layout_of(inputs)
+    if description := layout.describe(inputs):
+        inform(f"{name}: {description}")
+    return array_source(name, layout.apply(inputs), labels)

@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
-from softcache.data.source import Source
-from softcache.data.spec import KINDS, parse_data
-from softcache.errors import DataError
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from softcache.data.source import ArraySource, Source
+from softcache.data.spec import KINDS, NAMING_KINDS, named_classes, parse_data
+from softcache.data.subset import parse_subset, subset
+from softcache.errors import DataError, SettingsError
+
+if TYPE_CHECKING:
+    from softcache.data.user_dataset import DatasetSource
 
 
-def open_source(text: str) -> Source:
+def open_source(text: str, *, skip_unreadable: bool = False) -> Source:
     """Open a data specification; `softcache help specs` lists the forms.
+
+    Options of every kind: classes=A,B (the names of labels 0, 1, …), shuffle=SEED (a random order) and
+    samples=N (the first N samples of that order).
+
+    Args:
+        skip_unreadable: leave out image files that cannot be read; the same as `?unreadable=skip`.
 
     Raises:
         SettingsError: the specification has no known form, or an invalid option.
         DataError: the files are missing or invalid, or hold no samples.
     """
     spec = parse_data(text)
+    if skip_unreadable:
+        if "unreadable" not in (KINDS[spec.kind].options or ()):
+            raise SettingsError(
+                f"--skip-unreadable leaves out image files of folder: data, and {text} is {spec.kind}: data; "
+                "leave it out"
+            )
+        spec = replace(spec, options={**spec.options, "unreadable": "skip"})
+    shuffle, samples = parse_subset(spec.options, text)
+    names = () if spec.kind in NAMING_KINDS else named_classes(spec.options, text)
     source: Source = KINDS[spec.kind].load()(spec)
     if len(source) == 0:
         raise DataError(f"data {text} holds no samples; expected at least one")
-    return source
+    if names:
+        source = _with_classes(source, names)  # type: ignore[arg-type]  # those not in NAMING_KINDS
+    return subset(source, shuffle, samples)
+
+
+def _with_classes(source: ArraySource | DatasetSource, names: tuple[str, ...]) -> Source:
+    """The source with names for its labels, which are checked where they are all known."""
+    largest = int(source.labels.max()) if isinstance(source, ArraySource) else -1
+    if largest >= len(names):
+        raise DataError(
+            f"{source.name}: classes names {len(names)} classes, {', '.join(names)[:200]}, and the data has "
+            f"label {largest}; expected a name for each of the labels 0 to {largest}"
+        )
+    return replace(source, class_names=names)

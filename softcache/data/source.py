@@ -48,7 +48,7 @@ class ArraySource:
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
         rows = np.asarray(indices, np.int64)
-        return torch.from_numpy(self.inputs[rows]), self.labels[rows]
+        return torch.from_numpy(np.ascontiguousarray(self.inputs[rows])), self.labels[rows]
 
 
 def array_source(
@@ -58,7 +58,7 @@ def array_source(
 
     Args:
         inputs: (N, *shape), integers or floats.
-        labels: (N,) or (N, 1) integers; None if the samples are unlabelled.
+        labels: (N,) or (N, 1) whole numbers, where NaN is a missing label; None if all are missing.
 
     Raises:
         DataError: an array has another shape or dtype.
@@ -71,17 +71,31 @@ def array_source(
     if labels is None:
         labels = np.full(len(inputs), UNLABELLED, np.int64)
     labels = labels.squeeze(1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if labels.shape != (len(inputs),) or labels.dtype.kind not in "ui":
+    if labels.shape != (len(inputs),) or labels.dtype.kind not in "uif":
         raise DataError(
             f"{name}: labels are {labels.dtype} of shape {labels.shape}; expected integers of "
             f"shape ({len(inputs)},), one for each input"
         )
+    if labels.dtype.kind == "f":
+        labels = _whole(labels, name)
     if inputs.dtype.kind == "u" and inputs.dtype.itemsize > 2:
         inputs = inputs.astype(np.int64)  # torch cannot compute with wider unsigned dtypes
     if inputs.dtype.kind == "f" and inputs.dtype.itemsize > 8:
         inputs = inputs.astype(np.float64)
     inputs = inputs.astype(inputs.dtype.newbyteorder("="), copy=False)
     return ArraySource(name, inputs, labels.astype(np.int64))
+
+
+def _whole(labels: npt.NDArray[Any], name: str) -> npt.NDArray[np.int64]:
+    """Labels (N,) stored as floats as integers; NaN becomes UNLABELLED."""
+    filled = np.where(np.isnan(labels), UNLABELLED, labels).astype(np.float64)
+    invalid = np.flatnonzero((filled != np.round(filled)) | (np.abs(filled) >= 1 << 62))
+    if len(invalid):
+        raise DataError(
+            f"{name}: labels are {labels.dtype} and sample {invalid[0]} has {filled[invalid[0]]}; expected "
+            f"integers of shape {labels.shape}, numbers of classes from 0"
+        )
+    return filled.astype(np.int64)
 
 
 def check_labels(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from softcache.data.images import OPTIONS as IMAGE_OPTIONS
 from softcache.errors import SettingsError
 from softcache.util.spec import (
@@ -14,8 +17,12 @@ from softcache.util.spec import (
     split_options,
 )
 
-HUB_OPTIONS = ("input", "label", "name", "length", "classes", *IMAGE_OPTIONS)
-TABLE_OPTIONS = ("label", "inputs", "classes")
+COMMON_OPTIONS = ("classes", "shuffle", "samples")  # of every kind
+FOLDER_OPTIONS = (*IMAGE_OPTIONS, "unreadable", *COMMON_OPTIONS)
+HUB_OPTIONS = ("input", "label", "name", "length", "classes", *IMAGE_OPTIONS, "shuffle", "samples")
+TABLE_OPTIONS = ("label", "inputs", "classes", "missing", "shuffle", "samples")
+# kinds whose sources take the names of classes themselves, where names also give the order of labels
+NAMING_KINDS = ("folder", "hfds", "csv", "parquet")
 
 # each handler takes a Spec and returns a Source
 KINDS = {
@@ -23,18 +30,20 @@ KINDS = {
         "idx:DIR",
         "IDX files with MNIST's own names, plain or gzipped",
         "softcache.data.idx:open_idx",
+        COMMON_OPTIONS,
     ),
     "npz": Kind(
         "npz:FILE",
         "arrays x and y, or x_SPLIT and y_SPLIT",
         "softcache.data.npz:open_npz",
+        COMMON_OPTIONS,
         file=True,
     ),
     "folder": Kind(
         "folder:DIR",
         "images, one sub-folder per class (vision extra)",
         "softcache.data.folder:open_folder",
-        IMAGE_OPTIONS,
+        FOLDER_OPTIONS,
     ),
     "hfds": Kind(
         "hfds:ID_OR_FOLDER",
@@ -44,14 +53,14 @@ KINDS = {
     ),
     "csv": Kind(
         "csv:FILE",
-        "a table of numbers (data extra)",
+        "a table of numbers and words (data extra)",
         "softcache.data.tables:open_table",
         TABLE_OPTIONS,
         file=True,
     ),
     "parquet": Kind(
         "parquet:FILE",
-        "a table of numbers (data extra)",
+        "a table of numbers and words (data extra)",
         "softcache.data.tables:open_table",
         TABLE_OPTIONS,
         file=True,
@@ -60,6 +69,7 @@ KINDS = {
         "FILE.py:CALLABLE",
         "your own callable that returns a map-style torch Dataset",
         "softcache.data.user_dataset:open_dataset",
+        COMMON_OPTIONS,
     ),
 }
 
@@ -80,8 +90,10 @@ def parse_data(text: str) -> Spec:
             "if needed"
         )
     if name.endswith(".py"):
-        place, attribute = split_callable(unsplit)
-        return Spec(text, CODE, place, attribute, split=split)
+        attribute, options = split_options(place_and_options)
+        place, attribute = split_callable(f"{name}:{attribute}")
+        check_options(options, COMMON_OPTIONS, unsplit)
+        return Spec(text, CODE, place, attribute, options, split)
     if name not in KINDS or name == CODE:
         raise SettingsError(
             f"data {text!r} is of unknown kind {name!r}; expected {forms(KINDS)}, followed by @SPLIT "
@@ -91,3 +103,30 @@ def parse_data(text: str) -> Spec:
     kind = KINDS[name]
     check_options(options, kind.options or (), unsplit)
     return Spec(text, name, place, options=options, split=split, file=kind.file)
+
+
+def public_name(spec: Spec) -> str:
+    """The specification without local folders and with all its options: safe to write into a shared file."""
+    if spec.kind != CODE or not spec.options:
+        return spec.public_name
+    bare = replace(spec, options={}, split="").public_name
+    query = "&".join(f"{name}={value}" for name, value in sorted(spec.options.items()))
+    return f"{bare}?{query}" + (f"@{spec.split}" if spec.split else "")
+
+
+def named_classes(options: Mapping[str, str], spec: str) -> tuple[str, ...]:
+    """The names of the option `classes=A,B,C`, in the order of labels 0, 1, 2; empty if it is not given.
+
+    Raises:
+        SettingsError: a name is empty or repeated.
+    """
+    if "classes" not in options:
+        return ()
+    names = tuple(options["classes"].split(","))
+    invalid = [name for name in names if not name or names.count(name) > 1]
+    if invalid:
+        raise SettingsError(
+            f"{spec!r}: classes has {'an empty name' if not invalid[0] else f'{invalid[0]!r} twice'}; "
+            "expected different names in the order of labels 0, 1, 2, ..., such as classes=cat,dog"
+        )
+    return names

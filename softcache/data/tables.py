@@ -1,119 +1,330 @@
-"""CSV and Parquet tables of numbers as samples, and labels from a column of any type."""
+"""CSV and Parquet tables as samples, one per row, with columns that have names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from softcache.data.source import UNLABELLED, ArraySource
+from softcache.data.class_names import MappedSource
+from softcache.data.columns import InputColumn, class_labels, input_column
+from softcache.data.source import UNLABELLED, ArraySource, Source
+from softcache.data.spec import named_classes
+from softcache.data.subset import SubsetSource
 from softcache.errors import DataError, MissingDataError, SettingsError
 from softcache.util.extras import import_extra
+from softcache.util.log import inform, warn
 from softcache.util.spec import Spec
 
 LABEL = "label"  # the label column if none is named
+MISSING = ("nan", "mean")  # what missing= makes of empty cells
+SHOWN = 6  # names in a message
+FREE_TEXT = 20  # columns with more words than this may be names or free text instead of categories
+CHUNK = 10_000  # rows read at a time for statistics
 
-Labels = tuple[npt.NDArray[np.int64], tuple[str, ...]]  # labels (N,) and class names
-Column = Any  # a pyarrow.ChunkedArray
 Table = Any  # a pyarrow.Table
-Module = Any
 
 
-def read_table(
-    kind: str, path: Path, options: Mapping[str, str]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], tuple[str, ...]]:
-    """Read the inputs, labels and class names of a table.
+@dataclass(frozen=True)
+class TableSource(ArraySource):
+    """The rows of a table.
 
-    Options: label=COLUMN (`label=` for none), inputs=A,B (by default all other columns), classes=X,Y
-    (the class names in order, if the labels are words).
+    Attributes:
+        columns: the names of the input columns, in the order of `inputs` (N, columns).
+        categories: for each input column of words, what the numbers 0, 1, … stand for.
+    """
 
-    Args:
-        kind: csv or parquet.
+    columns: tuple[str, ...] = ()
+    categories: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    Returns:
-        Inputs (N, columns) float32, labels (N,) int64, and the class names, empty if labels are numbers.
+
+def open_table(spec: Spec) -> TableSource:
+    """Open a table as a source with one sample per row.
+
+    Options: label=COLUMN (`label=` for none), inputs=A,B (by default all other columns), classes=X,Y (the
+    class names in order if the labels are words), missing=nan|mean (by default an empty cell is refused).
 
     Raises:
-        SettingsError: a column does not exist, or the label column must be named.
-        DataError: the file cannot be read as a table, or a column holds anything but numbers.
+        SettingsError: a split is given, a column does not exist, the label column must be named, or an
+            option has another form.
+        DataError: the file cannot be read as a table, or a cell does not fit.
     """
-    spec = f"{kind}:{path}"
-    table = _read(kind, path)
-    label = _label_column(table.column_names, options, spec)
-    inputs = options["inputs"].split(",") if "inputs" in options else table.column_names
-    inputs = [name for name in inputs if name != label]
-    for name in [*inputs, *([label] if label else [])]:
+    if spec.split:
+        raise SettingsError(
+            f"{spec.kind}:{spec.place}@{spec.split}: a table has no splits; use one file per split"
+        )
+    where, options = f"{spec.kind}:{spec.path}", spec.options
+    missing = options.get("missing")
+    if missing not in (None, *MISSING):
+        raise SettingsError(f"{where}: missing {missing!r}; expected missing=nan or missing=mean")
+    table = _read(spec.kind, spec.path)
+    label = _label_column(table.column_names, options, where)
+    names = options["inputs"].split(",") if "inputs" in options else table.column_names
+    names = [name for name in names if name != label]
+    _check_columns(table, [*names, *([label] if label else [])], where)
+    if not names or not len(table):
+        raise DataError(
+            f"{where} has {len(table)} rows and {len(names)} input columns; expected at least one of each"
+        )
+    columns = {
+        name: input_column(table.column(name), f"{where}: column {name!r}") for name in names
+    }
+    inputs = np.stack([column.values for column in columns.values()], 1)
+    _check_finite(inputs, names, table, where)
+    _fill_missing(inputs, columns, table, missing, where)
+    _describe(inputs, columns, where)
+    labels = np.full(len(table), UNLABELLED, np.int64)
+    class_names: tuple[str, ...] = ()
+    if label is not None:
+        column, classes = table.column(label), named_classes(options, where)
+        labels, class_names = class_labels(column, classes, f"{where}: column {label!r}")
+        _describe_gaps(labels, label, where)
+    categories = {name: column.words for name, column in columns.items() if column.words}
+    return TableSource(spec.public_name, inputs, labels, class_names, tuple(names), categories)
+
+
+def align_columns(source: Source, reference: Source) -> Source:
+    """A table with the columns, and the numbers for words, of another table.
+
+    Columns are matched by name. Columns that the reference does not have are left out.
+
+    Args:
+        source: the table to align, such as evaluation data.
+        reference: the table that says which columns come in which order, such as training data.
+
+    Returns:
+        A source with the columns of the reference; `source` itself if it has them already, or if either
+        has no column names.
+
+    Raises:
+        DataError: a column of the reference is missing, holds words in one table and numbers in the other,
+            or has a word that the reference does not have.
+    """
+    if isinstance(source, MappedSource | SubsetSource):
+        return replace(source, source=align_columns(source.source, reference))
+    reference = unwrapped(reference)
+    columns: tuple[str, ...] = getattr(reference, "columns", ())
+    if not isinstance(source, TableSource) or not source.columns or not columns:
+        return source
+    absent = [name for name in columns if name not in source.columns]
+    surplus = [name for name in source.columns if name not in columns]
+    if absent:
+        raise DataError(
+            f"{source.name} has no column {_listed(absent)}, which {reference.name} has"
+            f"{f', but has {_listed(surplus)}' if surplus else ''}; expected the columns "
+            f"{_listed(columns)}: give both tables the same columns, or choose them with ?inputs=A,B"
+        )
+    categories: Mapping[str, tuple[str, ...]] = getattr(reference, "categories", {})
+    if columns == source.columns and categories == source.categories:
+        return source
+    inputs = source.inputs[:, [source.columns.index(name) for name in columns]]
+    for position, name in enumerate(columns):
+        inputs[:, position] = _renumbered(inputs[:, position], name, source, reference, categories)
+    if surplus:
+        inform(
+            f"note: {source.name} has columns that {reference.name} does not have, which are left out: "
+            f"{_listed(surplus)}"
+        )
+    if columns != tuple(name for name in source.columns if name in columns):
+        inform(
+            f"note: the columns of {source.name} are in another order than those of {reference.name}; "
+            f"matched by name, as {_listed(columns)}"
+        )
+    return replace(source, inputs=inputs, columns=tuple(columns), categories=dict(categories))
+
+
+def unwrapped(source: Source) -> Source:
+    """The source of arrays or files inside others that only change its order or its labels."""
+    while (inner := getattr(source, "source", None)) is not None:
+        source = inner
+    return source
+
+
+def column_statistics(source: Source) -> tuple[Tensor, Tensor]:
+    """The mean and the standard deviation of each column over all rows, labelled or not.
+
+    NaN is left out. A constant column has standard deviation 1, and one without any value mean 0.
+    Chunks are combined as in Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983).
+
+    Args:
+        source: samples (N, columns).
+
+    Returns:
+        The means (columns,) and the standard deviations (columns,), float32.
+    """
+    chunks = (range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK))
+    rows = (np.asarray(source.fetch(chunk)[0], np.float64) for chunk in chunks)
+    counts: npt.NDArray[Any] = np.zeros(1)
+    means: npt.NDArray[Any] = np.zeros(1)
+    squares: npt.NDArray[Any] = np.zeros(1)  # sums of squared differences from the mean
+    lowest: npt.NDArray[Any] = np.full(1, np.inf)
+    highest: npt.NDArray[Any] = np.full(1, -np.inf)
+    for chunk in rows:  # (B, columns)
+        known = ~np.isnan(chunk)
+        count = known.sum(0)
+        mean = np.where(known, chunk, 0).sum(0) / count.clip(1)
+        square = np.square(np.where(known, chunk - mean, 0)).sum(0)
+        total = counts + count
+        step = mean - means
+        share = count / total.clip(1)
+        squares = squares + square + step**2 * counts * share
+        means, counts = means + step * share, total
+        lowest = np.minimum(lowest, np.where(known, chunk, np.inf).min(0))
+        highest = np.maximum(highest, np.where(known, chunk, -np.inf).max(0))
+    std = np.where(lowest < highest, np.sqrt(squares / counts.clip(1)), 1)
+    return torch.from_numpy(means).float(), torch.from_numpy(std).float()
+
+
+def _renumbered(
+    values: npt.NDArray[Any],
+    name: str,
+    source: TableSource,
+    reference: Source,
+    categories: Mapping[str, tuple[str, ...]],
+) -> npt.NDArray[Any]:
+    """A column (N,) with the reference's numbers for its words."""
+    words, expected = source.categories.get(name, ()), categories.get(name, ())
+    if words == expected or np.isnan(values).all():
+        return values
+    if not words or not expected:
+        kinds = ("words", "numbers") if words else ("numbers", "words")
+        raise DataError(
+            f"column {name!r} holds {kinds[0]} in {source.name} and {kinds[1]} in {reference.name}; "
+            "expected the same in both: write the column in the same way, or leave it out with ?inputs=A,B"
+        )
+    unknown = [word for word in words if word not in expected]
+    if unknown:
+        raise DataError(
+            f"{source.name}: column {name!r} has {_listed(unknown)}, which {reference.name} does not have; "
+            f"expected {_listed(expected)}: leave out these rows, or the column with ?inputs=A,B"
+        )
+    numbers = np.array([expected.index(word) for word in words], values.dtype)
+    known = ~np.isnan(values)
+    renumbered = values.copy()
+    renumbered[known] = numbers[values[known].astype(np.int64)]
+    return renumbered
+
+
+def _check_columns(table: Table, names: Sequence[str], where: str) -> None:
+    for name in names:
         if table.column_names.count(name) != 1:
             raise SettingsError(
-                f"{spec} has {'no column' if name not in table.column_names else 'two columns'} {name!r}; "
+                f"{where} has {'no column' if name not in table.column_names else 'two columns'} {name!r}; "
                 f"it has {', '.join(table.column_names)}"
             )
-    if not inputs or not len(table):
+
+
+def _check_finite(
+    inputs: npt.NDArray[np.float32], names: Sequence[str], table: Table, where: str
+) -> None:
+    if np.isinf(inputs).any():
+        position, row = np.argwhere(np.isinf(inputs.T))[0]
+        value = table.column(names[position])[int(row)].as_py()
         raise DataError(
-            f"{spec} has {len(table)} rows and {len(inputs)} input columns; expected at least one of each"
+            f"{where}: column {names[position]!r} has {value} in row {row}; expected finite numbers, of at "
+            f"most {np.finfo(np.float32).max:.2g}: empty this cell and add ?missing=mean or ?missing=nan, "
+            "or choose other columns with ?inputs=A,B"
         )
-    columns = [_numbers(table.column(name), f"{spec}: column {name!r}") for name in inputs]
-    if label is None:
-        return np.stack(columns, 1), np.full(len(table), UNLABELLED, np.int64), ()
-    classes = tuple(options["classes"].split(",")) if options.get("classes") else ()
-    labels, names = class_labels(table.column(label), classes, f"{spec}: column {label!r}")
-    return np.stack(columns, 1), labels, names
 
 
-def class_labels(column: Column, classes: tuple[str, ...], where: str) -> Labels:
-    """Labels (N,) from an Arrow column of whole numbers or words; a null is a missing label.
-
-    Args:
-        classes: the class names in order; empty for the words of the column, sorted.
-        where: the column, for error messages.
-
-    Returns:
-        The labels and the class names.
-
-    Raises:
-        DataError: the column holds other values, or a word that is not a class.
-    """
-    arrow = import_extra("pyarrow", extra="data", what="a table")
-    compute = import_extra("pyarrow.compute", extra="data", what="a table")
-    if arrow.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type):
-        words = [word.as_py() for word in compute.unique(column)]
-        names = classes or tuple(sorted(word for word in words if word is not None))
-        unknown = sorted(word for word in words if word is not None and word not in names)
-        if unknown:
-            raise DataError(f"{where} has {unknown[0]!r}; expected one of {', '.join(names)[:200]}")
-        labels = compute.index_in(column, value_set=arrow.array(names, column.type))
-        return _filled(labels, compute), names
-    kinds = arrow.types
-    if not (kinds.is_integer(column.type) or kinds.is_boolean(column.type)):
-        numbers = _numbers(column, where)
-        if not (numbers == numbers.round()).all():
+def _fill_missing(
+    inputs: npt.NDArray[np.float32],
+    columns: Mapping[str, InputColumn],
+    table: Table,
+    missing: str | None,
+    where: str,
+) -> None:
+    """Refuse NaN in `inputs`, pass it on, or replace it by the mean of its column, in place."""
+    empty = np.isnan(inputs)
+    if missing == "nan" or not empty.any():
+        return
+    filled = []
+    for position in np.flatnonzero(empty.any(0)):
+        name, rows = list(columns)[position], np.flatnonzero(empty[:, position])
+        cell = table.column(name)[int(rows[0])].as_py()
+        value = "NaN" if isinstance(cell, float) else "no value"
+        found = f"{where}: column {name!r} has {value} in row {rows[0]}"
+        if missing is None:
             raise DataError(
-                f"{where} has {numbers[numbers != numbers.round()][0]}, which is not a class number; "
-                "expected whole numbers from 0"
+                f"{found}; expected a number in every row: add ?missing=mean to fill in the mean of the "
+                "column, or ?missing=nan if the teacher and the students take NaN"
             )
-    return _filled(column.cast(arrow.int64()), compute), classes
+        if columns[name].words or len(rows) == len(inputs):
+            why = "words have no mean" if columns[name].words else "no row has one"
+            raise DataError(
+                f"{found}, and {why}; use ?missing=nan, or choose other columns with ?inputs=A,B"
+            )
+        mean = inputs[~empty[:, position], position].mean(dtype=np.float64)
+        inputs[rows, position] = mean
+        filled.append(f"{name!r} ({len(rows):,} rows, mean {mean:.4g})")
+    inform(f"{where}: missing values are filled with the mean of their column: {_cut(filled)}")
 
 
-def _filled(column: Column, compute: Module) -> npt.NDArray[np.int64]:
-    filled = compute.fill_null(column, UNLABELLED)
-    return np.asarray(filled.to_numpy(), np.int64)
+def _describe(
+    inputs: npt.NDArray[np.float32], columns: Mapping[str, InputColumn], where: str
+) -> None:
+    """Tell what the words became, and warn of columns that cannot be features."""
+    words = {name: column.words for name, column in columns.items() if column.words}
+    if words:
+        parts = (
+            f"{name!r} ({_listed(found)} = 0 to {len(found) - 1})" for name, found in words.items()
+        )
+        inform(f"{where}: words are numbered in sorted order: {_cut(list(parts))}")
+    for position, (name, column) in enumerate(columns.items()):
+        if len(column.words) > max(FREE_TEXT, len(inputs) // 2):
+            warn(
+                f"{where}: column {name!r} has {len(column.words):,} different words in {len(inputs):,} "
+                "rows, which no other table will share; leave it out with ?inputs=A,B"
+            )
+        elif len(inputs) > FREE_TEXT and (np.diff(inputs[:, position]) == 1).all():
+            warn(f"{where}: column {name!r} only numbers the rows; leave it out with ?inputs=A,B")
+
+
+def _describe_gaps(labels: npt.NDArray[np.int64], label: str, where: str) -> None:
+    gaps = int((labels == UNLABELLED).sum())
+    if gaps:
+        inform(f"{where}: {gaps:,} of {len(labels):,} rows have no {label!r} and are unlabelled")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return _cut([repr(name) for name in names])
+
+
+def _cut(parts: Sequence[str]) -> str:
+    """The first parts in one phrase, and how many more there are."""
+    more = f" and {len(parts) - SHOWN:,} more" if len(parts) > SHOWN else ""
+    return ", ".join(parts[:SHOWN]) + more
 
 
 def _read(kind: str, path: Path) -> Table:
-    reader = import_extra(f"pyarrow.{kind}", extra="data", what=f"a table of {kind}:")
     if not path.is_file():
         raise MissingDataError(f"{kind}:{path}: no such file")
+    read = _csv_reader() if kind == "csv" else _parquet_reader()
     try:
-        return reader.read_csv(path) if kind == "csv" else reader.read_table(path)
+        return read(path)
     except Exception as error:  # Arrow raises errors of many types on damaged files
         raise DataError(
             f"{kind}:{path} cannot be read as a table ({' '.join(str(error).split())[:300]})"
         ) from error
+
+
+def _csv_reader() -> Callable[[Path], Table]:
+    csv = import_extra("pyarrow.csv", extra="data", what="a table of csv:")
+    # by default, Arrow reads an empty cell among words as the word ""
+    options = csv.ConvertOptions(strings_can_be_null=True)
+    return lambda path: csv.read_csv(path, convert_options=options)
+
+
+def _parquet_reader() -> Callable[[Path], Table]:
+    parquet = import_extra("pyarrow.parquet", extra="data", what="a table of parquet:")
+    read: Callable[[Path], Table] = parquet.read_table
+    return read
 
 
 def _label_column(columns: list[str], options: Mapping[str, str], spec: str) -> str | None:
@@ -125,34 +336,3 @@ def _label_column(columns: list[str], options: Mapping[str, str], spec: str) -> 
         f"{spec} has columns {', '.join(columns)}; name the label with ?label=COLUMN, or add ?label= if "
         "there is none"
     )
-
-
-def _numbers(column: Column, where: str) -> npt.NDArray[np.float32]:
-    arrow = import_extra("pyarrow", extra="data", what="a table")
-    kinds = arrow.types
-    if kinds.is_boolean(column.type):
-        column = column.cast(arrow.int8())
-    if not (kinds.is_integer(column.type) or kinds.is_floating(column.type)):
-        raise DataError(
-            f"{where} holds {column.type}; expected numbers: choose the columns with ?inputs=A,B, or use "
-            "hfds: for texts"
-        )
-    if column.null_count:
-        row = next(i for i, value in enumerate(column) if not value.is_valid)
-        raise DataError(f"{where} has no value in row {row}; expected a number in every row")
-    return np.asarray(column.to_numpy(), np.float32)
-
-
-def open_table(spec: Spec) -> ArraySource:
-    """Open a table as a source with one sample per row.
-
-    Raises:
-        SettingsError: a split is given, a column does not exist, or the label column must be named.
-        DataError: the file cannot be read as a table of numbers.
-    """
-    if spec.split:
-        raise SettingsError(
-            f"{spec.kind}:{spec.place}@{spec.split}: a table has no splits; use one file per split"
-        )
-    inputs, labels, class_names = read_table(spec.kind, spec.path, spec.options)
-    return ArraySource(spec.public_name, inputs, labels, class_names)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,3 +34,9 @@ def decode(points: Tensor) -> list[str]:
         raise ValueError(f"{value} is not a Unicode code point; these inputs are not texts")
     width = rows.shape[1]
     return [str(text) for text in np.ascontiguousarray(rows, "<i4").view(f"<U{width}")[:, 0]]
+
+
+def text_lengths(points: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """The number of characters of each text, (B,), in code points (B, length) padded with 0."""
+    ends = (points != 0) * np.arange(1, points.shape[1] + 1)  # (B, length)
+    return np.asarray(ends.max(1, initial=0), np.int64)

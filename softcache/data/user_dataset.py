@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from softcache.data.source import DEFAULT_SPLIT, UNLABELLED
+from softcache.data.images import Pixels, as_array, decided
+from softcache.data.items import as_label, as_values, is_image, split_item
+from softcache.data.layout import Layout, layout_of
+from softcache.data.source import DEFAULT_SPLIT
+from softcache.data.spec import public_name
 from softcache.errors import DataError, SettingsError
 from softcache.util.callables import call_user, import_callable
+from softcache.util.log import inform
 from softcache.util.messages import one_line
 from softcache.util.spec import Spec
 
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A user's own map-style Dataset, whose items are an input or a pair (input, label)."""
+    """A user's own map-style Dataset; `split_item` says what its items may be.
+
+    How inputs are converted, such as from channels last, is decided from the first item alone.
+    """
 
     name: str
     dataset: Dataset[Any]
@@ -34,30 +43,63 @@ class DatasetSource:
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
         items = [self._item(index) for index in indices]
-        layouts = {(str(item[0].dtype), tuple(item[0].shape)) for item in items}
+        samples = [self._sample(item[0], index) for item, index in zip(items, indices, strict=True)]
+        layouts = {(str(sample.dtype), tuple(sample.shape)) for sample in samples}
         if len(layouts) > 1:
             raise DataError(
                 f"{self.name}: inputs of one batch have different shapes or dtypes, {sorted(layouts)}; "
                 "the Dataset must return the same shape and dtype for every sample"
             )
-        inputs = torch.stack([item[0] for item in items])
-        return inputs, np.array([item[1] for item in items], np.int64)
+        return torch.stack(samples), np.array([item[1] for item in items], np.int64)
 
-    def _item(self, index: int) -> tuple[Tensor, int]:
+    def _item(self, index: int) -> tuple[Any, int]:
+        """The input of an item, as a PIL image or an array (...), and its label."""
         try:
             item = self.dataset[index]
         except Exception as error:  # a user's code can fail in any way
             raise DataError(
                 f"{self.name}: item {index} raised {type(error).__name__}: {one_line(error)}"
             ) from error
-        sample, label = item if isinstance(item, tuple) and len(item) == 2 else (item, UNLABELLED)
         try:
-            return _as_input(sample), _as_label(label)
+            sample, label = split_item(item)
+            values: Any = sample if is_image(sample) else as_values(sample)
+            return values, as_label(label)
+        except DataError as error:
+            raise DataError(f"{self.name}: item {index} {error}") from error
         except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{self.name}: item {index} is {type(item).__name__}, which is neither an input (a tensor, "
                 f"array or image) nor a pair (input, label) with a whole number as its label: {error}"
             ) from error
+
+    @cached_property
+    def _conversion(self) -> tuple[Pixels, Layout]:
+        """How inputs become tensors; the first item decides."""
+        values, _ = self._item(0)
+        if is_image(values):
+            return decided(Pixels(), [values]), Layout()
+        layout = layout_of(values[None])
+        description = layout.describe(values[None])
+        if description:
+            inform(f"{self.name}: {description}")
+        return Pixels(), layout
+
+    def _sample(self, values: Any, index: int) -> Tensor:  # noqa: ANN401  # an image or an array
+        pixels, layout = self._conversion
+        if is_image(values):
+            try:
+                return torch.from_numpy(as_array(values, pixels))
+            except Exception as error:  # Pillow reads lazily, and damaged files raise anything
+                raise DataError(
+                    f"{self.name}: item {index} cannot be read as an image ({one_line(error)})"
+                ) from error
+        misfit = layout.misfit(values)
+        if misfit:
+            raise DataError(
+                f"{self.name}: item {index} {misfit}, unlike item 0, which decides how items are read; "
+                "the Dataset must return one layout for all, such as uint8 (channels, height, width)"
+            )
+        return torch.from_numpy(np.array(layout.apply(values[None])[0], order="C"))
 
 
 def open_dataset(spec: Spec) -> DatasetSource:
@@ -84,25 +126,6 @@ def open_dataset(spec: Spec) -> DatasetSource:
         )
     classes = getattr(dataset, "classes", ())  # some data sets have the number of classes here
     class_names = tuple(map(str, classes)) if isinstance(classes, list | tuple) else ()
-    name = replace(spec, split=split).public_name
-    return DatasetSource(name, dataset, len(dataset), class_names)
-
-
-def _as_input(sample: object) -> Tensor:
-    if not isinstance(sample, Tensor):
-        array = np.asarray(sample)
-        if array.ndim == 3 and hasattr(sample, "getbands"):  # Pillow: height, width, bands
-            array = array.transpose(2, 0, 1)
-        return torch.from_numpy(np.array(array))
-    if sample.dtype == torch.bfloat16:
-        raise TypeError("numpy has no bfloat16; return float32")
-    return sample.detach()
-
-
-def _as_label(label: object) -> int:
-    if label is None:
-        return UNLABELLED
-    number = int(label)  # type: ignore[call-overload]  # anything that int() accepts
-    if number != label or abs(number) >= 1 << 62:
-        raise ValueError(f"label {label} is not a class number")
-    return int(number)
+    return DatasetSource(
+        public_name(replace(spec, split=split)), dataset, len(dataset), class_names
+    )

@@ -75,6 +75,9 @@ class DumpConfig:
         group=DATA,
         affects_result=False,
     )
+    skip_unreadable: bool = setting(
+        False, help="Leave out image files that cannot be read.", group=DATA, affects_result=False
+    )
     views: int = setting(
         1,
         help="Augmented views of each sample: N of them, or views A to B - 1.",
@@ -170,10 +173,10 @@ class DumpConfig:
                 "each teacher, in the same order, or none"
             )
         matrices = [text for text in self.teachers if parse_teacher(text).kind in MATRIX_KINDS]
-        if matrices and (self.augment or self.eval_data):
+        if matrices and (self.views > 1 or self.eval_data):
             raise SettingsError(
-                f"teacher {matrices[0]} is a matrix of outputs for these samples as they are; leave out "
-                "--augment, --views and --eval-data"
+                f"teacher {matrices[0]} is a matrix with one row of outputs for each of these samples; leave "
+                "out --views and --eval-data"
             )
 
     @property

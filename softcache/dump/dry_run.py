@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softcache.cache import Encoding, Header, open_cache
 from softcache.data.augment import parse_augment
+from softcache.data.class_names import align_classes
 from softcache.data.open import open_source
 from softcache.dump.config import DumpConfig
 from softcache.dump.prepare import draft_header, input_array_spec, load_teachers
@@ -36,9 +37,12 @@ def dry_run(config: DumpConfig) -> str:
     The time is extrapolated from a few batches; the report compares the requested encoding with
     the candidates of `auto`.
     """
-    source = open_source(config.data)
+    source = open_source(config.data, skip_unreadable=config.skip_unreadable)
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     teacher = load_teachers(config, source, augmentation)
+    source = align_classes(
+        source, teacher.class_names, "the teacher", same_classes=config.same_classes
+    )
     draft = draft_header(config, source, teacher)
     draw_teacher_rows(draft, source, teacher, augmentation, config.workers, max_rows=WARM_UP_ROWS)
     start = time.perf_counter()

@@ -71,7 +71,7 @@ def dump(config: DumpConfig) -> Cache:
 
 def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
     """One process's part of a dump; the first process also creates the file and finishes it."""
-    source = open_source(config.data)
+    source = open_source(config.data, skip_unreadable=config.skip_unreadable)
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     check_out(config.out)
     teacher = load_teachers(config, source, augmentation)

@@ -16,21 +16,24 @@ from softcache.cache.header import BASE_VERSION, INPUTS, VERSION
 from softcache.cache.reader import partial_path
 from softcache.data.augment import Augmentation, split_augment
 from softcache.data.class_names import align_classes
+from softcache.data.kinds import check_same_kind
 from softcache.data.open import open_source
 from softcache.data.source import Source
+from softcache.data.tables import align_columns
 from softcache.dump.check_resume import check_same
 from softcache.dump.config import AUTO, DumpConfig
 from softcache.dump.select_encoding import check_spec, encoding_for_dump, encoding_of
-from softcache.errors import ModelError, SettingsError, SoftcacheError
+from softcache.errors import DataError, ModelError, SettingsError, SoftcacheError
 from softcache.join.fingerprints import fingerprinted_rows, reproducible_fingerprints, software
-from softcache.models.evaluate import data_digest, evaluate
+from softcache.models.evaluate import data_digest, evaluate, judge_evaluation
 from softcache.teachers.batch_size import fastest_batch
 from softcache.teachers.ensemble import Ensemble, make_ensemble
 from softcache.teachers.load import load_teacher
 from softcache.teachers.matrix import Matrix
 from softcache.teachers.options import COMPILED
+from softcache.teachers.teacher import Teacher
 from softcache.util.device import pick_device
-from softcache.util.log import inform
+from softcache.util.log import inform, verdict
 from softcache.util.tensors import to_float
 
 DESCRIBED = 64  # samples of which mean and standard deviation are told
@@ -100,8 +103,9 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
     """Load every teacher of the dump and run it on the first sample.
 
     Raises:
+        SettingsError: a teacher has another number of classes than `classes`.
         ModelError: a teacher cannot be loaded or run, or a matrix does not have one row per sample.
-        DataError: the classes of the data and of a teacher have different names.
+        DataError: the classes or columns of the data and of a teacher have different names.
     """
     device = pick_device(config.device)
     raw = source.fetch([0])[0]
@@ -119,10 +123,18 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
             compiled=config.compile,
             output=config.teacher_output,
             softened=config.teacher_temperature,
+            select=config.teacher_classes,
+            text=bool(getattr(source, "text", False)),
         )
         for spec, path in zip(config.teachers, weights, strict=True)
     ]
     for teacher in loaded:
+        if config.classes and teacher.classes != config.classes:
+            raise SettingsError(
+                f"teacher {teacher.spec} has {teacher.classes} classes, and --classes is {config.classes}; "
+                "leave --classes out, or choose some of the teacher's with --teacher-classes"
+            )
+        check_feature_names(teacher, source)
         if isinstance(teacher.model, Matrix) and len(teacher.model.values) != len(source):
             raise ModelError(
                 f"teacher {teacher.spec} has {len(teacher.model.values):,} rows, {source.name} has "
@@ -133,8 +145,20 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
             teacher.class_names,
             f"teacher {teacher.spec}",
             same_classes=config.same_classes,
+            quiet=True,  # the caller aligns the source with all teachers
         )
     return make_ensemble(loaded, config.teacher_weight)
+
+
+def check_feature_names(teacher: Teacher, source: Source) -> None:
+    """Raise DataError if an estimator was fitted on other columns, or in another order, than a table has."""
+    columns = tuple(getattr(source, "columns", ()))
+    if columns and teacher.feature_names and columns != teacher.feature_names:
+        wanted = ",".join(teacher.feature_names)
+        raise DataError(
+            f"teacher {teacher.spec} was fitted on the columns {wanted[:200]}, and {source.name} has "
+            f"{','.join(columns)[:200]}; give the table with ?inputs={wanted[:200]}"
+        )
 
 
 def with_batch_size(
@@ -145,7 +169,9 @@ def with_batch_size(
         return config
     raw = source.fetch([0])[0]
     sample = to_float(augmentation.transformed(raw, config.first_view, np.zeros(1, np.int64)))
-    size = fastest_batch(lambda inputs: teacher.log_probs(inputs, config.temperature), sample)
+    size = fastest_batch(
+        lambda inputs: teacher.log_probs(inputs, config.temperature), sample, len(source)
+    )
     inform(f"batch size: {size}")
     return replace(config, batch_size=size)
 
@@ -183,7 +209,7 @@ def open_unfinished(
     else:
         header, arrays = encoding_for_dump(config, draft, source, teacher, augmentation)
     earlier = finished.header.evaluation if finished else None
-    evaluation = earlier or evaluate_teacher(config.eval_data, teacher, config.workers, source)
+    evaluation = earlier or evaluate_teacher(config, teacher, source)
     names = source.class_names or teacher.class_names
     names = names or tuple(str(label) for label in range(teacher.classes))
     arrays["class_names"] = np.array([name.encode() for name in names])
@@ -222,18 +248,24 @@ def input_array_spec(source: Source) -> ArraySpec:
 
 
 def evaluate_teacher(
-    spec: str | None, teacher: Ensemble, workers: int, dumped: Source
+    config: DumpConfig, teacher: Ensemble, dumped: Source
 ) -> dict[str, Any] | None:
-    """Count the teacher's errors on labelled data, as the header records them.
+    """Count the teacher's errors on the evaluation data, as the header records them; None without any.
 
     Args:
-        spec: the evaluation data; None returns None.
-        dumped: the data of the dump, whose classes must match.
+        dumped: the data of the dump, whose classes and columns the evaluation data gets.
+
+    Raises:
+        DataError: the evaluation data is of another kind than the data, or, with `strict`, the errors
+            cannot be right.
     """
-    if spec is None:
+    if config.eval_data is None:
         return None
-    source = align_classes(open_source(spec), dumped.class_names, dumped.name)
-    source = align_classes(source, teacher.class_names, "the teacher")
+    source = align_columns(open_source(config.eval_data), dumped)
+    check_same_kind(dumped, source)
+    names = dumped.class_names or teacher.class_names
+    source = align_classes(source, names, dumped.name, same_classes=config.same_classes)
+    workers = config.workers
     evaluation = evaluate(
         lambda inputs: teacher.log_probs(inputs, 1.0),
         source,
@@ -245,6 +277,13 @@ def evaluate_teacher(
         f"teacher: {evaluation.errors:,} errors of {evaluation.samples:,} on {source.name} "
         f"({evaluation.accuracy:.2%})"
     )
+    warnings = judge_evaluation(f"on {source.name}, the teacher", evaluation, names)
+    if warnings and config.strict:
+        raise DataError(
+            f"{warnings[0]}. Nothing was written; leave --strict out to dump all the same"
+        )
+    for warning in warnings:
+        verdict(warning)
     return {
         "data": source.name,
         "digest": data_digest(source, workers),

@@ -1,1 +1,1 @@
-"""What is done with finished caches: describe, verify, repair, share, import, export."""
+"""Work on finished caches: describe, verify, repair, share, import, export."""

@@ -1,4 +1,4 @@
-"""What a cache says of itself, for people and for programs. No torch here: it answers at once."""
+"""Summaries of a cache, for people and for programs. They never import torch, so they are instant."""
 
 from __future__ import annotations
 
@@ -8,39 +8,50 @@ from softcache.cache import Cache
 
 
 def facts(cache: Cache) -> dict[str, Any]:
-    """The header, and what follows from it and the digests."""
+    """The fields of the header, and what follows from them and the digests; ready for JSON.
+
+    `content_id` is None and `coverage`, the share of blocks that are written, is below 1 until the
+    cache is complete.
+    """
     header = cache.header
-    total = header.blocks * (header.views + 1)
+    total_blocks = header.blocks * (header.views + 1)
     return header.to_json() | {
         "complete": cache.complete,
         "content_id": cache.content_id() if cache.complete else None,
-        "coverage": 1 - cache.missing_blocks() / total,
+        "coverage": 1 - cache.missing_blocks() / total_blocks,
         "bytes_per_sample": header.file_bytes / header.samples,
         "class_names": cache.class_names,
     }
 
 
 def describe(cache: Cache, name: str | None = None) -> str:
-    """The same in a few lines; `name` is what the file is called, if not by its path."""
+    """The most important facts as aligned lines of text.
+
+    Args:
+        name: what to call the cache; its path by default.
+    """
     header = cache.header
-    known = facts(cache)
+    values = facts(cache)
     lines = {
         "cache": f"{name or cache.path}, format {header.version[0]}.{header.version[1]}",
-        "content": known["content_id"] or f"unfinished, {known['coverage']:.1%} of the blocks",
+        "content": values["content_id"] or f"unfinished, {values['coverage']:.1%} of the blocks",
         "samples": f"{header.samples:,} of {header.data}, {header.views:,} view(s), "
         f"augmented by {header.augment or 'nothing'}, seed {header.seed}"
         + (", embedded" if header.embeds_inputs else ""),
-        "classes": f"{header.classes:,}: {_first(cache.class_names)}",
+        "classes": f"{header.classes:,}: {_first_names(cache.class_names)}",
         "temperature": f"{header.temperature:g}",
-        "encoding": f"{header.encoding.name}, {header.bytes_per_row:,} bytes a row",
-        "size": f"{header.file_bytes:,} bytes, {known['bytes_per_sample']:,.1f} per sample",
+        "encoding": f"{header.encoding.name}, {header.bytes_per_row:,} bytes per row",
+        "size": f"{header.file_bytes:,} bytes, {values['bytes_per_sample']:,.1f} per sample",
     }
     for number, teacher in enumerate(header.teachers, 1):
-        name = "teacher" if len(header.teachers) == 1 else f"teacher {number}"
+        title = "teacher" if len(header.teachers) == 1 else f"teacher {number}"
         share = f", weight {teacher['weight']:.3g}" if len(header.teachers) > 1 else ""
         weights = f", weights {teacher['weights']}" if teacher.get("weights") else ""
-        lines[name] = (
-            f"{teacher['name']}, {teacher['parameters']:,} parameters{weights}{share}, in {header.precision}"
+        chosen = teacher.get("selected")
+        selected = f", {chosen['classes']:,} of {chosen['of']:,} classes" if chosen else ""
+        lines[title] = (
+            f"{teacher['name']}, {teacher['parameters']:,} parameters{weights}{selected}{share}, in "
+            f"{header.precision}"
         )
     if header.evaluation:
         errors, samples = header.evaluation["errors"], header.evaluation["samples"]
@@ -54,22 +65,26 @@ def describe(cache: Cache, name: str | None = None) -> str:
         lines["agreement"] = (
             "no labels" if agreement is None else f"{agreement:.2%} have the label as top class"
         )
+        if "confidence" in header.summary:
+            lines["confidence"] = (
+                f"{header.summary['confidence']:.2%}, mean of the top class at temperature 1"
+            )
     lines["software"] = ", ".join(f"{name} {version}" for name, version in header.software.items())
-    return "\n".join(f"{name:12} {value}" for name, value in lines.items())
+    return "\n".join(f"{title:12} {value}" for title, value in lines.items())
 
 
-def _first(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+def _first_names(names: list[str], limit: int = 10) -> str:
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
 
 
 def cache_line(cache: Cache) -> str:
-    """One line that says what a dump came to."""
+    """A finished cache in one line: size, entropy, agreement with the labels, content id."""
     header = cache.header
     summary = header.summary or {}
     agreement = summary.get("agreement")
-    agrees = "" if agreement is None else f", top class is the label in {agreement:.2%}"
+    top_class = "" if agreement is None else f", top class is the label in {agreement:.2%}"
     return (
         f"{cache.path}: {header.samples:,} samples x {header.views} view(s), {header.classes:,} "
         f"classes, {header.encoding.name}, {header.file_bytes:,} bytes; entropy "
-        f"{summary.get('entropy', 0.0):.3f} nats{agrees}; content id {cache.content_id()}"
+        f"{summary.get('entropy', 0.0):.3f} nats{top_class}; content id {cache.content_id()}"
     )

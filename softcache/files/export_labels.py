@@ -1,4 +1,4 @@
-"""Soft targets of a cache as a plain matrix, for tools that read nothing else."""
+"""Export the soft targets of a cache as a plain matrix or a Parquet table, for other tools."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from softcache.cache import Cache
+from softcache.cache import Cache, Header
 from softcache.cache.reader import open_trainable
 from softcache.errors import SettingsError
 from softcache.util.extras import import_extra
 from softcache.util.files import replace_file
 from softcache.util.progress import progress
 
-CHUNK_VALUES = 1 << 22
+CHUNK_VALUES = 1 << 22  # probabilities decoded at a time
 
 Indices = npt.NDArray[np.int64]
+
+Floats = npt.NDArray[np.float32]
 
 
 def export_labels(
@@ -28,19 +30,25 @@ def export_labels(
     view: int = 0,
     log_probabilities: bool = False,
 ) -> str:
-    """Write the rows of one view in the order of the data.
+    """Write the soft targets of one view, in the order of the data.
 
-    An .npy file is a matrix (samples, C) float32. Parquet has a row for each sample: its number in the data
-    set, label (null if it has none), key, and a list of C float32.
+    An .npy file holds a float32 matrix (samples, C). A Parquet file has one row per sample: its number in
+    the data set, its label (null if there is none), its key, and a list of C float32 values.
 
     Args:
-        temperature: of the softmax; the cache's own by default.
-        log_probabilities: instead of probabilities.
+        path: the cache; of an unfinished one, the complete views can be exported.
+        out: the file to write, FILE.npy or FILE.parquet.
+        temperature: temperature of the softmax; by default the temperature of the cache.
+        view: 0 to views - 1.
+        log_probabilities: write log-probabilities instead of probabilities.
+
+    Returns:
+        A line that says what was written.
 
     Raises:
-        SettingsError: the view or the temperature cannot be had, `out` is of another kind, or the extra
-            softcache[data] is not there.
-        FormatError: the cache is unfinished or broken.
+        SettingsError: `out` has another suffix, the cache does not have this view or cannot be used at this
+            temperature, or the data extra is not installed.
+        FormatError: the cache is unfinished or damaged.
     """
     cache = open_trainable(path)
     header = cache.header
@@ -50,38 +58,54 @@ def export_labels(
         raise SettingsError(f"view {view} of {path}; expected 0 to {header.views - 1}")
     shape, chunk = (header.samples, header.classes), max(1, CHUNK_VALUES // header.classes)
 
-    def parts() -> Iterator[tuple[Indices, npt.NDArray[np.float32]]]:
+    def chunks() -> Iterator[tuple[Indices, Floats]]:
         with progress("export", header.samples, "rows") as advance:
             for start in range(0, header.samples, chunk):
-                at = np.arange(start, min(start + chunk, header.samples))
-                rows = cache.rows(view, at, temperature)
-                yield at, rows if log_probabilities else np.exp(rows)
-                advance(len(at))
+                cache_rows = np.arange(start, min(start + chunk, header.samples))
+                log_probs = cache.rows(view, cache_rows, temperature)  # (B, C)
+                yield cache_rows, log_probs if log_probabilities else np.exp(log_probs)
+                advance(len(cache_rows))
 
     def write(unfinished: Path) -> None:
         if out.suffix == ".npy":
             matrix = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape)
-            for at, rows in parts():
-                matrix[at] = rows
+            for cache_rows, values in chunks():
+                matrix[cache_rows] = values
             matrix.flush()
         else:
             name = "log_probabilities" if log_probabilities else "probabilities"
-            write_parquet(unfinished, cache, name, parts())
+            write_parquet(unfinished, cache, name, chunks())
 
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, write)
-    what = "log-probabilities" if log_probabilities else "probabilities"
-    wanted = header.temperature if temperature is None else temperature
-    return f"{out}: {what} of {shape[0]:,} samples, {shape[1]:,} classes, at temperature {wanted:g}"
+    kind = "log-probabilities" if log_probabilities else "probabilities"
+    used_temperature = header.temperature if temperature is None else temperature
+    return (
+        f"{out}: {kind} of {shape[0]:,} samples, {shape[1]:,} classes, at temperature "
+        f"{used_temperature:g}; {_describe_view(header, view)}"
+    )
+
+
+def _describe_view(header: Header, view: int) -> str:
+    """Which inputs the rows belong to."""
+    if header.augment is None:
+        return "the samples are not augmented"
+    number = header.first_view + view
+    return f"view {number} of the samples, augmented by {header.augment} with seed {header.seed}"
 
 
 def write_parquet(
     path: Path,
     cache: Cache,
     name: str,
-    parts: Iterable[tuple[Indices, npt.NDArray[np.float32]]],
+    chunks: Iterable[tuple[Indices, Floats]],
 ) -> None:
-    """Rows (B,) of a cache and their values (B, C), part by part, as Parquet with the column `name`."""
+    """Write rows of a cache as Parquet, chunk by chunk.
+
+    Args:
+        name: name of the column of values.
+        chunks: cache rows (B,), and their values (B, C).
+    """
     arrow = import_extra("pyarrow", extra="data", what="Parquet")
     parquet = import_extra("pyarrow.parquet", extra="data", what="Parquet")
     header = cache.header
@@ -95,14 +119,13 @@ def write_parquet(
         metadata={"softcache_content_id": cache.content_id()} if cache.complete else None,
     )
     with parquet.ParquetWriter(path, schema) as writer:
-        for at, rows in parts:
-            labels = np.array(cache.labels[at])
+        for cache_rows, values in chunks:
+            labels = np.array(cache.labels[cache_rows])
+            flat_values = np.ascontiguousarray(values, np.float32).reshape(-1)
             columns = [
-                arrow.array(at + header.first_sample),
+                arrow.array(cache_rows + header.first_sample),
                 arrow.array(labels, mask=labels < 0),
-                arrow.array(np.array(cache.keys[at])),
-                arrow.FixedSizeListArray.from_arrays(
-                    arrow.array(np.ascontiguousarray(rows, np.float32).reshape(-1)), header.classes
-                ),
+                arrow.array(np.array(cache.keys[cache_rows])),
+                arrow.FixedSizeListArray.from_arrays(arrow.array(flat_values), header.classes),
             ]
             writer.write_table(arrow.table(columns, schema=schema))

@@ -1,6 +1,7 @@
-"""A cache from elsewhere, whole or in part: allocate, then fill, each block checked as it lands.
+"""Fetch a cache from a server or a disk, whole or in part, and check each block as it arrives.
 
-A whole pull is the same file to the byte; a part is a valid cache of the views and samples asked for.
+The file is allocated first and then filled. A whole pull is a byte-for-byte copy; a partial one is a valid
+cache of the requested views and samples.
 """
 
 from __future__ import annotations
@@ -26,32 +27,32 @@ from softcache.files.remote import PART, RemoteCache, in_parallel, is_url, open_
 from softcache.util.log import inform
 from softcache.util.progress import progress
 
-SOURCE = ".source"  # behind the name of an unfinished pull: the content id of what is pulled
+SOURCE = ".source"  # suffix of the file that says what an unfinished pull is fetching
 
-Range = tuple[int, int]  # first, and how many
+Range = tuple[int, int]  # first and count
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Piece(NamedTuple):
-    """Blocks of one view that are read together."""
+    """A run of blocks of one view that are fetched together."""
 
-    view: int  # of the remote cache
-    first: int  # block
-    stop: int
-    with_samples: bool  # also labels and keys
+    view: int  # index in the remote cache
+    first: int  # first block
+    stop: int  # one past the last block
+    with_samples: bool  # fetch labels and keys too
 
 
 @dataclass(frozen=True)
 class Part:
-    """What of a cache is wanted: numbers of its own views and rows."""
+    """The views and rows of a remote cache to fetch, both counted from 0."""
 
     views: range
     samples: range
 
 
 def pull(
-    place: str,
+    source: str,
     out: Path,
     *,
     views: Range | None = None,
@@ -59,27 +60,34 @@ def pull(
     expect: str | None = None,
     overwrite: bool = False,
 ) -> Cache:
-    """Fetch a cache, or some of its views and samples, into `out`; stopped, it goes on where it was.
+    """Fetch a cache, or some of its views and samples. A pull that was stopped continues where it was.
 
     Args:
-        place: a path or a URL.
-        views: first and how many, as the cache counts them.
-        samples: the same, of the data set.
-        expect: the content id that it must have.
+        source: a path or a URL.
+        out: the file to write.
+        views: first view and number of views, counted as in the dump; all by default.
+        samples: first sample and number of samples, counted in the whole data set; all by default.
+        expect: the content id that the cache must have.
+        overwrite: replace another file, or a pull that was started with other options.
+
+    Returns:
+        The finished cache, open.
 
     Raises:
-        SettingsError: there are no such views or samples, or `out` is something else.
-        RemoteError: the server does not give what it should.
-        FormatError: a block does not match its digest, or the cache has changed since the pull was begun.
+        SettingsError: the cache does not have these views or samples, or `out` is another file.
+        RemoteError: the server does not return what it should.
+        FormatError: a block does not match its digest, or the cache has changed since the pull started.
+        Interrupted: the user stopped the pull.
     """
-    remote = open_remote(place)
+    remote = open_remote(source)
     if expect is not None and remote.content_id != expect.strip().lower():
         raise FormatError(
-            f"{remote.file.shown} has content id {remote.content_id}; expected {expect}: it is another cache"
+            f"{remote.file.shown} has content id {remote.content_id}; expected {expect}: this is another "
+            "cache, check the URL and the id"
         )
     part = select_part(remote, views, samples)
     if out.exists() and not overwrite:
-        return already_there(remote, part, out)
+        return existing_copy(remote, part, out)
     try:
         open_unfinished_pull(remote, part, out, overwrite=overwrite)
         with Writer(out) as writer:
@@ -87,117 +95,124 @@ def pull(
             finish_pull(writer, remote, part)
     except KeyboardInterrupt:
         raise Interrupted(
-            f"stopped; {partial_path(out)} is kept: the same command goes on"
+            f"stopped; {partial_path(out)} is kept: the same command continues"
         ) from None
-    _source(out).unlink(missing_ok=True)
+    _source_file(out).unlink(missing_ok=True)
     return open_cache(out)
 
 
 def select_part(remote: RemoteCache, views: Range | None, samples: Range | None) -> Part:
-    """The part of a cache that is asked for.
+    """The part of a remote cache that the requested ranges cover; None requests everything.
 
     Raises:
-        SettingsError: the cache has not all of it.
+        SettingsError: the cache does not have all of it.
     """
     header = remote.header
-    chosen = []
-    for what, asked, there in (
+    selected = []
+    for what, requested, available in (
         ("views", views, header.view_range),
         ("samples", samples, header.sample_range),
     ):
-        start, length = asked or (there.start, len(there))
-        if not there.start <= start < start + length <= there.stop:
+        start, length = requested or (available.start, len(available))
+        if not available.start <= start < start + length <= available.stop:
             raise SettingsError(
-                f"{what} {start} to {start + length - 1} of {remote.file.shown}; it has {there.start} to "
-                f"{there.stop - 1}"
+                f"{what} {start} to {start + length - 1} of {remote.file.shown}; it has "
+                f"{available.start} to {available.stop - 1}"
             )
-        chosen.append(range(start - there.start, start - there.start + length))
-    return Part(*chosen)
+        selected.append(range(start - available.start, start - available.start + length))
+    return Part(*selected)
 
 
 def is_whole(header: Header, part: Part) -> bool:
+    """Whether the part is the whole cache."""
     return len(part.views) == header.views and len(part.samples) == header.samples
 
 
-def already_there(remote: RemoteCache, part: Part, out: Path) -> Cache:
-    """The cache that `out` is already, if it is what would be pulled.
+def existing_copy(remote: RemoteCache, part: Part, out: Path) -> Cache:
+    """Open `out`, which exists, if it is a copy of the whole remote cache.
 
     Raises:
-        SettingsError: it is something else.
+        SettingsError: it is another file, or only a part was requested.
     """
     if is_whole(remote.header, part):
         try:
-            there = open_cache(out)
-            if there.content_id() == remote.content_id:
-                return there
+            cache = open_cache(out)
+            if cache.content_id() == remote.content_id:
+                return cache
         except FormatError:
             pass
     raise SettingsError(
-        f"{out} is there already, and is not {remote.file.shown} as it is now; give another -o, or "
-        "--overwrite"
+        f"{out} already exists, and is not a copy of {remote.file.shown} as it is now; give another -o, "
+        "or --overwrite"
     )
 
 
 def open_unfinished_pull(remote: RemoteCache, part: Part, out: Path, *, overwrite: bool) -> None:
-    """Allocate the unfinished file, or check that the one that is there was begun by this pull."""
-    partial, source = partial_path(out), _source(out)
-    wanted = f"{remote.content_id} {part.views} {part.samples}"
+    """Allocate the unfinished file, or check that an existing one was started by this pull.
+
+    Raises:
+        SettingsError: another pull or a dump started it, or the part has no fingerprints.
+        FormatError: the remote cache is damaged, or was written by a newer softcache.
+    """
+    partial, source_file = partial_path(out), _source_file(out)
+    pulling = f"{remote.content_id} {part.views} {part.samples}"
     if overwrite:
         partial.unlink(missing_ok=True)
     if partial.exists():
-        begun = source.read_text(encoding="utf-8") if source.is_file() else ""
-        if begun == wanted:
-            inform(f"going on with {partial}")
+        started = source_file.read_text(encoding="utf-8") if source_file.is_file() else ""
+        if started == pulling:
+            inform(f"resuming {partial}")
             return
-        why = "was begun by something else"
-        if begun:
-            why = "was begun with another part of it"
-            if begun.split()[0] != remote.content_id:
-                why = f"was begun when its content id was {begun.split()[0]}, now it is {remote.content_id}"
-        raise SettingsError(
-            f"{partial} is in the way: the pull of {remote.file.shown} {why}; remove it, or pull with "
-            "--overwrite"
-        )
+        why = f"it was not started by a pull of {remote.file.shown}"
+        if started:
+            old_id = started.split()[0]
+            why = f"the pull of {remote.file.shown} was started with another part of it"
+            if old_id != remote.content_id:
+                why = (
+                    f"the pull of {remote.file.shown} was started when its content id was {old_id}, "
+                    f"now it is {remote.content_id}"
+                )
+        raise SettingsError(f"{partial} is in the way: {why}; remove it, or pull with --overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)
     shared = remote.shared()
     if is_whole(remote.header, part):
         if remote.header.to_bytes() != remote.header_bytes:
             raise FormatError(
-                f"{remote.file.shown} has a header of a newer softcache, which cannot be copied exactly; "
+                f"{remote.file.shown} has the header of a newer softcache, which cannot be copied exactly; "
                 "update softcache"
             )
         structure = remote.structure()
-        source.write_text(wanted, encoding="utf-8")
+        source_file.write_text(pulling, encoding="utf-8")
         try:
             clone(out, remote.header, shared, structure)
         except FormatError as error:
             raise FormatError(
-                f"{remote.file.shown}: {error}; its server gives wrong bytes"
+                f"{remote.file.shown}: {error}; its server returns wrong bytes, verify it there"
             ) from None
         return
-    header, own = part_header(remote, part, shared)
-    source.write_text(wanted, encoding="utf-8")
-    create(out, header, own, remote.header.block_rows, remote.header.inputs_spec)
+    header, shared_of_part = part_header(remote, part, shared)
+    source_file.write_text(pulling, encoding="utf-8")
+    create(out, header, shared_of_part, remote.header.block_rows, remote.header.inputs_spec)
 
 
 def part_header(remote: RemoteCache, part: Part, shared: Arrays) -> tuple[Header, Arrays]:
-    """The header but for its layout, and the shared arrays, of a part.
+    """The header of a part, without its layout, and the arrays that its rows share.
 
     Raises:
-        SettingsError: it has no sample with fingerprints.
+        SettingsError: no sample of the part has fingerprints.
     """
     whole, samples = remote.header, part.samples
     rows = shared["fingerprinted"]
     kept = (rows >= samples.start) & (rows < samples.stop)
     if not kept.any():
-        near = min(
+        nearest_row = min(
             rows.tolist(), key=lambda row: min(abs(row - samples.start), abs(row - samples.stop))
         )
         raise SettingsError(
             f"none of samples {samples.start + whole.first_sample} to "
-            f"{samples.stop + whole.first_sample - 1} has fingerprints in the cache, without which no "
-            "training could tell whether a view is replayed; ask for a range with sample "
-            f"{near + whole.first_sample}"
+            f"{samples.stop + whole.first_sample - 1} has fingerprints in the cache, and training needs "
+            "them to check that views are replayed exactly; request a range with sample "
+            f"{nearest_row + whole.first_sample}"
         )
     header = dataclasses.replace(
         whole,
@@ -214,116 +229,124 @@ def part_header(remote: RemoteCache, part: Part, shared: Arrays) -> tuple[Header
 
 
 def fetch_missing(writer: Writer, remote: RemoteCache, part: Part) -> None:
-    """Fetch what is missing, a few pieces at a time, and write each block that matches its digest."""
+    """Fetch the missing blocks, a few pieces in parallel, and write those that match their digests."""
     header = remote.header
-    wanted = list(pieces(writer, remote, part))
-    total = sum(piece_bytes(header, piece) for piece in wanted)
-    whole = len(part.views) * len(part.samples) * header.bytes_per_row
-    with progress("pull", max(whole, total), "bytes", max(whole - total, 0)) as advance:
-        for piece, (rows, known) in zip(
-            wanted, in_parallel(lambda piece: fetch_piece(remote, piece), wanted), strict=True
-        ):
+    missing_pieces = list(pieces(writer, remote, part))
+    missing_bytes = sum(piece_bytes(header, piece) for piece in missing_pieces)
+    row_bytes = len(part.views) * len(part.samples) * header.bytes_per_row
+    total, done = max(row_bytes, missing_bytes), max(row_bytes - missing_bytes, 0)
+    with progress("pull", total, "bytes", done) as advance:
+        fetched = in_parallel(lambda piece: fetch_piece(remote, piece), missing_pieces)
+        for piece, (row_arrays, sample_arrays) in zip(missing_pieces, fetched, strict=True):
             first = header.block_range(piece.first).start
             last = header.block_range(piece.stop - 1).stop
             start, stop = max(first, part.samples.start), min(last, part.samples.stop)
             inside = slice(start - first, stop - first)
-            place = start - part.samples.start
+            cache_row = start - part.samples.start
             samples = {
-                name: known[name][inside]
-                if name in known
-                else writer.cache.arrays[name][place : place + stop - start]
+                name: sample_arrays[name][inside]
+                if name in sample_arrays
+                else writer.cache.arrays[name][cache_row : cache_row + stop - start]
                 for name in (a.name for a in header.arrays if a.axis == "samples")
             }
             writer.write(
                 piece.view - part.views.start,
-                place,
-                {name: values[inside] for name, values in rows.items()},
+                cache_row,
+                {name: values[inside] for name, values in row_arrays.items()},
                 samples,
             )
             advance(piece_bytes(header, piece))
 
 
 def pieces(writer: Writer, remote: RemoteCache, part: Part) -> Iterator[Piece]:
-    """Runs of blocks that hold missing rows, about PART bytes each."""
+    """Runs of blocks with missing rows, about PART bytes each."""
     header = remote.header
     first = part.samples.start // header.block_rows
     end = -(-part.samples.stop // header.block_rows)
     for view in part.views:
         missing = writer.missing(view - part.views.start)
         with_samples = view == part.views.start
-        together = max(1, PART // piece_bytes(header, Piece(view, 0, 1, with_samples)))
+        max_blocks = max(1, PART // piece_bytes(header, Piece(view, 0, 1, with_samples)))
         block = first
         while block < end:
             stop = block
-            while stop < min(end, block + together) and _lacks(missing, header, stop, part):
+            while stop < min(end, block + max_blocks) and _has_missing(missing, header, stop, part):
                 stop += 1
             if stop > block:
                 yield Piece(view, block, stop, with_samples)
             block = max(stop, block + 1)
 
 
-def _lacks(missing: npt.NDArray[np.bool_], header: Header, block: int, part: Part) -> bool:
+def _has_missing(missing: npt.NDArray[np.bool_], header: Header, block: int, part: Part) -> bool:
     rows = header.block_range(block)
     offset = part.samples.start
     return bool(missing[max(0, rows.start - offset) : max(0, rows.stop - offset)].any())
 
 
 def piece_bytes(header: Header, piece: Piece) -> int:
+    """Bytes that fetch_piece() reads."""
     rows = header.block_range(piece.stop - 1).stop - header.block_range(piece.first).start
     axes = ("rows", "samples") if piece.with_samples else ("rows",)
     return rows * sum(array.row_bytes for array in header.arrays if array.axis in axes)
 
 
 def fetch_piece(remote: RemoteCache, piece: Piece) -> tuple[Arrays, Arrays]:
-    """The rows of a piece, and labels and keys if they are wanted, each block checked.
+    """Fetch a piece and check each of its blocks.
+
+    Returns:
+        The arrays of rows, and the arrays of samples if the piece asks for them.
 
     Raises:
-        RemoteError: the server does not give them.
-        FormatError: they are not what their digests say.
+        RemoteError: the server does not return them.
+        FormatError: a block does not match its digest.
     """
     header = remote.header
     start, stop = header.block_range(piece.first).start, header.block_range(piece.stop - 1).stop
-    rows, known = {}, {}
+    row_arrays, sample_arrays = {}, {}
     for array in header.arrays:
         if array.axis == "rows":
             offset = array.offset + (piece.view * header.samples + start) * array.row_bytes
             raw = remote.file.read(offset, (stop - start) * array.row_bytes)
-            rows[array.name] = np.frombuffer(raw, array.dtype).reshape(
+            row_arrays[array.name] = np.frombuffer(raw, array.dtype).reshape(
                 stop - start, *array.shape[2:]
             )
         elif array.axis == "samples" and piece.with_samples:
             raw = remote.file.read_long(
                 array.offset + start * array.row_bytes, (stop - start) * array.row_bytes
             )
-            known[array.name] = np.frombuffer(raw, array.dtype).reshape(
+            sample_arrays[array.name] = np.frombuffer(raw, array.dtype).reshape(
                 stop - start, *array.shape[1:]
             )
     for block in range(piece.first, piece.stop):
         samples = header.block_range(block)
         inside = slice(samples.start - start, samples.stop - start)
         for arrays, digests, what in (
-            (rows, remote.digests[piece.view], f"soft targets in view {piece.view}"),
-            (known, remote.sample_digests, "labels and keys"),
+            (row_arrays, remote.digests[piece.view], f"soft targets in view {piece.view}"),
+            (sample_arrays, remote.sample_digests, "labels and keys"),
         ):
             if arrays and digest_of(values[inside] for values in arrays.values()) != digests[block]:
                 raise FormatError(
                     f"{remote.file.shown}: the {what} of samples {samples.start} to {samples.stop - 1} do "
-                    "not match their digest: it has changed since the pull began, is damaged, or its server "
-                    "gives wrong bytes; try again, and softcache verify it where it is"
+                    "not match their digest: the file has changed since the pull started, is damaged, or its "
+                    "server returns wrong bytes; try again, or run softcache verify where the file is"
                 )
-    return rows, known
+    return row_arrays, sample_arrays
 
 
 def finish_pull(writer: Writer, remote: RemoteCache, part: Part) -> None:
-    """Write the header's end: of a whole cache its own, of a part what its rows come to."""
+    """Write the final header: a whole cache keeps its summary, a part is summarised from its rows.
+
+    Raises:
+        FormatError: the copy of a whole cache has another content id.
+    """
     header = remote.header
     if is_whole(header, part):
         writer.finish(dict(header.summary or {}))
-        found = open_cache(writer.path).content_id()
-        if found != remote.content_id:
+        content_id = open_cache(writer.path).content_id()
+        if content_id != remote.content_id:
             raise FormatError(
-                f"{writer.path} has content id {found}, {remote.file.shown} has {remote.content_id}; pull it "
-                "again with --overwrite"
+                f"{writer.path} has content id {content_id}, {remote.file.shown} has {remote.content_id}; "
+                "pull it again with --overwrite"
             )
         return
     writer.commit()
@@ -332,7 +355,7 @@ def finish_pull(writer: Writer, remote: RemoteCache, part: Part) -> None:
 
 
 def size_of(remote: RemoteCache, part: Part) -> int:
-    """Bytes that a pull of a part fetches, about."""
+    """About how many bytes a pull of the part fetches."""
     header = remote.header
     if is_whole(header, part):
         return header.file_bytes
@@ -342,24 +365,25 @@ def size_of(remote: RemoteCache, part: Part) -> int:
 
 
 def cache_folder() -> Path:
-    """Where what is trained from a URL is kept: $XDG_CACHE_HOME/softcache, by default ~/.cache/softcache."""
+    """The folder for caches that are trained from a URL: $XDG_CACHE_HOME/softcache or ~/.cache/softcache."""
     base = os.environ.get("XDG_CACHE_HOME") or ""
     root = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
     return root / "softcache"
 
 
-def local_copy(place: str | Path, *, most_views: int | None = None) -> Path:
-    """A path as it is; of a URL, the file in the cache folder, which is pulled first if it is not there.
+def local_copy(source: str | Path, *, most_views: int | None = None) -> Path:
+    """The local file of a cache: a path as it is, a URL as a copy in cache_folder(), pulled if necessary.
 
     Args:
-        most_views: only so many of its first views are needed.
+        source: a path or a URL.
+        most_views: how many views are needed at most; the first ones are pulled.
 
     Raises:
-        SoftcacheError: it cannot be pulled.
+        SoftcacheError: the cache cannot be pulled.
     """
-    if not is_url(place):
-        return Path(place)
-    remote = open_remote(str(place))
+    if not is_url(source):
+        return Path(source)
+    remote = open_remote(str(source))
     header = remote.header
     few = most_views is not None and most_views < header.views
     views = (header.first_view, most_views) if few and most_views else None
@@ -371,14 +395,14 @@ def local_copy(place: str | Path, *, most_views: int | None = None) -> Path:
     out = folder / f"views-0-{len(part.views)}" / remote.file.name if few else whole
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # processes of one training ask for the same file: one pulls, the others wait and find it
+        # all processes of a training run need the same file: one pulls it, the others wait for it
         with (out.parent / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not out.exists():
                 inform(
                     f"pulling {remote.file.shown}: {size_of(remote, part):,} bytes into {out.parent}"
                 )
-                pull(str(place), out, views=views, expect=remote.content_id)
+                pull(str(source), out, views=views, expect=remote.content_id)
     except OSError as error:
         raise SoftcacheError(
             f"cannot pull {remote.file.shown} into {out.parent} ({error.strerror}); set XDG_CACHE_HOME to a "
@@ -387,6 +411,6 @@ def local_copy(place: str | Path, *, most_views: int | None = None) -> Path:
     return out
 
 
-def _source(out: Path) -> Path:
+def _source_file(out: Path) -> Path:
     partial = partial_path(out)
     return partial.with_name(f"{partial.name}{SOURCE}")

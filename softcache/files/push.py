@@ -1,4 +1,4 @@
-"""A finished cache to a server, with a card beside it that says what it is."""
+"""Upload a finished cache to a server, with a card that describes it."""
 
 from __future__ import annotations
 
@@ -20,68 +20,86 @@ from softcache.files.remote import (
 )
 from softcache.util.progress import progress
 
-READ_ONLY = ("http", "https")
+READ_ONLY = ("http", "https")  # schemes
 
 CARD = "README.md"
 
-MARK = "library_name: softcache"
+MARK = "library_name: softcache"  # a card without this line is not ours to replace
 
 
-def push(path: Path, place: str, *, overwrite: bool = False) -> str:
-    """Put a cache to a URL or path, `place/` or `place/NAME`, and its card into the same folder.
+def push(path: Path, destination: str, *, overwrite: bool = False) -> str:
+    """Upload a cache, and its card into the same folder.
 
-    The file is verified before, and its header and digests are read back from there after. A card that
-    somebody wrote is left alone.
+    The cache is verified first; afterwards its header and digests are read back. A card that somebody
+    else wrote is kept.
+
+    Args:
+        path: the cache.
+        destination: a URL or path: FOLDER/ or FOLDER/NAME.
+        overwrite: replace another file at the destination.
+
+    Returns:
+        A line that says what was uploaded.
 
     Raises:
-        SettingsError: files cannot be put there, or another file is there.
+        SettingsError: files cannot be uploaded there, or the destination is another file.
         FormatError: the cache is damaged or unfinished.
-        RemoteError: the server does not take it, or gives back something else.
+        RemoteError: the upload fails, or what is read back is not this cache.
     """
-    scheme = urlsplit(place).scheme if is_url(place) else "file"
+    scheme = urlsplit(destination).scheme if is_url(destination) else "file"
     if scheme in READ_ONLY:
         raise SettingsError(
-            f"{public_url(place)}: an HTTP server takes no files; expected a path, or a URL of s3, gs or hf"
+            f"{public_url(destination)}: an HTTP server does not accept uploads; expected a path, or a URL "
+            "with s3, gs or hf"
         )
     cache = open_cache(path)
-    if place.endswith("/") or (scheme == "file" and not is_url(place) and Path(place).is_dir()):
-        place = f"{place.rstrip('/')}/{path.name}"
-    shown = public_url(place)
-    filesystem, target = file_system(place)
+    is_local_folder = scheme == "file" and not is_url(destination) and Path(destination).is_dir()
+    if destination.endswith("/") or is_local_folder:
+        destination = f"{destination.rstrip('/')}/{path.name}"
+    shown = public_url(destination)
+    filesystem, target = file_system(destination)
     try:
-        there = filesystem.exists(target)
+        exists = filesystem.exists(target)
     except Exception as error:  # servers and libraries fail in many ways
         raise RemoteError(
-            f"{shown} cannot be reached ({type(error).__name__}: {without_secrets(str(error))[:300]})"
+            f"{shown} cannot be reached ({type(error).__name__}: {without_secrets(str(error))[:300]}); "
+            "check the URL and your credentials"
         ) from None
-    if there and not overwrite:
-        if _content_id(place) == cache.content_id():
-            return f"{shown} is there already, the same: content id {cache.content_id()}"
+    if exists and not overwrite:
+        if _content_id(destination) == cache.content_id():
+            return f"{shown} already holds this cache: content id {cache.content_id()}"
         raise SettingsError(
-            f"{shown} is there already, and is another file; give another name, or --overwrite"
+            f"{shown} already exists, and is another file; give another name, or --overwrite"
         )
     check_damage(cache)
     try:
-        _put(filesystem, path, target, scheme)
-        said = _put_card(filesystem, cache, target, shown)
+        _upload(filesystem, path, target, scheme)
+        card_note = _upload_card(filesystem, cache, target, shown)
     except Exception as error:  # as above
         raise RemoteError(
-            f"{path} cannot be put to {shown} ({type(error).__name__}: "
-            f"{without_secrets(str(error))[:300]}); mend that, then run the same command"
+            f"{path} cannot be uploaded to {shown} ({type(error).__name__}: "
+            f"{without_secrets(str(error))[:300]}); fix that, then run the same command"
         ) from None
-    back: RemoteCache = open_remote(place)
-    if back.content_id != cache.content_id():
+    uploaded: RemoteCache = open_remote(destination)
+    if uploaded.content_id != cache.content_id():
         raise RemoteError(
-            f"{shown} has content id {back.content_id} after it was put there, {path} has "
+            f"{shown} has content id {uploaded.content_id} after the upload, {path} has "
             f"{cache.content_id()}; push it again with --overwrite"
         )
-    return f"{shown}: {cache.header.file_bytes:,} bytes, content id {back.content_id}; {said}"
+    return (
+        f"{shown}: {cache.header.file_bytes:,} bytes, content id {uploaded.content_id}; {card_note}"
+    )
 
 
 def cache_card(cache: Cache, shown: str, name: str) -> str:
-    """Markdown that says of a cache what its header does, and how to use it."""
+    """A Markdown card: what the cache holds, and how to train from it.
+
+    Args:
+        cache: the cache that is uploaded.
+        shown: its URL, without secrets.
+        name: its file name.
+    """
     header = cache.header
-    facts = describe(cache, name)
     data = "" if header.embeds_inputs else f" --data {header.data}"
     return "\n".join(
         [
@@ -96,7 +114,7 @@ def cache_card(cache: Cache, shown: str, name: str) -> str:
             f"The class probabilities of a teacher for {header.samples:,} samples in {header.views:,} "
             f"view(s), softened at temperature {header.temperature:g}, in one HDF5 file.",
             "",
-            *(f"    {line}" for line in facts.splitlines()),
+            *(f"    {line}" for line in describe(cache, name).splitlines()),
             "",
             "To train a student from it, without the teacher:",
             "",
@@ -107,37 +125,37 @@ def cache_card(cache: Cache, shown: str, name: str) -> str:
     )
 
 
-def _put(filesystem: Any, path: Path, target: str, scheme: str) -> None:  # noqa: ANN401  # of fsspec
+def _upload(filesystem: Any, path: Path, target: str, scheme: str) -> None:  # noqa: ANN401
     from fsspec.callbacks import Callback
 
     with progress("push", path.stat().st_size, "bytes") as advance:
 
-        class Counted(Callback):  # type: ignore[misc]
+        class ProgressCallback(Callback):  # type: ignore[misc]
             def relative_update(self, inc: int = 1) -> None:
                 advance(inc)
 
-        if scheme != "file":  # a server has the whole of it or nothing
-            filesystem.put_file(str(path), target, callback=Counted())
+        if scheme != "file":  # an object store makes the file visible only when it is complete
+            filesystem.put_file(str(path), target, callback=ProgressCallback())
             return
-        begun = f"{target}.part"
+        unfinished = f"{target}.part"
         filesystem.makedirs(str(Path(target).parent), exist_ok=True)
-        filesystem.put_file(str(path), begun, callback=Counted())
-        filesystem.mv(begun, target)
+        filesystem.put_file(str(path), unfinished, callback=ProgressCallback())
+        filesystem.mv(unfinished, target)
 
 
-def _put_card(filesystem: Any, cache: Cache, target: str, shown: str) -> str:  # noqa: ANN401
+def _upload_card(filesystem: Any, cache: Cache, target: str, shown: str) -> str:  # noqa: ANN401
+    """Write the card unless somebody else's is in its place; returns a note on what was done."""
     folder, _, name = target.rpartition("/")
-    place = f"{folder}/{CARD}"
-    if filesystem.exists(place) and MARK not in filesystem.cat_file(place).decode(
-        "utf-8", "replace"
-    ):
-        return f"its {CARD} is somebody's own and was left alone"
-    filesystem.pipe_file(place, cache_card(cache, shown, name).encode())
-    return f"{CARD} beside it"
+    card = f"{folder}/{CARD}"
+    if filesystem.exists(card) and MARK not in filesystem.cat_file(card).decode("utf-8", "replace"):
+        return f"the {CARD} there is not a softcache card and was kept"
+    filesystem.pipe_file(card, cache_card(cache, shown, name).encode())
+    return f"with {CARD}"
 
 
-def _content_id(place: str) -> str | None:
+def _content_id(location: str) -> str | None:
+    """The content id of a finished cache; None if there is no such cache."""
     try:
-        return open_remote(place).content_id
+        return open_remote(location).content_id
     except (FormatError, RemoteError):
         return None

@@ -1,4 +1,4 @@
-"""Ask a teacher again about rows of a cache."""
+"""Check rows of a cache against its teacher, which is run again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from softcache.cache import Sampled, open_cache
+from softcache.data.class_names import align_classes, all_class_names
 from softcache.data.open import open_source
 from softcache.dump import fidelity
 from softcache.dump.config import DumpConfig
@@ -15,9 +16,9 @@ from softcache.dump.prepare import load_teachers
 from softcache.errors import DataError, SettingsError
 from softcache.join.fingerprints import check_replay, replayed
 from softcache.join.match import join_samples
-from softcache.teachers.options import COMPILED
+from softcache.teachers.options import COMPILED, OUTPUTS
 
-TOLERANCE = 0.02  # of the probability mass, that other hardware or batch sizes may move
+TOLERANCE = 0.02  # share of the probability that other hardware or batch sizes can move
 
 
 def recheck_rows(
@@ -29,21 +30,37 @@ def recheck_rows(
     rows: int,
     device: str,
     augment: str | None = None,
+    teacher_classes: str | None = None,
+    same_classes: bool = False,
 ) -> str:
-    """Compute random rows again, and say how far they are from what the cache stores.
+    """Compute random rows again, and measure how far the stored rows are from them.
+
+    Args:
+        path: the cache.
+        teacher: the specifications of its teachers, in the order of the dump.
+        weights: the weights of each teacher, or none.
+        data: the specification of its samples, in the order of the dump.
+        rows: how many rows to compute, at most.
+        device: where to run the teacher.
+        augment: the file of the cache's own augmentation, if it has one.
+        teacher_classes: the classes of a wider teacher that were kept.
+        same_classes: the classes of data and teacher are the same in the same order, whatever their names.
+
+    Returns:
+        A line with the KL divergences of the rows.
 
     Raises:
-        SettingsError: there is a teacher but no data, or the other way round.
-        DataError: the data are not those of the cache, or its rows are not this teacher's.
+        SettingsError: `teacher` or `data` is missing, or the number of teachers is wrong.
+        DataError: the data are not the data of the cache, or its rows are not from this teacher.
     """
     if not teacher or data is None:
-        raise SettingsError("--teacher and --data go together: the one is asked about the other")
+        raise SettingsError("--teacher and --data go together; give both, or neither")
     cache = open_cache(path)
     header = cache.header
     if len(teacher) != len(header.teachers):
         names = ", ".join(t["name"] for t in header.teachers)
         raise SettingsError(
-            f"{len(teacher)} --teacher for a cache of {len(header.teachers)} ({names}); give them all, "
+            f"{len(teacher)} --teacher for a cache with {len(header.teachers)} ({names}); give all of them, "
             "in this order"
         )
     config = DumpConfig(
@@ -54,14 +71,21 @@ def recheck_rows(
         temperature=header.temperature,
         out=path,
         classes=header.classes,
+        teacher_classes=teacher_classes,
+        same_classes=same_classes,
         device=device,
-        teacher_output=str(header.teachers[0].get("output", "logits")),
+        # an estimator knows its own output, and the other teachers may return logits
+        teacher_output=min(
+            (str(t.get("output", "logits")) for t in header.teachers), key=OUTPUTS.index
+        ),
         precision=header.precision.removesuffix(COMPILED),
         compile=header.precision.endswith(COMPILED),
     )
-    source = open_source(data)
-    places = join_samples(source, cache)
-    if (places[1:] < places[:-1]).any():
+    source = align_classes(
+        open_source(data), all_class_names(cache), str(path), same_classes=same_classes
+    )
+    source_indices = join_samples(source, cache)
+    if (source_indices[1:] < source_indices[:-1]).any():
         raise DataError(f"{data} is in another order than {path}; give it in the order of the dump")
     if len(source) < header.data_samples:
         raise DataError(
@@ -69,13 +93,14 @@ def recheck_rows(
             "the whole data set"
         )
     augmentation = replayed(header, augment)
-    check_replay(cache, source, augmentation, places, np.arange(len(source)))
+    check_replay(cache, source, augmentation, source_indices, np.arange(len(source)))
     teachers = load_teachers(config, source, augmentation)
-    found = fidelity.measure_fidelity(cache, source, teachers, augmentation, rows=rows)
-    said = fidelity.fidelity_line(found, isinstance(header.encoding, Sampled))
-    if not found["moved"] <= TOLERANCE:
+    measured = fidelity.measure_fidelity(cache, source, teachers, augmentation, rows=rows)
+    line = fidelity.fidelity_line(measured, isinstance(header.encoding, Sampled))
+    if not measured["moved"] <= TOLERANCE:
         raise DataError(
-            f"{path} is not what this teacher says: encoded again, {found['moved']:.1%} of the probability "
-            f"lies elsewhere; {said}. Check teacher, weights and data against softcache info"
+            f"{path} is not from this teacher: {measured['moved']:.1%} of the probability differs from its "
+            f"rows when they are encoded again; {line}. Check teacher, weights and data against softcache "
+            "info"
         )
-    return said
+    return line

@@ -1,7 +1,7 @@
-"""A cache on a server or a disk, of which byte ranges are read: header and digests first, then rows.
+"""Read a cache on a server or a disk by byte ranges: first the header and the digests, then rows.
 
-Where the file is may be a path, or any URL of fsspec: http, https, s3, gs, hf, file. Nothing of a URL that
-may be a secret (user, password, query) is ever printed or kept.
+A location is a path, or a URL that fsspec can open: http, https, s3, gs, hf, file. The parts of a URL that
+can hold secrets (user, password, query) are never printed or stored.
 """
 
 from __future__ import annotations
@@ -25,171 +25,179 @@ from softcache.cache.reader import SHOWN_CLASSES, gaps, shared_digest
 from softcache.errors import FormatError, RemoteError, SettingsError
 from softcache.util.extras import import_extra
 
-FIRST_READ = 1 << 16  # bytes: preamble and, of most caches, the whole header
+FIRST_READ = 1 << 16  # bytes: the preamble and, for most caches, the whole header
 
-PART = 4 << 20  # bytes of one request
+PART = 4 << 20  # bytes per request
 
-MAX_HELD = 1 << 30  # bytes of a block, or of what is no row, which are held in memory
+MAX_IN_MEMORY = 1 << 30  # limit in bytes on each part of a cache that has to be held in memory
 
 THREADS = 8
 
 TRIES = 4
 
-WAIT = 0.5  # seconds before the second try, twice as many before each other
+WAIT = 0.5  # seconds before the first retry; doubled for each further one
 
-SILENCE = 60.0  # seconds without a byte, after which a connection is given up
+SILENCE = 60.0  # seconds without a byte after which a connection is given up
 
 EXTRAS = {
     "http": "remote", "https": "remote", "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hub",
     "file": "remote", "memory": "remote",
 }  # fmt: skip
 
-FileSystem = Any  # of fsspec
+FileSystem = Any  # an fsspec.AbstractFileSystem
 
 Digests = npt.NDArray[Any]
 
 
 class NoRanges(Exception):
-    """A server's answer that will not become better by asking again."""
+    """The server does not serve byte ranges, so there is no point in asking again."""
 
 
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NoRanges)
 
 
-def is_url(place: str | Path) -> bool:
-    return "://" in str(place)
+def is_url(location: str | Path) -> bool:
+    return "://" in str(location)
 
 
-def public_url(place: str) -> str:
+def public_url(location: str) -> str:
     """A URL without user, password, query and fragment; a path as it is."""
-    if not is_url(place):
-        return place
-    chain, mark, rest = place.rpartition("::")
-    if (
-        mark and "://" not in chain
-    ):  # of fsspec, such as simplecache::http://…; not of an IPv6 address
-        return f"{chain}::{public_url(rest)}"
-    parts = urlsplit(place)
+    if not is_url(location):
+        return location
+    chain, separator, url = location.rpartition("::")
+    # fsspec chains URLs, as in simplecache::http://…; the :: of an IPv6 address comes after ://
+    if separator and "://" not in chain:
+        return f"{chain}::{public_url(url)}"
+    parts = urlsplit(location)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def without_secrets(text: str) -> str:
-    """A message of a library in one line, with its URLs as public_url() writes them."""
+    """A library's message in one line, with its URLs as public_url() returns them."""
     line = " ".join(text.split())
     return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>)\]]+", lambda m: public_url(m[0]), line)
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a server; `size` is what the server says."""
+    """A file on a server or a disk."""
 
-    shown: str  # without secrets
+    shown: str  # its URL without secrets, for messages
     filesystem: FileSystem
-    path: str
-    size: int
+    path: str  # in the file system
+    size: int  # bytes, according to the server
 
     @property
     def name(self) -> str:
         return PurePosixPath(urlsplit(self.shown).path).name or "cache.h5"
 
     def read(self, start: int, length: int) -> bytes:
-        """Bytes from start to start + length; tried again where a connection breaks.
+        """Read `length` bytes from offset `start`, with retries if a connection breaks.
 
         Raises:
-            RemoteError: the server does not give them, or gives others than were asked for.
+            RemoteError: the server does not return them, or returns more or fewer bytes.
         """
         if not length:
             return b""
-        for turn in range(TRIES):
+        for attempt in range(TRIES):
             try:
-                found: bytes = self.filesystem.cat_file(self.path, start=start, end=start + length)
+                content: bytes = self.filesystem.cat_file(
+                    self.path, start=start, end=start + length
+                )
                 break
-            except Exception as error:
-                if turn == TRIES - 1 or isinstance(error, FINAL):
+            except Exception as error:  # servers and libraries fail in many ways
+                if attempt == TRIES - 1 or isinstance(error, FINAL):
                     raise RemoteError(
                         f"{self.shown}: bytes {start:,} to {start + length - 1:,} cannot be read "
-                        f"({_said(error)}); try again"
+                        f"({_public_error(error)}); try again"
                     ) from None
-                time.sleep(WAIT * 2**turn)
-        if len(found) != length:
+                time.sleep(WAIT * 2**attempt)
+        if len(content) != length:
             raise RemoteError(
-                f"{self.shown}: the server gave {len(found):,} bytes where {length:,} were asked for, from "
-                f"{start:,} on; it does not serve byte ranges, or the file has changed"
+                f"{self.shown}: the server returned {len(content):,} bytes from offset {start:,}; expected "
+                f"{length:,}: it does not serve byte ranges, or the file has changed; try again"
             )
-        return found
+        return content
 
     def read_long(self, start: int, length: int) -> bytes:
-        """The same in requests of PART bytes, side by side."""
-        ranges = [(at, min(PART, start + length - at)) for at in range(start, start + length, PART)]
-        return b"".join(in_parallel(lambda part: self.read(*part), ranges))
+        """The same as read(), in parallel requests of PART bytes."""
+        ranges = [
+            (offset, min(PART, start + length - offset))
+            for offset in range(start, start + length, PART)
+        ]
+        return b"".join(in_parallel(lambda byte_range: self.read(*byte_range), ranges))
 
 
 def in_parallel(work: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
-    """The result of each task, in order; a few tasks at a time are done or wait to be taken."""
+    """The result of each task, in order. At most 2 * THREADS results are computed ahead."""
     pool = ThreadPoolExecutor(THREADS)
     try:
-        waiting = iter(tasks)
-        running: list[Future[Any]] = [
-            pool.submit(work, task) for task in islice(waiting, 2 * THREADS)
+        remaining = iter(tasks)
+        futures: list[Future[Any]] = [
+            pool.submit(work, task) for task in islice(remaining, 2 * THREADS)
         ]
-        while running:
-            yield running.pop(0).result()
-            running += [pool.submit(work, task) for task in islice(waiting, 1)]
+        while futures:
+            yield futures.pop(0).result()
+            futures += [pool.submit(work, task) for task in islice(remaining, 1)]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def file_system(place: str) -> tuple[FileSystem, str]:
-    """The filesystem of a path or URL, and the path in it.
+def file_system(location: str) -> tuple[FileSystem, str]:
+    """The file system of a path or URL, and the path in it.
 
     Raises:
-        SettingsError: it is of no known kind, or an extra is not there.
+        SettingsError: the URL has an unknown scheme, or an extra is not installed.
     """
     fsspec = import_extra("fsspec", extra="remote", what="a URL")
-    scheme = place.partition("://")[0] if is_url(place) else "file"
+    scheme = location.partition("://")[0] if is_url(location) else "file"
     if scheme not in EXTRAS:
         raise SettingsError(
-            f"{public_url(place)} is of unknown kind {scheme!r}; expected a path, or a URL of "
+            f"{public_url(location)} has unknown scheme {scheme!r}; expected a path, or a URL with "
             f"{', '.join(EXTRAS)}"
         )
     options: dict[str, Any] = {}
     try:
         if scheme in ("http", "https"):
             options = _http_options()
-        filesystem, path = fsspec.core.url_to_fs(place, **options)
+        filesystem, path = fsspec.core.url_to_fs(location, **options)
     except ImportError as error:
         raise SettingsError(
             f"{scheme}:// needs a library ({error}); pip install 'softcache[{EXTRAS[scheme]}]'"
         ) from None
-    except Exception as error:  # a library may refuse its settings in any way
-        raise SettingsError(f"{public_url(place)} cannot be used ({_said(error)})") from None
+    except Exception as error:  # libraries reject their settings in many ways
+        raise SettingsError(
+            f"{public_url(location)} cannot be used ({_public_error(error)}); check the URL"
+        ) from None
     return filesystem, str(path)
 
 
-def open_file(place: str) -> RemoteFile:
-    """Find a file; only its size is asked for.
+def open_file(location: str) -> RemoteFile:
+    """Find a file and ask for its size; none of its content is read.
 
     Raises:
-        SettingsError: it is of no known kind, or an extra is not there.
+        SettingsError: the URL has an unknown scheme, or an extra is not installed.
         RemoteError: there is no such file, or the server does not say how large it is.
     """
-    filesystem, path = file_system(place)
-    shown = public_url(place)
+    filesystem, path = file_system(location)
+    shown = public_url(location)
     try:
         filesystem.invalidate_cache()
         size = filesystem.info(path).get("size")
     except Exception as error:  # servers and libraries fail in many ways
         raise RemoteError(
-            f"{shown} cannot be opened ({_said(error)}); expected a cache as softcache dump makes it"
+            f"{shown} cannot be opened ({_public_error(error)}); expected a cache made by softcache dump"
         ) from None
     if not isinstance(size, int):
-        raise RemoteError(f"{shown}: the server does not say how large the file is")
+        raise RemoteError(
+            f"{shown}: the server does not say how large the file is; it has to report a Content-Length"
+        )
     return RemoteFile(shown, filesystem, path, size)
 
 
 @dataclass(frozen=True)
 class RemoteCache:
-    """A finished cache elsewhere: what its header and digests say."""
+    """A finished cache on a server or a disk, with its header and digests in memory."""
 
     file: RemoteFile
     header: Header
@@ -202,138 +210,154 @@ class RemoteCache:
         return self.as_cache({}).content_id()
 
     def as_cache(self, arrays: dict[str, npt.NDArray[Any]]) -> Cache:
-        """With some arrays that were read; rows are not among them."""
-        known = {"digests": self.digests, "sample_digests": self.sample_digests}
-        return Cache(Path(self.file.name), self.header, self.header_bytes, known | arrays)
+        """A Cache with the digests and the given arrays; its rows cannot be read."""
+        digests = {"digests": self.digests, "sample_digests": self.sample_digests}
+        return Cache(Path(self.file.name), self.header, self.header_bytes, digests | arrays)
 
     def with_names(self) -> Cache:
-        """With the first names of the classes, for people."""
+        """A Cache with the first class names, for describe()."""
         array = self.header.array("class_names")
         return self.as_cache(
             {"class_names": self.array(array, 0, min(array.shape[0], SHOWN_CLASSES))}
         )
 
     def shared(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays that all rows share, checked.
+        """Fetch the arrays that all rows share, and check them.
 
         Raises:
             RemoteError: they cannot be read.
             FormatError: they do not match their digest.
         """
         header = self.header
-        found = {a.name: self.array(a) for a in header.arrays if a.axis == "shared"}
-        if shared_digest(found, header) != header.shared_digest:
+        arrays = {a.name: self.array(a) for a in header.arrays if a.axis == "shared"}
+        if shared_digest(arrays, header) != header.shared_digest:
             raise FormatError(
-                f"{self.file.shown} is damaged, or its server gives wrong bytes: the arrays shared by all "
-                "rows do not match their digest"
+                f"{self.file.shown} is damaged, or its server returns wrong bytes: the arrays shared by all "
+                "rows do not match their digest; run softcache verify where the file is"
             )
-        return found
+        return arrays
 
     def structure(self) -> list[tuple[int, bytes]]:
-        """Offset and bytes of what libhdf5 wrote for itself."""
-        return [(a, self.file.read_long(a, b - a)) for a, b in gaps(self.header)]
+        """Fetch the metadata that libhdf5 wrote, as pairs of offset and bytes."""
+        return [
+            (start, self.file.read_long(start, end - start)) for start, end in gaps(self.header)
+        ]
 
     def array(self, array: Array, start: int = 0, count: int | None = None) -> npt.NDArray[Any]:
-        """An array, or `count` entries from `start` on, of its first axis."""
+        """Fetch `count` entries of an array's first axis from `start`; by default all after `start`."""
         return _read_array(self.file, array, start, array.shape[0] if count is None else count)
 
 
-def open_remote(place: str) -> RemoteCache:
-    """Read the header and the digests of a finished cache elsewhere.
+def open_remote(location: str) -> RemoteCache:
+    """Fetch the header and the digests of a finished cache.
+
+    Args:
+        location: a path or a URL.
 
     Raises:
-        RemoteError: it cannot be read.
+        SettingsError: the URL has an unknown scheme, or an extra is not installed.
+        RemoteError: the file cannot be read.
         FormatError: it breaks a rule of FORMAT.md, or is unfinished.
     """
-    file = open_file(place)
+    file = open_file(location)
     try:
-        begun = file.read(0, min(FIRST_READ, file.size))
-        offset, length, digest = parse_preamble(begun[: PREAMBLE.size], file.size)
-        text = begun[offset : offset + length]
+        start_of_file = file.read(0, min(FIRST_READ, file.size))
+        offset, length, digest = parse_preamble(start_of_file[: PREAMBLE.size], file.size)
+        text = start_of_file[offset : offset + length]
         if len(text) < length:
             text = file.read(offset, min(length, MAX_HEADER))
         header = parse_header(text, digest, file.size)
-        _check_held(header)
+        _check_memory(header)
     except FormatError as error:
         raise FormatError(f"{file.shown}: {error}") from None
-    rows, samples = header.array("digests"), header.array("sample_digests")
-    found = RemoteCache(
+    digests, sample_digests = header.array("digests"), header.array("sample_digests")
+    remote = RemoteCache(
         file,
         header,
         text,
-        _read_array(file, rows, 0, rows.shape[0]),
-        _read_array(file, samples, 0, samples.shape[0]),
+        _read_array(file, digests, 0, digests.shape[0]),
+        _read_array(file, sample_digests, 0, sample_digests.shape[0]),
     )
-    missing = int((found.digests == 0).sum() + (found.sample_digests == 0).sum())
+    missing = int((remote.digests == 0).sum() + (remote.sample_digests == 0).sum())
     if header.summary is None or missing:
         raise FormatError(
             f"{file.shown} is unfinished or damaged: {missing:,} of its blocks are missing; finish its dump, "
-            "and put it there again"
+            "and upload it again"
         )
-    return found
+    return remote
 
 
-def held(header: Header) -> dict[str, int]:
-    """Bytes of a cache that a pull holds in memory at a time."""
-    samples = sum(array.row_bytes for array in header.arrays if array.axis == "samples")
-    beside = (array.nbytes for array in header.arrays if array.axis not in ("rows", "samples"))
+def memory_sizes(header: Header) -> dict[str, int]:
+    """The parts of a cache that a pull holds in memory, with their sizes in bytes."""
+    sample_bytes = sum(array.row_bytes for array in header.arrays if array.axis == "samples")
+    other_arrays = (a.nbytes for a in header.arrays if a.axis not in ("rows", "samples"))
     return {
-        "arrays beside the rows": sum(beside),
-        "the structure of HDF5": sum(stop - start for start, stop in gaps(header)),
-        "one block": header.block_rows * (header.bytes_per_row + samples),
+        "arrays other than rows": sum(other_arrays),
+        "the HDF5 structure": sum(stop - start for start, stop in gaps(header)),
+        "one block": header.block_rows * (header.bytes_per_row + sample_bytes),
     }
 
 
-def _check_held(header: Header) -> None:
-    """Refuse what no softcache writes, before a server can fill the memory with it."""
-    for what, size in held(header).items():
-        if size > MAX_HELD:
+def _check_memory(header: Header) -> None:
+    """Refuse a header that no softcache writes, before a server can fill the memory.
+
+    Raises:
+        FormatError: a part that has to be held in memory is larger than MAX_IN_MEMORY.
+    """
+    for what, size in memory_sizes(header).items():
+        if size > MAX_IN_MEMORY:
             raise FormatError(
-                f"{what}: {size:,} bytes, which have to be read into memory; expected at most "
-                f"{MAX_HELD:,}, as softcache writes it: do not trust this file"
+                f"{what}: {size:,} bytes to read into memory; expected at most {MAX_IN_MEMORY:,}, as "
+                "softcache writes it: do not trust this file"
             )
 
 
 def _read_array(file: RemoteFile, array: Array, start: int, count: int) -> npt.NDArray[Any]:
-    size = array.nbytes // array.shape[0]
-    raw = file.read_long(array.offset + start * size, count * size)
+    entry_bytes = array.nbytes // array.shape[0]
+    raw = file.read_long(array.offset + start * entry_bytes, count * entry_bytes)
     return np.frombuffer(raw, array.dtype).reshape(count, *array.shape[1:])
 
 
-def _said(error: Exception) -> str:
-    """A library's error without secrets."""
+def _public_error(error: Exception) -> str:
+    """Type and message of a library's error, without secrets."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # fsspec says so of a server that is down or wants a password, too
+        # fsspec also raises FileNotFoundError if a server is down or wants a password
+        error = error.__cause__
     text = without_secrets(str(error))[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _http_options() -> dict[str, Any]:
-    """Of fsspec's HTTP: whole bytes as they lie in the file, and never more of them than were asked for."""
+    """Options for fsspec's HTTP file system: no compression, no endless waiting, no oversized responses."""
     aiohttp = import_extra("aiohttp", extra="remote", what="http://")
 
-    class Bounded(aiohttp.ClientResponse):  # type: ignore[misc, name-defined]  # a module found late
-        """A response that is no longer than the range that was asked for."""
+    class Bounded(aiohttp.ClientResponse):  # type: ignore[misc, name-defined]  # imported at run time
+        """A response that may not be longer than the requested range."""
 
         async def read(self) -> bytes:
-            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.request_info.headers.get("Range", ""))
-            if asked is None or self.status >= 400:
+            requested = re.fullmatch(
+                r"bytes=(\d+)-(\d+)", self.request_info.headers.get("Range", "")
+            )
+            if requested is None or self.status >= 400:
                 return bytes(await super().read())
-            wanted = int(asked[2]) - int(asked[1]) + 1
-            said = self.headers.get("Content-Range", "")
-            if self.status != 206 or not said.startswith(f"bytes {asked[1]}-"):
+            expected_length = int(requested[2]) - int(requested[1]) + 1
+            content_range = self.headers.get("Content-Range", "")
+            if self.status != 206 or not content_range.startswith(f"bytes {requested[1]}-"):
                 self.close()
                 raise NoRanges(
-                    f"the server answers {self.status} {said or 'without a range'}; it serves no byte ranges"
+                    f"the server answers {self.status} {content_range or 'without a range'}; it does not "
+                    "serve byte ranges"
                 )
-            parts, length = [], 0
-            async for part in self.content.iter_chunked(1 << 16):
-                parts.append(part)
-                length += len(part)
-                if length > wanted:
+            chunks, length = [], 0
+            async for chunk in self.content.iter_chunked(1 << 16):
+                chunks.append(chunk)
+                length += len(chunk)
+                if length > expected_length:
                     self.close()
-                    raise NoRanges(f"the server gives more than the {wanted:,} bytes asked for")
-            return b"".join(parts)
+                    raise NoRanges(
+                        f"the server returns more than the {expected_length:,} bytes requested"
+                    )
+            return b"".join(chunks)
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
     return {

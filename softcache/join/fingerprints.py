@@ -15,6 +15,7 @@ from softcache.cache.header import FINGERPRINT
 from softcache.data.augment import Augmentation, parse_augment, split_augment
 from softcache.data.loader import augmented, loader, make_request
 from softcache.data.source import Source
+from softcache.data.text import text_lengths
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.util.counter_rng import uniform
 from softcache.util.log import inform
@@ -63,7 +64,7 @@ def fingerprints(
     rms = np.empty((len(views), len(sample_ids)), np.float32)
     for row, batch in enumerate(loader(source, requests, augmentation=augmentation)):
         inputs = augmented(batch, augmentation, views[row], sample_ids, torch.device("cpu"))
-        prints[row] = fingerprint(inputs)
+        prints[row] = fingerprint(inputs, text=bool(getattr(source, "text", False)))
         rms[row] = inputs.double().flatten(1).square().mean(1).sqrt().numpy()
     return prints, rms
 
@@ -195,10 +196,11 @@ def check_replay(
         )
 
 
-def fingerprint(inputs: Tensor) -> npt.NDArray[np.float32]:
+def fingerprint(inputs: Tensor, *, text: bool = False) -> npt.NDArray[np.float32]:
     """Project inputs (F, *shape) onto fixed random signs, (F, FINGERPRINT) float32; see FORMAT.md."""
     rows = inputs.cpu().double().flatten(1).numpy()  # (F, n)
     pixels = np.arange(rows.shape[1])
     signs = [uniform(0, j, pixels, stream=0, draws=1)[:, 0] < 0.5 for j in range(FINGERPRINT)]
-    projected = rows @ np.where(np.stack(signs, -1), 1.0, -1.0) / np.sqrt(rows.shape[1])
+    counts = text_lengths(rows).clip(1)[:, None] if text else rows.shape[1]
+    projected = rows @ np.where(np.stack(signs, -1), 1.0, -1.0) / np.sqrt(counts)
     return np.asarray(projected, np.float32)

@@ -267,14 +267,15 @@ def _unknown_samples(source: Source, cache: Cache, unknown: Indices) -> str:
     if len(source) == header.data_samples > header.samples:
         return (
             f"sample {unknown[0]} of {source.name} is not in {cache.path}, a shard of {header.data} "
-            f"({len(unknown):,} of {len(source):,} are unknown); give the data the cache was made from, in the "
-            "order of the dump, or the samples of the shard alone (--known-only leaves the others out)"
+            f"({len(unknown):,} of {len(source):,} are unknown); give the data of the cache, in the order "
+            "of the dump, or the samples of the shard alone (--known-only leaves the others out)"
         )
-    advice = ", or add --known-only to train on the others" if len(unknown) < len(source) else ""
+    choices = ["give the data the cache was made from", "dump a cache of these"]
+    if len(unknown) < len(source):
+        choices.append("add --known-only to train on the others")
     return (
         f"sample {unknown[0]} of {source.name} is not in {cache.path}, which was made from {header.data} "
-        f"({len(unknown):,} of {len(source):,} are unknown); give the data the cache was made from, dump a "
-        f"cache of these{advice}"
+        f"({len(unknown):,} of {len(source):,} are unknown); {', '.join(choices[:-1])}, or {choices[-1]}"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from softcache.models.normalize import normalized
 from softcache.models.spec import KINDS, parse_model
 
 
@@ -19,8 +20,8 @@ def build(text: str, *, input_shape: Sequence[int], classes: int) -> nn.Module:
 
     Raises:
         SettingsError: `text` is not a model specification, or an option in it is invalid.
-        ModelError: the model cannot be built.
+        ModelError: the model cannot be built, or its inputs do not have the channels that it normalizes.
     """
     spec = parse_model(text)
     model: nn.Module = KINDS[spec.kind].load()(spec, input_shape, classes)
-    return model
+    return normalized(model, spec, input_shape)

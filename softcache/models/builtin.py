@@ -34,13 +34,60 @@ def build_resnet(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Mod
 
 
 def mlp(input_shape: Sequence[int], hidden: Sequence[int], classes: int) -> nn.Module:
-    """A multilayer perceptron with ReLU, on flattened inputs."""
-    layers: list[nn.Module] = [nn.Flatten()]
+    """A multilayer perceptron with ReLU, on flattened inputs; a row of columns is standardized first."""
+    is_row = len(input_shape) == 1
+    layers: list[nn.Module] = [Standardize(input_shape[0]) if is_row else nn.Flatten()]
     width = int(torch.Size(input_shape).numel())
     for size in hidden:
         layers += [nn.Linear(width, size), nn.ReLU()]
         width = size
     return nn.Sequential(*layers, nn.Linear(width, classes))
+
+
+class Standardize(nn.Module):
+    """Subtracts the mean of each column and divides by its standard deviation; NaN becomes 0, the mean.
+
+    The statistics are saved with the weights. Until they are set, the columns stay as they are.
+
+    Attributes:
+        column_mean: (columns,) float32.
+        column_std: (columns,) float32.
+    """
+
+    column_mean: Tensor
+    column_std: Tensor
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.register_buffer("column_mean", torch.zeros(columns))
+        self.register_buffer("column_std", torch.ones(columns))
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Take the statistics of the training data.
+
+        Args:
+            mean: (columns,).
+            std: (columns,), 0 or more; 0 counts as 1.
+        """
+        self.column_mean.copy_(mean)
+        self.column_std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows (B, columns) to rows of mean 0 and standard deviation 1."""
+        scaled = (rows - self.column_mean) / self.column_std
+        return torch.where(torch.isnan(scaled), torch.zeros_like(scaled), scaled)
+
+
+def standardize_columns(model: nn.Module, mean: Tensor, std: Tensor) -> None:
+    """Let the first layer of an `mlp:` take columns with these statistics; other models stay as they are.
+
+    Args:
+        mean: (columns,), such as softcache.data.tables.column_statistics() returns.
+        std: (columns,).
+    """
+    for module in model.modules():
+        if isinstance(module, Standardize):
+            module.set_statistics(mean, std)
 
 
 def cnn(channels: int, stages: Sequence[tuple[int, int]], classes: int) -> nn.Module:

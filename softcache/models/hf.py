@@ -4,24 +4,25 @@
     hf:TYPE?pretrained=false&hidden_size=192…      from a configuration alone, with random weights
 
 Options: pretrained=false; processor= and tokenizer= if they are not in the model's own folder; any
-other option is a field of the configuration.
+other option is a field of the configuration. With tokenizer=, a model with random weights takes its
+vocab_size and pad_token_id from the tokenizer, unless they are given.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from softcache.data import text
 from softcache.errors import ModelError, SettingsError
 from softcache.models.hub import HubModel, library_errors, option_value
 from softcache.models.preprocess import Preprocess, Steps, steps_of_processor
 from softcache.models.spec import is_pretrained
+from softcache.models.tokens import Tokenize
 from softcache.util.extras import import_extra
 from softcache.util.spec import LOCAL_OPTIONS, Spec
 
@@ -32,24 +33,6 @@ RESAMPLE_IDS = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 Library = Any  # the transformers module
 Config = Any  # a transformers configuration
 Tokenizer = Any  # a transformers tokenizer
-
-
-class Tokenize(nn.Module):
-    """Turns code points (B, length) into the inputs of a text model; has no weights."""
-
-    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
-        super().__init__()
-        self.tokenizer, self.max_length = tokenizer, max_length
-
-    def forward(self, points: Tensor) -> dict[str, Tensor]:
-        tokens = self.tokenizer(
-            text.decode(points),
-            padding=True,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
-        return {name: ids.to(points.device) for name, ids in tokens.items()}
 
 
 def save_hub(model: HubModel, folder: Path, class_names: tuple[str, ...] = ()) -> None:
@@ -125,6 +108,11 @@ def _build_quietly(library: Library, spec: Spec, classes: int | None) -> HubMode
             raise SettingsError(f"model {spec.text!r}: its configuration has no field {name!r}")
         setattr(config, name, option_value(value))
     task = _task(library, config, spec)
+    tokenizer: Tokenizer | None = None
+    if TASKS[task] == "text":
+        tokenizer = _load_tokenizer(library, local["tokenizer"] or default, spec)
+        if local["tokenizer"] and not pretrained:
+            _fit_vocabulary(config, tokenizer, options)
     auto_class = getattr(library, f"AutoModelFor{task}")
     if classes is not None and classes != config.num_labels:
         config.num_labels = classes
@@ -146,8 +134,8 @@ def _build_quietly(library: Library, spec: Spec, classes: int | None) -> HubMode
     model = model.float()
     names = tuple(str(config.id2label.get(i)) for i in range(config.num_labels))
     has_names = classes is None and not all(name.startswith("LABEL_") for name in names)
-    if TASKS[task] == "text":
-        prepare: nn.Module = _tokenize(library, model, local["tokenizer"] or default, spec)
+    if tokenizer is not None:
+        prepare: nn.Module = _tokenize(tokenizer, model.config, spec)
     else:
         steps = _processor_steps(library, config, local["processor"] or default, spec, classes)
         prepare = Preprocess(steps, getattr(config, "num_channels", 3))
@@ -224,17 +212,27 @@ def _processor_steps(
     return steps_of_processor(processor.to_dict(), f"model {spec.text}")
 
 
-def _tokenize(library: Library, model: nn.Module, name_or_path: str | None, spec: Spec) -> Tokenize:
+def _load_tokenizer(library: Library, name_or_path: str | None, spec: Spec) -> Tokenizer:
     try:
         if name_or_path is None:
             raise ValueError("a model type has no files")
-        tokenizer = library.AutoTokenizer.from_pretrained(name_or_path)
+        return library.AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # the library raises errors of many types
         raise ModelError(
             f"model {spec.text} has no tokenizer ({' '.join(str(error).split())[:200]}); name one with "
             "?tokenizer=ID_OR_FOLDER"
         ) from error
-    config: Config = model.config
+
+
+def _fit_vocabulary(config: Config, tokenizer: Tokenizer, given: Collection[str]) -> None:
+    """Take the fields that depend on the tokenizer from it, unless the user has given them."""
+    if "vocab_size" not in given:
+        config.vocab_size = len(tokenizer)
+    if "pad_token_id" not in given and tokenizer.pad_token_id is not None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def _tokenize(tokenizer: Tokenizer, config: Config, spec: Spec) -> Tokenize:
     if tokenizer.pad_token is None and config.pad_token_id is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
     if tokenizer.pad_token is None:
@@ -252,7 +250,8 @@ def _tokenize(library: Library, model: nn.Module, name_or_path: str | None, spec
     positions = getattr(config, "max_position_embeddings", None) or MAX_TOKENS
     # RoBERTa and its relatives reserve their first positions for padding
     offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
-    return Tokenize(tokenizer, min(tokenizer.model_max_length, positions - offset, MAX_TOKENS))
+    limit = min(tokenizer.model_max_length, positions - offset, MAX_TOKENS)
+    return Tokenize(tokenizer, limit, f"model {spec.public_name}")
 
 
 @contextlib.contextmanager

@@ -27,9 +27,7 @@ class HubModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.prepare, self.class_names = model, prepare, class_names
-        hooks: Any = self  # torch has no types for the hooks
-        hooks.register_state_dict_post_hook(_remove_prefix)
-        hooks.register_load_state_dict_pre_hook(_add_prefix)
+        keep_inner_names(self)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Raw inputs (B, *shape) to logits (B, C)."""
@@ -38,8 +36,14 @@ class HubModel(nn.Module):
         return output if isinstance(output, Tensor) else output.logits
 
 
+def keep_inner_names(wrapper: Any) -> None:  # noqa: ANN401  # torch has no types for the hooks
+    """Let a wrapper save and load the weights of its attribute `model` under that model's own names."""
+    wrapper.register_state_dict_post_hook(_remove_prefix)
+    wrapper.register_load_state_dict_pre_hook(_add_prefix)
+
+
 def _remove_prefix(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Save weights under the names that the library uses, without the leading `model.`."""
+    """Save weights under the names of the inner model, without the leading `model.`."""
     inner = f"{prefix}model."
     for name in [name for name in state if name.startswith(inner)]:
         state[prefix + name.removeprefix(inner)] = state.pop(name)

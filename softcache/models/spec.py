@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
 from softcache.errors import SettingsError
-from softcache.util.spec import CODE, Kind, Spec, forms, split_callable, split_options
+from softcache.util.spec import (
+    CODE,
+    Kind,
+    Spec,
+    check_options,
+    forms,
+    split_callable,
+    split_options,
+)
 
 BUILT_IN = ("mlp", "cnn", "resnet")  # kinds that come without weights
 HUB = ("hf", "timm")  # kinds from other libraries, with weights and preprocessing
+NORMALIZE = ("normalize", "mean", "std")  # options that normalize the inputs of any other kind
 
 # the handler takes (Spec, input shape, number of classes) and returns an nn.Module
 KINDS = {
@@ -51,6 +65,27 @@ KINDS = {
 }
 
 
+class Normalization(NamedTuple):
+    """Mean and standard deviation of each channel, for inputs in [0, 1]; one of each for all channels."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+NORMALIZATIONS = {"imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+
+
+@dataclass(frozen=True)
+class CodeSpec(Spec):
+    """A specification of the user's own code, which may be followed by options."""
+
+    @property
+    def public_name(self) -> str:
+        """The name without local folders, with the options."""
+        query = "&".join(f"{name}={value}" for name, value in sorted(self.options.items()))
+        return f"{super().public_name}?{query}" if query else super().public_name
+
+
 def parse_model(text: str) -> Spec:
     """Parse a model specification; nothing is built or imported.
 
@@ -59,7 +94,8 @@ def parse_model(text: str) -> Spec:
     """
     name, _, rest = text.partition(":")
     if name in BUILT_IN:
-        return Spec(text, name, rest)
+        place, options = split_options(rest)
+        return Spec(text, name, place, options=_normalize_options(options, text))
     if name in HUB:
         place, options = split_options(rest)
         if not place:
@@ -68,13 +104,80 @@ def parse_model(text: str) -> Spec:
             )
         if options.get("pretrained", "true") not in ("true", "false"):
             raise SettingsError(f"model {text!r}: expected pretrained=true or pretrained=false")
+        asked = sorted(set(options) & set(NORMALIZE))
+        if asked:
+            raise SettingsError(
+                f"model {text!r}: {name}: models normalize their inputs themselves, with the values that "
+                f"they were trained with; leave {asked[0]} out"
+            )
         return Spec(text, name, place, options=options)
-    if text.endswith(".pt2"):
-        return Spec(text, "pt2", text, file=True)
+    place, options = split_file_options(text, ".pt2")
+    if place.endswith(".pt2"):
+        return Spec(text, "pt2", place, options=_normalize_options(options, text), file=True)
     if not rest:
         raise SettingsError(f"model {text!r} is not a model specification; expected {forms(KINDS)}")
     place, attribute = split_callable(text)
-    return Spec(text, CODE, place, attribute)
+    attribute, options = split_options(attribute)
+    return CodeSpec(text, CODE, place, attribute, options=_normalize_options(options, text))
+
+
+def split_file_options(text: str, suffix: str) -> tuple[str, dict[str, str]]:
+    """Split FILE?OPTIONS, if FILE ends with `suffix`, into both; the whole text and no options if not."""
+    file, mark, query = text.rpartition("?")
+    if not mark or not file.endswith(suffix):
+        return text, {}
+    return file, split_options(f"?{query}")[1]
+
+
+def normalization(options: Mapping[str, str], text: str) -> Normalization | None:
+    """The normalization that options ask for; None if they ask for none.
+
+    Args:
+        text: the specification, for messages.
+
+    Raises:
+        SettingsError: the values are not those of a normalization.
+    """
+    named = options.get("normalize")
+    if named is not None:
+        if named not in NORMALIZATIONS or len(set(options) & set(NORMALIZE)) > 1:
+            raise SettingsError(
+                f"model {text!r}: normalize={named}; expected normalize={' or '.join(NORMALIZATIONS)} "
+                "alone, or mean= and std="
+            )
+        return NORMALIZATIONS[named]
+    if "mean" not in options and "std" not in options:
+        return None
+    if not ("mean" in options and "std" in options):
+        raise SettingsError(f"model {text!r} has one of mean= and std=; expected both")
+    mean, std = (_numbers(name, options[name], text) for name in ("mean", "std"))
+    if len(mean) != len(std):
+        raise SettingsError(
+            f"model {text!r} has {len(mean)} means and {len(std)} standard deviations; expected a pair for "
+            "each channel"
+        )
+    if min(std) <= 0:
+        raise SettingsError(f"model {text!r}: std={options['std']}; expected numbers above 0")
+    return Normalization(mean, std)
+
+
+def _normalize_options(options: dict[str, str], text: str) -> dict[str, str]:
+    """The options, if they are those of a normalization."""
+    check_options(options, NORMALIZE, text)
+    normalization(options, text)
+    return options
+
+
+def _numbers(name: str, written: str, text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(number) for number in written.split(","))
+    except ValueError:
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise SettingsError(
+            f"model {text!r}: {name}={written}; expected a number for each channel, as in {name}=0.5,0.5,0.5"
+        )
+    return numbers
 
 
 def is_pretrained(spec: Spec) -> bool:

@@ -3,78 +3,105 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from softcache.errors import MissingModelError, ModelError
-from softcache.util.messages import first_line
+from softcache.errors import ModelError
+from softcache.models.checkpoint import State, read_checkpoint, state_dicts
+from softcache.models.fit_names import COUNTER, closest, fitting, misfits
+from softcache.util.log import inform
+from softcache.util.messages import one_line
+
+SHOWN = 5  # problems and names in one message
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load weights from safetensors, or from a torch.save() checkpoint with weights_only=True.
 
+    The tensors may be anywhere in the checkpoint, and under a prefix that DataParallel, torch.compile or
+    Lightning adds to every name: the one mapping that fits the model is taken. Batch norm's counters may be
+    missing, and floats of any width are converted to the model's.
+
     Raises:
         ModelError: the file does not exist or cannot be read, or its names or shapes do not fit the
-            model.
+            model, or several different mappings in it do.
     """
-    state = read_weights(path)
-    expected = model.state_dict()
-    problems = [
-        *(f"{name} is missing" for name in expected if name not in state),
-        *(f"{name} is not in the model" for name in state if name not in expected),
-        *(
-            f"{name} is {tuple(state[name].shape)} in the file, {tuple(expected[name].shape)} "
-            "in the model"
-            for name in expected
-            if name in state and state[name].shape != expected[name].shape
-        ),
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    mappings = _mappings(path)
+    own = model.state_dict()  # a module's extra state need not be a tensor
+    expected = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+    fits = fitting(mappings, expected)
+    if not fits:
+        raise ModelError(_why_none_fits(path, mappings, expected))
+    if len(fits) > 1:
+        places = ", ".join(repr(candidate.where or "the outermost") for candidate in fits)
         raise ModelError(
-            f"weights {path} do not fit the model: {'; '.join(problems[:5])}{more}; "
-            "use the specification of the model that the weights were saved from"
+            f"weights {path} hold {len(fits)} sets of tensors that fit the model: {places}; save the one "
+            "that you mean in a file of its own"
         )
-    model.load_state_dict(state)
+    chosen = fits[0]
+    if chosen.left_out:
+        inform(
+            f"weights {path}: took the {len(chosen.state):,} tensors under {chosen.where} and ignored "
+            f"the other {chosen.left_out:,}"
+        )
+    try:
+        model.load_state_dict(own | _usable(chosen.state, expected))
+    except Exception as error:  # a user's module may load its weights in its own way
+        raise ModelError(
+            f"weights {path} cannot be loaded into the model: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> State:
     """Read the tensors of a weights file by name; no code in it is run.
 
+    Returns:
+        The largest mapping of tensors in the file.
+
     Raises:
-        ModelError: the file does not exist, or holds anything but tensors.
+        ModelError: the file does not exist, cannot be read, or holds no tensors by name.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    return max(_mappings(path).values(), key=len)
 
-    if not path.is_file():
-        raise MissingModelError(f"weights {path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return _plain_names(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"weights {path} cannot be read: {type(error).__name__} {first_line(error)}"
-        ) from error
-    except Exception as error:  # torch raises pickle's own errors for what weights_only refuses
-        raise ModelError(
-            f"weights {path} hold more than tensors, which softcache never loads; save "
-            "model.state_dict() alone, preferably as safetensors"
-        ) from error
-    for nested in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(nested), dict):
-            state = state[nested]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+
+def _mappings(path: Path) -> dict[str, State]:
+    """Every mapping from names to tensors in the file, by its place in it; at least one."""
+    mappings = state_dicts(read_checkpoint(path))
+    if not mappings:
         raise ModelError(f"weights {path} are not a state dict; expected tensors by name")
-    return _plain_names(state)
+    return mappings
 
 
-def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefix that DistributedDataParallel adds to every name."""
-    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+def _usable(state: State, expected: Mapping[str, Tensor]) -> State:
+    """The tensors that the model has; a counter beyond the range of float16 is left as it is."""
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if name in expected
+        and not (name.endswith(COUNTER) and tensor.is_floating_point() and not tensor.isfinite())
+    }
+
+
+def _why_none_fits(
+    path: Path, mappings: Mapping[str, State], expected: Mapping[str, Tensor]
+) -> str:
+    """What is wrong with the mapping that comes closest, and the names that the file has instead."""
+    candidate = closest(mappings, expected)
+    problems = misfits(candidate.state, expected)
+    stored = list(mappings[candidate.place])
+    place = f" in {candidate.place!r}" if candidate.place else ""
+    names = f"{', '.join(stored[:SHOWN])}{_more(stored)}" if stored else "no tensors"
+    return (
+        f"weights {path} do not fit the model: {'; '.join(problems[:SHOWN])}{_more(problems)}; the file has "
+        f"{names}{place}; use the specification of the model that the weights were saved from"
+    )
+
+
+def _more(items: list[str]) -> str:
+    return f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
 
 
 def file_sha256(path: Path) -> str:

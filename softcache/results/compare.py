@@ -1,4 +1,4 @@
-"""Students side by side: what each costs, and how good it is."""
+"""Compare students: what each of them costs, and how good it is."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from tabulate import tabulate
 from softcache.cache.reader import open_trainable
 from softcache.data.embedded import CacheSource
 from softcache.data.open import open_source
-from softcache.errors import SettingsError
+from softcache.data.source import Source
+from softcache.errors import DataError, SettingsError
 from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
 from softcache.models.weights import parameter_count
+from softcache.results.eval_data import eval_data_for, judge_outputs
 from softcache.results.metrics import (
     calibration,
     count_macs,
@@ -24,37 +26,49 @@ from softcache.results.metrics import (
     outputs,
 )
 from softcache.train.run_folder import Run, expand, open_run
+from softcache.util.log import verdict
 
-BATCHES = (1, 64)
+BATCHES = (1, 64)  # batch sizes whose latency is measured
 
-NOISE = 0.1  # of a latency
+NOISE = 0.1  # relative; latencies that differ by less count as equal
 
 
 @dataclass(frozen=True)
 class StudentMetrics:
-    """A student's figures; None where they were not measured."""
+    """A student's metrics; None if they were not measured.
+
+    Attributes:
+        name: the student's run folder.
+        parameters: number of parameters.
+        macs: multiply-accumulate operations (MACs) for one sample.
+        bytes: size of the weights file.
+        seconds: latency on the CPU by batch size.
+        error: share of the evaluation samples that it gets wrong.
+        ece: expected calibration error (ECE).
+        kl: mean KL(teacher ‖ student) in nats, at the temperature of the cache.
+    """
 
     name: str
     parameters: int
-    count_macs: int
+    macs: int
     bytes: int
-    seconds: Mapping[int, float]  # of a batch on the CPU, by its size
-    error: float | None  # share
-    calibration: float | None
+    seconds: Mapping[int, float]
+    error: float | None
+    ece: float | None
     kl: float | None
 
     def beats(self, other: StudentMetrics) -> bool:
-        """At least as good in error, parameters and latency, and better in one.
+        """Whether it is at least as good in error, parameters and latency, and better in one of them.
 
-        Latencies that differ by less than NOISE count as the same.
+        Latencies that differ by less than NOISE count as equal.
         """
         pairs = [
             (self.error or 0.0, other.error or 0.0, 0.0),
             (self.parameters, other.parameters, 0.0),
             (self.seconds[BATCHES[0]], other.seconds[BATCHES[0]], NOISE),
         ]
-        as_good = all(mine <= theirs * (1 + noise) for mine, theirs, noise in pairs)
-        return as_good and any(mine * (1 + noise) < theirs for mine, theirs, noise in pairs)
+        as_good = all(value <= rival * (1 + noise) for value, rival, noise in pairs)
+        return as_good and any(value * (1 + noise) < rival for value, rival, noise in pairs)
 
 
 def compare(
@@ -64,76 +78,95 @@ def compare(
     cache: Path | None = None,
     data: str | None = None,
     student: Sequence[str] = (),
+    same_classes: bool = False,
+    strict: bool = False,
 ) -> str:
-    """A table of students; * marks those that no other beats in error, parameters and latency.
+    """A table of students; * marks those that are Pareto-optimal in error, parameters and latency.
 
     Args:
-        eval_data: test errors and calibration are measured on these; else the errors are those of the
-            training's own evaluation.
-        cache: KL to the teacher is measured on its first view.
-        data: the samples of the cache, if it does not hold them.
-        student: where the students' code is, if they are not built-in ones.
+        folders: run folders of `softcache train`, or folders that contain some.
+        eval_data: labelled data for the test error and the ECE; without them, the test error comes from
+            the evaluation at the end of training, and there is no ECE.
+        cache: the cache on whose first view the KL to the teacher is measured.
+        data: the samples of the cache, if it does not store them.
+        student: specifications of students whose code is the user's own, with the path to their file.
+        same_classes: the classes of the evaluation data are those of the students in the same order, whatever
+            they are called.
+        strict: raise an error if the errors of a student cannot be right.
 
     Raises:
-        SoftcacheError: a folder is no finished run, or data or cache do not fit it.
+        SoftcacheError: a folder is not a finished run, or the data or the cache do not fit it.
+        DataError: with `strict`, the errors of a student cannot be right.
     """
     runs = {str(folder): open_run(folder) for folder in expand(folders)}
     if not runs:
-        raise SettingsError("no run; name folders of softcache train")
-    found = measure_all(runs, eval_data=eval_data, cache=cache, data=data, student=student)
+        raise SettingsError("no run to compare; name run folders of softcache train")
+    source = open_source(eval_data) if eval_data else None
+    joined = open_joined(cache, data) if cache else None
+    students = measure_all(
+        runs, source, joined, student=student, same_classes=same_classes, strict=strict
+    )
     rows = [
         (
-            ("* " if not any(other.beats(one) for other in found) else "  ") + one.name,
-            f"{one.parameters:,}",
-            f"{one.count_macs:,}",
-            f"{one.bytes:,}",
-            *(f"{1e3 * one.seconds[batch]:.2f}" for batch in BATCHES),
-            "-" if one.error is None else f"{one.error:.2%}",
-            "-" if one.kl is None else f"{one.kl:.4f}",
-            "-" if one.calibration is None else f"{one.calibration:.4f}",
+            ("  " if any(other.beats(metrics) for other in students) else "* ") + metrics.name,
+            f"{metrics.parameters:,}",
+            f"{metrics.macs:,}",
+            f"{metrics.bytes:,}",
+            *(f"{1e3 * metrics.seconds[batch]:.2f}" for batch in BATCHES),
+            "-" if metrics.error is None else f"{metrics.error:.2%}",
+            "-" if metrics.kl is None else f"{metrics.kl:.4f}",
+            "-" if metrics.ece is None else f"{metrics.ece:.4f}",
         )
-        for one in found
+        for metrics in students
     ]
     headers = (
-        "student", "parameters", "multiply-adds", "bytes", *(f"ms, batch {b}" for b in BATCHES),
-        "test error", "KL to teacher", "calibration error",
+        "student", "parameters", "MACs", "bytes", *(f"ms, batch {batch}" for batch in BATCHES),
+        "test error", "KL to teacher", "ECE",
     )  # fmt: skip
     align = ("left", *["right"] * (len(headers) - 1))
     table = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
     threads = torch.get_num_threads()
-    return (
-        f"{table}\n* no other is as good in error, parameters and latency ({threads} CPU threads)"
-    )
+    return f"{table}\n* Pareto-optimal in error, parameters and latency ({threads} CPU threads)"
 
 
 def measure_all(
     runs: Mapping[str, Run],
+    source: Source | None,
+    joined: JoinedData | None,
     *,
-    eval_data: str | None,
-    cache: Path | None,
-    data: str | None,
-    student: Sequence[str],
+    student: Sequence[str] = (),
+    same_classes: bool = False,
+    strict: bool = False,
 ) -> list[StudentMetrics]:
-    """The figures of every run, in the order given."""
+    """Measure the students of all runs, in the order of `runs`.
+
+    Args:
+        source: labelled data for the test error and the ECE.
+        joined: the cache for the KL to the teacher, with its samples.
+        student: as for compare(), like the others.
+    """
     models = {name: run.model(student) for name, run in runs.items()}
     seconds = {
         batch: latencies(models, {name: run.example(batch) for name, run in runs.items()})
         for batch in BATCHES
     }
-    source = open_source(eval_data) if eval_data else None
-    part = open_joined(cache, data) if cache else None
-    found = []
+    students = []
     for name, run in runs.items():
         facts, model = run.facts, models[name]
         error = facts["errors"] / facts["samples"] if "errors" in facts else None
-        gap, kl = None, None
+        ece, kl = None, None
         if source is not None:
-            rows, labels = outputs(model, source, run.classes)
-            error = float((rows.argmax(-1) != labels).double().mean())
-            gap = calibration(rows, labels).error
-        if part is not None and part.cache is not None:
-            kl = divergence_from_teacher(model, part, part.cache.header.temperature)
-        found.append(
+            aligned = eval_data_for(run, source, same_classes=same_classes)
+            log_probs, labels = outputs(model, aligned, run.classes)  # (N, C), (N,)
+            for warning in judge_outputs(run, log_probs, labels):
+                if strict:
+                    raise DataError(f"{warning}. Leave --strict out to compare all the same")
+                verdict(warning)
+            error = float((log_probs.argmax(-1) != labels).double().mean())
+            ece = calibration(log_probs, labels).error
+        if joined is not None and joined.cache is not None:
+            kl = divergence_from_teacher(model, joined, joined.cache.header.temperature)
+        students.append(
             StudentMetrics(
                 name,
                 parameter_count(model),
@@ -141,15 +174,24 @@ def measure_all(
                 run.weights.stat().st_size,
                 {batch: seconds[batch][name] for batch in BATCHES},
                 error,
-                gap,
+                ece,
                 kl,
             )
         )
-    return found
+    return students
 
 
 def open_joined(path: Path, data: str | None, augment: str | None = None) -> JoinedData:
-    """A cache joined to its samples, one view at a time."""
+    """Join a cache to its samples on the CPU; all samples of an epoch are in the same view.
+
+    Args:
+        path: the cache.
+        data: the specification of its samples, if it does not store them.
+        augment: the file of the cache's own augmentation, if it has one.
+
+    Raises:
+        SoftcacheError: the cache or the data cannot be read, or do not fit each other.
+    """
     cache = open_trainable(path)
     return join(
         open_source(data) if data else CacheSource(cache),

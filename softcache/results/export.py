@@ -1,4 +1,4 @@
-"""A student in the formats in which models are served: ONNX, and an exported program of torch."""
+"""Export a student to formats for serving: ONNX, a torch.export program, a transformers folder."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
-from softcache.models.hf import Tokenize, build_hf, save_hub
+from softcache.models.hf import build_hf, save_hub
 from softcache.models.hub import HubModel
 from softcache.models.spec import parse_model
+from softcache.models.tokens import Tokenize
 from softcache.train.run_folder import Run, open_run
 from softcache.util.extras import import_extra
 from softcache.util.files import replace_file
 
-TOLERANCE = 1e-4  # of the largest logit
+TOLERANCE = 1e-4  # relative to the largest logit
 
-TRIED = (1, 2, 7)  # samples in a batch
+BATCH_SIZES = (1, 2, 7)  # that an exported file is checked with
 
 Infer = Callable[[Tensor], Tensor]
 
@@ -29,85 +30,105 @@ Infer = Callable[[Tensor], Tensor]
 def export_student(
     folder: Path, *, onnx: bool, pt2: bool, hf: bool = False, student: Sequence[str] = ()
 ) -> list[Path]:
-    """Write RUN/student.onnx, .pt2 or RUN/student-hf; each is run and compared with the student first.
+    """Export the student of a run; each file is run and compared with the student before it is kept.
 
-    The files take (B, *shape) float32, images in [0, 1], and give (B, C) logits, for any B. The folder
-    is one that transformers loads, with preprocessing and the names of the classes.
+    ONNX and pt2 files take inputs (B, *shape) float32, images in [0, 1], and return logits (B, C), for
+    any B. The folder of --hf loads in transformers, with preprocessing and class names.
 
     Args:
-        student: where its code is, if it is not a built-in one.
+        folder: the run folder of `softcache train`.
+        onnx: write RUN/student.onnx.
+        pt2: write RUN/student.pt2.
+        hf: write RUN/student-hf.
+        student: specifications of students whose code is the user's own, with the path to their file.
+
+    Returns:
+        The paths that were written.
 
     Raises:
-        SettingsError: no format is named, or the extra softcache[onnx] is not there.
-        ModelError: the student cannot be exported, or what came out gives other logits.
+        SettingsError: no format is requested, the student does not have this format, or the onnx extra is
+            not installed.
+        ModelError: the student cannot be exported, or the exported file returns other logits.
     """
     if not (onnx or pt2 or hf):
-        raise SettingsError("no format; say --onnx, --pt2 or --hf")
+        raise SettingsError("no format to export to; give --onnx, --pt2 or --hf")
     run = open_run(folder)
     model = run.model(student)
     if isinstance(model, HubModel) and isinstance(model.prepare, Tokenize) and (onnx or pt2):
         raise SettingsError(
-            f"{folder} is a student of texts, whose tokenizer is no part of ONNX or pt2; use --hf"
+            f"{folder} is a student of texts, and ONNX and pt2 do not include its tokenizer; use --hf"
         )
     written = []
-    for wanted, name, write in ((onnx, "student.onnx", _to_onnx), (pt2, "student.pt2", _to_pt2)):
-        if wanted:
+    for requested, name, export in (
+        (onnx, "student.onnx", _export_onnx),
+        (pt2, "student.pt2", _export_pt2),
+    ):
+        if requested:
             path = folder / name
 
-            def make(unfinished: Path, write: Callable[..., Infer] = write) -> None:
-                infer = write(model, run.example(2), unfinished)
+            def write(unfinished: Path, export: Callable[..., Infer] = export) -> None:
+                infer = export(model, run.example(2), unfinished)
                 check_exported(
-                    infer, model, [run.example(batch) for batch in TRIED], unfinished.name
+                    infer, model, [run.example(batch) for batch in BATCH_SIZES], unfinished.name
                 )
 
-            replace_file(path, make)
+            replace_file(path, write)
             written.append(path)
     if hf:
-        written.append(_to_hf(run, model, folder / "student-hf"))
+        written.append(_export_hf(run, model, folder / "student-hf"))
     return written
 
 
-def _to_hf(run: Run, model: nn.Module, folder: Path) -> Path:
+def _export_hf(run: Run, model: nn.Module, folder: Path) -> Path:
     if not isinstance(model, HubModel):
         raise SettingsError(
-            f"{run.folder} is no student of hf:, which --hf writes; say --onnx or --pt2"
+            f"{run.folder} does not hold a student of kind hf:, which --hf needs; give --onnx or --pt2"
         )
     names = tuple(run.facts["class_names"])
     with tempfile.TemporaryDirectory(dir=run.folder) as unfinished:
-        place = Path(unfinished) / folder.name
-        save_hub(model, place, names if len(names) == run.classes else ())
-        examples = [run.example(batch) for batch in TRIED]
-        check_exported(
-            build_hf(parse_model(f"hf:{place}"), (), None).eval(), model, examples, folder.name
-        )
+        new_folder = Path(unfinished) / folder.name
+        save_hub(model, new_folder, names if len(names) == run.classes else ())
+        examples = [run.example(batch) for batch in BATCH_SIZES]
+        exported = build_hf(parse_model(f"hf:{new_folder}"), (), None).eval()
+        check_exported(exported, model, examples, folder.name)
         if folder.exists():
             shutil.rmtree(folder)
-        place.rename(folder)
+        new_folder.rename(folder)
     return folder
 
 
 def check_exported(infer: Infer, model: nn.Module, examples: Sequence[Tensor], name: str) -> None:
-    """Raise ModelError unless `infer` gives the model's logits for batches (B, *shape) of several sizes."""
+    """Check that an exported model returns the student's logits.
+
+    Args:
+        infer: the exported model.
+        model: the student.
+        examples: batches (B, *shape) of several sizes B.
+        name: how to call the exported model in messages.
+
+    Raises:
+        ModelError: the logits have another shape, or differ by more than TOLERANCE.
+    """
     for inputs in examples:
         with torch.inference_mode():
-            wanted, found = model(inputs), infer(inputs)
-        if found.shape != wanted.shape:
+            expected, logits = model(inputs), infer(inputs)  # (B, C)
+        if logits.shape != expected.shape:
             raise ModelError(
-                f"{name} gives {tuple(found.shape)} for a batch of {len(inputs)}, the student "
-                f"{tuple(wanted.shape)}; the batch's size must not stand in its code"
+                f"{name} returns shape {tuple(logits.shape)} for a batch of {len(inputs)}; expected "
+                f"{tuple(expected.shape)}, as the student returns: its code must not fix the batch size"
             )
-        worst, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
-        if not worst <= TOLERANCE * max(1.0, scale):
+        difference, scale = float((logits - expected).abs().max()), float(expected.abs().max())
+        if not difference <= TOLERANCE * max(1.0, scale):
             raise ModelError(
-                f"{name} gives logits that differ by {worst:.2g} from the student's, whose largest is "
-                f"{scale:.2g}; its code may depend on values in a way that cannot be exported"
+                f"{name}: logits differ by up to {difference:.2g} from the student's, which reach "
+                f"{scale:.2g}; its code probably branches on values, which cannot be exported"
             )
 
 
-def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> Infer:
+def _export_onnx(model: nn.Module, example: Tensor, path: Path) -> Infer:
     import_extra("onnxscript", extra="onnx", what="--onnx")
     runtime = import_extra("onnxruntime", extra="onnx", what="--onnx")
-    # torch warns of its own affairs, which are nothing to whoever exports
+    # the exporter warns about its own internals, on which the user cannot act
     with _explained("ONNX"), warnings.catch_warnings(action="ignore"):
         torch.onnx.export(
             model,
@@ -124,8 +145,8 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> Infer:
     return lambda inputs: torch.from_numpy(session.run(None, {"inputs": inputs.numpy()})[0])
 
 
-def _to_pt2(model: nn.Module, example: Tensor, path: Path) -> Infer:
-    with _explained("an exported program"), warnings.catch_warnings(action="ignore"):
+def _export_pt2(model: nn.Module, example: Tensor, path: Path) -> Infer:
+    with _explained("a torch.export program"), warnings.catch_warnings(action="ignore"):
         program = torch.export.export(
             model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
         )
@@ -136,8 +157,8 @@ def _to_pt2(model: nn.Module, example: Tensor, path: Path) -> Infer:
     return lambda inputs: loaded(inputs).detach()
 
 
-class _explained:  # reads as a word in a with statement
-    """What torch raises while it exports becomes one line."""
+class _explained:  # lower case, since it reads like a function in a with statement
+    """Turns any exception that torch raises during an export into a ModelError of one line."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -147,7 +168,7 @@ class _explained:  # reads as a word in a with statement
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception):
-            said = " ".join(str(error).split())[:300]
+            message = " ".join(str(error).split())[:300]
             raise ModelError(
-                f"the student cannot be exported as {self.what}: {type(error).__name__}: {said}"
+                f"the student cannot be exported as {self.what}: {type(error).__name__}: {message}"
             ) from error

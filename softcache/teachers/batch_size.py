@@ -8,18 +8,24 @@ from collections.abc import Callable
 from torch import Tensor
 
 from softcache.errors import ModelError
+from softcache.teachers.matrix import MissingRowError
 from softcache.teachers.teacher import is_out_of_memory
 
 LARGEST_BATCH = 4096  # the largest one tried
 GAIN = 1.05  # the smallest speedup in rows/s for which doubling the batch is worth its memory
 
 
-def fastest_batch(teacher: Callable[[Tensor], Tensor], sample: Tensor) -> int:
+def fastest_batch(
+    teacher: Callable[[Tensor], Tensor], sample: Tensor, largest: int = LARGEST_BATCH
+) -> int:
     """Double the batch size from 32 until rows/s stop growing or memory runs out; return the best.
+
+    A matrix of outputs is tried with at most as many samples as it has rows.
 
     Args:
         teacher: the function to time, from inputs (B, *shape) to a tensor.
         sample: (1, *shape), repeated to fill each batch.
+        largest: the largest batch to try; more samples than the data has are of no use.
 
     Returns:
         The batch size in samples; 1 if even 32 do not fit.
@@ -28,11 +34,12 @@ def fastest_batch(teacher: Callable[[Tensor], Tensor], sample: Tensor) -> int:
         ModelError: the teacher fails for a reason other than memory.
     """
     best, best_rate, size = 1, 0.0, 32
-    while size <= LARGEST_BATCH:
+    while size <= min(largest, LARGEST_BATCH):
         try:
             rate = _rows_per_second(teacher, sample.expand(size, *sample.shape[1:]).contiguous())
         except (ModelError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error.__cause__ or error):
+            cause = error.__cause__ or error
+            if not (is_out_of_memory(cause) or isinstance(cause, MissingRowError)):
                 raise
             break
         if rate < best_rate * GAIN:

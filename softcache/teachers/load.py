@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
-from softcache.models.code import call_code
+from softcache.models.code import call_code, call_object, import_object
+from softcache.models.normalize import normalized, unnormalized
 from softcache.models.spec import BUILT_IN, HUB, is_pretrained
 from softcache.models.spec import KINDS as MODEL_KINDS
 from softcache.models.weights import load_weights, parameter_count, read_weights, state_sha256
-from softcache.teachers.numpy_function import NumpyTeacher
+from softcache.teachers.numpy_function import NumpyTeacher, estimator_teacher, is_estimator
+from softcache.teachers.select_classes import parse_classes, select_classes
 from softcache.teachers.spec import KINDS, parse_teacher
 from softcache.teachers.teacher import Teacher
 from softcache.util.spec import CODE, Spec
@@ -33,20 +35,27 @@ def load_teacher(
     compiled: bool = False,
     output: str = "logits",
     softened: float = 1.0,
+    select: str | None = None,
+    text: bool = False,
 ) -> Teacher:
     """Build the teacher, load its weights, and try it on one sample.
 
     Args:
         sample: (1, *shape) float; its shape is the input shape of built-in architectures.
-        classes: declared number of classes; None to take the width of the teacher's output.
+        classes: number of classes of the data, for a teacher that does not name its own; None to take the
+            width of the teacher's output.
         precision: precision of the forward pass, one of PRECISIONS.
         compiled: run the model through torch.compile.
-        output: what the model returns, one of OUTPUTS.
+        output: what the model returns, one of OUTPUTS; an estimator with predict_proba() returns
+            probabilities in any case.
         softened: temperature at which the model's output was already softened.
+        select: which of the teacher's classes are those of the data, as parse_classes() reads them; None
+            for all.
+        text: whether the samples are texts; a user's function then gets a list of them.
 
     Raises:
-        SettingsError: the specification is unknown, a built-in architecture has no weights, or the
-            device does not support the precision.
+        SettingsError: the specification is unknown, a built-in architecture has no weights, the
+            device does not support the precision, or `select` does not fit.
         ModelError: the model cannot be built, its weights do not fit, or its output is wrong.
     """
     if precision == "tf32" and device.type != "cuda":
@@ -59,7 +68,12 @@ def load_teacher(
         raise SettingsError(
             f"teacher {spec} would be untrained; name its weights file with --weights"
         )
-    width = classes
+    if select and parsed.kind == "hfds":
+        raise SettingsError(
+            f"teacher {spec} has only the top classes of each row, of which none can be chosen; leave "
+            "--teacher-classes out"
+        )
+    width = None if select else classes
     if built_in and weights is not None:
         width = width or _width_of(weights)
     facts: dict[str, Any]
@@ -67,11 +81,18 @@ def load_teacher(
         if weights is not None:
             raise SettingsError(f"teacher {spec} contains its weights; leave --weights out")
         model, facts = KINDS[parsed.kind].load()(parsed, classes)
+        model = normalized(model, parsed, sample.shape[1:])
     else:
-        model = build_teacher(parsed, input_shape=sample.shape[1:], classes=width)
+        model = build_teacher(parsed, input_shape=sample.shape[1:], classes=width, text=text)
         if weights is not None:
             load_weights(model, weights)
         facts = {"parameters": parameter_count(model), "sha256": state_sha256(model)}
+    names = getattr(model, "class_names", ())
+    if names and not select:
+        width = len(names)  # the data may have only some of them
+    inner = unnormalized(model)
+    if isinstance(inner, NumpyTeacher):
+        output = inner.output or output
     model = model.to(device).eval()
     provenance = {
         "name": parsed.public_name,
@@ -88,34 +109,56 @@ def load_teacher(
         raise ModelError(
             f"teacher {spec} returns outputs of width {output_width}; expected at least 2 classes"
         )
-    return dataclasses.replace(teacher, classes=output_width)
+    teacher = dataclasses.replace(teacher, classes=output_width)
+    if not select:
+        return teacher
+    columns = parse_classes(select, teacher.class_names, output_width)
+    if classes and len(columns) != classes:
+        raise SettingsError(
+            f"--teacher-classes lists {len(columns)} classes of teacher {spec}, the data has {classes}; "
+            "list one for each class of the data, in its order"
+        )
+    return select_classes(teacher, columns)
 
 
-def build_teacher(spec: Spec, *, input_shape: Sequence[int], classes: int | None) -> nn.Module:
-    """Build the model that `spec` names; a user's callable may also return a numpy function.
+def build_teacher(
+    spec: Spec, *, input_shape: Sequence[int], classes: int | None, text: bool = False
+) -> nn.Module:
+    """Build the model that `spec` names; a user's code may also hold an estimator or a numpy function.
 
     Args:
         input_shape: shape of one input, without the batch axis.
         classes: number of outputs of a model without pretrained ones; None if it is not known.
+        text: whether the samples are texts, of which a function or an estimator gets a list.
 
     Raises:
         SettingsError: the callable cannot be imported, or an option is invalid.
-        ModelError: the model cannot be built, or the callable returns neither a module nor a function.
+        ModelError: the model cannot be built, or the callable returns neither a module nor an estimator nor
+            a function.
     """
     if spec.kind == CODE:
-        model = call_code(spec)
-        if isinstance(model, nn.Module):
-            return model
-        if callable(model):
-            return NumpyTeacher(model)
-        raise ModelError(
-            f"model {spec.text} returned {type(model).__name__}; expected a torch nn.Module, or a function "
-            "from numpy inputs (B, ...) to (B, classes)"
-        )
+        return normalized(_from_code(spec, text=text), spec, input_shape)
     pretrained = spec.kind in HUB and is_pretrained(spec)  # keeps the outputs it was trained with
     outputs = None if pretrained else classes or 2
-    model = MODEL_KINDS[spec.kind].load()(spec, input_shape, outputs)
-    return cast(nn.Module, model)
+    model = cast(nn.Module, MODEL_KINDS[spec.kind].load()(spec, input_shape, outputs))
+    return normalized(model, spec, input_shape)
+
+
+def _from_code(spec: Spec, *, text: bool) -> nn.Module:
+    """The user's module, or a module of their estimator or numpy function."""
+    model = import_object(spec)
+    if not is_estimator(model):
+        model = call_object(model, spec) if callable(model) else call_code(spec)
+    if isinstance(model, nn.Module):
+        return model
+    if is_estimator(model):
+        return estimator_teacher(model, spec.text, text=text)
+    if callable(model):
+        return NumpyTeacher(model, text=text)
+    raise ModelError(
+        f"model {spec.text} returned {type(model).__name__}; expected a torch nn.Module, or a function "
+        "from numpy inputs (B, ...) to (B, classes), or an estimator with predict_proba"
+    )
 
 
 def _width_of(weights: Path) -> int:

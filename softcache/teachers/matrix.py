@@ -19,6 +19,10 @@ from softcache.teachers.outputs import TINY, TOLERANCE
 from softcache.util.spec import Spec
 
 
+class MissingRowError(ModelError):
+    """A matrix has no row for a sample."""
+
+
 class Matrix(nn.Module):
     """A teacher's outputs for every sample, (N, C); rows are looked up, inputs are ignored."""
 
@@ -30,10 +34,10 @@ class Matrix(nn.Module):
         """Look up the rows of sample ids (B,): (B, C) float32.
 
         Raises:
-            ModelError: a sample id is beyond the last row.
+            MissingRowError: a sample id is beyond the last row.
         """
         if len(samples) and int(samples.max()) >= len(self.values):
-            raise ModelError(
+            raise MissingRowError(
                 f"the matrix has {len(self.values):,} rows, too few for sample {int(samples.max())}; "
                 "expected one row per sample of the data, in the same order"
             )
@@ -137,9 +141,17 @@ def read_matrix(path: Path) -> npt.NDArray[Any]:
             f"teacher {path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     matrix: npt.NDArray[Any] = array
-    if array.ndim != 2 or array.dtype.kind not in "fiu" or array.shape[1] < 2:
+    if array.dtype == np.uint8 and array.ndim == 2:
         raise ModelError(
-            f"teacher {path} holds {array.dtype} {array.shape}; expected numbers (samples, classes)"
+            f"teacher {path} holds unsigned 8-bit integers {array.shape}, which are neither logits nor "
+            "probabilities; save the numbers that they stand for as float32"
+        )
+    # one column of floats is one output for two classes
+    narrowest = 1 if array.dtype.kind == "f" else 2
+    if array.ndim != 2 or array.dtype.kind not in "fiu" or array.shape[1] < narrowest:
+        raise ModelError(
+            f"teacher {path} holds {array.dtype} {array.shape}; expected numbers (samples, classes), or "
+            "(samples, 1) for one output for two classes"
         )
     return matrix
 

@@ -16,7 +16,9 @@ from softcache.util.spec import Spec
 
 
 def open_onnx(spec: Spec, classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """Open an ONNX file; of several outputs, the first one is used.
+    """Open an ONNX file; of several outputs, the first one with floats is used.
+
+    A converted classifier of scikit-learn returns its labels before its probabilities.
 
     Returns:
         The model as a module, and its provenance.
@@ -48,7 +50,10 @@ def open_onnx(spec: Spec, classes: int | None) -> tuple[nn.Module, dict[str, Any
             f"teacher {path} takes {len(inputs)} inputs ({', '.join(i.name for i in inputs)}); expected "
             "exactly one"
         )
-    name, output = inputs[0].name, outputs[0].name
+    floats = [
+        o for o in outputs if o.type in ("tensor(float)", "tensor(double)", "tensor(float16)")
+    ]
+    name, output = inputs[0].name, [*floats, *outputs][0].name
     types = onnx.TensorProto
     # constants of other types are shapes and axes, not parameters
     float_types = {types.FLOAT, types.FLOAT16, types.DOUBLE, types.BFLOAT16}

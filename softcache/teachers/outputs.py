@@ -5,31 +5,36 @@ A softmax of probabilities taken for logits would be wrong without any error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import torch
 from torch import Tensor
 
 from softcache.errors import ModelError
+from softcache.util.log import inform
 
 TINY = 1e-38  # replaces a probability of 0, so that its logarithm is finite in float32
-TOLERANCE = 0.01  # for a sum of probabilities
+TOLERANCE = 0.0201  # for a sum of probabilities: 2 %, as after rounding to two decimals
+ROUNDED = 0.005  # a sum that is further from 1 than float16 would put it
+ENOUGH_ROWS = 8  # that all look like probabilities, to rule out a coincidence
 
 
-def as_logits(values: Tensor, output: str, spec: str) -> Tensor:
+def as_logits(
+    values: Tensor, output: str, spec: str, say: Callable[[str], object] = inform
+) -> Tensor:
     """Turn a teacher's outputs (B, C) into logits at T = 1, (B, C).
 
     Args:
         output: what the values are, one of OUTPUTS.
         spec: the teacher's specification, for messages.
+        say: called with a note where probabilities sum to 1 only roughly.
 
     Raises:
         ModelError: the values are not what `output` says, or are probabilities declared as logits.
     """
     if output == "logits":
-        if _are_probabilities(values):
-            raise ModelError(
-                f"teacher {spec} returns rows that are nonnegative and sum to 1: probabilities, not logits, "
-                "and a softmax of them would flatten every target; add --teacher-output probabilities"
-            )
+        _refuse_probabilities(values, spec)
         return values
     sums = values.sum(-1) if output == "probabilities" else values.logsumexp(-1).exp()
     invalid = ~((sums - 1).abs() <= TOLERANCE)
@@ -42,13 +47,73 @@ def as_logits(values: Tensor, output: str, spec: str) -> Tensor:
             f"sum to {float(sums[row]):.4g}, its smallest value is {float(values[row].min()):.4g}; say "
             "what the teacher returns with --teacher-output"
         )
+    if bool(((sums - 1).abs() > ROUNDED).any()):
+        say(
+            f"teacher {spec} returns probabilities that sum to {float(sums.min()):.3g} to "
+            f"{float(sums.max()):.3g}, as if they were rounded; each row is divided by its sum"
+        )
+    # the softmax that follows divides by the sum
     if output == "probabilities":
         return values.clamp(min=TINY).log()
     return values.clamp(min=float(np.log(TINY)))
 
 
-def _are_probabilities(values: Tensor) -> bool:
-    """Whether enough rows are distributions to rule out logits that sum to 1 by coincidence."""
-    if len(values) < 8 or values.shape[1] < 2 or bool((values < 0).any()):
-        return False
-    return bool(((values.sum(-1) - 1).abs() <= 1e-4).all())
+def two_columns(values: Tensor, output: str, spec: str) -> Tensor:
+    """Turn one output for two classes, (B,) or (B, 1), into one for each class, (B, 2).
+
+    A logit z becomes [0, z], since sigmoid(z) = softmax([0, z])[1]; a probability p becomes [1 - p, p].
+
+    Args:
+        output: what the values are, one of OUTPUTS.
+        spec: the teacher's specification, for messages.
+
+    Raises:
+        ModelError: the values are not what `output` says, or are probabilities declared as logits.
+    """
+    single = values.reshape(-1)
+    if output == "logits":
+        if len(single) >= ENOUGH_ROWS and _look_like_probabilities(single):
+            raise ModelError(
+                f"teacher {spec} returns one output per sample, each between 0 and 1: the probability "
+                "of class 1, not its logit; add --teacher-output probabilities, or return the logits"
+            )
+        return torch.stack([torch.zeros_like(single), single], 1)
+    probabilities = single.exp() if output == "log_probabilities" else single
+    invalid = ~((probabilities >= 0) & (probabilities <= 1 + 1e-6))
+    if bool(invalid.any()):
+        raise ModelError(
+            f"teacher {spec} returns {float(single[invalid][0]):.4g} as the one output of a sample; expected "
+            f"{describe_single(output)}, or say what the teacher returns with --teacher-output"
+        )
+    if output == "log_probabilities":
+        other = (-torch.expm1(single.clamp(max=0))).log()  # log(1 - p)
+        return torch.stack([other, single], 1)
+    return torch.stack([(1 - single).clamp(min=0), single], 1)
+
+
+def describe_single(output: str) -> str:
+    """How one output for two classes is taken, in a phrase."""
+    if output == "logits":
+        return "the logit of class 1, against 0 for class 0"
+    return f"the {'log-' * (output == 'log_probabilities')}probability of class 1"
+
+
+def _refuse_probabilities(values: Tensor, spec: str) -> None:
+    """Raise ModelError for enough rows of probabilities or sigmoids where logits are expected."""
+    if len(values) < ENOUGH_ROWS or values.shape[1] < 2 or not _look_like_probabilities(values):
+        return
+    if bool(((values.sum(-1) - 1).abs() <= TOLERANCE).all()):
+        raise ModelError(
+            f"teacher {spec} returns rows that are nonnegative and sum to 1: probabilities, not logits, "
+            "and a softmax of them would flatten every target; add --teacher-output probabilities"
+        )
+    raise ModelError(
+        f"teacher {spec} returns only values between 0 and 1, in rows that do not sum to 1: outputs of a "
+        "sigmoid, not logits; if each sample has one class, return the values before the sigmoid (where rows "
+        "sum to 1, add --teacher-output probabilities); several labels per sample are not supported yet"
+    )
+
+
+def _look_like_probabilities(values: Tensor) -> bool:
+    """Whether every value is in [0, 1], and not every value is 0, as in a network's new last layer."""
+    return bool(values.amin() >= 0) and 0 < float(values.amax()) <= 1

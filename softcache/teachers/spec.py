@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from softcache.errors import SettingsError
 from softcache.models.spec import KINDS as MODEL_KINDS
-from softcache.models.spec import parse_model
-from softcache.util.spec import CODE, Kind, Spec, split_options
+from softcache.models.spec import NORMALIZE, normalization, parse_model, split_file_options
+from softcache.util.spec import CODE, Kind, Spec, check_options, split_options
 
 MATRIX_FILES = (".npy", ".npz", ".pt")
 MATRIX_KINDS = ("matrix", "hfds")  # precomputed outputs, one row per sample
@@ -32,8 +32,8 @@ ALL_KINDS = {
     **MODEL_KINDS,
     CODE: Kind(
         "FILE.py:CALLABLE",
-        "your own callable (or package.module:CALLABLE) that returns a torch nn.Module, or a function "
-        "from numpy inputs (B, ...) to (B, classes)",
+        "your own callable (or package.module:CALLABLE) that returns a torch nn.Module, a scikit-learn or "
+        "XGBoost estimator, or a function from numpy inputs (B, ...) to (B, classes)",
     ),
     **KINDS,
 }
@@ -45,10 +45,17 @@ def parse_teacher(text: str) -> Spec:
     Raises:
         SettingsError: `text` is not a teacher specification.
     """
-    if text.endswith(".onnx"):
-        return Spec(text, "onnx", text, file=True)
+    file, options = split_file_options(text, ".onnx")
+    if file.endswith(".onnx"):
+        check_options(options, NORMALIZE, text)
+        normalization(options, text)
+        return Spec(text, "onnx", file, options=options, file=True)
     if text.endswith(MATRIX_FILES):
         return Spec(text, "matrix", text, file=True)
+    if text.rpartition("?")[0].endswith(MATRIX_FILES):
+        raise SettingsError(
+            f"teacher {text!r}: a matrix of outputs takes no options, since it has no inputs; leave them out"
+        )
     if not text.startswith("hfds:"):
         return parse_model(text)
     where, _, split = text.removeprefix("hfds:").rpartition("@")

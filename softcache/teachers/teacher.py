@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError
+from softcache.models.normalize import unnormalized
+from softcache.models.outputs import logits_of
 from softcache.teachers.matrix import Matrix
-from softcache.teachers.outputs import as_logits
+from softcache.teachers.numpy_function import NumpyTeacher
+from softcache.teachers.outputs import as_logits, describe_single, two_columns
+from softcache.util.log import inform
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,6 +35,7 @@ class Teacher:
         provenance: what the header records about this teacher.
         output: what the model returns, one of OUTPUTS.
         softened: temperature at which the model's output was already softened.
+        notes: what was logged about the outputs, so that it is logged once and not for every batch.
     """
 
     spec: str
@@ -40,6 +46,7 @@ class Teacher:
     provenance: dict[str, Any]
     output: str = "logits"
     softened: float = 1.0
+    notes: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def logits(self, inputs: Tensor, samples: npt.NDArray[np.int64] | None = None) -> Tensor:
         """Logits (B, C) float32 of float inputs (B, *shape), on the teacher's device.
@@ -69,7 +76,7 @@ class Teacher:
     def _run(self, inputs: Tensor) -> Any:  # noqa: ANN401  # whatever a user's model returns
         """Run the model; a batch that does not fit into memory is split in halves."""
         try:
-            return self.model(inputs)
+            return logits_of(self.model(inputs))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if len(inputs) == 1 or not is_out_of_memory(error):
                 raise
@@ -82,25 +89,46 @@ class Teacher:
         self, output: object, batch: int, where: str, sample_ids: npt.NDArray[np.int64]
     ) -> Tensor:
         """The model's output as float32 logits (B, C)."""
-        expected = f"expected a tensor of logits of shape ({batch}, {self.classes or 'classes'})"
+        width = self.output_width
+        expected = f"expected a tensor of logits of shape ({batch}, {width or 'classes'})"
         if not isinstance(output, Tensor):
             raise ModelError(
                 f"teacher {self.spec} returns {type(output).__name__} for {where}; {expected}: "
                 "wrap it in a callable that returns the logits alone"
             )
-        width = self.classes or (output.shape[1] if output.ndim == 2 else 0)
-        if output.shape != (batch, width):
+        if output.dtype == torch.uint8:
+            raise ModelError(
+                f"teacher {self.spec} returns unsigned 8-bit integers for {where}, which are neither logits "
+                "nor probabilities; expected floats"
+            )
+        values = output.detach().float()
+        if _is_single(output, batch) and not output.dtype.is_floating_point:
+            raise ModelError(
+                f"teacher {self.spec} returns one integer per sample for {where}: labels, not logits; "
+                "return its probabilities or its logits, as predict_proba does"
+            )
+        if _is_single(output, batch) and width in (None, 2):
+            values = two_columns(values, self.output, self.spec)
+            self._say(
+                "one output",
+                f"teacher {self.spec} returns one output per sample; it is taken as "
+                f"{describe_single(self.output)}, of two classes",
+            )
+        if values.ndim != 2 or values.shape != (batch, width or values.shape[1]):
             raise ModelError(
                 f"teacher {self.spec} returns shape {tuple(output.shape)} for {where}; {expected}"
             )
         # p = softmax(z / T), so z = T log p up to a constant
-        logits = as_logits(output.detach().float(), self.output, self.spec) * self.softened
+        logits = as_logits(values, self.output, self.spec, self._say_rounded) * self.softened
         if not bool(logits.isfinite().all()):
             row = int((~logits.isfinite()).any(-1).nonzero()[0, 0])
             column = int((~logits[row].isfinite()).nonzero()[0, 0])
+            value = logits[row, column].item()
             raise ModelError(
-                f"teacher {self.spec} returns {logits[row, column].item()} for sample "
-                f"{sample_ids[row]}, class {column}; expected finite logits"
+                f"teacher {self.spec} returns {value} for sample {sample_ids[row]}, class {column}; expected "
+                "finite logits"
+                + (", which an infinity cannot be" * math.isinf(value))
+                + (": give an impossible class a large negative logit" * (value == -math.inf))
                 + (
                     f" (--precision fp32 instead of {self.precision} may help)"
                     * self._has_reduced_precision
@@ -109,9 +137,35 @@ class Teacher:
         return logits
 
     @property
+    def output_width(self) -> int | None:
+        """Expected number of columns of the model's output; None to accept any."""
+        return self.classes
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """The model's names of its classes, in order; empty if it only numbers them."""
         return tuple(getattr(self.model, "class_names", ()))
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """An estimator's names of its input columns, in order; empty if it was fitted without names."""
+        inner = unnormalized(self.model)
+        return inner.feature_names if isinstance(inner, NumpyTeacher) else ()
+
+    @property
+    def is_tree(self) -> bool:
+        """Whether it is an estimator made of trees, which remember the labels that they were trained on."""
+        inner = unnormalized(self.model)
+        return isinstance(inner, NumpyTeacher) and inner.is_tree
+
+    def _say(self, key: str, text: str) -> None:
+        """Log a finding about the outputs, the first time only."""
+        if key not in self.notes:
+            self.notes.add(key)
+            inform(text)
+
+    def _say_rounded(self, text: str) -> None:
+        self._say("rounded", text)
 
     @property
     def _has_reduced_precision(self) -> bool:
@@ -122,6 +176,11 @@ class Teacher:
             return tensor_float_32()
         dtype = AUTOCAST.get(self.precision)
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+
+def _is_single(output: Tensor, batch: int) -> bool:
+    """Whether a model returns one value per sample; a batch of one may have lost its axis."""
+    return output.shape in ((batch,), (batch, 1)) or (batch == 1 and output.ndim == 0)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from softcache.models.spec import BUILT_IN, parse_model
 from softcache.train.config import train_settings
 from softcache.util.settings import option_name
 
@@ -30,7 +31,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         [
             "---",
             "library_name: softcache",
-            "tags: [knowledge-distillation]" if distilled else "tags: [image-classification]",
+            f"tags: [{'knowledge-distillation' if distilled else task(facts)}]",
             "---",
             "",
             f"# {title}",
@@ -53,6 +54,17 @@ def model_card(facts: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def task(facts: Mapping[str, Any]) -> str:
+    """The hub's tag of what the student classifies, which follows from its input."""
+    if len(facts["input_shape"]) == 3:
+        return "image-classification"
+    # code points of texts are int64; tables are floats, and the built-in models read no texts
+    is_text = len(facts["input_shape"]) == 1 and facts.get("input_dtype") == "int64"
+    if is_text and parse_model(facts["settings"]["student"]).kind not in BUILT_IN:
+        return "text-classification"
+    return "tabular-classification"
 
 
 def training_command(facts: Mapping[str, Any]) -> str:

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from softcache.errors import SettingsError
 from softcache.models.evaluate import Evaluation
+from softcache.train.config import StudentConfig, TrainConfig
 from softcache.train.student import Student
 from softcache.util.files import replace_file
+from softcache.util.settings import settings_of
 
 NAME = "checkpoint.safetensors"
 STATE = "softcache"  # the only key in the file's metadata
@@ -111,7 +113,7 @@ def check_checkpoint(path: Path, settings: Mapping[str, Any], *, overwrite: bool
     advice = "give another --out, or --overwrite to start from scratch"
     try:
         with open_checkpoint(path) as file:
-            stored = json.loads(file.metadata()[STATE])["settings"]
+            stored = _with_defaults(json.loads(file.metadata()[STATE])["settings"])
     except (SettingsError, ValueError, KeyError, TypeError) as error:
         if overwrite:
             return False
@@ -125,6 +127,16 @@ def check_checkpoint(path: Path, settings: Mapping[str, Any], *, overwrite: bool
                 f"{_shortened(value)}; use the same settings, {advice}"
             )
     return True
+
+
+def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint, with the defaults of those that its version did not have yet."""
+    run, student = (
+        {field.name: field.default for field, _ in settings_of(kind)}
+        for kind in (TrainConfig, StudentConfig)
+    )
+    students = [{**student, **stored} for stored in settings["students"]]
+    return {**run, **settings, "students": students}
 
 
 def open_checkpoint(path: Path) -> Any:  # noqa: ANN401  # safetensors has no type for it

@@ -17,6 +17,8 @@ MAX_LEARNING_RATE = 1e6
 LEARNING_RATES = {"adamw": 2e-3, "sgd": 0.05}
 WEIGHT_DECAYS = {"adamw": 0.01, "sgd": 5e-4}
 SCHEDULES = ("cosine", "constant")
+SAMPLINGS = ("uniform", "balanced")
+LABELS = ("data", "cache")
 PRECISIONS = ("fp32", "bf16", "fp16")
 MAX_NAME_PART = 40  # characters of one setting in the name of a folder
 
@@ -64,6 +66,12 @@ class StudentConfig:
         group=LOSS,
         at_least=0,
         below=1,
+    )
+    class_weights: str | None = setting(
+        None,
+        help="Weights of the classes in the hard loss: balanced, or a file with one number per line.",
+        group=LOSS,
+        metavar="balanced|FILE",
     )
     optimizer: str = setting(
         "adamw",
@@ -170,6 +178,26 @@ class TrainConfig:
         group=DATA,
         metavar="SPEC",
     )
+    same_classes: bool = setting(
+        False,
+        help="The data has the classes of CACHE in the same order, under other names.",
+        group=DATA,
+    )
+    skip_unreadable: bool = setting(
+        False, help="Leave out image files that cannot be read.", group=DATA
+    )
+    known_only: bool = setting(
+        False,
+        help="Leave out samples that CACHE does not know, instead of refusing them.",
+        group=DATA,
+    )
+    labels: str | None = setting(
+        None,
+        help="Whose labels count where those of the data and of CACHE differ; by default, a difference is an "
+        "error.",
+        group=DATA,
+        choices=LABELS,
+    )
     classes: int | None = setting(
         None,
         help="Number of classes, if neither CACHE nor the data defines it.",
@@ -194,6 +222,12 @@ class TrainConfig:
         help="Mix the views of CACHE within each epoch; --no-rotate reads one view per epoch, for files "
         "larger than memory.",
         group=DATA,
+    )
+    sampling: str = setting(
+        "uniform",
+        help="Draw samples uniformly, or each class equally often.",
+        group=DATA,
+        choices=SAMPLINGS,
     )
     epochs: int = setting(20, help="Passes over the data.", group=OPTIMIZATION, at_least=1)
     batch_size: int = setting(128, help="Samples per step.", group=OPTIMIZATION, at_least=1)
@@ -246,6 +280,13 @@ class TrainConfig:
         affects_result=False,
     )
 
+    strict: bool = setting(
+        False,
+        help="Exit with an error if a result cannot be right.",
+        group=OUTPUT,
+        affects_result=False,
+    )
+
     def __post_init__(self) -> None:
         check_range(self)
         if not self.students:
@@ -286,6 +327,7 @@ class TrainConfig:
                 "alpha": self.soft_weight(student),
                 "learning_rate": student.peak_learning_rate,
                 "weight_decay": student.effective_weight_decay,
+                "class_weights": student.class_weights and Path(student.class_weights).name,
             }
             for student in self.students
         ]

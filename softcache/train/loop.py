@@ -13,30 +13,37 @@ from accelerate import Accelerator
 from softcache.cache.reader import open_trainable
 from softcache.cache.verify import check_damage
 from softcache.data.augment import EXTRA_STREAM
-from softcache.data.embedded import CacheSource
 from softcache.data.loader import joint_loader
-from softcache.data.open import open_source
 from softcache.data.source import Source
-from softcache.errors import Interrupted, ModelError
+from softcache.errors import DataError, Interrupted, ModelError
 from softcache.join.joined_data import JoinedData, concatenate_batches
 from softcache.train.checkpoint import NAME, Checkpoint, Position, check_checkpoint
 from softcache.train.config import TrainConfig
 from softcache.train.prepare import (
-    check_classes,
     check_losses,
     extra_augmentation,
     join_all,
     make_accelerator,
     make_students,
+    open_data,
     open_run_folders,
     planned_students,
     shuffled_batches,
+    warnings_of_caches,
 )
-from softcache.train.record import final_table, resume_settings, run_facts, write_card
+from softcache.train.record import (
+    class_names,
+    final_table,
+    resume_settings,
+    run_facts,
+    teacher_evaluation,
+    write_card,
+)
 from softcache.train.run_folder import check_folder
 from softcache.train.student import Student
+from softcache.train.verdict import impossible_results, verdicts
 from softcache.util.extras import import_extra
-from softcache.util.log import inform, warn
+from softcache.util.log import inform, verdict, warn
 from softcache.util.progress import progress
 
 CHECK_STEPS = 50  # steps between two checks that the losses are finite
@@ -54,17 +61,16 @@ def train(config: TrainConfig) -> list[Student]:
     Raises:
         SoftcacheError: the settings, the caches, the data or a student are invalid, or do not fit together.
         ModelError: students failed; the others are finished.
+        DataError: a result cannot be right, with `config.strict`; everything is saved.
         Interrupted: the user stopped the run.
     """
     accelerator = make_accelerator(config.device, config.precision)
     if config.tensorboard:
         import_extra("tensorboard", extra="tensorboard", what="--tensorboard")
     caches = [open_trainable(path) for path in config.caches]
-    sources: list[Source] = [open_source(spec) for spec in config.data]
-    sources = sources or [CacheSource(cache) for cache in caches]
-    eval_source = open_source(config.eval_data) if config.eval_data else None
-    check_classes(sources, caches, eval_source)
+    sources, eval_source = open_data(config, caches)
     check_losses(config, caches)
+    cache_warnings = warnings_of_caches(config, caches)
     settings = resume_settings(config, sources, caches, eval_source)
     checkpoint = Checkpoint(config.out / NAME, settings, config.checkpoint_minutes)
     resuming = check_checkpoint(checkpoint.path, settings, overwrite=config.overwrite)
@@ -85,19 +91,46 @@ def train(config: TrainConfig) -> list[Student]:
         ) from None
     if accelerator.is_main_process:
         finished = [student for student in students if not student.failed]
+        teacher = teacher_evaluation(caches, eval_source, config.workers)
         for student in finished:
             student.restore_best()
-            facts = student.save(run_facts(config, student, parts, eval_source))
+            facts = student.save(run_facts(config, student, parts, eval_source, teacher))
             write_card(student.folder, facts)
         checkpoint.remove()
-        inform(final_table(finished, caches, eval_source))
-        failures = [str(student.stopped) for student in students if student.failed]
-        if failures:
-            raise ModelError(
-                f"{len(failures)} of {len(students)} students failed: {'; '.join(failures)}; "
-                f"the others are finished in {config.out}"
-            )
+        inform(final_table(finished, caches, eval_source, teacher))
+        for text in cache_warnings:
+            verdict(text)
+        conclude(config, students, class_names(parts))
     return students
+
+
+def conclude(config: TrainConfig, students: Sequence[Student], names: Sequence[str]) -> None:
+    """Warn of students that did not beat their baselines, and of results that cannot be right.
+
+    Args:
+        names: names of the classes; empty if they have none.
+
+    Raises:
+        ModelError: students failed.
+        DataError: a result cannot be right, and `config.strict` is set.
+    """
+    finished = [student for student in students if not student.failed]
+    impossible = impossible_results(finished, names)
+    failures = [str(student.stopped) for student in students if student.failed]
+    for text in verdicts(finished):
+        verdict(text)
+    if not config.strict or failures:
+        for text in impossible:
+            verdict(text)
+    if failures:
+        raise ModelError(
+            f"{len(failures)} of {len(students)} students failed: {'; '.join(failures)}; "
+            f"the others are finished in {config.out}"
+        )
+    if config.strict and impossible:
+        raise DataError(
+            f"{'; '.join(impossible)} (the run is saved in {config.out}; --strict makes this an error)"
+        )
 
 
 def fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,37 +12,85 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from softcache.cache import Cache, Sampled, TopK
 from softcache.data.augment import Augmentation, parse_augment, split_augment
-from softcache.data.class_names import all_class_names, check_class_names
+from softcache.data.class_names import align_classes, all_class_names
+from softcache.data.embedded import CacheSource
+from softcache.data.kinds import check_same_kind
 from softcache.data.loader import Request, ShuffledBatches
+from softcache.data.open import open_source
 from softcache.data.source import Source
+from softcache.data.tables import TableSource, align_columns, column_statistics, unwrapped
 from softcache.errors import DataError, SettingsError
 from softcache.join.joined_data import JoinedData, hard_label_data
 from softcache.join.match import join
 from softcache.losses import parse_loss
 from softcache.models.build import build
+from softcache.models.builtin import standardize_columns
 from softcache.models.weights import load_weights
 from softcache.train.checkpoint import Checkpoint, Position
+from softcache.train.class_weights import BALANCED, class_weights, read_weights
 from softcache.train.config import StudentConfig, TrainConfig
 from softcache.train.run_folder import make_run_folder
+from softcache.train.sampling import BalancedBatches
 from softcache.train.student import Student, make_student
 from softcache.util.device import pick_device
 from softcache.util.distributed import world_size
 from softcache.util.log import inform
 
 
-def check_classes(
-    sources: Sequence[Source], caches: Sequence[Cache], eval_source: Source | None
-) -> None:
-    """Raise DataError if the evaluation data has other classes than the data or a cache."""
-    if eval_source is None:
-        return
-    for source in sources:
-        check_class_names(eval_source, source.class_names, source.name)
-    for cache in caches:
-        check_class_names(eval_source, all_class_names(cache), str(cache.path))
+def open_data(config: TrainConfig, caches: Sequence[Cache]) -> tuple[list[Source], Source | None]:
+    """The training data, and the evaluation data or None, with the classes and columns of the caches.
+
+    Classes and columns are matched by name.
+
+    Raises:
+        DataError: the data cannot be read, or its classes or columns are others than those of a cache or of
+            the first data set.
+        SettingsError: a specification is invalid, or a cache without --data does not store its samples.
+    """
+    sources: list[Source] = [
+        open_source(spec, skip_unreadable=config.skip_unreadable) for spec in config.data
+    ]
+    sources = sources or [CacheSource(cache) for cache in caches]
+    aligned: list[Source] = []
+    for number, source in enumerate(sources):
+        source = align_columns(source, sources[0])
+        # a single data set may have several caches, whose classes are the same
+        if caches:
+            cache = caches[number]
+            source = align_classes(
+                source, all_class_names(cache), str(cache.path), same_classes=config.same_classes
+            )
+        aligned.append(source)
+    if not config.eval_data:
+        return aligned, None
+    eval_source = align_columns(open_source(config.eval_data), aligned[0])
+    check_same_kind(aligned[0], eval_source)
+    for cache in caches[:1]:
+        eval_source = align_classes(
+            eval_source, all_class_names(cache), str(cache.path), same_classes=config.same_classes
+        )
+    names, whose = aligned[0].class_names, aligned[0].name
+    return aligned, align_classes(eval_source, names, whose, same_classes=config.same_classes)
+
+
+def warnings_of_caches(config: TrainConfig, caches: Sequence[Cache]) -> list[str]:
+    """What was found at the end of each dump that cannot be right; empty if nothing is wrong.
+
+    Raises:
+        DataError: something is wrong, and `config.strict` is set.
+    """
+    found = [
+        f"{cache.path}: {text}"
+        for cache in caches
+        for text in (cache.header.summary or {}).get("warnings", ())
+    ]
+    if found and config.strict:
+        raise DataError(f"{found[0]}. Leave --strict out to train all the same")
+    return found
 
 
 def student_temperature(student: StudentConfig, caches: Sequence[Cache]) -> float:
@@ -65,8 +114,10 @@ def student_temperature(student: StudentConfig, caches: Sequence[Cache]) -> floa
 
 
 def check_losses(config: TrainConfig, caches: Sequence[Cache]) -> None:
-    """Raise SettingsError if a loss needs something that a cache lacks, rather than at the first step."""
+    """Raise SettingsError if a loss needs something that is not there, rather than at the first step."""
     for student in config.students:
+        if student.class_weights not in (None, BALANCED):
+            read_weights(Path(str(student.class_weights)))
         name, _ = parse_loss(student.loss)
         for cache in caches:
             is_sparse = isinstance(cache.header.encoding, TopK | Sampled)
@@ -114,6 +165,8 @@ def join_all(
             device=device,
             workers=config.workers,
             rotate=config.rotate,
+            known_only=config.known_only,
+            labels=config.labels,
         )
         for source, cache in zip(sources_of_caches, caches, strict=True)
     ]
@@ -173,12 +226,21 @@ def make_students(
     """Build all students, each with its own weights, optimizer and folder."""
     input_shape, classes = parts[0].input_shape(), parts[0].classes
     caches = [part.cache for part in parts if part.cache]
+    table = unwrapped(parts[0].source)
+    statistics = column_statistics(table) if isinstance(table, TableSource) else None
+    weighted = any(student.class_weights for student in config.students)
+    labels = np.concatenate([part.labels() for part in parts]) if weighted else None
     students = []
     for plan in planned_students(config):
         torch.manual_seed(plan.config.seed)
         model = build(plan.config.student, input_shape=input_shape, classes=classes)
+        if statistics is not None:
+            standardize_columns(model, *statistics)
         if plan.config.init:
             load_weights(model, plan.config.init)
+        weights = None
+        if plan.config.class_weights and labels is not None:
+            weights = torch.from_numpy(class_weights(plan.config.class_weights, labels, classes))
         students.append(
             make_student(
                 model,
@@ -190,6 +252,7 @@ def make_students(
                 temperature=student_temperature(plan.config, caches),
                 classes=classes,
                 steps=steps,
+                class_weights=weights,
             )
         )
     return students
@@ -225,6 +288,11 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     if torch_device.type == "cuda" and torch_device.index is not None:
         torch.cuda.set_device(torch_device)
     mixed_precision = "no" if precision == "fp32" else precision
+    if processes == 1:
+        # accelerate keeps one state per process, and refuses another device or precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+    else:
+        atexit.register(leave_processes)
     # without a GPU, accelerate looks for other processes only with cpu=True
     accelerator = Accelerator(cpu=torch_device.type == "cpu", mixed_precision=mixed_precision)
     if accelerator.num_processes != processes:
@@ -235,13 +303,20 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     return accelerator
 
 
+def leave_processes() -> None:
+    """Leave the group of processes: a thread of it that outlives Python would abort this process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def shuffled_batches(
     config: TrainConfig, parts: Sequence[JoinedData], accelerator: Accelerator
 ) -> ShuffledBatches:
     """Shuffled batches over the union of all parts; each process gets its share of every batch.
 
     Raises:
-        SettingsError: the batch size is too small for the number of processes.
+        SettingsError: the batch size is too small for the number of processes, or samples are to be drawn
+            by class and none has a label.
     """
     offsets = np.cumsum([0, *map(len, parts)])
 
@@ -257,14 +332,11 @@ def shuffled_batches(
         raise SettingsError(
             f"batch size {config.batch_size} for {processes} processes; expected 2 or more for each"
         )
-    return ShuffledBatches(
-        int(offsets[-1]),
-        config.batch_size,
-        config.seed,
-        request,
-        accelerator.process_index,
-        processes,
-    )
+    share = request, accelerator.process_index, processes
+    if config.sampling == BALANCED:
+        labels = np.concatenate([part.labels() for part in parts])
+        return BalancedBatches(labels, config.batch_size, config.seed, *share)
+    return ShuffledBatches(int(offsets[-1]), config.batch_size, config.seed, *share)
 
 
 def open_run_folders(

@@ -49,6 +49,22 @@ class Run:
         """Number of classes."""
         return int(self.facts["classes"])
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of its classes in order; of very many, only the first."""
+        return tuple(self.facts.get("class_names") or ())
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the input columns in order; empty if the data was not a table."""
+        return tuple(self.facts.get("columns") or ())
+
+    @property
+    def categories(self) -> dict[str, tuple[str, ...]]:
+        """The words of each input column that the numbers 0, 1, … stand for."""
+        known = self.facts.get("categories") or {}
+        return {column: tuple(words) for column, words in known.items()}
+
     def example(self, batch: int, seed: int = 0) -> Tensor:
         """Dummy inputs (batch, *input_shape) of the dtype that the student expects.
 

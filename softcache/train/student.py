@@ -19,14 +19,18 @@ from torch.optim.swa_utils import AveragedModel
 
 from softcache.data.source import Source
 from softcache.errors import ModelError
-from softcache.losses import Loss, distillation_loss
+from softcache.losses import Loss, label_weights, reduce_losses, row_losses
 from softcache.models.evaluate import Evaluation, evaluate
+from softcache.models.outputs import logits_of
 from softcache.models.weights import parameter_count
 from softcache.train.config import StudentConfig
 from softcache.train.optimizer import make_average, make_optimizer, make_schedule
 from softcache.train.run_folder import UNFINISHED_METRICS, WEIGHTS
 from softcache.types import Labels, MixedLabels, SparseTargets, Targets
 from softcache.util.files import replace_file
+
+CLASS_ERRORS = "class_errors"  # in a line of metrics: the errors of each class
+MOST_CLASSES = 1000  # of which the errors are written one by one
 
 
 @dataclass
@@ -38,11 +42,13 @@ class Student:
         temperature: temperature of the soft targets and of the student's softmax in the soft loss.
         random: this student's state of torch's generators, so that its dropout draws the same masks
             however many students share the run.
+        class_weights: (C,) weights of the classes in the hard loss; None for 1 each.
         average: exponential moving average of the weights, with --ema.
         losses: (3,) for each step of the current epoch: total, soft, hard.
         steps: steps of the finished epochs, with finite losses that are in the metrics.
         history: a line of metrics for each finished epoch.
         best: the weights with the fewest errors so far, with --patience.
+        best_evaluation: their evaluation; None if it was counted before a stop.
         stopped: why it takes no more steps; None while it trains.
         failed: whether it stopped because of an error.
         board: TensorBoard's SummaryWriter, with --tensorboard.
@@ -59,12 +65,14 @@ class Student:
     schedule: LambdaLR
     accelerator: Accelerator
     random: list[Tensor]
+    class_weights: Tensor | None = None
     average: AveragedModel | None = None
     losses: list[Tensor] = field(default_factory=list)
     steps: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     evaluation: Evaluation | None = None
     best: dict[str, Tensor] | None = None
+    best_evaluation: Evaluation | None = None
     stopped: str | None = None
     failed: bool = False
     board: Any = None
@@ -82,10 +90,19 @@ class Student:
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         return model
 
+    @property
+    def final_line(self) -> dict[str, Any]:
+        """The line of metrics of the weights that are saved: the best with --patience, else the last."""
+        if self.best is not None:
+            return min(self.history, key=lambda line: int(line["errors"]))
+        return self.history[-1] if self.history else {}
+
     def step(
         self, inputs: Tensor, labels: Labels, targets: Targets | None, weight: float = 1.0
     ) -> None:
         """Take one optimizer step on a batch, or on this process's share of it.
+
+        The loss is that of the whole batch, however it is divided into processes and micro-batches.
 
         Args:
             inputs: (B, *shape) float.
@@ -99,13 +116,14 @@ class Student:
         """
         self.optimizer.zero_grad()
         micro_batches = list(_micro_batches(len(inputs), self.config.micro_batches))
+        mean_weight = self._mean_label_weight(labels, weight)
         losses = []
         for rows in micro_batches:
             share = weight * (rows.stop - rows.start) / len(inputs)
             is_last = rows is micro_batches[-1]
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 soft = None if targets is None or self.alpha == 0 else _take_rows(targets, rows)
-                loss = self._loss(inputs[rows], _take_rows(labels, rows), soft)
+                loss = self._loss(inputs[rows], _take_rows(labels, rows), soft, mean_weight)
                 self.accelerator.backward(loss.total * share)
             losses.append(torch.stack([part.detach().float() for part in loss]) * share)
         if self.config.max_grad_norm is not None:
@@ -177,13 +195,14 @@ class Student:
             line["lr"] = self.schedule.get_last_lr()[0]
             if eval_source is not None:
                 self.evaluation = self._evaluate(eval_source, workers)
-                line |= {"errors": self.evaluation.errors, "samples": self.evaluation.samples}
+                line |= evaluation_line(self.evaluation, self.classes)
                 errors += self.evaluation.errors
             with (self.folder / UNFINISHED_METRICS).open("a") as file:
                 file.write(json.dumps(line) + "\n")
             if self.board is not None:
                 for name, value in line.items():
-                    self.board.add_scalar(name, value, epoch + 1)
+                    if name != CLASS_ERRORS:
+                        self.board.add_scalar(name, value, epoch + 1)
                 self.board.flush()
         else:
             line = {"epoch": epoch + 1}
@@ -202,6 +221,7 @@ class Student:
                 name: tensor.detach().cpu().clone()
                 for name, tensor in self.final_model.state_dict().items()
             }
+            self.best_evaluation = self.evaluation
         if len(errors) - 1 - best >= patience:
             self.stopped = f"no fewer errors in {patience} epoch(s)"
 
@@ -215,9 +235,10 @@ class Student:
         """Load the weights that had the fewest errors, if --patience kept them."""
         if self.best is not None:
             self.final_model.load_state_dict(self.best)
-            line = min(self.history, key=lambda line: int(line["errors"]))
+            line = self.final_line
             if "samples" in line:
-                self.evaluation = Evaluation(line["errors"], line["samples"])
+                counts = Evaluation(line["errors"], line["samples"])
+                self.evaluation = self.best_evaluation or counts
 
     def save(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Write student.safetensors and config.json, and give the metrics their final name.
@@ -241,7 +262,22 @@ class Student:
         (self.folder / UNFINISHED_METRICS).replace(self.folder / "metrics.jsonl")
         return facts
 
-    def _loss(self, inputs: Tensor, labels: Labels, soft: Targets | None) -> Loss:
+    def _mean_label_weight(self, labels: Labels, weight: float) -> Tensor:
+        """The mean of the label weights over the batches of all processes, a scalar.
+
+        Args:
+            labels: the labels of this process's share of the batch.
+            weight: weight of the share.
+        """
+        weights = label_weights(labels, self.class_weights)
+        total = weights.sum()
+        if self.accelerator.num_processes > 1 and self.alpha < 1:
+            total = self.accelerator.reduce(total, reduction="mean")
+        return total / (len(weights) / weight)
+
+    def _loss(
+        self, inputs: Tensor, labels: Labels, soft: Targets | None, mean_weight: Tensor
+    ) -> Loss:
         with self._own_random_state():
             logits = self._forward(inputs)
         if logits.shape[1] != self.classes:
@@ -249,7 +285,7 @@ class Student:
                 f"student returned {logits.shape[1]} outputs for {self.classes} classes; expected one for "
                 "each class of the cache or the data"
             )
-        return distillation_loss(
+        losses = row_losses(
             logits,
             soft,
             labels,
@@ -257,12 +293,16 @@ class Student:
             alpha=self.alpha,
             loss=self.config.loss,
             label_smoothing=self.config.label_smoothing,
+            class_weights=self.class_weights,
+        )
+        return reduce_losses(
+            losses, temperature=self.temperature, alpha=self.alpha, mean_weight=mean_weight
         )
 
     def _forward(self, inputs: Tensor) -> Tensor:
         self.model.train()
         try:
-            logits = self.model(inputs)
+            logits = logits_of(self.model(inputs))
         except Exception as error:  # a user's model can raise anything
             raise ModelError(
                 f"student raised {type(error).__name__} on inputs {tuple(inputs.shape)} of "
@@ -302,6 +342,7 @@ def make_student(
     temperature: float,
     classes: int,
     steps: int,
+    class_weights: Tensor | None = None,
 ) -> Student:
     """A student ready to train.
 
@@ -313,6 +354,7 @@ def make_student(
         temperature: temperature of the soft targets.
         classes: number of logits that the model has to return.
         steps: length of the learning rate schedule.
+        class_weights: (C,) weights of the classes in the hard loss; None for 1 each.
     """
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, steps)
@@ -332,8 +374,20 @@ def make_student(
         schedule=schedule,
         accelerator=accelerator,
         random=random_state(accelerator.device),
+        class_weights=None if class_weights is None else class_weights.to(accelerator.device),
         average=average,
     )
+
+
+def evaluation_line(evaluation: Evaluation, classes: int) -> dict[str, Any]:
+    """What a line of metrics holds of an evaluation."""
+    line: dict[str, Any] = {"errors": evaluation.errors, "samples": evaluation.samples}
+    if evaluation.labels is None:
+        return line
+    line["balanced_accuracy"] = evaluation.balanced_accuracy
+    if classes <= MOST_CLASSES:
+        line[CLASS_ERRORS] = evaluation.errors_by_class(classes)[0].tolist()
+    return line
 
 
 def random_state(device: torch.device) -> list[Tensor]:

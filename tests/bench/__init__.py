@@ -1,4 +1,4 @@
-"""Benchmarks: ratios measured side by side in one process, not speeds of one machine."""
+"""Benchmarks. They report ratios of variants that run side by side, not speeds of one machine."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from softcache.cache.writer import Writer
 from softcache.data.open import open_source
 from softcache.data.source import ArraySource
 
-WRITE_ROWS = 4096  # of write_cache(), at a time
+WRITE_ROWS = 4096  # that write_cache() writes at a time
 
 
 def alternate(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each run measures, in the order A B A B …, after one round that does not count."""
+    """What each run returns in the order A B A B …, after a warm-up round."""
     measured: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
@@ -36,17 +36,17 @@ def alternate(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """One ratio for each pair that was measured back to back."""
+    """The ratio of each pair that was measured back to back."""
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
 def spread(values: Sequence[float]) -> list[str]:
-    """Median, min and max, as cells of a table."""
-    return [f"{f(values):.3f}" for f in (statistics.median, min, max)]
+    """Median, min and max, as table cells."""
+    return [f"{statistic(values):.3f}" for statistic in (statistics.median, min, max)]
 
 
 def machine() -> str:
-    """What a reader of the figures must know of where they come from."""
+    """The machine and software that the figures come from, in one line."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return (
         f"{os.cpu_count()} CPU cores, load {load:.1f} at the end, torch {torch.__version__} with "
@@ -56,7 +56,7 @@ def machine() -> str:
 
 @contextmanager
 def work_folder(given: Path | None) -> Iterator[Path]:
-    """The folder given, which is kept; else a temporary one, which is not."""
+    """The given folder, which is kept, or a temporary one, which is deleted."""
     if given is not None:
         given.mkdir(parents=True, exist_ok=True)
         yield given
@@ -66,7 +66,7 @@ def work_folder(given: Path | None) -> Iterator[Path]:
 
 
 def first_samples(spec: str, samples: int | None, folder: Path) -> str:
-    """A data specification of the first `samples` of `spec`; of all of them if None."""
+    """A data specification of the first `samples` samples of `spec`, or of all if None."""
     if samples is None:
         return spec
     source = open_arrays(spec)
@@ -76,28 +76,29 @@ def first_samples(spec: str, samples: int | None, folder: Path) -> str:
 
 
 def open_arrays(spec: str) -> ArraySource:
-    """The data set that `spec` names, which must be arrays in memory."""
+    """Open a data set that has to be arrays in memory."""
     source = open_source(spec)
     if not isinstance(source, ArraySource):
-        raise SystemExit(f"data {spec} are no arrays in memory; expected idx:DIR or npz:FILE")
+        raise SystemExit(f"data {spec} is not held in memory; expected idx:DIR or npz:FILE")
     return source
 
 
 def first(source: ArraySource, samples: int) -> ArraySource:
+    """The first `samples` samples of a source."""
     return dataclasses.replace(
         source, inputs=source.inputs[:samples], labels=source.labels[:samples]
     )
 
 
 def synthetic_images(samples: int, classes: int, seed: int = 0) -> ArraySource:
-    """Noise of the shape of CIFAR's images, (samples, 3, 32, 32) uint8, with random labels."""
+    """Noise in the shape of CIFAR images, (samples, 3, 32, 32) uint8, with random labels."""
     random = np.random.default_rng(seed)
     inputs = random.integers(0, 256, (samples, 3, 32, 32), dtype=np.uint8)
     return ArraySource("synthetic", inputs, random.integers(0, classes, samples))
 
 
 def random_log_probs(samples: int, classes: int, temperature: float, seed: int) -> Tensor:
-    """Soft targets of no teacher, (samples, classes) float32, with a top class as peaked ones have."""
+    """Random log-probabilities (samples, classes) float32, as peaked as those of a trained teacher."""
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(samples, classes, generator=generator)
     return torch.log_softmax(logits / temperature, dim=-1)
@@ -111,7 +112,11 @@ def write_cache(
     temperature: float,
     views: int = 1,
 ) -> Cache:
-    """A dense cache; `rows` gives the log-probabilities (B, C) of a range of samples, in every view."""
+    """Write a dense cache whose views are all the same.
+
+    Args:
+        rows: returns the log-probabilities (B, C) of a range of samples.
+    """
     header = Header(
         views=views,
         samples=samples,
@@ -148,8 +153,10 @@ def write_cache(
             part = range(start, min(start + WRITE_ROWS, samples))
             keys = np.arange(part.start, part.stop, dtype=np.uint64)
             labels = np.full(len(part), -1, np.int64)
-            half = rows(part).half().numpy()
+            log_probs = rows(part).half().numpy()  # (B, C)
             for view in range(views):
-                writer.write(view, start, {"log_probs": half}, {"labels": labels, "keys": keys})
-        writer.finish({"entropy": 0.0, "agreement": None, "rows": 1})  # nobody asks
+                writer.write(
+                    view, start, {"log_probs": log_probs}, {"labels": labels, "keys": keys}
+                )
+        writer.finish({"entropy": 0.0, "agreement": None, "rows": 1})  # a summary that nobody reads
     return open_cache(path)

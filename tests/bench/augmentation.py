@@ -1,8 +1,8 @@
-"""What replaying views costs: batches a second, and steps a second of `train`.
+"""The cost of replaying views: augmented images/s, and steps/s of `train`.
 
-Augmented images a second, by softcache.data.augmentations on whole batches against one image at a time, as a
-Dataset's own transform works: Pillow's crop and resize, flip and colour enhancement, then a tensor.
-Then `train` from a cache of views against the same cache without augmentation.
+First, softcache.data.augmentations on whole batches against one image at a time, as the transform of a
+Dataset works: Pillow's crop and resize, flip and colour enhancement, then a conversion to a tensor. Second,
+`train` from a cache of augmented views against `train` from a cache without augmentation.
 """
 
 from __future__ import annotations
@@ -49,17 +49,18 @@ def main() -> None:
         [spec, *compare(torch.from_numpy(images), spec, options.repeats)]
         for spec in ("flip", "crop:0.3", "crop:0.3,flip", "crop:0.3,flip,jitter:0.4")
     ]
-    print(f"\nAugmented images of 3x32x32 a second, medians; {machine()}")
-    headings = ["views by", "batched", "one by one", "batched / one by one", "min", "max"]
+    print(f"\nAugmented images (3x32x32) per second, medians; {machine()}")
+    headings = ["augmentation", "batched", "one by one", "batched / one by one", "min", "max"]
     print(tabulate(lines, headers=headings, disable_numparse=True))
     with work_folder(None) as folder:
         lines = steps(folder, options.images, options.student, options.repeats)
     print(f"\nSteps/s of train, student {options.student}, batches of {BATCH}; {machine()}")
-    headings = ["views by", "with views", "without", "with / without", "min", "max"]
+    headings = ["augmentation", "with views", "without", "with / without", "min", "max"]
     print(tabulate(lines, headers=headings, disable_numparse=True))
 
 
 def compare(images: Tensor, spec: str, repeats: int) -> list[str]:
+    """Cells of the first table for one augmentation."""
     rates = alternate(
         {"batched": batched(images, spec), "one by one": one_by_one(images, spec)}, repeats
     )
@@ -72,28 +73,29 @@ def batched(images: Tensor, spec: str) -> Callable[[], float]:
 
     def images_per_second() -> float:
         start = time.perf_counter()
-        for at in range(0, len(images), BATCH):
-            part = images[at : at + BATCH]
-            augmentation(to_float(part), None, 0, np.arange(at, at + len(part)))
+        for first in range(0, len(images), BATCH):
+            batch = images[first : first + BATCH]
+            augmentation(to_float(batch), None, 0, np.arange(first, first + len(batch)))
         return len(images) / (time.perf_counter() - start)
 
     return images_per_second
 
 
 def one_by_one(images: Tensor, spec: str) -> Callable[[], float]:
-    raw = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    pillow_images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
 
     def images_per_second() -> float:
         start = time.perf_counter()
-        for at in range(0, len(raw), BATCH):
-            torch.stack([transformed(image, spec) for image in raw[at : at + BATCH]])
-        return len(raw) / (time.perf_counter() - start)
+        for first in range(0, len(pillow_images), BATCH):
+            batch = pillow_images[first : first + BATCH]
+            torch.stack([transformed(image, spec) for image in batch])
+        return len(pillow_images) / (time.perf_counter() - start)
 
     return images_per_second
 
 
 def transformed(image: Image.Image, spec: str) -> Tensor:
-    """The same operations on one image of Pillow's."""
+    """The same operations on one Pillow image."""
     if "crop" in spec:
         image = random_crop(image)
     if "flip" in spec and random.random() < 0.5:
@@ -105,6 +107,7 @@ def transformed(image: Image.Image, spec: str) -> Tensor:
 
 
 def random_crop(image: Image.Image) -> Image.Image:
+    """Crop a random part of the area and resize it to the size of the image."""
     width, height = image.size
     area, ratio = random.uniform(0.3, 1), math.exp(random.uniform(-1, 1) * math.log(4 / 3))
     w = min(width, round(math.sqrt(area * width * height * ratio)))
@@ -115,6 +118,7 @@ def random_crop(image: Image.Image) -> Image.Image:
 
 
 def steps(folder: Path, samples: int, student: str, repeats: int) -> list[list[str]]:
+    """Lines of the second table."""
     source = synthetic_images(samples, classes=10)
     data = folder / "images.npz"
     np.savez(data, x=source.inputs, y=source.labels)

@@ -1,10 +1,10 @@
-"""Random corruptions of finished caches: verify must find each, and name the rows that it hit.
+"""Random corruptions of finished caches: verify must find each one, and name the rows it affects.
 
-Small caches of two views, one of each encoding, are damaged in one of seven ways, at a place drawn
-from the preamble, the header, the rest of the user block, what libhdf5 wrote, and every array. What
-must be named follows from the bytes that changed: the block of rows they belong to, or the one whose
-digest they are, no more and no less. A file whose preamble, header or size changed must be refused.
-A corruption that changes no byte is drawn again.
+Small caches of two views, one for each encoding, are damaged in one of seven ways, at a place drawn from
+the preamble, the header, the rest of the user block, the HDF5 structure, and every array. The bytes that
+changed determine what verify must name: exactly the blocks of rows to which these bytes, or the digests
+that they are part of, belong. A file whose preamble, header or size changed must be refused. A corruption
+that changes no byte is drawn again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from tabulate import tabulate
 
-from softcache.cache import Header, open_cache, writer
+from softcache.cache import Header, allocate, open_cache, writer
 from softcache.cache.header import PREAMBLE, parse_preamble
 from softcache.cache.reader import gaps
 from softcache.cache.verify import Damage, find_damage
@@ -35,9 +35,9 @@ from tests.bench import machine, work_folder
 ENCODINGS = ("dense", "quantized", "topk:6", "basis:8,4", "sampled:16")
 KINDS = ("bit", "word", "burst", "swap", "page", "cut", "append")
 SAMPLES, SIDE, CLASSES, VIEWS, AUGMENT = 60, 4, 40, 2, "shift:1"
-BLOCK_BYTES = 600  # several blocks in so small a cache
+BLOCK_BYTES, BATCH = 600, 4  # so that even a small cache has several blocks
 WORD, BURST, PAGE = 8, 4096, 4096
-REFUSED = "refused"  # as it is opened
+REFUSED = "refused"  # when it is opened
 VERDICTS = (REFUSED, "named", "misnamed", "missed")
 
 TEACHER = f"""
@@ -49,19 +49,19 @@ def teacher():
     return nn.Sequential(nn.Flatten(), nn.Linear({SIDE * SIDE}, {CLASSES}))
 """
 
-# what verify names: the part and, of a block, view and samples (view None: labels and keys)
+# what verify names: a part and, for a block, its view (None for labels and keys) and samples
 Name = tuple[str, int | None, range | None]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A finished cache, and which part of it each byte belongs to."""
+    """A finished cache, with the part of it that each byte belongs to."""
 
     raw: bytes
     header: Header
-    parts: Sequence[tuple[str, range]]  # whence places are drawn, each with its bytes
+    parts: Sequence[tuple[str, range]]  # parts to damage, and the bytes of each
     names: Sequence[Name]
-    owner: npt.NDArray[np.int32]  # of each byte, a place in names
+    owner: npt.NDArray[np.int32]  # (bytes of the file,) indices into names
 
 
 def main() -> None:
@@ -89,33 +89,37 @@ def main() -> None:
         print(table(what, counts))
     if failures:
         raise SystemExit("\n".join(["\nmissed or misnamed:", *failures[:20]]))
-    print("\nall found, and named rightly")
+    print("\nall found, and named correctly")
 
 
 def campaign(
     targets: Sequence[Target], path: Path, corruptions: int, seed: int
 ) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]], list[str]]:
-    """Verdicts counted by kind and by place, and a line for each corruption that got through."""
+    """Count verdicts by kind and by place.
+
+    Returns:
+        The counts by kind, the counts by place, and a line for each corruption that was missed or misnamed.
+    """
     kinds: Counter[tuple[str, str]] = Counter()
     places: Counter[tuple[str, str]] = Counter()
     failures = []
     for number in range(corruptions):
-        draw = random.Random(f"{seed} {number}")  # so that each can be made again by itself
+        draw = random.Random(f"{seed} {number}")  # so that each corruption can be repeated alone
         target, kind = draw.choice(targets), draw.choice(KINDS)
         place, corrupt = corruption(kind, target, draw)
-        verdict, found = judge(target, corrupt, path)
+        verdict, named = judge(target, corrupt, path)
         kinds[kind, verdict] += 1
         places[place, verdict] += 1
         if verdict not in VERDICTS[:2]:
             failures.append(
-                f"{number}: {kind} in {place} of {target.header.encoding.name}: {verdict}, found "
-                f"{found}, expected {expected(target, corrupt)}"
+                f"{number}: {kind} in {place} of {target.header.encoding.name}: {verdict}, named "
+                f"{named}, expected {expected(target, corrupt)}"
             )
     return kinds, places, failures
 
 
 def table(what: str, counts: Counter[tuple[str, str]]) -> str:
-    """How many of each kind, or at each place, came to each verdict."""
+    """How often each kind, or each place, got each verdict."""
     keys = sorted({key for key, _ in counts})
     lines = [(key, *(counts[key, verdict] for verdict in VERDICTS)) for key in keys]
     lines.append(("all", *(sum(counts[key, verdict] for key in keys) for verdict in VERDICTS)))
@@ -124,9 +128,9 @@ def table(what: str, counts: Counter[tuple[str, str]]) -> str:
 
 
 def small_caches(folder: Path, encodings: Sequence[str] = ENCODINGS) -> dict[str, Path]:
-    """A finished cache of each encoding, in several blocks."""
+    """Paths of finished caches with several blocks, by encoding."""
     teacher, data = write_inputs(folder)
-    made = {}
+    paths = {}
     for number, encoding in enumerate(encodings):
         config = DumpConfig(
             teacher=teacher,
@@ -136,17 +140,18 @@ def small_caches(folder: Path, encodings: Sequence[str] = ENCODINGS) -> dict[str
             views=VIEWS,
             augment=AUGMENT,
             encoding=encoding,
+            batch_size=BATCH,
             device="cpu",
             overwrite=True,
         )
-        few = mock.patch.object(writer, "BLOCK_BYTES", BLOCK_BYTES)
-        with few, contextlib.redirect_stdout(io.StringIO()):
-            made[encoding] = dump(config).path
-    return made
+        small_blocks = mock.patch.object(allocate, "BLOCK_BYTES", BLOCK_BYTES)
+        with small_blocks, contextlib.redirect_stdout(io.StringIO()):
+            paths[encoding] = dump(config).path
+    return paths
 
 
 def write_inputs(folder: Path) -> tuple[str, str]:
-    """A teacher and a data set of noise, as the command line names them."""
+    """Write a teacher and a data set of noise; returns their specifications."""
     numbers = np.random.default_rng(0)
     images = numbers.integers(0, 256, (SAMPLES, 1, SIDE, SIDE), dtype=np.uint8)
     np.savez(folder / "small.npz", x=images, y=numbers.integers(0, CLASSES, SAMPLES))
@@ -171,12 +176,12 @@ def load(path: Path) -> Target:
             owner[place.start : place.stop] = len(names)
         names.append(name)
     if owner.min() < 0:
-        raise SystemExit(f"{path}: byte {int(owner.argmin())} belongs to nothing; mend owners()")
+        raise SystemExit(f"{path}: byte {int(owner.argmin())} has no owner; fix owners()")
     return Target(raw, header, parts, names, owner)
 
 
 def owners(header: Header, front: dict[str, range]) -> Iterator[tuple[Name, list[range]]]:
-    """What verify is to name if one of these bytes changes."""
+    """What verify must name, and the bytes whose change must make it do so."""
     yield (REFUSED, None, None), [front["preamble"], front["header"]]
     yield ("the user block behind the header", None, None), [front["rest of the user block"]]
     yield ("the HDF5 structure", None, None), [range(*gap) for gap in gaps(header)]
@@ -194,7 +199,7 @@ def owners(header: Header, front: dict[str, range]) -> Iterator[tuple[Name, list
 
 
 def block_places(header: Header, view: int | None, block: int) -> list[range]:
-    """Where the values of one block lie, one range for each array."""
+    """The byte ranges of the values of one block, one range per array."""
     samples = header.block_range(block)
     first = samples.start if view is None else view * header.samples + samples.start
     axis = "samples" if view is None else "rows"
@@ -206,28 +211,28 @@ def block_places(header: Header, view: int | None, block: int) -> list[range]:
 
 
 def corruption(kind: str, target: Target, draw: random.Random) -> tuple[str, bytes]:
-    """A place, and the bytes of the file damaged there."""
+    """The name of a part that is damaged, and the bytes of the damaged file."""
     while True:
         place, inside = draw.choice(target.parts)
         corrupt = bytearray(target.raw)
-        at = draw.choice(inside)
+        offset = draw.choice(inside)
         match kind:
             case "bit":
-                corrupt[at] ^= 1 << draw.randrange(8)
+                corrupt[offset] ^= 1 << draw.randrange(8)
             case "word":
-                at -= at % WORD
-                corrupt[at : at + WORD] = draw.randbytes(WORD)
+                offset -= offset % WORD
+                corrupt[offset : offset + WORD] = draw.randbytes(WORD)
             case "burst":
-                size = min(draw.randint(2, BURST), len(corrupt) - at)
-                corrupt[at : at + size] = draw.randbytes(size)
+                size = min(draw.randint(2, BURST), len(corrupt) - offset)
+                corrupt[offset : offset + size] = draw.randbytes(size)
             case "swap":
                 place = swap(corrupt, target, draw)
             case "page":
-                at -= at % PAGE
-                size = min(PAGE, len(corrupt) - at)
-                corrupt[at : at + size] = bytes(size)
+                offset -= offset % PAGE
+                size = min(PAGE, len(corrupt) - offset)
+                corrupt[offset : offset + size] = bytes(size)
             case "cut":
-                del corrupt[at:]
+                del corrupt[offset:]
             case "append":
                 place, size = "end of the file", draw.randint(1, 2 * PAGE)
                 corrupt += draw.choice([draw.randbytes(size), bytes(size)])
@@ -236,25 +241,29 @@ def corruption(kind: str, target: Target, draw: random.Random) -> tuple[str, byt
 
 
 def swap(corrupt: bytearray, target: Target, draw: random.Random) -> str:
-    """Exchange two blocks of an array, or two sectors from anywhere in the file."""
+    """Exchange two blocks of an array, or two sectors anywhere in the file; returns the part's name."""
     header = target.header
     if draw.random() < 0.5:
         view = draw.choice([None, *range(header.views)])
-        full = range(header.samples // header.block_rows)  # the last block may be short
-        blocks = [block_places(header, view, block) for block in draw.sample(full, 2)]
-        one, other = draw.choice(list(zip(*blocks, strict=True)))
-        name = next(name for name, inside in target.parts if one.start in inside)
+        full_blocks = range(header.samples // header.block_rows)  # the last block can be shorter
+        blocks = [block_places(header, view, block) for block in draw.sample(full_blocks, 2)]
+        first, second = draw.choice(list(zip(*blocks, strict=True)))
+        name = next(name for name, inside in target.parts if first.start in inside)
     else:
         name, inside = draw.choice(target.parts)
-        sectors = [draw.choice(inside), draw.randrange(len(corrupt) - 512)]
-        one, other = (range(at - at % 512, at - at % 512 + 512) for at in sectors)
-    first, second = corrupt[one.start : one.stop], corrupt[other.start : other.stop]
-    corrupt[one.start : one.stop], corrupt[other.start : other.stop] = second, first
+        offsets = [draw.choice(inside), draw.randrange(len(corrupt) - 512)]
+        first, second = (
+            range(offset - offset % 512, offset - offset % 512 + 512) for offset in offsets
+        )
+    first_bytes = corrupt[first.start : first.stop]
+    second_bytes = corrupt[second.start : second.stop]
+    corrupt[first.start : first.stop] = second_bytes
+    corrupt[second.start : second.stop] = first_bytes
     return name
 
 
 def expected(target: Target, corrupt: bytes) -> set[Name]:
-    """What must be named, from the bytes that changed."""
+    """What verify must name, given the bytes that changed."""
     refused: Name = (REFUSED, None, None)
     if len(corrupt) != len(target.raw):
         return {refused}
@@ -264,53 +273,55 @@ def expected(target: Target, corrupt: bytes) -> set[Name]:
 
 
 def judge(target: Target, corrupt: bytes, path: Path) -> tuple[str, set[Name]]:
-    """Whether it was refused, named, misnamed or missed, and what was found."""
-    path.unlink(missing_ok=True)  # never change a file that may still be mapped
+    """The verdict, one of VERDICTS, and what verify named."""
+    path.unlink(missing_ok=True)  # a file that is still mapped must not change
     path.write_bytes(corrupt)
     try:
         damage = find_damage(open_cache(path, unfinished=True))
     except FormatError:
-        found: set[Name] = {(REFUSED, None, None)}
+        named: set[Name] = {(REFUSED, None, None)}
     else:
-        found = {name for part in damage for name in names_of(part, target.header)}
-    if not found:
-        return "missed", found
-    if found != expected(target, corrupt):
-        return "misnamed", found
-    return ("refused" if (REFUSED, None, None) in found else "named"), found
+        named = {name for part in damage for name in names_of(part, target.header)}
+    if not named:
+        return "missed", named
+    if named != expected(target, corrupt):
+        return "misnamed", named
+    return ("refused" if (REFUSED, None, None) in named else "named"), named
 
 
 def names_of(part: Damage, header: Header) -> list[Name]:
-    """A run of missing blocks is named as one; here each block has its own name."""
+    """The names of the damaged blocks; verify reports a run of missing blocks as one part."""
     if part.samples is None:
         return [(part.what, None, None)]
-    per_block = header.block_rows
-    first, last = part.samples.start // per_block, -(-part.samples.stop // per_block)
-    return [("block", part.view, header.block_range(block)) for block in range(first, last)]
+    block_rows = header.block_rows
+    first, stop = part.samples.start // block_rows, -(-part.samples.stop // block_rows)
+    return [("block", part.view, header.block_range(block)) for block in range(first, stop)]
 
 
 def self_check(targets: Sequence[Target], path: Path) -> None:
-    """Stop unless judge() notices a change that verify cannot see, and one that it names wrongly."""
+    """Stop unless judge() notices a change that verify cannot see, and a wrong name."""
     for target in targets:
         corrupt = bytearray(target.raw)
         corrupt[block_places(target.header, 1, 0)[0].start] ^= 1
-        wanted = {("block", 1, target.header.block_range(0))}
-        if judge(target, bytes(corrupt), path) != ("named", wanted):
-            raise SystemExit("a damaged block is not named; this campaign shows nothing")
+        damaged = {("block", 1, target.header.block_range(0))}
+        if judge(target, bytes(corrupt), path) != ("named", damaged):
+            raise SystemExit("a damaged block is not named; this benchmark shows nothing")
         path.write_bytes(corrupt)
         digest = open_cache(path).block_digest(1, 0).to_bytes(8, "little")
-        at = writer.digest_offset(target.header, 1, 0)
-        corrupt[at : at + 8] = digest  # a forgery: digest and values changed together
+        offset = writer.digest_offset(target.header, 1, 0)
+        corrupt[offset : offset + 8] = digest  # a forgery: digest and values changed together
         if judge(target, bytes(corrupt), path)[0] != "missed":
-            raise SystemExit("judge() does not notice what is missed; this campaign shows nothing")
-        lie = Damage("soft targets", 0, target.header.block_range(0))
-        with mock.patch(f"{__name__}.verify", return_value=[lie]):
+            raise SystemExit(
+                "judge() does not notice a missed change; this benchmark shows nothing"
+            )
+        wrong = Damage("soft targets", 0, target.header.block_range(0))
+        with mock.patch(f"{__name__}.find_damage", return_value=[wrong]):
             if judge(target, bytes(corrupt), path)[0] != "misnamed":
                 raise SystemExit(
-                    "judge() does not notice a wrong name; this campaign shows nothing"
+                    "judge() does not notice a wrong name; this benchmark shows nothing"
                 )
         if judge(target, target.raw, path)[0] != "missed":
-            raise SystemExit("verify finds damage in a sound file")
+            raise SystemExit("verify finds damage in an intact file")
     path.unlink()
 
 

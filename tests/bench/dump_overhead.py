@@ -1,11 +1,11 @@
-"""What writing the cache adds to running the teacher: dump against a loop that keeps nothing.
+"""The time that writing a cache adds to running the teacher: dump against a loop that stores nothing.
 
-Both loops use the same loader, augmentation, batches and checked teacher. The one that keeps nothing
-hashes no samples, takes no softmax and touches no disk. "fill" is the loop of the dump with the last
-commit; "before + after" are the seconds that the rest of a dump takes: allocation, summary, another
-look at the teacher for the fidelity, and the renaming. "stages" is where the thread that runs the dump's
-loop spent its time: waiting for data, at the teacher (with encoding), waiting for the disk.
---threads 1 leaves the other cores to the stages around the teacher, as a GPU does.
+Both loops use the same loader, augmentation, batches and checked teacher. The loop that stores nothing
+hashes no samples, computes no softmax and does not touch the disk. "fill" is the loop of the dump with the
+last commit; "before + after" is the time of the rest of a dump: allocation, summary, running the teacher
+again for the fidelity, and renaming. "stages" is where the thread of the dump's loop spent its time:
+waiting for data, running the teacher (and encoding), waiting for the disk. --threads 1 leaves the other
+cores to the stages around the teacher, as a GPU does.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tests.bench import (
 )
 
 GOAL = 1.05
-PROBE = 2000  # samples that tell how many fit in --seconds
+PROBE = 2000  # samples with which to estimate how many fit into --seconds
 SYNTHETIC = (50_000, 1000)  # samples, classes
 
 
@@ -55,14 +55,14 @@ def main() -> None:
         "--teachers", nargs="+", default=["cnn:16,32,64", "resnet:20,16", "resnet:56,32"]
     )
     parser.add_argument("--mnist", default="idx:data/mnist", help="data specification")
-    parser.add_argument("--seconds", type=float, default=10, help="about, of one loop")
+    parser.add_argument("--seconds", type=float, default=10, help="approximate time of one loop")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--augment", help="as in softcache dump")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of torch [default: one for each core]")
-    parser.add_argument("--folder", type=Path, help="where caches go [default: a temporary folder]")
+    parser.add_argument("--threads", type=int, help="torch threads [default: one per core]")
+    parser.add_argument("--folder", type=Path, help="folder for caches [default: a temporary one]")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -86,8 +86,8 @@ def main() -> None:
                 )
                 make_weights(spec, source, classes, folder / "teacher.safetensors")
                 teacher = load_teachers(config, source, augmentation_of(config, source))
-                some = fitting(config, source, teacher, options.seconds)
-                lines.append(measure(config, some, teacher, options.repeats))
+                samples = fitting(config, source, teacher, options.seconds)
+                lines.append(measure(config, samples, teacher, options.repeats))
                 print(f"{source.name}, {spec}: done", flush=True)
     headers = (
         "data", "classes", "teacher", "rows", "nothing, s", "fill / nothing", "min", "max",
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def make_weights(spec: str, source: ArraySource, classes: int, path: Path) -> None:
-    """Weights of an untrained teacher, which is as fast as a trained one."""
+    """Save the weights of an untrained teacher, which is as fast as a trained one."""
     torch.manual_seed(0)
     model = build(spec, input_shape=source.inputs.shape[1:], classes=classes)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
@@ -111,7 +111,7 @@ def augmentation_of(config: DumpConfig, source: ArraySource) -> Augmentation:
 def fitting(
     config: DumpConfig, source: ArraySource, teacher: Ensemble, seconds: float
 ) -> ArraySource:
-    """As many samples as the loop that keeps nothing does in about `seconds`."""
+    """As many samples as the loop that stores nothing processes in about `seconds`."""
     probe = first(source, PROBE)
     keep_nothing(config, probe, teacher)
     rate = len(probe) / keep_nothing(config, probe, teacher)
@@ -132,49 +132,49 @@ def measure(config: DumpConfig, source: ArraySource, teacher: Ensemble, repeats:
     seconds = alternate(
         {"nothing": lambda: keep_nothing(config, source, teacher), "kept": kept}, repeats
     )
-    found = ratios(seconds["kept"], seconds["nothing"])
-    assert isinstance(config.teacher, str)  # main() names one
+    overhead = ratios(seconds["kept"], seconds["nothing"])
+    assert isinstance(config.teacher, str)  # main() gives a single teacher
     return [
         source.name,
         f"{teacher.classes:,}",
         config.teacher,
         f"{len(source):,}",
         f"{statistics.median(seconds['nothing']):.2f}",
-        *spread(found),
-        "yes" if statistics.median(found) <= GOAL else "no",
+        *spread(overhead),
+        "yes" if statistics.median(overhead) <= GOAL else "no",
         f"{statistics.median(rest):.2f}",
         notes[-1],
     ]
 
 
 def keep(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> tuple[float, float, str]:
-    """Seconds of the dump's loop with its last commit, and of the rest of the dump; its stages."""
+    """Seconds of the dump's loop with the last commit, seconds of the rest, and a note on the stages."""
     start = time.perf_counter()
     augmentation = augmentation_of(config, source)
     open_unfinished(config, draft_header(config, source, teacher), source, teacher, augmentation)
     with Writer(config.out) as writer:
-        loop = time.perf_counter()
+        loop_start = time.perf_counter()
         watch = fill_cache(writer, config, source, teacher, augmentation, ProcessGroup())
         writer.commit()
-        filled = time.perf_counter()
+        loop_end = time.perf_counter()
         summary = summarize(writer.cache)
         summary["fidelity"] = fidelity.measure_fidelity(writer.cache, source, teacher, augmentation)
         writer.finish(summary)
     end = time.perf_counter()
     config.out.unlink()
-    return filled - loop, end - filled + loop - start, watch.note()
+    return loop_end - loop_start, end - loop_end + loop_start - start, watch.note()
 
 
 def keep_nothing(config: DumpConfig, source: ArraySource, teacher: Ensemble) -> float:
-    """Seconds of the same loop without what it is for."""
+    """Seconds of the same loop without encoding and writing."""
     start = time.perf_counter()
     augmentation = augmentation_of(config, source)
     batches = sequential_batches(len(source), config.batch_size)
     for batch in loader(source, batches, workers=config.workers):
         samples = batch.source_indices.numpy()
         inputs = augmented(batch, augmentation, 0, samples, teacher.device)
-        for one in teacher.teachers:
-            one.logits(inputs, samples)
+        for member in teacher.teachers:
+            member.logits(inputs, samples)
     return time.perf_counter() - start
 
 

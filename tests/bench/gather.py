@@ -1,8 +1,8 @@
-"""Random rows from a cache of 2 GB: by memory map, from a tensor in memory, and through h5py.
+"""Reading random rows of a 2 GB cache: by memory map, from a tensor in memory, and through h5py.
 
-Each batch has random rows, and no row comes twice before all have come, as in training. "raw" are
-float16 values as they are stored; "decoded" are float32 log-probabilities, ready for the loss. The
-file lies in the page cache. "first touch" maps it anew, so that every page has yet to be found.
+Each batch has random rows, and no row is repeated before all have been read, as in training. "raw" are the
+stored float16 values; "decoded" are float32 log-probabilities, ready for the loss. The file is in the page
+cache. "first touch" maps the file again, so that every page causes a fault.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="of float16 rows")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the float16 rows")
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=256, help="rows of a gather")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
+    parser.add_argument("--batch-size", type=int, default=256, help="rows per gather")
+    parser.add_argument("--seconds", type=float, default=1.0, help="duration of one measurement")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument(
-        "--folder", type=Path, help="where the cache goes [default: a temporary folder]"
+        "--folder", type=Path, help="folder for the cache [default: a temporary one]"
     )
     options = parser.parse_args()
     samples = int(options.gigabytes * 1e9) // (2 * options.classes)
     if samples < options.batch_size:
-        parser.error(f"{samples} rows are fewer than the {options.batch_size} of a batch")
+        parser.error(f"{samples} rows are fewer than a batch of {options.batch_size}")
     with work_folder(options.folder) as folder:
         path = folder / "gather.h5"
         path.unlink(missing_ok=True)
@@ -76,14 +76,14 @@ def main() -> None:
         f"\nGathers of {options.batch_size} of {samples:,} rows of {options.classes:,} classes, "
         f"median of {options.repeats} rounds, side by side; {machine()}"
     )
-    headers = ("rows", "rows/s", "of memory's", "min", "max")
+    headers = ("rows", "rows/s", "/ memory", "min", "max")
     print(
         tabulate(lines, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 4))
     )
 
 
 def measure(path: Path, samples: int, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Rows per second of each way, in every round."""
+    """Rows per second of each method, for every round."""
     cache = open_cache(path)
     mapped = as_tensor(cache.arrays["log_probs"][0])  # (N, C)
     memory = mapped.clone()
@@ -99,17 +99,17 @@ def measure(path: Path, samples: int, options: argparse.Namespace) -> dict[str, 
         order = itertools.cycle(batches())
         done, start = 0, time.perf_counter()
         while (now := time.perf_counter()) - start < seconds:
-            for indices in itertools.islice(order, 8):  # so that the clock costs nothing
+            for indices in itertools.islice(order, 8):  # so that reading the clock costs nothing
                 gather(indices)
             done += 8
         return done * batch / (now - start)
 
     def first_touch() -> float:
-        anew = as_tensor(open_cache(path).arrays["log_probs"][0])
+        newly_mapped = as_tensor(open_cache(path).arrays["log_probs"][0])
         order = batches()
         start = time.perf_counter()
         for indices in order:
-            torch.index_select(anew, 0, torch.from_numpy(indices))
+            torch.index_select(newly_mapped, 0, torch.from_numpy(indices))
         return len(order) * batch / (time.perf_counter() - start)
 
     def from_memory(indices: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -120,31 +120,36 @@ def measure(path: Path, samples: int, options: argparse.Namespace) -> dict[str, 
         dataset = file["log_probs"]
 
         def from_h5py(indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
-            order = np.argsort(indices)  # h5py takes rising indices only
+            order = np.argsort(indices)  # h5py only takes increasing indices
             rows = np.empty((len(indices), options.classes), np.float16)
             rows[order] = dataset[0, indices[order]]
             return rows
 
-        ways: dict[str, Gather] = {
+        methods: dict[str, Gather] = {
             "memory, raw": from_memory,
-            "cache, raw": lambda at: torch.index_select(mapped, 0, torch.from_numpy(at)),
+            "cache, raw": lambda i: torch.index_select(mapped, 0, torch.from_numpy(i)),
             "h5py, raw": from_h5py,
-            "memory, decoded": lambda at: torch.log_softmax(from_memory(at).float(), dim=-1),
-            "cache, decoded": lambda at: fetch(0, at),
+            "memory, decoded": lambda i: torch.log_softmax(from_memory(i).float(), dim=-1),
+            "cache, decoded": lambda i: fetch(0, i),
         }
-        same_rows(ways, batches()[0])
-        runs = {name: (lambda way=way: rows_per_second(way)) for name, way in ways.items()}
+        check_same_rows(methods, batches()[0])
+        runs = {
+            name: (lambda gather=gather: rows_per_second(gather))
+            for name, gather in methods.items()
+        }
         return alternate({**runs, "cache first touch, raw": first_touch}, options.repeats)
 
 
-def same_rows(ways: dict[str, Gather], indices: npt.NDArray[np.int64]) -> None:
-    """Stop unless all ways give the same values."""
+def check_same_rows(methods: dict[str, Gather], indices: npt.NDArray[np.int64]) -> None:
+    """Stop unless all methods return the same values."""
     for kind in ("raw", "decoded"):
-        found = {name: np.asarray(way(indices)) for name, way in ways.items() if kind in name}
-        wanted = found[f"memory, {kind}"]
-        for name, rows in found.items():
-            if not np.array_equal(rows, wanted):
-                raise SystemExit(f"{name} gives other values than memory; they must be the same")
+        rows_by_method = {
+            name: np.asarray(gather(indices)) for name, gather in methods.items() if kind in name
+        }
+        expected = rows_by_method[f"memory, {kind}"]
+        for name, rows in rows_by_method.items():
+            if not np.array_equal(rows, expected):
+                raise SystemExit(f"{name} returns other values than memory; expected the same")
 
 
 if __name__ == "__main__":

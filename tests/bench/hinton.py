@@ -1,11 +1,10 @@
 """The experiments of Hinton, Vinyals and Dean (arXiv 1503.02531), section 3, from a cache of views.
 
-On MNIST, with two-pixel shifts as the views: (1) a student of 784-800-800-10 on hard labels without
-regularization, and the same student on soft targets from the cache alone, at T = 20; (2) a student
-of less than a tenth of the teacher's parameters; (3) the student of a transfer set without any 3,
-before and after its bias for 3 is corrected. The paper chose that bias on the test set; here it is
-the one with the fewest errors on the training images. Test errors, mean and standard error over
-the seeds.
+On MNIST, with two-pixel shifts as views: (1) a 784-800-800-10 student on hard labels without
+regularization, and the same student on soft targets from the cache alone, at T = 20; (2) a student with
+less than a tenth of the teacher's parameters; (3) a student of a transfer set without any 3, before and
+after its bias for 3 is corrected. The paper chose that bias on the test set; here it is the bias with the
+fewest errors on the training images. Reported are test errors, mean and standard error over the seeds.
 """
 
 from __future__ import annotations
@@ -32,16 +31,17 @@ from softcache.train.student import Student
 from softcache.util.tensors import to_float
 from tests.bench import machine, open_arrays, work_folder
 from tests.bench.pool import Outcome, run_jobs, shown
+from tests.configs import replace
 
 PAPER_STUDENT = "mlp:800,800"
 PAPER = {
     "hard labels": "146",
     "distilled": "74",
-    "without 3s": "206, of them 133 on 3s",
-    "without 3s, bias corrected": "109, of them 14 on 3s",
+    "without 3s": "206, 133 of them on 3s",
+    "without 3s, bias corrected": "109, 14 of them on 3s",
 }
-MISSING = 3
-BIASES = torch.arange(0.0, 15.0, 0.25)
+MISSING = 3  # the digit that is left out of the transfer set
+BIASES = torch.arange(0.0, 15.0, 0.25)  # corrections of its bias that are tried
 
 
 def main() -> None:
@@ -53,16 +53,18 @@ def main() -> None:
     parser.add_argument("--data", default="idx:data/mnist")
     parser.add_argument("--augment", default="shift:2")
     parser.add_argument("--views", type=int, default=8)
-    parser.add_argument("--missing-views", type=int, default=4, help="of the cache without 3s")
+    parser.add_argument(
+        "--missing-views", type=int, default=4, help="views of the cache without 3s"
+    )
     parser.add_argument("--temperature", type=float, default=20.0)
-    parser.add_argument("--small", default="cnn:8,16x2,32x3", help="the student of few parameters")
+    parser.add_argument("--small", default="cnn:8,16x2,32x3", help="student with few parameters")
     parser.add_argument("--hard-epochs", type=int, default=12)
-    parser.add_argument("--epochs", type=int, default=36, help="of the distilled students")
-    parser.add_argument("--small-epochs", type=int, default=16, help="of the small student")
-    parser.add_argument("--missing-epochs", type=int, default=12, help="of those without 3s")
+    parser.add_argument("--epochs", type=int, default=36, help="epochs of the distilled students")
+    parser.add_argument("--small-epochs", type=int, default=16, help="epochs of the small student")
+    parser.add_argument("--missing-epochs", type=int, default=12, help="epochs without 3s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=2, help="students at once, a thread each")
-    parser.add_argument("--folder", type=Path, help="kept; a rerun goes on from what is there")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel students, one thread each")
+    parser.add_argument("--folder", type=Path, help="kept; a rerun continues from it")
     options = parser.parse_args()
     with work_folder(options.folder) as folder:
         test = f"{options.data}@test"
@@ -93,15 +95,15 @@ def main() -> None:
         soft = {"cache": views, "alpha": 1.0, "epochs": options.epochs}
         configs = {
             "hard labels": hard,
-            "distilled": changed(hard, **soft),
-            "small, distilled": changed(
+            "distilled": replace(hard, **soft),
+            "small, distilled": replace(
                 hard,
                 **soft | {"epochs": options.small_epochs},
                 student=options.small,
                 batch_size=128,
                 learning_rate=4e-3,
             ),
-            "without 3s": changed(
+            "without 3s": replace(
                 hard,
                 **soft | {"cache": missing, "epochs": options.missing_epochs},
                 data=missing_data,
@@ -109,7 +111,7 @@ def main() -> None:
         }
         jobs = {
             f"{name}, seed {seed}": (
-                changed(config, seed=seed, out=folder / f"{name}-{seed}".replace(" ", "-")),
+                replace(config, seed=seed, out=folder / f"{name}-{seed}".replace(" ", "-")),
                 options.data,
             )
             for seed in options.seeds
@@ -119,11 +121,8 @@ def main() -> None:
         report(outcomes, configs, options, folder)
 
 
-def changed(config: TrainConfig, **changes: object) -> TrainConfig:
-    return make_train_config(**(vars(config) | changes))
-
-
 def without_digit(spec: str, folder: Path) -> str:
+    """A data specification of the samples that are not MISSING."""
     source = open_arrays(spec)
     keep = source.labels != MISSING
     path = folder / "missing.npz"
@@ -132,36 +131,40 @@ def without_digit(spec: str, folder: Path) -> str:
 
 
 def student(config: TrainConfig, data: str) -> Outcome:
-    """Train one student; its test errors, all and on 3s, before and after the bias is corrected."""
-    learner = train(config)[0]
-    logits, labels = outputs(learner, f"{data}@test")
-    found: Outcome = {"errors": errors(logits, labels), "on 3s": errors_on_missing(logits, labels)}
+    """Train one student; returns its test errors, all and on 3s, before and after the bias is corrected."""
+    trained = train(config)[0]
+    logits, labels = outputs(trained, f"{data}@test")
+    outcome: Outcome = {
+        "errors": errors(logits, labels),
+        "on 3s": errors_on_missing(logits, labels),
+    }
     if config.out.name.startswith("without"):
-        fit_logits, fit_labels = outputs(learner, data)
-        tried = [errors(biased(fit_logits, float(bias)), fit_labels) for bias in BIASES]
-        bias = float(BIASES[int(np.argmin(tried))])
-        best = biased(logits, bias)
-        found |= {
+        train_logits, train_labels = outputs(trained, data)
+        train_errors = [errors(biased(train_logits, float(bias)), train_labels) for bias in BIASES]
+        bias = float(BIASES[int(np.argmin(train_errors))])
+        corrected = biased(logits, bias)
+        outcome |= {
             "bias": bias,
-            "corrected": errors(best, labels),
-            "corrected on 3s": errors_on_missing(best, labels),
+            "corrected": errors(corrected, labels),
+            "corrected on 3s": errors_on_missing(corrected, labels),
         }
-    return found
+    return outcome
 
 
-def outputs(learner: Student, spec: str) -> tuple[Tensor, Tensor]:
-    """Logits (N, C) and labels (N,)."""
+def outputs(trained: Student, spec: str) -> tuple[Tensor, Tensor]:
+    """Logits (N, C) and labels (N,) of a student on a data set."""
     source = open_source(spec)
-    learner.model.eval()
+    trained.model.eval()
     logits, labels = [], []
     with torch.inference_mode():
         for batch in loader(source, sequential_batches(len(source), 1000)):
-            logits.append(learner.model(to_float(batch.inputs)))
+            logits.append(trained.model(to_float(batch.inputs)))
             labels.append(batch.labels)
     return torch.cat(logits), torch.cat(labels)
 
 
 def biased(logits: Tensor, bias: float) -> Tensor:
+    """Logits (N, C) with a larger bias for MISSING."""
     return logits + bias * torch.nn.functional.one_hot(torch.tensor(MISSING), logits.shape[1])
 
 
@@ -179,35 +182,36 @@ def report(
     options: argparse.Namespace,
     folder: Path,
 ) -> None:
+    """Print the table."""
     header = open_cache(folder / "views.h5").header
-    teacher = header.teachers[0]["parameters"]
+    teacher_size = header.teachers[0]["parameters"]
 
     def values(name: str, key: str) -> list[float]:
         return [outcomes[f"{name}, seed {seed}"][key] for seed in options.seeds]
 
-    known = header.evaluation or {"errors": "-"}
-    rows = [["teacher", f"{teacher:,}", "-", str(known["errors"]), "67"]]
+    evaluation = header.evaluation or {"errors": "-"}
+    rows = [["teacher", f"{teacher_size:,}", "-", str(evaluation["errors"]), "67"]]
     for name, config in configs.items():
         size = parameter_count(
             build(config.students[0].student, input_shape=(1, 28, 28), classes=10)
         )
         cells = [
             f"{name}: {config.students[0].student}",
-            f"{size:,} ({size / teacher:.1%})",
+            f"{size:,} ({size / teacher_size:.1%})",
             str(config.epochs),
         ]
-        said = shown(values(name, "errors"))
+        errors_text = shown(values(name, "errors"))
         if name == "without 3s":
-            said += f", of them {shown(values(name, 'on 3s'))} on 3s"
-        rows.append([*cells, said, PAPER.get(name, "-")])
+            errors_text += f", {shown(values(name, 'on 3s'))} of them on 3s"
+        rows.append([*cells, errors_text, PAPER.get(name, "-")])
         if name == "without 3s":
-            said = (
-                f"{shown(values(name, 'corrected'))}, of them "
-                f"{shown(values(name, 'corrected on 3s'))} on 3s (bias {shown(values(name, 'bias'))})"
+            errors_text = (
+                f"{shown(values(name, 'corrected'))}, {shown(values(name, 'corrected on 3s'))} of them "
+                f"on 3s (bias {shown(values(name, 'bias'))})"
             )
-            rows.append(["  bias corrected", "", "", said, PAPER[f"{name}, bias corrected"]])
+            rows.append(["  bias corrected", "", "", errors_text, PAPER[f"{name}, bias corrected"]])
     print(
-        f"\n{options.data}, views by {options.augment}: {header.views}, T = {options.temperature:g}, "
+        f"\n{options.data}, {header.views} views of {options.augment}, T = {options.temperature:g}, "
         f"{len(options.seeds)} seeds; {machine()}\n"
     )
     headings = ["model", "parameters", "epochs", "test errors", "paper"]

@@ -1,22 +1,22 @@
-"""Mutated headers and files, as a stranger might send them, through everything that reads a cache.
+"""Mutated headers and files, as an attacker could send them, given to everything that reads a cache.
 
-Each file is opened, described as `softcache info` does, read (a few rows) and verified, in worker
-processes with little memory. What must not happen: a signal, a call of more than a second, more than
-300 MB, any file opened but the cache, an exception other than softcache's own, a message of more than
-one line, or a character from the file that could steer a terminal.
+Worker processes with little memory open each file, describe it as `softcache info` does, read a few rows
+and verify it. None of these may happen: a signal, a call that takes more than a second, more than 300 MB
+of memory, opening any file but the cache, an exception that is not softcache's own, a message of more than
+one line, or printing a character from the file that could control a terminal.
 
-    bytes      bits, words, spans of the file changed, cut or added; no digest is mended
-    preamble   another place, length or digest of the header
-    text       the header's JSON cut, doubled, with constants, brackets, huge numbers put in
-    values     values of the header replaced, removed, renamed, by others and by subtrees of it
-    arrays     offsets, shapes, types, names, axes of the arrays changed, exchanged, doubled
-    plausible  a header that keeps all rules, of any encoding and sizes, over random bytes
+    bytes      bits, words and spans of the file changed, cut or added; digests are not adapted
+    preamble   another offset, length or digest of the header
+    text       the header's JSON cut or duplicated, or with constants, brackets or huge numbers inserted
+    values     values of the header replaced (also by subtrees of it), removed or renamed
+    arrays     offsets, shapes, dtypes, names and axes of arrays changed, exchanged or duplicated
+    plausible  a valid header with any encoding and sizes, over random bytes
     hollow     the same with huge sizes, in a sparse file of up to 4 TB
 
-From `text` on the header's digest is right. Files and answers depend on --seed and the number alone;
-`--index N --folder DIR` makes file N again, keeps it and shows what becomes of it. The limit is one of
-private memory (RLIMIT_DATA), since a map of a large file takes address space and no memory; the peak
-is that of resident memory, pages of the mapped file among them.
+From `text` on, the header's digest is correct. Files and results depend only on --seed and the number of
+the file; `--index N --folder DIR` makes file N again, keeps it and shows what happens. Private memory is
+limited (RLIMIT_DATA), not address space, since mapping a large file takes none of the former; the peak is
+resident memory, which includes pages of the mapped file.
 """
 
 from __future__ import annotations
@@ -62,40 +62,40 @@ from softcache.cache.verify import find_damage
 from softcache.errors import SoftcacheError
 from softcache.files.describe import describe
 
-# a worker runs this file by its path and never imports torch, whose own memory would hide a peak:
-# what comes from tests.bench is imported where the parent needs it
+# workers run this file as a script and never import torch, whose memory would hide a peak; for the same
+# reason, only the parent imports from tests.bench
 
 KINDS = {
     "bytes": 4, "preamble": 2, "text": 3, "values": 5, "arrays": 3, "plausible": 3, "hollow": 1,
-}  # fmt: skip  # how often, in proportion
-SECONDS = 1.0
-SUSPICIOUS = SECONDS / 2  # such a call is made again: the machine may have been busy
+}  # fmt: skip  # relative frequencies
+SECONDS = 1.0  # limit for one call
+SUSPICIOUS = SECONDS / 2  # slower calls are repeated, in case the machine was busy
 HANGS = 10  # seconds until SIGALRM
-PEAK = 300_000_000  # bytes
-PRIVATE_MEMORY = 1 << 30
-HOLLOW = 1 << 42  # bytes, at the most
-# files with more bytes behind the user block, or more blocks that are there, are not verified
+PEAK = 300_000_000  # limit in bytes
+PRIVATE_MEMORY = 1 << 30  # bytes
+HOLLOW = 1 << 42  # bytes, at most
+# files with more bytes after the user block, or more committed blocks, are not verified
 VERIFIED, VERIFIED_BLOCKS = 1 << 24, 1 << 14
-VALUES = 1 << 20  # nor are rows read that have more values than that
-MESSAGE = 600  # characters
+VALUES = 1 << 20  # rows with more values are not read
+MESSAGE = 600  # limit in characters
 FORBIDDEN = (
     "open", "import", "exec", "os.", "shutil.", "socket.", "subprocess.", "ctypes.", "pickle.",
 )  # fmt: skip  # audit events; os.open() itself is "open"
 
-# a broken rule: the word that the table counts it by, and what happened
+# a broken rule: its name in the table, and what happened
 Problem = tuple[str, str]
 Container = dict[Any, Any] | list[Any]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of one file."""
+    """What happened with one file."""
 
     index: int
     kind: str
-    outcome: str  # opened, or why it was refused
-    seconds: float  # of its slowest call
-    peak: int  # bytes of resident memory
+    outcome: str  # "opened", or the reason of the refusal
+    seconds: float  # time of its slowest call
+    peak: int  # resident memory in bytes
     problems: list[Problem]
 
 
@@ -106,9 +106,9 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--index", type=int, help="only this file, kept in --folder")
-    parser.add_argument("--reasons", action="store_true", help="list the reasons of refusal")
-    parser.add_argument("--folder", type=Path, help="for files [default: a temporary folder]")
+    parser.add_argument("--index", type=int, help="make only this file, kept in --folder")
+    parser.add_argument("--reasons", action="store_true", help="list the reasons for refusals")
+    parser.add_argument("--folder", type=Path, help="folder for files [default: a temporary one]")
     options = parser.parse_args()
     from tests.bench import machine, work_folder
     from tests.bench.corruptions import small_caches
@@ -118,19 +118,19 @@ def main() -> None:
         small_caches(folder / "seeds")
         self_check(folder)
         if options.index is not None:
-            print(one(folder, options.seed, options.index))
+            print(attack_once(folder, options.seed, options.index))
             return
         reports = campaign(folder, options.files, options.workers, options.seed)
         print(f"{options.files:,} files, seed {options.seed}; {machine()}\n")
     if summary(reports, options.reasons):
-        raise SystemExit("\na rule was broken; --index N --folder DIR shows a file by itself")
+        raise SystemExit("\na rule was broken; inspect a file with --index N --folder DIR")
 
 
 # the parent
 
 
 def campaign(folder: Path, files: int, workers: int, seed: int) -> list[Report]:
-    """Reports of all files, a worker for every one of `workers` shares."""
+    """The reports on all files, from `workers` workers that share them."""
     reports: list[list[Report]] = [[] for _ in range(workers)]
     threads = [
         threading.Thread(target=attend, args=(folder, first, workers, files, seed, reports[first]))
@@ -140,19 +140,22 @@ def campaign(folder: Path, files: int, workers: int, seed: int) -> list[Report]:
         thread.start()
     for thread in threads:
         thread.join()
-    found = sorted((r for share in reports for r in share), key=lambda r: r.index)
-    if [report.index for report in found] != list(range(files)):
-        raise SystemExit(f"{len(found):,} files of {files:,} have a report; mend this campaign")
-    return found
+    sorted_reports = sorted((r for share in reports for r in share), key=lambda r: r.index)
+    if [report.index for report in sorted_reports] != list(range(files)):
+        raise SystemExit(
+            f"{len(sorted_reports):,} of {files:,} files have a report; fix this benchmark"
+        )
+    return sorted_reports
 
 
 def attend(
     folder: Path, first: int, step: int, files: int, seed: int, reports: list[Report]
 ) -> None:
-    """Run a worker over every `step`-th file; start another where one dies."""
-    at = first
-    while at < files:
-        command = [sys.executable, "-P", __file__, str(folder), *map(str, (at, step, files, seed))]
+    """Run a worker on every `step`-th file; if it dies, start another after the file that killed it."""
+    index = first
+    while index < files:
+        numbers = map(str, (index, step, files, seed))
+        command = [sys.executable, "-P", __file__, str(folder), *numbers]
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
@@ -163,56 +166,55 @@ def attend(
             fields = json.loads(line)
             problems = [(str(rule), str(what)) for rule, what in fields.pop("problems")]
             reports.append(Report(**fields, problems=problems))
-            at = reports[-1].index + step
-            if at % 5000 < step:
-                print(f"{at:,} of {files:,} files", file=sys.stderr, flush=True)
-        said, code = process.stderr.read(), process.wait()
+            index = reports[-1].index + step
+            if index % 5000 < step:
+                print(f"{index:,} of {files:,} files", file=sys.stderr, flush=True)
+        errors, code = process.stderr.read(), process.wait()
         process.stdout.close()
         process.stderr.close()
-        if code or at < files:  # it died of the file that comes next
+        if code or index < files:  # the file without a report killed it
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            kind = kind_of(random.Random(f"{seed} {at}"))
-            where = re.findall(r'File ".*?(\w+\.py)", line (\d+) in (\w+)', said)
-            place = " < ".join(f"{file}:{line} {function}" for file, line, function in where[:4])
-            problem = ("signal", f"{name}: {place or ascii(said[-300:])}")
-            reports.append(Report(at, kind, "died", 0.0, 0, [problem]))
-            at += step
+            kind = kind_of(random.Random(f"{seed} {index}"))
+            frames = re.findall(r'File ".*?(\w+\.py)", line (\d+) in (\w+)', errors)
+            stack = " < ".join(f"{file}:{line} {function}" for file, line, function in frames[:4])
+            problem = ("signal", f"{name}: {stack or ascii(errors[-300:])}")
+            reports.append(Report(index, kind, "died", 0.0, 0, [problem]))
+            index += step
 
 
 def summary(reports: Sequence[Report], reasons: bool) -> bool:
-    """Print the tables; whether a rule was broken."""
+    """Print the tables; returns whether a rule was broken."""
     from tabulate import tabulate
 
     rules = ("signal", "slow", "memory", "opened", "exception", "message")
     lines = []
     for kind in [*KINDS, "all"]:
-        some = [r for r in reports if kind in (r.kind, "all")]
-        broken = Counter(rule for r in some for rule in {rule for rule, _ in r.problems})
-        slowest = max((r.seconds for r in some), default=0.0)
-        opened = sum(r.outcome == "opened" for r in some)
-        lines.append(
-            (kind, len(some), opened, f"{1000 * slowest:,.1f}", *(broken[rule] for rule in rules))
-        )
+        of_kind = [report for report in reports if kind in (report.kind, "all")]
+        broken = Counter(rule for r in of_kind for rule in {rule for rule, _ in r.problems})
+        slowest = max((report.seconds for report in of_kind), default=0.0)
+        opened = sum(report.outcome == "opened" for report in of_kind)
+        counts = (broken[rule] for rule in rules)
+        lines.append((kind, len(of_kind), opened, f"{1000 * slowest:,.1f}", *counts))
     headers = ("kind", "files", "opened", "slowest call, ms", *rules)
     print(tabulate(lines, headers=headers, intfmt=","))
     print(f"\npeak memory: {max(r.peak for r in reports) / 1e6:,.0f} MB")
-    why = Counter(r.outcome for r in reports)
-    print(f"different reasons of refusal: {len(why) - 1}")
+    outcomes = Counter(report.outcome for report in reports)
+    print(f"different reasons for refusals: {len(outcomes) - 1}")
     if reasons:
-        print(tabulate(why.most_common(), headers=("outcome", "files"), intfmt=","))
+        print(tabulate(outcomes.most_common(), headers=("outcome", "files"), intfmt=","))
     examples: dict[str, list[str]] = {}
     for report in reports:
         for rule, what in report.problems:
             text = f"  file {report.index}, {report.kind}: {what}"
-            alike = re.split(r"['\"(]", re.sub("[0-9.]+", "#", what))[0]
-            examples.setdefault(f"{rule} {alike}", []).append(text)
+            pattern = re.split(r"['\"(]", re.sub("[0-9.]+", "#", what))[0]
+            examples.setdefault(f"{rule} {pattern}", []).append(text)
     for texts in examples.values():
         print(f"{len(texts)} times:\n" + "\n".join(texts[:2]))
     return bool(examples)
 
 
-def one(folder: Path, seed: int, index: int) -> Report:
-    """Make a file again, and say what becomes of it."""
+def attack_once(folder: Path, seed: int, index: int) -> Report:
+    """Make one file again, and show what happens with it."""
     with Attacker(folder, seed, str(os.getpid())) as attacker:
         attacker.show = True
         report = attacker.attack(index)
@@ -221,7 +223,7 @@ def one(folder: Path, seed: int, index: int) -> Report:
 
 
 def self_check(folder: Path) -> None:
-    """Stop unless every rule is seen when it is broken."""
+    """Stop unless every broken rule is noticed."""
 
     def fails(error: BaseException) -> Callable[[Path], None]:
         def call(path: Path) -> None:
@@ -239,17 +241,19 @@ def self_check(folder: Path) -> None:
         for rule, call in breaks.items():
             _, problems = attacker.call(rule, partial(call, attacker.path))
             if [broken for broken, _ in problems] != [rule]:
-                raise SystemExit(f"a broken rule, {rule}, is seen as {problems}")
+                raise SystemExit(
+                    f"the broken rule {rule!r} is reported as {problems}; fix this benchmark"
+                )
         _, problems = attacker.call("info", lambda: check_text("\x1b[31mred"))
         if [broken for broken, _ in problems] != ["message"]:
-            raise SystemExit("a character that steers the terminal is not seen")
+            raise SystemExit("a terminal control character is not noticed; fix this benchmark")
 
 
 # the worker
 
 
 class Attacker:
-    """Makes files and sees what the reader does with them; a context manager, for its audit hook."""
+    """Makes files and watches what the reader does with them; a context manager, for its audit hook."""
 
     def __init__(self, folder: Path, seed: int, name: str) -> None:
         self.seeds = [Original(path) for path in sorted((folder / "seeds").glob("*.h5"))]
@@ -258,7 +262,7 @@ class Attacker:
         self.show = False
         self._watched = False
         self._events: list[str] = []
-        for original in self.seeds:  # so that nothing is imported later on
+        for original in self.seeds:  # so that everything is imported before the hook watches
             self.path.unlink(missing_ok=True)
             self.path.write_bytes(original.raw)
             self._stages()
@@ -273,14 +277,15 @@ class Attacker:
             self.path.unlink(missing_ok=True)
 
     def attack(self, index: int) -> Report:
+        """Make a file, and run all stages on it."""
         draw = random.Random(f"{self.seed} {index}")
         kind = kind_of(draw)
         raw, size = mutate(kind, self.seeds, draw)
-        self.path.unlink(missing_ok=True)  # never change a file that may still be mapped
+        self.path.unlink(missing_ok=True)  # a file that is still mapped must not change
         with self.path.open("wb") as file:
             file.write(raw)
             file.truncate(size)
-        forget_peak()
+        reset_peak()
         outcome, seconds, problems = self._stages()
         peak = peak_memory()
         if peak > PEAK:
@@ -289,29 +294,29 @@ class Attacker:
 
     def _stages(self) -> tuple[str, float, list[Problem]]:
         """Outcome, seconds of the slowest call, and broken rules of the file."""
-        found: list[Cache] = []
+        caches: list[Cache] = []
 
-        def opens() -> None:
-            found[:] = [open_cache(self.path, unfinished=True)]
+        def open_file() -> None:
+            caches[:] = [open_cache(self.path, unfinished=True)]
 
         stages: dict[str, Callable[[], object]] = {
-            "open": opens,
-            "info": lambda: check_text(describe(found[0])),
-            "rows": lambda: read_rows(found[0]),
-            "verify": lambda: takes_long(found[0]) or find_damage(found[0]),
+            "open": open_file,
+            "info": lambda: check_text(describe(caches[0])),
+            "rows": lambda: read_rows(caches[0]),
+            "verify": lambda: takes_long(caches[0]) or find_damage(caches[0]),
         }
         slowest, problems, outcome = 0.0, list[Problem](), "opened"
         for stage, call in stages.items():
             (seconds, refusal), broken = self.call(stage, call)
             slowest, problems = max(slowest, seconds), problems + broken
-            if stage == "open" and not found:
+            if stage == "open" and not caches:
                 return refusal or "broken", slowest, problems
         return outcome, slowest, problems
 
     def call(
         self, stage: str, call: Callable[[], object]
     ) -> tuple[tuple[float, str | None], list[Problem]]:
-        """Seconds and refusal of one call, and the rules it broke."""
+        """Seconds and reason of refusal of one call, and the rules it broke."""
         seconds, refusal, problems = self._once(stage, call)
         if seconds > SUSPICIOUS:
             seconds = min(seconds, *(self._once(stage, call)[0] for _ in range(2)))
@@ -355,12 +360,12 @@ class Attacker:
 
 
 def work(folder: Path, first: int, step: int, files: int, seed: int) -> None:
-    """Attack with every `step`-th file, and print a line of JSON for each."""
+    """Make every `step`-th file, and print the report on each as a line of JSON."""
     resource.setrlimit(resource.RLIMIT_DATA, (PRIVATE_MEMORY, PRIVATE_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    faulthandler.enable()  # so that a signal says where it struck
+    faulthandler.enable()  # so that a signal prints a traceback
     faulthandler.register(signal.SIGALRM, all_threads=False, chain=True)
-    # numpy's warnings of overflow: Python opens its own source to show them
+    # to show a warning, such as numpy's of an overflow, Python opens its own source files
     warnings.simplefilter("ignore")
     with Attacker(folder, seed, str(first % step)) as attacker:
         for index in range(first, files, step):
@@ -368,7 +373,7 @@ def work(folder: Path, first: int, step: int, files: int, seed: int) -> None:
 
 
 def read_rows(cache: Cache) -> None:
-    """A few rows at the cache's temperature and another; no more values than memory takes."""
+    """Read a few rows at the cache's temperature and at another, unless they are too large for memory."""
     header = cache.header
     if 3 * max(math.prod(header.positions) * header.classes, header.bytes_per_row) > VALUES:
         return
@@ -379,7 +384,7 @@ def read_rows(cache: Cache) -> None:
 
 
 def takes_long(cache: Cache) -> bool:
-    """Whether it is no wonder that verify takes its time: there is that much to check."""
+    """Whether there is so much to verify that it may take more than a second."""
     header = cache.header
     if header.file_bytes - header.user_block > VERIFIED:
         return True
@@ -387,34 +392,34 @@ def takes_long(cache: Cache) -> bool:
 
 
 def check_text(text: str) -> None:
-    """Raise SoftcacheError, whose message is not printable, for a text that steers a terminal."""
+    """Raise a SoftcacheError with a message that is not printable if `text` could control a terminal."""
     bad = next((line for line in text.split("\n") if not line.isprintable()), None)
     if bad is not None:
         raise SoftcacheError(f"printed: \n{bad}")
 
 
 def reason(message: str) -> str:
-    """A message without what differs from file to file."""
+    """A message without the values that differ from file to file."""
     message = re.sub(r"array \w+", "array", message)
     message = re.sub(r"(lacks|begins with) .*", r"\1", message)
     return re.sub(r"[0-9][0-9,.]*|'.*|\".*| is .*;|[\[{(].*", "#", message)[:60]
 
 
-def forget_peak() -> None:
-    """Let peak_memory() begin anew, where the system can do that."""
+def reset_peak() -> None:
+    """Reset the value of peak_memory(), if the system supports that."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
-    """Bytes of resident memory at their highest."""
-    # not ru_maxrss where there is better: a process begins with that of the one that started it
+    """Peak resident memory in bytes."""
+    # VmHWM if there is one, since ru_maxrss is inherited from the parent process
     try:
         with Path("/proc/self/status").open() as status:
             return next(int(line.split()[1]) * 1024 for line in status if line[:6] == "VmHWM:")
     except (OSError, StopIteration):
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 # mutations
@@ -422,11 +427,11 @@ def peak_memory() -> int:
 
 @dataclass(frozen=True)
 class Original:
-    """A sound cache."""
+    """An intact cache, from which mutated ones are made."""
 
     path: Path
     raw: bytes = field(init=False)
-    text: bytes = field(init=False)  # of the header
+    text: bytes = field(init=False)  # the header's JSON
     header: Header = field(init=False)
 
     def __post_init__(self) -> None:
@@ -443,7 +448,7 @@ NUMBERS = (
     (1 << 48) - 1, 1 << 48, 1 << 53, 1 << 60, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64,
     -(1 << 63), 10**30, 10**400, 0.0, -0.0, 0.5, 1.0, 1e-320, 1e308, math.nan, math.inf, -math.inf,
 )  # fmt: skip
-BEYOND = (10**400, -(10**400), math.inf)  # what a double cannot hold
+BEYOND = (10**400, -(10**400), math.inf)  # numbers beyond the range of a double
 TEXTS = (
     "", "x", "../../etc/passwd", "/etc/passwd", "C:\\x", "file:///etc/passwd", "a/b", "\x1b[31mred",
     "two\nlines", "\0", "\ud800", "\u202eright to left", "é", "x" * 5000, "NaN", "dense", "topk",
@@ -456,7 +461,7 @@ LITERALS = (
     "--1", "1" * 4300, "1" * 4301, "9" * 20_000, "0." + "3" * 50_000, "1" + "0" * 350, "tru", "null",
     "{}", "[]", '{"a":1,"a":1}', '"\\ud800"', '"\\u0000"', '"\\x"', "'x'", "/**/1", "\xe9", "\x00", "\ufeff",
 )  # fmt: skip
-MARK = "\uf8ff"  # around text that goes into the JSON as it is
+MARK = "\uf8ff"  # encloses text that is inserted into the JSON verbatim
 
 
 def kind_of(draw: random.Random) -> str:
@@ -464,7 +469,7 @@ def kind_of(draw: random.Random) -> str:
 
 
 def mutate(kind: str, originals: Sequence[Original], draw: random.Random) -> tuple[bytes, int]:
-    """The first bytes of a hostile file, and its size: what lies beyond them is a hole."""
+    """The first bytes of a hostile file, and the size of the file; the rest of it is a hole."""
     original = draw.choice(originals)
     match kind:
         case "bytes":
@@ -493,21 +498,21 @@ def mutate_bytes(raw: bytes, draw: random.Random, *, from_start: bool = False) -
     for _ in range(draw.choice([1, 1, 2, 8])):
         if not changed:
             break
-        at = draw.randrange(min(len(changed), 4096) if from_start else len(changed))
+        start = draw.randrange(min(len(changed), 4096) if from_start else len(changed))
         size = draw.choice([1, 1, 2, 8, 64, 4096])
         match draw.randrange(7):
             case 0:
-                changed[at] ^= 1 << draw.randrange(8)
+                changed[start] ^= 1 << draw.randrange(8)
             case 1:
-                changed[at : at + size] = draw.randbytes(size)
+                changed[start : start + size] = draw.randbytes(size)
             case 2:
-                changed[at : at + size] = bytes(size)
+                changed[start : start + size] = bytes(size)
             case 3:
-                changed[at : at + size] = b""
+                changed[start : start + size] = b""
             case 4:
-                changed[at:at] = changed[draw.randrange(len(changed)) :][:size]
+                changed[start:start] = changed[draw.randrange(len(changed)) :][:size]
             case 5:
-                del changed[at:]
+                del changed[start:]
             case _:
                 changed += draw.randbytes(size)
     return bytes(changed)
@@ -528,41 +533,41 @@ def mutate_preamble(raw: bytes, draw: random.Random) -> bytes:
 
 
 def with_text(raw: bytes, text: bytes, draw: random.Random) -> bytes:
-    """The file with another header, and a preamble that fits it."""
-    at = PREAMBLE.size
+    """The file with another header, and a matching preamble."""
+    offset = PREAMBLE.size
     if len(text) > len(raw) // 2 or draw.random() < 0.05:
-        return preamble(len(raw), text) + raw[at:] + text
-    return preamble(at, text) + text + raw[at + len(text) :]
+        return preamble(len(raw), text) + raw[offset:] + text
+    return preamble(offset, text) + text + raw[offset + len(text) :]
 
 
 def mutate_text(text: bytes, draw: random.Random) -> bytes:
     changed = bytearray(text)
     for _ in range(draw.choice([1, 1, 2, 5])):
-        at = draw.randrange(len(changed) + 1)
-        to = min(len(changed), at + draw.choice([1, 1, 4, 30, 500]))
+        start = draw.randrange(len(changed) + 1)
+        stop = min(len(changed), start + draw.choice([1, 1, 4, 30, 500]))
         depth = draw.choice(
             [draw.randint(2, 50), draw.randint(400, 1100), draw.randint(1, 400_000)]
         )
         match draw.randrange(8):
             case 0:
-                del changed[at:to]
+                del changed[start:stop]
             case 1:
-                changed[at:at] = changed[at:to]
+                changed[start:start] = changed[start:stop]
             case 2:
-                changed[at:to] = draw.choice(LITERALS).encode("utf-8")
+                changed[start:stop] = draw.choice(LITERALS).encode("utf-8")
             case 3:
-                changed[at:at] = draw.choice([b"[", b'{"a":', b"[[]", b"]", b"}"]) * depth
-            case 4:  # in place of a number
+                changed[start:start] = draw.choice([b"[", b'{"a":', b"[[]", b"]", b"}"]) * depth
+            case 4:  # instead of a number
                 numbers = [m.span() for m in re.finditer(rb"(?<=[:,\[])[0-9.]+", bytes(changed))]
-                low, high = draw.choice(numbers or [(at, to)])
+                low, high = draw.choice(numbers or [(start, stop)])
                 nested = b"[" * min(depth, 2000) + b"]" * min(depth, 2000)
                 changed[low:high] = draw.choice([nested, draw.choice(LITERALS).encode("utf-8")])
-            case 5:  # a key twice
+            case 5:  # a repeated key
                 changed[1:1] = draw.choice(
                     [b'"views":2,', b'"format":"softcache",', b'"x":1,"x":1,']
                 )
             case 6:
-                changed[at:to] = draw.randbytes(to - at)
+                changed[start:stop] = draw.randbytes(stop - start)
             case _:
                 changed += draw.choice([b"x", b"{}", b"\0", b" " * (1 << 20), bytes(changed)])
     return bytes(changed)
@@ -570,52 +575,52 @@ def mutate_text(text: bytes, draw: random.Random) -> bytes:
 
 def mutate_values(fields: dict[str, Any], draw: random.Random) -> None:
     """Change a value anywhere in the header."""
-    inside, key = any_place(fields, draw)
+    container, key = any_value(fields, draw)
     match draw.randrange(10):
         case 0 | 1 | 2 | 3:
-            inside[key] = evil(inside[key], draw)
+            container[key] = evil(container[key], draw)
         case 4:
-            inside[key] = evil(None, draw)
+            container[key] = evil(None, draw)
         case 5:
-            other, way = any_place(fields, draw)
-            inside[key] = json.loads(json.dumps(other[way]))
+            other_container, other_key = any_value(fields, draw)
+            container[key] = json.loads(json.dumps(other_container[other_key]))
         case 6:
-            del inside[key]
-        case 7 if isinstance(inside, dict):
-            inside[draw.choice(TEXTS)] = inside.pop(key)
-        case 8 if isinstance(inside, dict):
-            inside[draw.choice(["x", "must_understand", "k", "n", "top", *TEXTS])] = evil(
+            del container[key]
+        case 7 if isinstance(container, dict):
+            container[draw.choice(TEXTS)] = container.pop(key)
+        case 8 if isinstance(container, dict):
+            container[draw.choice(["x", "must_understand", "k", "n", "top", *TEXTS])] = evil(
                 None, draw
             )
         case 8 | 7:
-            inside.insert(0, evil(inside[0], draw))
+            container.insert(0, evil(container[0], draw))
         case _:
-            news = [draw.choice(TEXTS) for _ in range(draw.choice([1, 3]))]
+            features = [draw.choice(TEXTS) for _ in range(draw.choice([1, 3]))]
             version = [draw.choice([0, 1, 2, 99]), draw.choice([0, 1, 1, 65_535])]
-            fields |= draw.choice([{"must_understand": news}, {"version": version}])
+            fields |= draw.choice([{"must_understand": features}, {"version": version}])
 
 
-def any_place(fields: dict[str, Any], draw: random.Random) -> tuple[Any, Any]:
-    """A value's container and its key there: a field first, so that arrays are not most of them."""
+def any_value(fields: dict[str, Any], draw: random.Random) -> tuple[Any, Any]:
+    """The container and the key of a random value. A field is drawn first, or arrays would dominate."""
     if not fields:
         fields["format"] = None
-    # what the encoding's code makes of its parameters deserves a closer look
+    # parameters of the encoding are drawn more often, since the most code depends on them
     name = draw.choice([*fields, *["encoding"] * (5 if "encoding" in fields else 0)])
-    inside = list(places(fields[name])) if isinstance(fields[name], dict | list) else []
-    return draw.choice([(fields, name), *inside])
+    nested = list(values_in(fields[name])) if isinstance(fields[name], dict | list) else []
+    return draw.choice([(fields, name), *nested])
 
 
-def places(value: Container) -> Iterator[tuple[Any, Any]]:
-    """Every value inside a JSON value, as its container and its key there."""
+def values_in(value: Container) -> Iterator[tuple[Any, Any]]:
+    """The container and the key of every value inside a JSON value."""
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     for key in keys:
         yield value, key
         if isinstance(value[key], dict | list):
-            yield from places(value[key])
+            yield from values_in(value[key])
 
 
 def evil(old: object, draw: random.Random) -> object:
-    """A value for the place of `old`: often of its type, at an edge of what is allowed."""
+    """A replacement for `old`: often of its type, at an edge of what is allowed."""
     literal = MARK + draw.choice(LITERALS) + MARK
     depth = draw.choice([draw.randint(1, 40), draw.randint(700, 1100)])
     deep = (
@@ -642,31 +647,31 @@ def evil(old: object, draw: random.Random) -> object:
 
 
 def mutate_arrays(arrays: list[Any], draw: random.Random) -> None:
-    """Change what the header says of arrays: the kind of lie that makes a reader look elsewhere."""
+    """Change the header's list of arrays, so that a reader would look at the wrong bytes."""
     if not arrays:
         return
-    one, other = draw.choice(arrays), draw.choice(arrays)
-    offset = one["offset"]
+    array, other = draw.choice(arrays), draw.choice(arrays)
+    offset = array["offset"]
     match draw.randrange(10):
         case 0:
             edges = [0, 32, 511, 65_535, offset - 1, offset + 1, offset + 4096, other["offset"]]
-            one["offset"] = draw.choice([*edges, *(n for n in NUMBERS if isinstance(n, int))])
+            array["offset"] = draw.choice([*edges, *(n for n in NUMBERS if isinstance(n, int))])
         case 1:
-            one["offset"], other["offset"] = other["offset"], offset
+            array["offset"], other["offset"] = other["offset"], offset
         case 2:
-            at = draw.randrange(len(one["shape"])) if one["shape"] else 0
+            axis = draw.randrange(len(array["shape"])) if array["shape"] else 0
             sizes = [draw.choice(NUMBERS), draw.choice([1 << 20, 1 << 31, 1 << 47])]
-            one["shape"][at : at + 1] = draw.choice([sizes[:1], sizes[1:], sizes, []])
+            array["shape"][axis : axis + 1] = draw.choice([sizes[:1], sizes[1:], sizes, []])
         case 3:
-            one["dtype"] = draw.choice([*sorted(DTYPES), *TEXTS])
+            array["dtype"] = draw.choice([*sorted(DTYPES), *TEXTS])
         case 4:
-            one["name"] = draw.choice([other["name"], *TEXTS])
+            array["name"] = draw.choice([other["name"], *TEXTS])
         case 5:
-            one["axis"] = draw.choice(["rows", "samples", "shared", "commits", *TEXTS])
+            array["axis"] = draw.choice(["rows", "samples", "shared", "commits", *TEXTS])
         case 6:
-            arrays.append(json.loads(json.dumps(one)))
+            arrays.append(json.loads(json.dumps(array)))
         case 7:
-            arrays.remove(one)
+            arrays.remove(array)
         case 8:
             draw.shuffle(arrays)
         case _:
@@ -674,7 +679,7 @@ def mutate_arrays(arrays: list[Any], draw: random.Random) -> None:
 
 
 def to_text(fields: dict[str, Any], draw: random.Random) -> bytes:
-    # 10**400 and the like are numbers that json writes; beyond 4,300 digits they come as literals
+    """The header's JSON, with text between MARKs inserted verbatim."""
     text = json.dumps(fields, ensure_ascii=draw.random() < 0.9)
     mark = json.dumps(MARK)[1:-1]
     text = re.sub(
@@ -683,16 +688,17 @@ def to_text(fields: dict[str, Any], draw: random.Random) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def unquoted(found: re.Match[str]) -> str:
-    return str(json.loads(f'"{found[1]}"'))
+def unquoted(match: re.Match[str]) -> str:
+    return str(json.loads(f'"{match[1]}"'))
 
 
 def plausible(header: Header, draw: random.Random, *, hollow: bool) -> tuple[bytes, int]:
-    """A file that keeps the rules of the header but for what random bytes break."""
+    """A file with a valid header, over random bytes."""
 
-    def size(most: int) -> int:
-        huge = hollow and draw.random() < 0.4
-        return min(most, draw.randint(1, 1 << draw.randint(1, 40))) if huge else draw.randint(1, 40)
+    def size(limit: int) -> int:
+        if hollow and draw.random() < 0.4:
+            return min(limit, draw.randint(1, 1 << draw.randint(1, 40)))
+        return draw.randint(1, 40)
 
     classes = size((1 << 31) - 1) + 1
     encoding = any_encoding(classes, draw)
@@ -700,7 +706,7 @@ def plausible(header: Header, draw: random.Random, *, hollow: bool) -> tuple[byt
     positions = tuple(size(1 << 20) for _ in range(draw.choice([0, 0, 0, 1, 2])))
     block_rows = draw.choice([1, samples, draw.randint(1, samples)])
     blocks = -(-samples // block_rows)
-    wanted = expected_arrays(
+    specs = expected_arrays(
         encoding,
         views=views,
         samples=samples,
@@ -709,12 +715,12 @@ def plausible(header: Header, draw: random.Random, *, hollow: bool) -> tuple[byt
         name_bytes=draw.choice([1, 3, 1024]),
         fingerprinted=size(1 << 30),
     )
-    wanted += digest_arrays(views, blocks).values()
-    draw.shuffle(wanted)
+    specs += digest_arrays(views, blocks).values()
+    draw.shuffle(specs)
     user_block = 1 << (draw.randint(16, 41) if hollow else 16)
     end, arrays = user_block, []
-    for spec, shape in wanted:
-        offset = end + draw.choice([0, 0, 1, 8, 4096])  # an odd one is allowed
+    for spec, shape in specs:
+        offset = end + draw.choice([0, 0, 1, 8, 4096])  # offsets need not be aligned
         arrays.append(Array(spec.name, spec.dtype, shape, spec.axis, offset))
         end = offset + arrays[-1].nbytes
     end += draw.choice([0, 1, 4096])
@@ -744,19 +750,19 @@ def plausible(header: Header, draw: random.Random, *, hollow: bool) -> tuple[byt
 
 
 def any_encoding(classes: int, draw: random.Random) -> Encoding:
-    """One that fits so many classes."""
-    few = draw.randint(1, min(classes - 1, 60))
+    """A random encoding that is valid for this number of classes."""
+    k = draw.randint(1, min(classes - 1, 60))
     temperatures = draw.choice([(1.0,), (1.0, 2.0, 4.0, 8.0), (5e-324, 1e-300), (1e5, 999_999.0)])
-    made: list[Encoding] = [
+    encodings: list[Encoding] = [
         Dense(),
         Quantized(),
-        TopK(few, temperatures),
-        Sampled(draw.choice([1, few, 1000, 65_536])),
+        TopK(k, temperatures),
+        Sampled(draw.choice([1, k, 1000, 65_536])),
     ]
     if classes >= 4:
         wide, narrow = draw.randint(0, min(classes // 2, 40)), 2 * draw.randint(0, classes // 4)
-        made.append(Basis(max(wide, 1), min(narrow, 40), few))
-    return draw.choice(made)
+        encodings.append(Basis(max(wide, 1), min(narrow, 40), k))
+    return draw.choice(encodings)
 
 
 if __name__ == "__main__":

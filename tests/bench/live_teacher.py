@@ -1,10 +1,9 @@
 """A student of the cache against a student of the live teacher: same seed, same batches.
 
-No augmentation. For each seed two runs of softcache.train.fit, which differ only in where the soft
-targets come from. Shown are the losses of the first steps, which should agree, and the final test
-errors, whose difference should be no larger than what another seed makes. Training amplifies any
-difference: for scale, a third run has the live teacher with noise of 1e-6 in its log-probabilities,
-for the first steps only.
+There is no augmentation. For each seed, fit() of softcache.train.loop runs twice; the runs differ only in
+where the soft targets come from. The losses of the first steps should agree, and the final test errors
+should differ by no more than between two seeds. Training amplifies any difference: for comparison, a third
+run uses the live teacher with noise of 1e-6 in its log-probabilities, for the first steps only.
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ NOISE = 1e-6
 
 @dataclass(frozen=True)
 class Run:
-    """What a run came to: the loss of every step, and the errors if it went to its end."""
+    """The result of a run."""
 
-    losses: npt.NDArray[np.float64]
-    errors: int | None
+    losses: npt.NDArray[np.float64]  # (steps,)
+    errors: int | None  # None if it was stopped early
     seconds: float
 
 
@@ -66,29 +65,29 @@ def main() -> None:
     parser.add_argument("--student", default=STUDENT)
     parser.add_argument("--data", default="idx:data/mnist")
     parser.add_argument("--eval-data", default="idx:data/mnist@test")
-    parser.add_argument("--samples", type=int, help="train on the first of the data [default: all]")
+    parser.add_argument("--samples", type=int, help="train on the first samples [default: all]")
     parser.add_argument("--temperature", type=float, default=TEMPERATURE)
     parser.add_argument("--alpha", type=float, default=0.9)
-    parser.add_argument("--steps", type=int, default=100, help="whose losses are compared")
+    parser.add_argument("--steps", type=int, default=100, help="steps to compare the losses of")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument(
         "--losses-only",
         action="store_true",
-        help="stop all runs after --steps, under the same schedule",
+        help="stop all runs after --steps, with the same schedule",
     )
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
-        "--folder", type=Path, help="where the cache goes [default: a temporary folder]"
+        "--folder", type=Path, help="folder for the cache [default: a temporary one]"
     )
     options = parser.parse_args()
     with work_folder(options.folder) as folder:
-        data = first_samples(options.data, options.samples, folder)
+        data_spec = first_samples(options.data, options.samples, folder)
         dump_config = DumpConfig(
             teacher=options.teacher,
             weights=options.weights,
-            data=data,
+            data=data_spec,
             temperature=options.temperature,
             out=folder / "live.h5",
             device=options.device,
@@ -96,7 +95,7 @@ def main() -> None:
         cache = dump(dump_config)
         config = make_train_config(
             student=options.student,
-            data=data,
+            data=data_spec,
             out=folder / "run",
             cache=cache.path,
             alpha=options.alpha,
@@ -104,138 +103,141 @@ def main() -> None:
             batch_size=options.batch_size,
             device=options.device,
         )
-        source, eval_source = open_source(data), open_source(options.eval_data)
+        source, eval_source = open_source(data_spec), open_source(options.eval_data)
         teacher = load_teachers(dump_config, source, Augmentation(None, 0))
-        ways = make_ways(source, cache, teacher)
+        variants = make_variants(source, cache, teacher)
         runs = {}
         for seed in options.seeds:
-            for way, part in ways.items():
-                short = options.losses_only or way == "live, noise"
+            for variant, data in variants.items():
+                stop_early = options.losses_only or variant == "live, noise"
                 run = train_once(
                     replace(config, seed=seed),
-                    part,
+                    data,
                     eval_source,
-                    stop_after=options.steps if short else None,
+                    stop_after=options.steps if stop_early else None,
                 )
-                runs[seed, way] = run
+                runs[seed, variant] = run
                 print(
-                    f"seed {seed}, {way}: {len(run.losses)} steps, {run.seconds:.0f} s", flush=True
+                    f"seed {seed}, {variant}: {len(run.losses)} steps, {run.seconds:.0f} s",
+                    flush=True,
                 )
     report(runs, options.seeds, options.steps)
 
 
 @dataclass(frozen=True)
 class LiveData(JoinedData):
-    """The teacher is asked about the very inputs that the student sees."""
+    """Soft targets from the teacher, which runs on the inputs that the student sees."""
 
     teacher: Ensemble | None = None
     temperature: float = 1.0
     noise: float = 0.0
 
     def training_batch(self, batch: Batch, epoch: int, device: torch.device) -> TrainingBatch:
-        found = super().training_batch(batch, epoch, device)
+        training_batch = super().training_batch(batch, epoch, device)
         assert self.teacher is not None
-        said = self.teacher.log_probs(found.inputs, self.temperature).clone()
+        log_probs = self.teacher.log_probs(training_batch.inputs, self.temperature).clone()
         if self.noise:
-            said = torch.log_softmax(said + self.noise * torch.randn_like(said), dim=-1)
-        return found._replace(targets={self.temperature: said})
+            noise = self.noise * torch.randn_like(log_probs)
+            log_probs = torch.log_softmax(log_probs + noise, dim=-1)
+        return training_batch._replace(targets={self.temperature: log_probs})
 
 
-def make_ways(source: Source, cache: Cache, teacher: Ensemble) -> dict[str, JoinedData]:
-    """The same data, which differ in nothing but where their soft targets come from."""
+def make_variants(source: Source, cache: Cache, teacher: Ensemble) -> dict[str, JoinedData]:
+    """The same samples with soft targets from the cache, the live teacher, and the teacher with noise."""
     temperature = cache.header.temperature
-    part = join(source, cache, augment=None, temperatures=[temperature], device=teacher.device)
-    asked = vars(part) | {"targets": None, "teacher": teacher, "temperature": temperature}
+    joined = join(source, cache, augment=None, temperatures=[temperature], device=teacher.device)
+    live = vars(joined) | {"targets": None, "teacher": teacher, "temperature": temperature}
     return {
-        "cache": part,
-        "live": LiveData(**asked),
-        "live, noise": LiveData(**asked, noise=NOISE),
+        "cache": joined,
+        "live": LiveData(**live),
+        "live, noise": LiveData(**live, noise=NOISE),
     }
 
 
 def train_once(
     config: TrainConfig,
-    part: JoinedData,
+    data: JoinedData,
     eval_source: Source,
     stop_after: int | None,
 ) -> Run:
-    """A run of fit, or of its first `stop_after` steps."""
+    """Run fit(), or only its first `stop_after` steps."""
     accelerator = make_accelerator(config.device, config.precision)
     errors = None
     start = time.perf_counter()
-    with recorded_losses(stop_after) as losses, suppress(Enough):
-        evaluation = fit(config, accelerator, [part], eval_source)[0].evaluation
-        assert evaluation is not None  # fit evaluates, since it has eval_source
+    with recorded_losses(stop_after) as losses, suppress(EnoughSteps):
+        evaluation = fit(config, accelerator, [data], eval_source)[0].evaluation
+        assert evaluation is not None  # fit() evaluates, since it has eval_source
         errors = evaluation.errors
     return Run(torch.stack(losses).double().numpy(), errors, time.perf_counter() - start)
 
 
-class Enough(Exception):
-    """As many steps are done as were asked for."""
+class EnoughSteps(Exception):
+    """Ends a run after `stop_after` steps."""
 
 
 @contextmanager
 def recorded_losses(stop_after: int | None) -> Iterator[list[Tensor]]:
-    """The total loss of every step, which a learner otherwise averages and forgets."""
+    """Record the total loss of every step, of which a student otherwise keeps only the mean."""
     losses: list[Tensor] = []
     take_step = Student.step
 
     def step(
-        learner: Student,
+        student: Student,
         inputs: Tensor,
         labels: Labels,
         targets: Targets | None,
-        temperature: float,
+        weight: float = 1.0,
     ) -> None:
-        take_step(learner, inputs, labels, targets, temperature)
-        losses.append(learner.losses[-1][0].cpu())
+        take_step(student, inputs, labels, targets, weight)
+        losses.append(student.losses[-1][0].cpu())
         if len(losses) == stop_after:
-            raise Enough
+            raise EnoughSteps
 
     with patch.object(Student, "step", step):
         yield losses
 
 
 def report(runs: dict[tuple[int, str], Run], seeds: list[int], steps: int) -> None:
-    """The tables; exits with 1 if the losses are further apart than the goal."""
+    """Print the tables; exit with 1 if the losses differ by more than the goal."""
     lines, missed = [], False
     for seed in seeds:
-        for way in ("cache", "live, noise"):
-            found, live = (runs[seed, name].losses[:steps] for name in (way, "live"))
-            apart = np.abs(found - live) / np.abs(live)
-            bad = bool(apart.max() > GOAL)
-            missed |= bad and way == "cache"
-            verdict = ("no" if bad else "yes") if way == "cache" else "-"
-            lines.append(
-                (seed, way, len(apart), f"{apart[:10].max():.1e}", f"{apart.max():.1e}", verdict)
-            )
+        for variant in ("cache", "live, noise"):
+            losses, live = (runs[seed, name].losses[:steps] for name in (variant, "live"))
+            difference = np.abs(losses - live) / np.abs(live)
+            too_large = bool(difference.max() > GOAL)
+            missed |= too_large and variant == "cache"
+            verdict = ("no" if too_large else "yes") if variant == "cache" else "-"
+            largest = (f"{values.max():.1e}" for values in (difference[:10], difference))
+            lines.append((seed, variant, len(difference), *largest, verdict))
     print(
         f"\nRelative difference of the training losses from those of the live teacher; {machine()}"
     )
     headers = ("seed", "soft targets", "steps", "largest of 10", "largest", f"<= {GOAL:g}")
     print(tabulate(lines, headers=headers, disable_numparse=True))
-    if all(run.errors is not None for (_, way), run in runs.items() if way != "live, noise"):
+    full_runs = [run for (_, variant), run in runs.items() if variant != "live, noise"]
+    if all(run.errors is not None for run in full_runs):
         report_errors(runs, seeds)
     if missed:
         raise SystemExit(f"the losses differ by more than {GOAL:g}")
 
 
 def report_errors(runs: dict[tuple[int, str], Run], seeds: list[int]) -> None:
-    errors = {place: run.errors for place, run in runs.items() if run.errors is not None}
+    """Print the test errors, and their differences between variants and between seeds."""
+    errors = {key: run.errors for key, run in runs.items() if run.errors is not None}
     lines = [
-        (seed, way, found, len(runs[seed, way].losses), f"{runs[seed, way].seconds:.0f}")
-        for (seed, way), found in errors.items()
+        (*key, count, len(runs[key].losses), f"{runs[key].seconds:.0f}")
+        for key, count in errors.items()
     ]
     print("\nTest errors at the end")
     print(tabulate(lines, headers=("seed", "soft targets", "errors", "steps", "seconds")))
-    by_way = [abs(errors[seed, "cache"] - errors[seed, "live"]) for seed in seeds]
-    by_seed = [
-        abs(errors[a, way] - errors[b, way])
-        for way in ("cache", "live")
-        for a, b in combinations(seeds, 2)
+    between_variants = [abs(errors[seed, "cache"] - errors[seed, "live"]) for seed in seeds]
+    between_seeds = [
+        abs(errors[first, variant] - errors[second, variant])
+        for variant in ("cache", "live")
+        for first, second in combinations(seeds, 2)
     ]
-    print(f"\nErrors differ by {by_way} between cache and live teacher (one a seed),")
-    print(f"by {by_seed} between two seeds (each pair; from the cache first, then live)")
+    print(f"\nErrors differ by {between_variants} between cache and live teacher (one per seed),")
+    print(f"and by {between_seeds} between two seeds (all pairs; first the cache, then live)")
 
 
 if __name__ == "__main__":

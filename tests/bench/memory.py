@@ -1,9 +1,8 @@
-"""A cache of 20 GB on a machine of 2 GB: memory and speed of dump, verify and train.
+"""A 20 GB cache on a machine with 2 GB of memory: memory and speed of dump, verify and train.
 
-Each command runs in a memory cgroup of --limit, whose page cache counts too, so that the file cannot
-hide in memory; then once more without a limit. Shown are the most memory of its own (RssAnon) and of
-mapped files (RssFile) that a process had, and its speed in each quarter of its rows or steps. Needs
-Linux and a memory cgroup that can be written.
+Each command runs in a memory cgroup with --limit, which includes the page cache, so that the file does not
+fit into memory; then again without a limit. Reported are the peak of private memory (RssAnon) and of
+mapped files (RssFile), and the speed in each quarter of the run. Needs Linux and a writable memory cgroup.
 """
 
 from __future__ import annotations
@@ -30,27 +29,28 @@ SHAPE = (1, 8, 8)
 LINE = re.compile(r": ([\d,]+) of ([\d,]+) \w+ \(\d+%\), ([\d,]+) ")
 GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 LIMIT_FILES = "memory.limit_in_bytes", "memory.max"
-DROPPED = Path("/proc/sys/vm/drop_caches")
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 @dataclass
-class Found:
-    """What one command came to."""
+class Usage:
+    """Time and memory of one command."""
 
     seconds: float = 0.0
-    own: int = 0  # bytes, the most
-    mapped: int = 0
-    progress: list[tuple[float, int]] = field(default_factory=list)  # when, how far
-    last: str = ""
+    private: int = 0  # peak in bytes
+    mapped: int = 0  # peak in bytes
+    progress: list[tuple[float, int]] = field(default_factory=list)  # seconds, rows or steps done
+    last_line: str = ""
 
     def quarters(self) -> str:
         """Rows or steps per second in each quarter of the time."""
         if len(self.progress) < 5:
             return "-"
-        at = np.linspace(0, len(self.progress) - 1, 5).astype(int)
-        points = [self.progress[i] for i in at]
+        indices = np.linspace(0, len(self.progress) - 1, 5).astype(int)
+        points = [self.progress[index] for index in indices]
         return ", ".join(
-            f"{(b[1] - a[1]) / max(b[0] - a[0], 1e-9):,.0f}" for a, b in pairwise(points)
+            f"{(done - done_before) / max(time - time_before, 1e-9):,.0f}"
+            for (time_before, done_before), (time, done) in pairwise(points)
         )
 
 
@@ -61,9 +61,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=640_000)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--views", type=int, default=16)
-    parser.add_argument("--limit", type=float, default=2.0, help="GB")
+    parser.add_argument("--limit", type=float, default=2.0, help="memory limit in GB")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--ways", nargs="+", default=["limited", "unlimited"])
+    parser.add_argument("--variants", nargs="+", default=["limited", "unlimited"])
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     with work_folder(options.folder) as folder:
@@ -88,25 +88,25 @@ def main() -> None:
             "train": train,
         }
         lines = []
-        for way in options.ways:
+        for variant in options.variants:
             for name, arguments in commands.items():
                 if name == "dump":
                     cache.unlink(missing_ok=True)
-                found = watched(arguments, options.limit if way == "limited" else None)
+                usage = run_in_cgroup(arguments, options.limit if variant == "limited" else None)
                 lines.append(
-                    [name, way, f"{found.seconds:.0f}", f"{found.own / 1e6:,.0f}",
-                     f"{found.mapped / 1e6:,.0f}", found.quarters()]
+                    [name, variant, f"{usage.seconds:.0f}", f"{usage.private / 1e6:,.0f}",
+                     f"{usage.mapped / 1e6:,.0f}", usage.quarters()]
                 )  # fmt: skip
-                print(f"{way}, {name}: {found.seconds:.0f} s; {found.last}", flush=True)
+                print(f"{variant}, {name}: {usage.seconds:.0f} s; {usage.last_line}", flush=True)
         size = cache.stat().st_size
-    headers = ("command", "memory", "s", "own MB", "mapped MB", "per second, by quarter")
+    headers = ("command", "memory", "s", "private MB", "mapped MB", "per second, by quarter")
     print(f"\n{size / 1e9:.1f} GB, limit {options.limit:g} GB; {machine()}")
     print(tabulate(lines, headers=headers, disable_numparse=True))
 
 
-def watched(arguments: list[str], limit: float | None) -> Found:
-    """Run softcache in a memory cgroup, and look at it while it runs."""
-    found, start = Found(), time.perf_counter()
+def run_in_cgroup(arguments: list[str], limit: float | None) -> Usage:
+    """Run softcache in a memory cgroup with a limit in GB, and measure its memory while it runs."""
+    usage, start = Usage(), time.perf_counter()
     group = make_group(limit)
 
     def enter() -> None:
@@ -119,28 +119,30 @@ def watched(arguments: list[str], limit: float | None) -> Found:
         os.set_blocking(process.stderr.fileno(), False)
         while process.poll() is None:
             time.sleep(0.2)
-            own, mapped = memory_of(process.pid)
-            found.own, found.mapped = max(found.own, own), max(found.mapped, mapped)
+            private, mapped = memory_of(process.pid)
+            usage.private, usage.mapped = max(usage.private, private), max(usage.mapped, mapped)
             for line in (process.stderr.read() or b"").decode().splitlines():
-                found.last = line
+                usage.last_line = line
                 if match := LINE.search(line):
                     done = int(match[1].replace(",", ""))
-                    found.progress.append((time.perf_counter() - start, done))
-    found.seconds = time.perf_counter() - start
+                    usage.progress.append((time.perf_counter() - start, done))
+    usage.seconds = time.perf_counter() - start
     group.rmdir()
     if process.returncode:
-        raise SystemExit(f"softcache {arguments[0]}: exit {process.returncode}; {found.last}")
-    return found
+        raise SystemExit(
+            f"softcache {arguments[0]} failed with exit code {process.returncode}; {usage.last_line}"
+        )
+    return usage
 
 
 def make_group(limit: float | None) -> Path:
-    """A new memory cgroup; the page cache is emptied first, where that is allowed."""
+    """Make a memory cgroup with a limit in GB, after dropping the page cache if that is allowed."""
     os.sync()
-    if os.access(DROPPED, os.W_OK):
-        DROPPED.write_text("3")
+    if os.access(DROP_CACHES, os.W_OK):
+        DROP_CACHES.write_text("3")
     root = next((root for root in GROUPS if os.access(root, os.W_OK)), None)
     if root is None:
-        raise SystemExit("no memory cgroup can be written here; run as root, on Linux")
+        raise SystemExit("no writable memory cgroup; run this as root, on Linux")
     group = root / f"softcache-{os.getpid()}"
     group.mkdir(exist_ok=True)
     if limit is not None:
@@ -150,7 +152,7 @@ def make_group(limit: float | None) -> Path:
 
 
 def memory_of(process: int) -> tuple[int, int]:
-    """Bytes of its own, and of mapped files, that are in memory now."""
+    """Resident bytes of a process: private memory, and mapped files."""
     try:
         text = Path(f"/proc/{process}/status").read_text()
     except OSError:

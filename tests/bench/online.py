@@ -1,10 +1,10 @@
-"""Distilling from the cache against asking the live teacher in every step.
+"""Distilling from the cache against running the live teacher in every step.
 
-The same student, the same augmented views, the same batches and number of steps, by softcache's own
-training loop; they differ in where the soft targets come from. The ideal is (teacher + student) /
-student: a teacher's forward pass without its softmax, and a step of training on soft targets that
-are in memory already, each measured alone on one batch. "of ideal" is what the cache saves of what
-it could save; above 1, the live loop is dearer than the sum of its parts.
+Student, augmented views, batches, number of steps and training loop are the same; only the source of the
+soft targets differs. The ideal ratio is (teacher + student) / student: the forward pass of the teacher
+without its softmax, and a training step on soft targets that are already in memory, each measured alone on
+one batch. "of ideal" is the measured ratio as a share of the ideal one; above 1, the live loop costs more
+than the sum of its parts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--data", default="idx:data/mnist", help="idx:DIR or npz:FILE")
     parser.add_argument("--augment", default="shift:2")
     parser.add_argument("--views", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=30, help="of one training")
+    parser.add_argument("--steps", type=int, default=30, help="steps per training run")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(spec: str, source: ArraySource, options: argparse.Namespace, folder: Path) -> list[str]:
-    """A line of the table."""
+    """The line of the table for one teacher."""
     config = DumpConfig(
         teacher=spec,
         weights=folder / "teacher.safetensors",
@@ -84,10 +84,10 @@ def measure(spec: str, source: ArraySource, options: argparse.Namespace, folder:
     cache = dumped(config, source, folder)
     accelerator = make_accelerator(options.device, "fp32")
     teacher = load_teachers(config, source, augmentation_of(config, source))
-    part = join(
+    joined = join(
         source, cache, augment=None, temperatures=[config.temperature], device=accelerator.device
     )
-    live = LiveData(**vars(part) | {"targets": None}, teacher=teacher, temperature=4.0)
+    live = LiveData(**vars(joined) | {"targets": None}, teacher=teacher, temperature=4.0)
     training = make_train_config(
         student=options.student,
         data=source.name,
@@ -100,24 +100,24 @@ def measure(spec: str, source: ArraySource, options: argparse.Namespace, folder:
         device=options.device,
     )
 
-    def trained(data: JoinedData) -> float:
+    def training_seconds(data: JoinedData) -> float:
         start = time.perf_counter()
         fit(training, accelerator, [data], None)
         return time.perf_counter() - start
 
-    learner = make_students(training, accelerator, [part], options.steps)[0]
+    student = make_students(training, accelerator, [joined], options.steps)[0]
     raw = torch.from_numpy(source.inputs[: options.batch_size])
     inputs = to_float(raw).to(accelerator.device)
     labels = torch.zeros(len(inputs), dtype=torch.int64, device=accelerator.device)
     with torch.inference_mode():
-        said = teacher.log_probs(inputs, config.temperature)
-    targets = said.clone()
+        log_probs = teacher.log_probs(inputs, config.temperature)
+    targets = log_probs.clone()
 
     def student_alone() -> float:
         start = time.perf_counter()
         for _ in range(options.steps):
-            learner.step(inputs, labels, targets)
-        float(learner.losses[-1][0])  # waits for the device
+            student.step(inputs, labels, targets)
+        float(student.losses[-1][0])  # waits for the device
         return time.perf_counter() - start
 
     def teacher_alone() -> float:
@@ -128,21 +128,21 @@ def measure(spec: str, source: ArraySource, options: argparse.Namespace, folder:
 
     seconds = alternate(
         {
-            "live": lambda: trained(live),
-            "cached": lambda: trained(part),
+            "live": lambda: training_seconds(live),
+            "cached": lambda: training_seconds(joined),
             "student": student_alone,
             "teacher": teacher_alone,
         },
         options.repeats,
     )
-    found = ratios(seconds["live"], seconds["cached"])
+    speedup = ratios(seconds["live"], seconds["cached"])
     ideal = statistics.median(1 + x for x in ratios(seconds["teacher"], seconds["student"]))
-    return [spec, *spread(found), f"{ideal:.2f}", f"{statistics.median(found) / ideal:.2f}"]
+    return [spec, *spread(speedup), f"{ideal:.2f}", f"{statistics.median(speedup) / ideal:.2f}"]
 
 
 def dumped(config: DumpConfig, source: ArraySource, folder: Path) -> Cache:
-    """A cache of just these samples."""
-    path = folder / "some.npz"
+    """Dump a cache of the samples of `source` alone."""
+    path = folder / "samples.npz"
     np.savez(path, x=source.inputs, y=source.labels)
     return dump(replace(config, data=f"npz:{path}"))
 

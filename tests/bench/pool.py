@@ -1,4 +1,4 @@
-"""Many trainings, a few at once, one thread each; what is done is kept, and a rerun goes on."""
+"""Run many trainings, a few in parallel, one thread each. Results are kept, and a rerun continues."""
 
 from __future__ import annotations
 
@@ -17,37 +17,48 @@ Outcome = dict[str, float]
 def run_jobs(
     run: Callable[..., Outcome], jobs: Mapping[str, Sequence[Any]], folder: Path, processes: int
 ) -> dict[str, Outcome]:
-    """What `run(*arguments)` gives for each job, by name; kept in `folder`/results.jsonl."""
+    """Run all jobs that have no result yet.
+
+    Args:
+        run: the function to call for each job.
+        jobs: arguments of `run`, by the name of the job.
+        folder: where results.jsonl keeps the results.
+        processes: how many jobs run in parallel.
+
+    Returns:
+        What `run` returned for each job, by name.
+    """
     results = folder / "results.jsonl"
     lines = results.read_text().splitlines() if results.exists() else []
-    found: dict[str, Outcome] = dict(json.loads(line) for line in lines)
+    outcomes: dict[str, Outcome] = dict(json.loads(line) for line in lines)
     with ProcessPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = {
+        names = {
             pool.submit(run, *arguments): name
             for name, arguments in jobs.items()
-            if name not in found
+            if name not in outcomes
         }
         try:
-            for future in as_completed(waiting):
-                name = waiting[future]
-                found[name] = future.result()
+            for future in as_completed(names):
+                name = names[future]
+                outcomes[name] = future.result()
                 with results.open("a") as file:
-                    file.write(json.dumps([name, found[name]]) + "\n")
-                said = ", ".join(f"{key} {value:.5g}" for key, value in found[name].items())
-                print(f"{name}: {said}", flush=True)
+                    file.write(json.dumps([name, outcomes[name]]) + "\n")
+                text = ", ".join(f"{key} {value:.5g}" for key, value in outcomes[name].items())
+                print(f"{name}: {text}", flush=True)
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # or the end of the block would wait for all of them
+            pool.shutdown(cancel_futures=True)  # otherwise the with statement waits for all jobs
             raise
-    return {name: found[name] for name in jobs}
+    return {name: outcomes[name] for name in jobs}
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error."""
+    """The mean and its standard error."""
     array = np.asarray(values, np.float64)
     error = array.std(ddof=1) / len(array) ** 0.5 if len(array) > 1 else float("nan")
     return float(array.mean()), float(error)
 
 
 def shown(values: Sequence[float], form: str = ".1f") -> str:
+    """Mean and standard error as text."""
     mean, error = mean_and_error(values)
     return f"{mean:{form}} ± {error:{form}}"

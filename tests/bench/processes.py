@@ -1,10 +1,10 @@
-"""One, two, three and four processes of a host on one dump: time, bytes, and what a kill costs.
+"""One to four processes of a host on one dump: time, bytes, and recovery from a kill.
 
-Each process has one thread. The time is from the allocation of the file to its final name, so that
-starting Python does not count. "blocks in turn" is how softcache hands out work; "equal split" gives
-each process one run of blocks of a view instead. Both are timed with processes alike, and with a teacher
-that is three times as slow in one of two. Then one of several processes is killed with SIGKILL
-in the middle, and another number of processes goes on.
+Each process has one thread. Time is measured from the allocation of the file to its renaming, so that the
+start of Python does not count. "blocks in turn" is how softcache distributes work; "equal split" assigns
+one run of blocks per view to each process instead. Both are timed with equally fast processes, and with a
+teacher that is three times slower in one of two processes. Then one of several processes is killed with
+SIGKILL in the middle of the dump, and another number of processes continues it.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from softcache.dump import loop
 from softcache.cli.app import main
 from softcache.teachers.ensemble import Ensemble
 
-ask = Ensemble.log_probs
+log_probs = Ensemble.log_probs
 
-def slow(*arguments, **named):
+def slow_log_probs(*arguments, **options):
     start = time.perf_counter()
-    found = ask(*arguments, **named)
+    result = log_probs(*arguments, **options)
     time.sleep(2 * (time.perf_counter() - start))
-    return found
+    return result
 
 if os.environ.get("BENCH_SLOW") == os.environ.get("RANK", "0"):
-    Ensemble.log_probs = slow
+    Ensemble.log_probs = slow_log_probs
 loop.RUNS_OF_A_PROCESS = int(sys.argv.pop(1))
 main(prog_name="softcache")
 """
-SHARED, EQUAL = 8, 1  # runs of blocks of a view for each process
-WAIT = 0.005  # seconds between two looks at the folder
+SHARED, EQUAL = 8, 1  # runs of blocks per view and process
+WAIT = 0.005  # seconds between checks of the folder
 
 
 def main() -> None:
@@ -72,10 +72,10 @@ def main() -> None:
             [n, f"{statistics.median(times[n]):.1f}", *spread(ratios(times["1"], times[n]))]
             for n in times
         ]
-        print(tabulate(rows, headers=("processes", "s", "times as fast", "min", "max")))
-        print(f"files alike to the byte: {len(job.digests) == 1}; {machine()}\n")
+        print(tabulate(rows, headers=("processes", "s", "speedup", "min", "max")))
+        print(f"files identical: {len(job.digests) == 1}; {machine()}\n")
 
-        ways = alternate(
+        variants = alternate(
             {
                 "blocks in turn": lambda: job.run(2),
                 "equal split": lambda: job.run(2, EQUAL),
@@ -84,16 +84,23 @@ def main() -> None:
             },
             options.repeats,
         )
-        rows = [[name, f"{statistics.median(found):.1f}", f"{min(found):.1f}", f"{max(found):.1f}"]
-                for name, found in ways.items()]  # fmt: skip
+        rows = [
+            [
+                name,
+                f"{statistics.median(seconds):.1f}",
+                f"{min(seconds):.1f}",
+                f"{max(seconds):.1f}",
+            ]
+            for name, seconds in variants.items()
+        ]
         print(tabulate(rows, headers=("two processes", "s", "min", "max")))
 
         for before, after in ((2, 1), (3, 2), (1, 4)):
-            code, kept = job.kill_one(before, share=0.4)
+            code, partial_bytes = job.kill_one(before, share=0.4)
             job.run(after)
             print(
-                f"killed one of {before} ({kept:,} bytes there), the job's exit {code}; {after} went on; "
-                f"the same bytes: {len(job.digests) == 1}"
+                f"killed one of {before} ({partial_bytes:,} bytes in the partial file), exit code {code}; "
+                f"{after} continued; files identical: {len(job.digests) == 1}"
             )
         failed = len(job.digests) != 1
     if failed:
@@ -101,7 +108,12 @@ def main() -> None:
 
 
 class Job:
-    """The same dump, again and again."""
+    """A dump that is run many times.
+
+    Attributes:
+        digests: SHA-256 of every finished file.
+        seconds: time of the last run with one process.
+    """
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.out, self.digests, self.seconds = folder / "cache.h5", set[str](), 10.0
@@ -130,7 +142,7 @@ class Job:
         )
 
     def run(self, processes: int, runs: int = SHARED, *, slow: str = "none") -> float:
-        """Seconds of the dump; its digest is noted, and the file removed."""
+        """Run the dump, record the digest of its file and delete it; returns the seconds it took."""
         job = self.start(processes, runs, slow)
         while not self.partial.exists() and not self.out.exists() and job.poll() is None:
             time.sleep(WAIT)
@@ -139,7 +151,7 @@ class Job:
             time.sleep(WAIT)
         seconds = time.perf_counter() - start
         if job.wait():
-            raise SystemExit(f"{processes} processes: exit {job.returncode}")
+            raise SystemExit(f"{processes} processes failed with exit code {job.returncode}")
         self.digests.add(hashlib.sha256(self.out.read_bytes()).hexdigest())
         self.out.unlink()
         if processes == 1:
@@ -147,7 +159,11 @@ class Job:
         return seconds
 
     def kill_one(self, processes: int, share: float) -> tuple[int, int]:
-        """Kill the last process in the middle: the job's exit code, and the bytes that are there."""
+        """Kill the last process after a share of the dump's usual time.
+
+        Returns:
+            The exit code of the job, and the size of the partial file in bytes.
+        """
         job = self.start(processes, SHARED)
         while not self.partial.exists():
             time.sleep(WAIT)
@@ -157,7 +173,7 @@ class Job:
 
 
 def descendants(process: int) -> list[int]:
-    """The processes that it started itself."""
+    """The direct children of a process."""
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     return [int(child) for child in children]
 

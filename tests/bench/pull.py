@@ -1,7 +1,6 @@
-"""Pulling one view of many from an HTTP server, against the whole file, against fetching its bare bytes.
+"""Pulling one view of many from an HTTP server, against the whole file and against its bare bytes.
 
-The server is this machine's, in a process of its own; the bytes that come over it are counted, and it can be
-slowed down to what a network gives.
+The server runs on this machine in a process of its own. It can be slowed down to the speed of a network.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--views", type=int, default=16)
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=[0, 10], help="MB/s of a connection"
+        "--rates", type=float, nargs="+", default=[0, 10], help="MB/s per connection; 0: unlimited"
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path)
@@ -54,17 +53,17 @@ def main() -> None:
         print(f"{options.views} views, {cache.header.file_bytes:,} bytes", flush=True)
         for rate in options.rates:
             lines += measure(folder, rate, options.repeats)
-    headers = ("what", "MB/s of a connection", "seconds", "/ whole", "min", "max")
+    headers = ("what", "MB/s per connection", "seconds", "/ whole", "min", "max")
     print(f"\n{machine()}")
     print(tabulate(lines, headers=headers, disable_numparse=True))
 
 
 def measure(folder: Path, rate: float, repeats: int) -> list[list[str]]:
-    """Lines of the table, of one speed of the server."""
-    here, there = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, rate, there))
+    """Lines of the table for one speed of the server."""
+    parent, child = multiprocessing.Pipe()
+    server = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, rate, child))
     server.start()
-    url = f"{here.recv()}/cache.h5"
+    url = f"{parent.recv()}/cache.h5"
 
     def one_view() -> float:
         return timed_pull(url, folder, (0, 1))
@@ -72,27 +71,27 @@ def measure(folder: Path, rate: float, repeats: int) -> list[list[str]]:
     def whole() -> float:
         return timed_pull(url, folder, None)
 
-    def bytes_alone() -> float:
+    def bare_bytes() -> float:
         start = time.perf_counter()
         with urllib.request.urlopen(url) as response, (folder / "bare").open("wb") as file:
-            while part := response.read(1 << 20):
-                file.write(part)
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
         return time.perf_counter() - start
 
-    runs = {"one view": one_view, "whole": whole, "bare bytes, one connection": bytes_alone}
+    runs = {"one view": one_view, "whole": whole, "bare bytes, one connection": bare_bytes}
     try:
         seconds = alternate(runs, repeats)
     finally:
-        here.send("stop")
+        parent.send("stop")
         server.join()
     return [
         [
             name,
-            f"{rate:g}" if rate else "all",
-            spread(found)[0],
-            *spread(ratios(found, seconds["whole"])),
+            f"{rate:g}" if rate else "unlimited",
+            spread(values)[0],
+            *spread(ratios(values, seconds["whole"])),
         ]
-        for name, found in seconds.items()
+        for name, values in seconds.items()
     ]
 
 
@@ -103,7 +102,7 @@ def timed_pull(url: str, folder: Path, views: tuple[int, int] | None) -> float:
 
 
 def serve(folder: Path, rate: float, parent: Connection) -> None:
-    """A server that gives each answer no faster than `rate` MB/s, until it is told to stop."""
+    """Serve `folder` at no more than `rate` MB/s per connection, until a message arrives."""
 
     def slow(start: int, body: bytes) -> bytes:
         if rate:

@@ -1,4 +1,4 @@
-"""kill -9 at random times of a training, then the same command: the weights at the end, to the bit."""
+"""kill -9 at random times of a training run, each followed by the same command: are the files identical?"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--students", nargs="+", default=["cnn:8,16x2", "mlp:64"])
     parser.add_argument("--options", nargs="*", default=["--ema=0.99", "--extra-augment=cutout:6"])
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--minutes", type=float, default=0.01, help="between two checkpoints")
+    parser.add_argument("--minutes", type=float, default=0.01, help="minutes between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
@@ -48,40 +48,43 @@ def main() -> None:
             f"--eval-data={options.data}@test", *(f"--student={s}" for s in options.students),
             *options.options,
         ]  # fmt: skip
-        whole, again = folder / "whole", folder / "again" / "whole"
+        # the last folders have the same name, since it is recorded in the settings
+        undisturbed, killed = folder / "run", folder / "killed" / "run"
         start = time.perf_counter()
-        subprocess.run([*command, f"--out={whole}"], check=True, capture_output=True)
+        subprocess.run([*command, f"--out={undisturbed}"], check=True, capture_output=True)
         seconds = time.perf_counter() - start
-        draw, kills, places = random.Random(options.seed), 0, []
-        marker = next(whole.glob(f"*/{FILES[1]}")).parent.name
-        while not (again / marker / FILES[1]).exists():
+        draw, kills, resumed = random.Random(options.seed), 0, 0
+        student = next(undisturbed.glob(f"*/{FILES[1]}")).parent.name
+        while not (killed / student / FILES[1]).exists():
             with subprocess.Popen(
-                [*command, f"--out={again}"],
+                [*command, f"--out={killed}"],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             ) as job:
-                while job.poll() is None and not (again / marker / UNFINISHED_METRICS).exists():
+                while job.poll() is None and not (killed / student / UNFINISHED_METRICS).exists():
                     time.sleep(0.005)
                 if kills < options.kills:
-                    # a little further each time, so that the run ends
+                    # late enough that each attempt gets a little further
                     time.sleep(draw.uniform(0.2, 3 * seconds / options.kills))
                     job.send_signal(signal.SIGKILL)
                     kills += job.wait() == -signal.SIGKILL
-                said, errors = job.communicate()
+                output, errors = job.communicate()
             if job.returncode not in (0, -signal.SIGKILL):
-                raise SystemExit(f"exit {job.returncode}: {errors}")
-            places += [line for line in said.splitlines() if line.startswith("going on")]
-        files = digests(whole)
-        same = files == digests(again)
-    print(f"{kills} kills; {len(places)} runs went on from a checkpoint; {machine()}")
-    print(f"{len(files)} files of all students, the same to the bit: {same}")
+                raise SystemExit(
+                    f"softcache train failed with exit code {job.returncode}: {errors}"
+                )
+            resumed += sum(line.startswith("resuming") for line in output.splitlines())
+        files = digests(undisturbed)
+        same = files == digests(killed)
+    print(f"{kills} kills; {resumed} runs continued from a checkpoint; {machine()}")
+    print(f"{len(files)} files of all students, identical to the bit: {same}")
     if not same:
         sys.exit(1)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of what a run left, by its place."""
+    """SHA-256 of the files of a run, by their relative path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for name in FILES

@@ -1,8 +1,8 @@
-"""What two very large dumps would take: `dump --dry-run` on data and teachers that only look large.
+"""The cost of two very large dumps, by `dump --dry-run` on stand-ins for their data and teachers.
 
-ImageNet-1k, 1,281,167 images of 1000 classes in 16 views; and 10^9 rows of a vocabulary of 128,000
-as draws, in 64 shards, one for each GPU. Sizes are those of the files; the times are by the rates
-given here, since a stand-in for a teacher says nothing of a real one's speed.
+ImageNet-1k: 1,281,167 images of 1000 classes in 16 views. A language model: 10^9 rows of a vocabulary of
+128,000, sampled, in 64 shards, one for each GPU. File sizes are those of the dry run; times follow from the
+rates in the options, since the speed of a stand-in says nothing about a real teacher.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 
 
 class Rows:
-    """Samples made when they are asked for, each from its own number."""
+    """Random samples that are generated on access, each from its own index."""
 
     def __init__(self, samples, shape):
         self.samples, self.shape = samples, shape
@@ -43,7 +43,7 @@ def tokens():
 
 
 class Peaked(nn.Module):
-    """Logits of low rank, peaked as those of classifiers are."""
+    """Logits of low rank, as peaked as those of a trained classifier."""
 
     def __init__(self, width, classes):
         super().__init__()
@@ -98,6 +98,7 @@ def main() -> None:
 
 
 def show(name: str, config: DumpConfig, rate: float, files: int) -> None:
+    """Print the dry run of one shard, and the time it would take at `rate` rows/s."""
     text = dry_run(config)
     print(f"\n## {name}\n\n$ softcache dump --dry-run …\n{text}")
     rows = re.search(r"([\d,]+) samples(?: \(.*?\))? x ([\d,]+) view", text)
@@ -108,7 +109,7 @@ def show(name: str, config: DumpConfig, rate: float, files: int) -> None:
             f"at {rate:,.0f} rows/s on each of {files} GPU(s): {files} file(s), {hours:,.1f} hours"
         )
     if Path(config.out).exists():
-        raise SystemExit("the dry run wrote a file")
+        raise SystemExit(f"the dry run wrote {config.out}; expected no file")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A student of the cache against its twin on hard labels alone, over several seeds.
+"""A student of the cache against its hard-label baseline, over several seeds.
 
-One cache, and for each seed one `softcache train --baseline`: the twin has the same first weights,
-batches and number of steps.
+There is one cache, and one `softcache train --baseline` for each seed. The baseline has the same initial
+weights, batches and number of steps as the student.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ def main() -> None:
     parser.add_argument("--student", default=STUDENT)
     parser.add_argument("--data", default="idx:data/mnist")
     parser.add_argument("--eval-data", default="idx:data/mnist@test")
-    parser.add_argument("--samples", type=int, help="train on the first of the data [default: all]")
+    parser.add_argument("--samples", type=int, help="train on the first samples [default: all]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--alpha", type=float, default=0.9)
     parser.add_argument("--dump-temperature", type=float, default=TEMPERATURE)
-    parser.add_argument("--temperature", type=float, help="of training [default: that of the dump]")
+    parser.add_argument("--temperature", type=float, help="of training [default: as in the dump]")
     parser.add_argument("--views", type=int, default=1, help="as in softcache dump")
     parser.add_argument("--augment", help="as in softcache dump")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
-        "--folder", type=Path, help="where cache and runs go [default: a temporary folder]"
+        "--folder", type=Path, help="folder for cache and runs [default: a temporary one]"
     )
     options = parser.parse_args()
     with work_folder(options.folder) as folder:
@@ -77,25 +77,26 @@ def main() -> None:
                 device=options.device,
                 overwrite=True,
             )
-            for learner in train(config):
-                assert learner.evaluation is not None  # train evaluates on eval_data
-                errors.setdefault(learner.name, []).append(learner.evaluation.errors)
+            for student in train(config):
+                assert student.evaluation is not None  # train() evaluates on eval_data
+                errors.setdefault(student.name, []).append(student.evaluation.errors)
     print(
         f"\nTest errors of {options.student} after {options.epochs} epochs, alpha {options.alpha}, T "
         f"{options.temperature or options.dump_temperature}, {options.views} view(s); {machine()}"
     )
     lines = [
-        (name, *found, f"{statistics.mean(found):.1f}", deviation(found))
-        for name, found in errors.items()
+        (name, *counts, f"{statistics.mean(counts):.1f}", deviation(counts))
+        for name, counts in errors.items()
     ]
-    soft, hard = errors.values()
-    fewer = [b - a for a, b in zip(soft, hard, strict=True)]
+    distilled, baseline = errors.values()
+    fewer = [hard - soft for soft, hard in zip(distilled, baseline, strict=True)]
     lines.append(("fewer", *fewer, f"{statistics.mean(fewer):.1f}", deviation(fewer)))
     headers = ("student", *(f"seed {seed}" for seed in options.seeds), "mean", "std. deviation")
     print(tabulate(lines, headers=headers, disable_numparse=True))
 
 
 def deviation(values: list[int]) -> str:
+    """The standard deviation as a table cell."""
     return f"{statistics.stdev(values):.1f}" if len(values) > 1 else "-"
 
 

@@ -1,6 +1,6 @@
-"""Four students in one run against four runs of one: the same students, the same files.
+"""Four students in one run against four runs with one student each.
 
-Each run is a process of its own, as people start it; the weights must come out the same.
+Each run is a process of its own, as on the command line. The weights must be the same.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(augment: str, options: argparse.Namespace, folder: Path) -> list[str]:
-    """A line of the table."""
+    """The line of the table for one augmentation."""
     data = first_samples(options.data, options.samples, folder)
     cache = dump(
         DumpConfig(
@@ -70,39 +70,40 @@ def measure(augment: str, options: argparse.Namespace, folder: Path) -> list[str
         command += [f"--epochs={options.epochs}", f"--out={folder / out}", "--overwrite"]
         subprocess.run(command, check=True, capture_output=True)
 
-    def four() -> float:
+    def four_runs() -> float:
         start = time.perf_counter()
         for number, student in enumerate(options.students):
             run(f"alone-{number}", student)
         return time.perf_counter() - start
 
-    def one() -> float:
+    def one_run() -> float:
         start = time.perf_counter()
         run("together", *options.students)
         return time.perf_counter() - start
 
-    seconds = alternate({"four": four, "one": one}, options.repeats)
+    seconds = alternate({"four": four_runs, "one": one_run}, options.repeats)
     check_same(folder, options.students)
-    found = ratios(seconds["one"], seconds["four"])
     return [
         augment,
-        *(f"{statistics.median(seconds[way]):.1f}" for way in ("four", "one")),
-        *spread(found),
+        *(f"{statistics.median(seconds[name]):.1f}" for name in ("four", "one")),
+        *spread(ratios(seconds["one"], seconds["four"])),
     ]
 
 
 def check_same(folder: Path, students: list[str]) -> None:
-    """The four that were trained together are those that were trained alone."""
+    """Stop unless the students that were trained together are the same as those trained alone."""
     together = sorted((folder / "together").glob("*/student.safetensors"))
     alone = [load_file(folder / f"alone-{n}" / "student.safetensors") for n in range(len(students))]
     for path in together:
-        found = load_file(path)
+        weights = load_file(path)
         same = any(
-            set(found) == set(other) and all(torch.equal(found[n], other[n]) for n in found)
+            set(weights) == set(other) and all(torch.equal(weights[n], other[n]) for n in weights)
             for other in alone
         )
         if not same:
-            raise SystemExit(f"{path.parent.name} is another student than the one trained alone")
+            raise SystemExit(
+                f"{path.parent.name} has other weights than all students that were trained alone"
+            )
 
 
 if __name__ == "__main__":

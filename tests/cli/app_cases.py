@@ -1,4 +1,4 @@
-"""What the tests of app share."""
+"""Models, files and command lines that the tests of the command line share."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 class Model(nn.Module):
-    def __init__(self, answer):
+    def __init__(self, change):
         super().__init__()
-        self.answer, self.linear = answer, nn.Linear(64, 5)
+        self.change, self.linear = change, nn.Linear(64, 5)
 
     def forward(self, x):
-        return self.answer(self.linear(x.flatten(1)))
+        return self.change(self.linear(x.flatten(1)))
 
 def teacher():
     return Model(lambda z: z)
@@ -43,31 +43,31 @@ def narrow():
     return Model(lambda z: z[:, :3])
 
 def raises():
-    """In mid-dump: not on the single sample of the trial."""
-    def answer(z):
+    """In the middle of the dump: not on the single sample of the trial."""
+    def change(z):
         if len(z) > 1:
             raise ValueError("no\\nmore")
         return z
-    return Model(answer)
+    return Model(change)
 '''
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Files for a command line; `folder` holds all but the data and the finished cache."""
+class Workspace:
+    """Files for a command line; everything but the data and the finished cache is in `folder`."""
 
     folder: Path
     data: str
     cache: Cache
 
     def dump(self, teacher: str = "teacher", *more: str | Path) -> Arguments:
-        """A dump of the tiny data; options in `more` override those before."""
+        """A dump of the tiny data; options in `more` override the usual ones."""
         spec = teacher if ":" in teacher else f"{self.folder}/models.py:{teacher}"
         options = ["--teacher", spec, "--data", self.data, "--out", str(self.folder / "new.h5")]
         return ["dump", *options, *more]
 
     def train(self, *more: str | Path, cache: str | Path = "") -> Arguments:
-        """A run from the finished cache; options in `more` override those before."""
+        """A run from the finished cache; options in `more` override the usual ones."""
         options = ["--out", str(self.folder / "run"), "--epochs", "1"]
         options += [] if "--student" in more else ["--student", "mlp:4"]
         data = [] if "--data" in more else ["--data", self.data]
@@ -79,7 +79,7 @@ class Place:
         return path
 
     def arrays(self, change: str) -> str:
-        """The tiny data with a change, under their own name."""
+        """The tiny data with a change, but with the same file name."""
         images, labels = make_arrays()
         if change == "cut":
             images, labels = images[:-1], labels[:-1]

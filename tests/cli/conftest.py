@@ -1,4 +1,4 @@
-"""Fixtures that the tests of this folder share."""
+"""Fixtures for the tests of the command line."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from softcache.cache import Cache
-from tests.cli.app_cases import MODELS, Place
+from tests.cli.app_cases import MODELS, Workspace
 
 
 @pytest.fixture
-def place(tmp_path: Path, cache: Cache, data_file: Path) -> Place:
-    folder = tmp_path / "place"
+def workspace(tmp_path: Path, cache: Cache, data_file: Path) -> Workspace:
+    folder = tmp_path / "workspace"
     folder.mkdir()
     (folder / "models.py").write_text(MODELS)
-    return Place(folder, f"npz:{data_file}", cache)
+    return Workspace(folder, f"npz:{data_file}", cache)

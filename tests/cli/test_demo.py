@@ -1,4 +1,4 @@
-"""The demo's command lines; what they do is tested where it is done."""
+"""The command lines of the demo. What they do is tested with the commands themselves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from softcache.train.grid import make_variants
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A data folder with something that has the name of the teacher's weights."""
+    """A data folder with a file that only has the name of the teacher's weights."""
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "teacher.safetensors").write_bytes(b"no weights")
@@ -28,7 +28,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def parse(arguments: list[str]) -> click.Context:
-    """What the command line makes of the arguments; nothing is run."""
+    """Parse a command line without running it."""
     command = main.get_command(click.Context(main), arguments[0])
     assert command is not None
     return command.make_context(arguments[0], arguments[1:])
@@ -48,7 +48,7 @@ def test_the_command_lines_are_those_of_the_whole_job(data: Path, tmp_path: Path
 
 
 def train_config(options: dict[str, Any]) -> TrainConfig:
-    """As the command itself makes it."""
+    """The configuration, as the command makes it from its options."""
     variants = make_variants(*(options.pop(name) for name in ("student", "grid", "tables")))
     return make_train_config(students=variants, **options)
 
@@ -76,7 +76,7 @@ def test_the_student_has_a_tenth_of_the_teachers_parameters(data: Path, tmp_path
 def test_a_folder_without_the_teacher_is_told_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(
         SettingsError,
-        match=r"no .*teacher\.safetensors; run the demo in a clone of the project, or .*--data-dir",
+        match=r".*teacher\.safetensors does not exist; run the demo in a clone of .*, or .*--data-dir",
     ):
         demo_commands(tmp_path, tmp_path, seed=0)
 
@@ -96,8 +96,8 @@ def test_the_command_tells_what_is_missing_in_one_line(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr == (
-        f"Error: no {tmp_path}/teacher.safetensors; run the demo in a clone of the project, or name "
-        "its data folder with --data-dir\n"
+        f"Error: {tmp_path}/teacher.safetensors does not exist; run the demo in a clone of the project, "
+        "or name its data folder with --data-dir\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: every bad input is one line on stderr, and nothing slow is imported for nothing (2)."""
+"""The command line: help, defaults, output, and that slow imports happen only where they are needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softcache.cli.app import main
 from softcache.dump.config import DumpConfig
 from softcache.train.config import StudentConfig, TrainConfig, make_train_config
 from softcache.train.grid import make_variants
-from tests.cli.app_cases import Place, softcache
+from tests.cli.app_cases import Workspace, softcache
 from tests.conftest import Run
 
 COMMANDS = (
@@ -25,7 +25,7 @@ COMMANDS = (
 )  # fmt: skip
 
 
-# what the commands say
+# help and options
 def test_every_command_has_help() -> None:
     overview = softcache("--help").stdout
     for command in COMMANDS:
@@ -45,7 +45,7 @@ def test_the_version_is_the_packages() -> None:
 def test_an_option_has_the_default_of_its_setting() -> None:
     arguments = ["--data=d", "--out=o"]
     options = main.commands["dump"].make_context("dump", ["--teacher=mlp:4", *arguments]).params
-    del options["dry_run"]  # what to do, and no setting
+    del options["dry_run"]  # not a setting
     options["first_view"], options["views"] = options["views"]
     check_defaults(DumpConfig(**options))
     options = main.commands["train"].make_context("train", ["--student=mlp:4", *arguments]).params
@@ -63,29 +63,29 @@ def check_defaults(config: DumpConfig | TrainConfig | StudentConfig) -> None:
 
 
 def test_options_have_one_name_and_one_type_in_all_commands() -> None:
-    """But for what they hold: train takes several --data, import a --temperature without a default."""
-    seen: dict[str, tuple[str, str]] = {}
+    """Whether an option is repeatable, and its default, can differ between commands."""
+    first_seen: dict[str, tuple[str, str]] = {}
     for command in main.commands.values():
         for param in command.params:
             if isinstance(param, click.Option):
                 name = max(param.opts, key=len)
                 kind = f"{param.type.name} {getattr(param.type, 'choices', '')}"
                 if (command.name, name) not in TYPES_THAT_DIFFER:
-                    first, expected = seen.setdefault(name, (str(command.name), kind))
+                    first, expected = first_seen.setdefault(name, (str(command.name), kind))
                     assert kind == expected, f"{name} of {command.name} and {first}"
 
 
 TYPES_THAT_DIFFER = {
-    ("train", "--precision"),  # tf32 is of a dump alone
-    ("train", "--batch-size"),  # auto is of a dump alone
+    ("train", "--precision"),  # only a dump has tf32
+    ("train", "--batch-size"),  # only a dump has auto
     ("pull", "--views"),  # a range, not a number
 }
 
 
-def test_info_tells_people_what_the_header_says(place: Place) -> None:
-    shown = softcache("info", place.cache.path).stdout
+def test_info_tells_people_what_the_header_says(workspace: Workspace) -> None:
+    shown = softcache("info", workspace.cache.path).stdout
     for line in (
-        f"content      {place.cache.content_id()}",
+        f"content      {workspace.cache.content_id()}",
         "samples      300 of npz:tiny.npz@train, 1 view(s), augmented by nothing, seed 0",
         "classes      5: 0, 1, 2, 3, 4",
         "temperature  4",
@@ -93,21 +93,21 @@ def test_info_tells_people_what_the_header_says(place: Place) -> None:
         assert f"{line}\n" in shown
 
 
-def test_info_tells_programs_the_same(place: Place) -> None:
-    facts = json.loads(softcache("info", place.cache.path, "--json").stdout)
+def test_info_tells_programs_the_same(workspace: Workspace) -> None:
+    facts = json.loads(softcache("info", workspace.cache.path, "--json").stdout)
     assert facts["complete"] is True
     assert facts["coverage"] == 1.0
-    assert facts["content_id"] == place.cache.content_id()
-    assert facts["bytes_per_sample"] == place.cache.path.stat().st_size / 300
+    assert facts["content_id"] == workspace.cache.content_id()
+    assert facts["bytes_per_sample"] == workspace.cache.path.stat().st_size / 300
     assert facts["evaluation"]["samples"] == 100
     assert facts["summary"]["rows"] == 300
 
 
-def test_verify_tells_the_content_id(place: Place) -> None:
-    content_id = place.cache.content_id()
-    result = softcache("verify", place.cache.path, "--expect", content_id)
+def test_verify_tells_the_content_id(workspace: Workspace) -> None:
+    content_id = workspace.cache.content_id()
+    result = softcache("verify", workspace.cache.path, "--expect", content_id)
     assert result.exit_code == 0
-    assert result.stdout == f"{place.cache.path}: intact, content id {content_id}\n"
+    assert result.stdout == f"{workspace.cache.path}: intact, content id {content_id}\n"
 
 
 # processes
@@ -116,16 +116,16 @@ def test_a_process_tells_an_error_like_the_rest(run: Run) -> None:
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr == (
-        "Error: nowhere.h5: No such file or directory; expected a cache as softcache dump makes it\n"
+        "Error: nowhere.h5: No such file or directory; expected a cache made by softcache dump\n"
     )
 
 
 def imported(program: str, *arguments: str | Path) -> set[str]:
-    """Modules that a process has loaded at the end of `program`."""
+    """The modules that a process has loaded at the end of `program`."""
     program += "\nimport sys\nprint('\\nloaded', *sys.modules)"
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return set(done.stdout.splitlines()[-1].split()[1:])
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(result.stdout.splitlines()[-1].split()[1:])
 
 
 INFO = "import sys; from softcache.cli.app import main; main(sys.argv[1:], standalone_mode=False)"
@@ -135,8 +135,8 @@ def test_torch_is_imported_only_where_it_is_used(cache: Cache) -> None:
     slow = {"torch", "accelerate", "h5py", "safetensors"}
     assert not slow & imported("import softcache")
     assert not slow & imported("import softcache.cli.app")
-    for more in ([], ["--json"]):
-        modules = imported(INFO, "info", cache.path, *more)
+    for options in ([], ["--json"]):
+        modules = imported(INFO, "info", cache.path, *options)
         assert "softcache.files.describe" in modules
         assert not slow & modules
 

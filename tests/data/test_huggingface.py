@@ -11,7 +11,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from softcache.data.keys import sample_keys
 from softcache.data.open import open_source
 from softcache.data.text import decode
 from softcache.errors import DataError, SettingsError
@@ -63,6 +65,19 @@ def test_texts_are_code_points_of_the_longest(reviews: Path) -> None:
     assert decode(short) == [text[:7].rstrip("\0") for text in texts]
 
 
+def test_texts_that_are_cut_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = saved(tmp_path / "t", text=["☕" * 9, "12345", "123456", ""], label=[0, 1, 0, 1])
+    open_source(f"{spec}?length=5")
+    assert (
+        "2 of 4 texts are longer than 5 characters and are cut; the longest has 9 (?length=9 cuts none)"
+        in capsys.readouterr().out
+    )
+    for whole in (spec, f"{spec}?length=9"):
+        source = open_source(whole)
+        assert source.fetch([0])[0].shape == (1, 9)
+        assert "cut" not in capsys.readouterr().out
+
+
 def test_columns_of_numbers_are_inputs(tmp_path: Path) -> None:
     values = np.arange(12.0).reshape(4, 3)
     spec = saved(tmp_path / "n", x=values.tolist(), y=["b", "a", None, "b"])
@@ -90,6 +105,83 @@ def test_a_parquet_file_is_a_data_set(reviews: Path, tmp_path: Path) -> None:
     whole = open_source(f"hfds:{reviews}?length=9").fetch(range(3))
     assert torch.equal(source.fetch(range(3))[0], whole[0])
     assert source.class_names == ("bad", "good")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_has_the_key_that_it_has_in_a_folder(tmp_path: Path, orientation: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / "images" / "cat" / "0.jpg"
+    file.parent.mkdir(parents=True)
+    Image.fromarray(pixels).save(file, exif=exif)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for name, image in (("path", str(file)), ("bytes", {"bytes": file.read_bytes(), "path": None})):
+        table = datasets.Dataset.from_dict({"image": [image], "label": [0]}, features=features)
+        table.save_to_disk(str(tmp_path / name))
+        for query in ("", "?size=16", "?size=12x18"):
+            folder, hub = f"folder:{tmp_path / 'images'}{query}", f"hfds:{tmp_path / name}{query}"
+            inputs = [open_source(spec).fetch([0])[0] for spec in (folder, hub)]
+            assert sample_keys(inputs[0]).tolist() == sample_keys(inputs[1]).tolist()
+            if not query:
+                assert inputs[1].shape[2:] == ((20, 30) if orientation < 5 else (30, 20))
+
+
+def test_an_image_that_cannot_be_converted_is_named(
+    pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(f"hfds:{pets}?size=8")
+
+    def refuse(image: object, pixels: object) -> None:
+        raise DataError("its mode is odd; save it as RGB")
+
+    monkeypatch.setattr("softcache.data.huggingface.as_array", refuse)
+    with pytest.raises(DataError, match=r"@train: sample 3 cannot be read: its mode is odd; save"):
+        source.fetch([3, 1])
+
+
+# classes
+
+
+def named(folder: Path, labels: list[int | None]) -> str:
+    names = datasets.ClassLabel(names=["neg", "neutral", "pos"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    rows = {"text": [str(label) for label in labels], "label": labels}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder))
+    return f"hfds:{folder}"
+
+
+def test_classes_in_another_order_are_mapped_by_name(tmp_path: Path) -> None:
+    spec = named(tmp_path / "x", [0, 1, 2, None, 2])
+    source = open_source(f"{spec}?classes=pos,neg,neutral")
+    assert source.class_names == ("pos", "neg", "neutral")
+    assert source.fetch(range(5))[1].tolist() == [1, 2, 0, -1, 0]
+    assert open_source(spec).fetch(range(5))[1].tolist() == [0, 1, 2, -1, 2]
+
+
+@pytest.mark.parametrize(
+    ("classes", "problem"),
+    [
+        ("pos,neg", "leaves out 'neutral'"),
+        ("pos,neg,neutral,other", "has 'other', which is not one of them"),
+        ("positive,negative,neutral", "has 'positive', which is not one of them"),
+    ],
+)
+def test_other_classes_are_refused(tmp_path: Path, classes: str, problem: str) -> None:
+    spec = named(tmp_path / "x", [0, 1, 2])
+    with pytest.raises(
+        SettingsError,
+        match=f"'label' has the classes neg, neutral, pos; classes={classes} {problem}; expected all",
+    ):
+        open_source(f"{spec}?classes={classes}")
+
+
+def test_gaps_in_labels_are_unlabelled(tmp_path: Path) -> None:
+    spec = saved(tmp_path / "x", text=["a", "b", "c"], label=[1.0, None, 0.0])
+    assert open_source(spec).fetch(range(3))[1].tolist() == [1, -1, 0]
+    spec = saved(tmp_path / "y", text=["a", "b", "c"], label=["no", "", "yes"])
+    source = open_source(spec)
+    assert (source.fetch(range(3))[1].tolist(), source.class_names) == ([0, -1, 1], ("no", "yes"))
 
 
 def test_a_source_goes_to_another_process(pets: Path) -> None:

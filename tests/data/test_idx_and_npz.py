@@ -231,7 +231,17 @@ def test_inputs_that_are_no_numbers_by_sample_are_refused(
         open_source(f"npz:{tmp_path / 'a.npz'}")
 
 
-@pytest.mark.parametrize("y", [np.zeros(2, int), np.zeros(3), np.zeros((3, 2), int), np.array(1)])
+@pytest.mark.parametrize(
+    "y",
+    [
+        np.zeros(2, int),
+        np.array([0, 0.5, 1]),
+        np.array([0, np.inf, 1]),
+        np.array([0, 1e19, 1]),
+        np.zeros((3, 2), int),
+        np.array(1),
+    ],
+)
 def test_labels_that_are_not_a_whole_number_for_each_input_are_refused(
     tmp_path: Path, y: npt.NDArray[Any]
 ) -> None:

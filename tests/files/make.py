@@ -1,7 +1,7 @@
-"""Writes the caches of this release that are checked in, and what they decode to.
+"""Write caches with this release, and the values they decode to, to be checked in.
 
-`python -m tests.files.make` in the project's folder wrote 1.0/ and 1.1/ with softcache 0.1.0. Files that
-are there are never written again: a release that changes the format adds a folder of its own.
+`python -m tests.files.make`, run in the root of the project with softcache 0.1.0, wrote 1.0/ and 1.1/.
+Existing files are never rewritten: a release that changes the format adds a folder of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OTHER_TEMPERATURE = 3.0
 
 
 def teacher(seed: int = 1) -> nn.Module:
-    """Untrained, but always the same: its weights are exact in every release of torch."""
+    """An untrained teacher whose weights are the same, to the bit, in every release of torch."""
     last = nn.Linear(SIDE * SIDE, CLASSES)
     numbers = np.random.Generator(np.random.PCG64(seed)).integers(-64, 64, (CLASSES, SIDE * SIDE))
     with torch.no_grad():
@@ -49,9 +49,9 @@ def second_teacher() -> nn.Module:
 
 
 def main() -> None:
-    one, two = (f"tests.files.make:{name}" for name in ("teacher", "second_teacher"))
+    teachers = [f"tests.files.make:{name}" for name in ("teacher", "second_teacher")]
     plain = DumpConfig(
-        teacher=one,
+        teacher=teachers[0],
         data="npz:images.npz",
         temperature=2.0,
         views=2,
@@ -59,14 +59,17 @@ def main() -> None:
         seed=5,
         out=Path(),
     )
-    both = replace(plain, teacher=[one, two], teacher_weight=[1, 3], augment="shift:1,mixup")
-    bare = replace(plain, data="npz:unlabelled.npz", temperature=1.0, views=1, augment=None)
+    ensemble = replace(plain, teacher=teachers, teacher_weight=[1, 3], augment="shift:1,mixup")
+    unlabelled = replace(plain, data="npz:unlabelled.npz", temperature=1.0, views=1, augment=None)
     folders = {
         "1.0": {name: replace(plain, encoding=encoding) for name, encoding in ENCODINGS.items()}
-        | {"two-teachers": replace(both, first_view=2, shard=(1, 2)), "unlabelled": bare},
+        | {
+            "two-teachers": replace(ensemble, first_view=2, shard=(1, 2)),
+            "unlabelled": unlabelled,
+        },
         "1.1": {"embedded": replace(plain, embed_inputs=True)},
     }
-    # in a folder of its own, so that no path of this machine can reach a header
+    # in a temporary folder with relative paths, so that headers hold no paths of this machine
     with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):
         random = np.random.Generator(np.random.PCG64(0))
         images = random.integers(0, 256, (SAMPLES, 1, SIDE, SIDE), dtype=np.uint8)
@@ -76,7 +79,7 @@ def main() -> None:
         for version, configs in folders.items():
             folder = HERE / version
             if any(folder.glob("*.h5")):
-                print(f"{folder} holds files already; they are never written again")
+                print(f"{folder} already holds files, which are never rewritten; skipped")
                 continue
             folder.mkdir(exist_ok=True)
             for name, config in configs.items():
@@ -84,6 +87,7 @@ def main() -> None:
 
 
 def write(folder: Path, name: str, config: DumpConfig) -> None:
+    """Write NAME.h5, its decoded values NAME.npz, and its content id in NAME.json."""
     cache = dump(replace(config, out=Path(f"{name}.h5")))
     arrays: dict[str, Any] = expected(cache)
     np.savez_compressed(folder / f"{name}.npz", **arrays)
@@ -93,22 +97,26 @@ def write(folder: Path, name: str, config: DumpConfig) -> None:
 
 
 def expected(cache: Cache) -> dict[str, npt.NDArray[Any]]:
-    """What the cache decodes to: rows (views, samples, C) float32, labels, keys."""
+    """The values that a cache decodes to.
+
+    Returns:
+        rows: (views, samples, C) float32; other: the same at OTHER_TEMPERATURE, if the encoding can be
+        re-tempered; labels, keys: (samples,); inputs: (samples, *shape), if they are embedded.
+    """
     header = cache.header
-    every = np.arange(header.samples)
-    rows = np.stack([cache.rows(view, every) for view in range(header.views)])
-    found: dict[str, npt.NDArray[Any]] = {
-        "rows": rows,
+    cache_rows = np.arange(header.samples)
+    values: dict[str, npt.NDArray[Any]] = {
+        "rows": np.stack([cache.rows(view, cache_rows) for view in range(header.views)]),
         "labels": np.array(cache.labels),
         "keys": np.array(cache.keys),
     }
     if header.embeds_inputs:
-        found["inputs"] = np.array(cache.arrays["inputs"])
+        values["inputs"] = np.array(cache.arrays["inputs"])
     if not isinstance(header.encoding, Sampled):
-        found["other"] = np.stack(
-            [cache.rows(view, every, OTHER_TEMPERATURE) for view in range(header.views)]
+        values["other"] = np.stack(
+            [cache.rows(view, cache_rows, OTHER_TEMPERATURE) for view in range(header.views)]
         )
-    return found
+    return values
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Soft targets as a plain matrix, and back into a cache."""
+"""`softcache export-labels`: soft targets as a plain matrix, and back into a cache."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def test_the_matrix_is_what_the_cache_decodes_to(
     cache = dump(replace(dump_config, encoding=encoding, views=2, augment="shift:1"))
     for view, temperature in ((0, None), (1, 2.0)):
         export_labels(cache.path, tmp_path / "p.npy", view=view, temperature=temperature)
-        found = np.load(tmp_path / "p.npy")
-        wanted = np.exp(cache.rows(view, np.arange(300), temperature))
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+        matrix = np.load(tmp_path / "p.npy")
+        expected = np.exp(cache.rows(view, np.arange(300), temperature))
+        assert matrix.dtype == np.float32
+        np.testing.assert_allclose(matrix, expected, rtol=1e-6)
 
 
 def test_there_and_back_is_the_same_cache_of_rows(
     cache: Cache, dump_config: DumpConfig, tmp_path: Path, run: Run
 ) -> None:
-    said = run("export-labels", cache.path, "-o", "p.npy", "--temperature", 1, check=True).stdout
-    assert said == "p.npy: probabilities of 300 samples, 5 classes, at temperature 1\n"
+    output = run("export-labels", cache.path, "-o", "p.npy", "--temperature", 1, check=True).stdout
+    assert output == "p.npy: probabilities of 300 samples, 5 classes, at temperature 1\n"
     run("dump", "--teacher", "p.npy", "--teacher-output", "probabilities", "--data", dump_config.data,
         "--temperature", 4, "--out", "back.h5", check=True)  # fmt: skip
     from softcache.cache import open_cache
@@ -53,7 +53,7 @@ def test_there_and_back_is_the_same_cache_of_rows(
         ("p.npy", {"temperature": 0.0}, r"temperature is 0\.0; expected a number above 0"),
     ],
 )
-def test_what_cannot_be_had_is_told(
+def test_what_cannot_be_exported_is_refused(
     out: str, options: dict[str, float], message: str, cache: Cache, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match=message):

@@ -1,3 +1,5 @@
+"""`softcache import`: caches of matrices and of the top classes of each row."""
+
 from __future__ import annotations
 
 import math
@@ -35,38 +37,38 @@ def data(data_file: Path) -> str:
 
 
 def top_rows(folder: Path, probabilities: npt.NDArray[np.float32], **columns: Any) -> Path:
-    """A folder of save_to_disk with the K largest of each row."""
+    """A dataset, saved to disk, with the K largest log-probabilities of each row."""
     ids = np.argsort(-probabilities, axis=1)[:, :K]
     log_probs = np.log(np.take_along_axis(probabilities, ids, 1))
-    known: dict[str, Any] = {"ids": ids.tolist(), "log_probs": log_probs.tolist()}
-    datasets.Dataset.from_dict(known | columns).save_to_disk(str(folder))
+    top: dict[str, Any] = {"ids": ids.tolist(), "log_probs": log_probs.tolist()}
+    datasets.Dataset.from_dict(top | columns).save_to_disk(str(folder))
     return folder
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt"])
-@pytest.mark.parametrize("holds", ["logits", "probabilities", "log_probabilities"])
+@pytest.mark.parametrize("output", ["logits", "probabilities", "log_probabilities"])
 def test_a_matrix_of_each_kind_becomes_a_cache(
     data: str,
     tmp_path: Path,
     probabilities: npt.NDArray[np.float32],
     suffix: str,
-    holds: str,
+    output: str,
 ) -> None:
     values = {
         "probabilities": probabilities,
         "log_probabilities": np.log(probabilities),
         "logits": np.log(probabilities) + 7,
-    }[holds]
-    file = tmp_path / f"said{suffix}"
+    }[output]
+    file = tmp_path / f"outputs{suffix}"
     if suffix == ".npy":
         np.save(file, values)
     elif suffix == ".npz":
-        np.savez(file, said=values)
+        np.savez(file, outputs=values)
     else:
         torch.save(torch.from_numpy(values), file)
-    cache = import_labels(str(file), data=data, out=tmp_path / "c.h5", teacher_output=holds)
-    found = np.exp(cache.rows(0, np.arange(SAMPLES)))
-    np.testing.assert_allclose(found, probabilities, atol=2e-3)
+    cache = import_labels(str(file), data=data, out=tmp_path / "c.h5", teacher_output=output)
+    stored = np.exp(cache.rows(0, np.arange(SAMPLES)))
+    np.testing.assert_allclose(stored, probabilities, atol=2e-3)
     assert cache.header.temperature == 1.0
 
 
@@ -74,22 +76,22 @@ def test_soft_targets_of_another_temperature_are_undone(
     data: str, tmp_path: Path, probabilities: npt.NDArray[np.float32]
 ) -> None:
     at_4 = torch.softmax(torch.from_numpy(np.log(probabilities)) / 4, -1).numpy()
-    np.save(tmp_path / "said.npy", at_4)
+    np.save(tmp_path / "outputs.npy", at_4)
     arguments: dict[str, Any] = {
         "data": data,
         "teacher_output": "probabilities",
         "teacher_temperature": 4.0,
     }
-    own = import_labels(str(tmp_path / "said.npy"), out=tmp_path / "a.h5", **arguments)
-    assert own.header.temperature == 4.0
-    assert own.header.teachers[0]["temperature"] == 4.0
-    at = np.arange(SAMPLES)
-    np.testing.assert_allclose(np.exp(own.rows(0, at)), at_4, atol=1e-3)
-    np.testing.assert_allclose(np.exp(own.rows(0, at, 1.0)), probabilities, atol=4e-3)
-    cold = import_labels(
-        str(tmp_path / "said.npy"), out=tmp_path / "b.h5", temperature=1.0, **arguments
+    cache = import_labels(str(tmp_path / "outputs.npy"), out=tmp_path / "a.h5", **arguments)
+    assert cache.header.temperature == 4.0
+    assert cache.header.teachers[0]["temperature"] == 4.0
+    rows = np.arange(SAMPLES)
+    np.testing.assert_allclose(np.exp(cache.rows(0, rows)), at_4, atol=1e-3)
+    np.testing.assert_allclose(np.exp(cache.rows(0, rows, 1.0)), probabilities, atol=4e-3)
+    cache_at_1 = import_labels(
+        str(tmp_path / "outputs.npy"), out=tmp_path / "b.h5", temperature=1.0, **arguments
     )
-    np.testing.assert_allclose(np.exp(cold.rows(0, at)), probabilities, atol=2e-3)
+    np.testing.assert_allclose(np.exp(cache_at_1.rows(0, rows)), probabilities, atol=2e-3)
 
 
 def test_top_classes_of_a_hugging_face_data_set_are_kept_exactly(
@@ -101,11 +103,11 @@ def test_top_classes_of_a_hugging_face_data_set_are_kept_exactly(
     assert isinstance(cache.header.encoding, TopK)
     assert cache.header.encoding.k == K
     assert cache.header.teachers[0]["name"] == "hfds:rows?ids=ids&log_probs=log_probs"
-    found = np.exp(cache.rows(0, np.arange(SAMPLES)))
+    stored = np.exp(cache.rows(0, np.arange(SAMPLES)))
     ids = np.argsort(-probabilities, axis=1)[:, :K]
     top = np.take_along_axis(probabilities, ids, 1)
-    np.testing.assert_allclose(np.take_along_axis(found, ids, 1), top, atol=2e-3)
-    rest = np.take_along_axis(found, np.argsort(-probabilities, axis=1)[:, K:], 1)
+    np.testing.assert_allclose(np.take_along_axis(stored, ids, 1), top, atol=2e-3)
+    rest = np.take_along_axis(stored, np.argsort(-probabilities, axis=1)[:, K:], 1)
     np.testing.assert_allclose(
         rest, ((1 - top.sum(1)) / (CLASSES - K))[:, None].repeat(2, 1), atol=2e-3
     )
@@ -116,19 +118,22 @@ def test_top_classes_of_a_hugging_face_data_set_are_kept_exactly(
     [
         (
             {"ids": [[[0, 1, 2]] * 4] * SAMPLES},
-            r"Lists of lists, as of the tokens of a text, are not",
+            r"Nested lists, such as one for each token, are not supported",
         ),
         ({"ids": [[0]] + [[0, 1, 2]] * (SAMPLES - 1)}, r"expected k numbers in every row"),
-        ({"ids": [[0, 1, 9]] * SAMPLES}, r"has class id 9; expected 0 to 4"),
-        ({"ids": [[0, 1, 1]] * SAMPLES}, r"names a class twice in row 0; expected each once"),
-        ({"ids": [[0, 1]] * SAMPLES}, r"expected as many of each, and no more than classes"),
+        ({"ids": [[0, 1, 9]] * SAMPLES}, r"has class ids 0 to 9; expected 0 to 4"),
+        (
+            {"ids": [[0, 1, 1]] * SAMPLES},
+            r"repeats a class id in row 0; expected distinct class ids",
+        ),
+        ({"ids": [[0, 1]] * SAMPLES}, r"expected equal shapes with at most 5 columns"),
         (
             {"log_probs": [[0.0, 0.0, 0.0]] * SAMPLES},
-            r"of sample 0 come to a sum of 3; expected at most",
+            r"the probabilities of sample 0 sum to 3; expected at most",
         ),
     ],
 )
-def test_rows_that_are_no_classes_of_a_sample_are_refused(
+def test_rows_that_are_not_top_classes_are_refused(
     data: str,
     tmp_path: Path,
     probabilities: npt.NDArray[np.float32],
@@ -142,17 +147,20 @@ def test_rows_that_are_no_classes_of_a_sample_are_refused(
     assert not list(tmp_path.glob("c.h5*"))
 
 
-def test_what_must_be_named_is_asked_for(
+def test_missing_options_are_named(
     data: str, tmp_path: Path, probabilities: npt.NDArray[np.float32]
 ) -> None:
     folder = top_rows(tmp_path / "rows", probabilities)
-    good, out = f"hfds:{folder}?ids=ids&log_probs=log_probs", tmp_path / "c.h5"
-    with pytest.raises(SettingsError, match=r"holds some classes of each row; add --classes"):
-        import_labels(good, data=data, out=out)
+    source, out = f"hfds:{folder}?ids=ids&log_probs=log_probs", tmp_path / "c.h5"
+    with pytest.raises(
+        SettingsError,
+        match=r"top classes of each row; state the number of all classes with --classes",
+    ):
+        import_labels(source, data=data, out=out)
     with pytest.raises(SettingsError, match=r"expected hfds:ID_OR_FOLDER\?ids=COLUMN&log_probs=C"):
         import_labels(f"hfds:{folder}?ids=ids", data=data, out=out, classes=CLASSES)
     with pytest.raises(SettingsError, match=r"has no column 'top'; it has ids, log_probs"):
-        import_labels(good.replace("ids=ids", "ids=top"), data=data, out=out, classes=CLASSES)
+        import_labels(source.replace("ids=ids", "ids=top"), data=data, out=out, classes=CLASSES)
     with pytest.raises(
         SettingsError, match=r"cnn:8: expected FILE\.npy, FILE\.npz, .*; a model is"
     ):
@@ -163,16 +171,16 @@ def test_what_must_be_named_is_asked_for(
 def test_a_matrix_of_another_number_of_rows_is_refused(
     data: str, tmp_path: Path, rows: int
 ) -> None:
-    np.save(tmp_path / "said.npy", np.zeros((rows, CLASSES), np.float32))
+    np.save(tmp_path / "outputs.npy", np.zeros((rows, CLASSES), np.float32))
     with pytest.raises(
         ModelError, match=rf"has {rows} rows, npz:.* has 300 samples; expected a row"
     ):
-        import_labels(str(tmp_path / "said.npy"), data=data, out=tmp_path / "c.h5")
+        import_labels(str(tmp_path / "outputs.npy"), data=data, out=tmp_path / "c.h5")
 
 
-def test_an_odd_temperature_is_refused(data: str, tmp_path: Path) -> None:
-    np.save(tmp_path / "said.npy", np.zeros((SAMPLES, CLASSES), np.float32))
-    for odd in (0.0, -1.0, math.nan):
+def test_an_impossible_temperature_is_refused(data: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "outputs.npy", np.zeros((SAMPLES, CLASSES), np.float32))
+    for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(
             SettingsError, match=r"teacher-temperature is .*; expected a number above"
         ):
@@ -180,37 +188,38 @@ def test_an_odd_temperature_is_refused(data: str, tmp_path: Path) -> None:
                 teacher="x.npy",
                 data=data,
                 temperature=1.0,
-                teacher_temperature=odd,
+                teacher_temperature=temperature,
                 out=tmp_path / "c.h5",
             )
 
 
 def test_the_commands_are_each_others_way_back(cache: Cache, data: str, tmp_path: Path) -> None:
-    exported = tmp_path / "said.npy"
-    run = CliRunner()
-    assert run.invoke(main, ["export-labels", str(cache.path), "-o", str(exported)]).exit_code == 0
-    result = run.invoke(
+    exported = tmp_path / "outputs.npy"
+    runner = CliRunner()
+    result = runner.invoke(main, ["export-labels", str(cache.path), "-o", str(exported)])
+    assert result.exit_code == 0, result.output
+    result = runner.invoke(
         main,
         ["import", str(exported), "--data", data, "--out", str(tmp_path / "b.h5"),
          "--holds", "probabilities", "--softened", "4"],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "300 samples x 1 view(s), 5 classes, dense" in result.output
-    again, at = open_cache(tmp_path / "b.h5"), np.arange(SAMPLES)
-    np.testing.assert_allclose(again.rows(0, at), cache.rows(0, at), atol=2e-3)
-    np.testing.assert_array_equal(again.keys, cache.keys)
+    imported, rows = open_cache(tmp_path / "b.h5"), np.arange(SAMPLES)
+    np.testing.assert_allclose(imported.rows(0, rows), cache.rows(0, rows), atol=2e-3)
+    np.testing.assert_array_equal(imported.keys, cache.keys)
 
 
 def test_parquet_holds_sample_label_key_and_probabilities(cache: Cache, tmp_path: Path) -> None:
-    out = tmp_path / "said.parquet"
-    said = export_labels(cache.path, out, temperature=2.0)
-    assert said.endswith("probabilities of 300 samples, 5 classes, at temperature 2")
+    out = tmp_path / "targets.parquet"
+    message = export_labels(cache.path, out, temperature=2.0)
+    assert message.endswith("probabilities of 300 samples, 5 classes, at temperature 2")
     table = pyarrow.parquet.read_table(out)
     assert table.column_names == ["sample", "label", "key", "probabilities"]
-    at = np.arange(SAMPLES)
-    rows = np.stack(table.column("probabilities").to_numpy())
-    np.testing.assert_allclose(rows, np.exp(cache.rows(0, at, 2.0)), rtol=1e-6)
-    np.testing.assert_array_equal(table.column("sample").to_numpy(), at)
+    rows = np.arange(SAMPLES)
+    probabilities = np.stack(table.column("probabilities").to_numpy())
+    np.testing.assert_allclose(probabilities, np.exp(cache.rows(0, rows, 2.0)), rtol=1e-6)
+    np.testing.assert_array_equal(table.column("sample").to_numpy(), rows)
     np.testing.assert_array_equal(table.column("label").to_numpy(), cache.labels)
     np.testing.assert_array_equal(table.column("key").to_numpy(), cache.keys)
     assert table.schema.metadata[b"softcache_content_id"].decode() == cache.content_id()

@@ -1,3 +1,5 @@
+"""`softcache pull`: whole and partial pulls, from an HTTP server and from a disk."""
+
 from __future__ import annotations
 
 import os
@@ -28,13 +30,13 @@ from tests.configs import replace
 from tests.servers import Served, http_server
 
 VIEWS, SAMPLES = 4, 300  # of the cache that is served
-BLOCK = 31  # rows, so that no range of a test meets a border
+BLOCK = 31  # rows, so that no range in a test starts or ends at the border of a block
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "WAIT", 0.0)
-    monkeypatch.setattr(remote, "FIRST_READ", 1024)  # so that a small file, too, is read in parts
+    monkeypatch.setattr(remote, "FIRST_READ", 1024)  # so that even a small file is read in parts
     monkeypatch.setattr(remote, "PART", 4096)
     monkeypatch.setattr("softcache.files.pull.PART", 400)
 
@@ -50,7 +52,7 @@ def config(dump_config: DumpConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def dumped() -> dict[str, bytes]:
-    """The file that is served, by its name; made by the first test that needs it."""
+    """The content of the file that is served, by its name; filled by the first test that needs it."""
     return {}
 
 
@@ -69,23 +71,23 @@ def url(served: Served) -> str:
 
 
 def rows_of(served: Served) -> range:
-    """Where the soft targets lie in the file."""
+    """The byte range of the soft targets in the file."""
     array = open_cache(served.folder / "cache.h5").header.array("log_probs")
     return range(array.offset, array.offset + array.nbytes)
 
 
 def test_a_whole_pull_is_the_same_file_to_the_byte(served: Served, tmp_path: Path) -> None:
-    found = pull(url(served), tmp_path / "out" / "copy.h5")
-    assert found.path.read_bytes() == (served.folder / "cache.h5").read_bytes()
-    assert sorted(p.name for p in found.path.parent.iterdir()) == ["copy.h5"]
+    copy = pull(url(served), tmp_path / "out" / "copy.h5")
+    assert copy.path.read_bytes() == (served.folder / "cache.h5").read_bytes()
+    assert sorted(p.name for p in copy.path.parent.iterdir()) == ["copy.h5"]
     assert len(served.asked) > 4 * VIEWS
 
 
 def test_a_path_is_pulled_as_a_url_is(served: Served, tmp_path: Path) -> None:
-    source = served.folder / "cache.h5"
-    for number, place in enumerate((str(source), f"file://{source}")):
-        found = pull(place, tmp_path / f"{number}.h5")
-        assert found.path.read_bytes() == source.read_bytes()
+    path = served.folder / "cache.h5"
+    for number, source in enumerate((str(path), f"file://{path}")):
+        copy = pull(source, tmp_path / f"{number}.h5")
+        assert copy.path.read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("encoding", ["topk:2", "basis:2,1", "quantized", "sampled:5"])
@@ -97,9 +99,9 @@ def test_every_encoding_is_pulled_whole_and_in_part(
     assert copy.path.read_bytes() == config.out.read_bytes()
     part = pull(str(config.out), tmp_path / "part.h5", views=(1, 2), samples=(5, 40))
     assert not find_damage(part)
-    at = np.arange(40)
+    rows = np.arange(40)
     for view in range(2):
-        np.testing.assert_array_equal(part.rows(view, at), whole.rows(view + 1, at + 5))
+        np.testing.assert_array_equal(part.rows(view, rows), whole.rows(view + 1, rows + 5))
     np.testing.assert_array_equal(part.arrays["inputs"], whole.arrays["inputs"][5:45])
 
 
@@ -107,7 +109,7 @@ def test_every_encoding_is_pulled_whole_and_in_part(
     ("views", "samples"),
     [((0, 1), None), ((1, 3), None), (None, (0, 9)), (None, (3, 57)), ((2, 1), (13, 30))],
 )
-def test_a_part_is_a_valid_cache_of_what_was_asked(
+def test_a_part_is_a_valid_cache_of_the_requested_range(
     served: Served, tmp_path: Path, views: tuple[int, int] | None, samples: tuple[int, int] | None
 ) -> None:
     whole = open_cache(served.folder / "cache.h5")
@@ -118,10 +120,10 @@ def test_a_part_is_a_valid_cache_of_what_was_asked(
     assert (header.first_view, header.views) == (first_view, count)
     assert (header.first_sample, header.samples, header.data_samples) == (first, length, SAMPLES)
     assert not find_damage(part)
-    at = np.arange(length)
+    rows = np.arange(length)
     for view in range(count):
-        expected = whole.rows(view + first_view, at + first)
-        np.testing.assert_array_equal(part.rows(view, at), expected)
+        expected = whole.rows(view + first_view, rows + first)
+        np.testing.assert_array_equal(part.rows(view, rows), expected)
     np.testing.assert_array_equal(part.keys, whole.keys[first : first + length])
     np.testing.assert_array_equal(part.labels, whole.labels[first : first + length])
     assert header.summary is not None
@@ -129,25 +131,23 @@ def test_a_part_is_a_valid_cache_of_what_was_asked(
     assert header.summary["fidelity"] == whole.header.summary["fidelity"]
 
 
-def test_views_that_are_not_asked_for_are_not_fetched(served: Served, tmp_path: Path) -> None:
+def test_views_that_are_not_requested_are_not_fetched(served: Served, tmp_path: Path) -> None:
     pull(url(served), tmp_path / "part.h5", views=(1, 1))
     header = open_cache(served.folder / "cache.h5").header
     array = header.array("log_probs")
     size = array.nbytes // VIEWS
     for start, length in served.asked:
-        rows = [array.offset + size, array.offset + 2 * size]
         if start + length > array.offset and start < array.offset + array.nbytes:
-            assert rows[0] <= start
-            assert start + length <= rows[1]
+            assert array.offset + size <= start
+            assert start + length <= array.offset + 2 * size
 
 
-def test_embedded_inputs_count_in_what_is_held_at_a_time(
+def test_embedded_inputs_count_towards_the_size_of_a_piece(
     config: DumpConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dump(replace(config, embed_inputs=True))
-    monkeypatch.setattr(
-        "softcache.files.pull.PART", 40 * BLOCK
-    )  # bytes: of the rows, more than a block
+    # in bytes: several blocks of rows, but less than one block with its inputs
+    monkeypatch.setattr("softcache.files.pull.PART", 40 * BLOCK)
     fetched: list[tuple[int, int]] = []
 
     def counted(remote: RemoteCache, piece: Piece) -> tuple[Arrays, Arrays]:
@@ -156,7 +156,7 @@ def test_embedded_inputs_count_in_what_is_held_at_a_time(
 
     monkeypatch.setattr("softcache.files.pull.fetch_piece", counted)
     pull(str(config.out), tmp_path / "copy.h5")
-    assert max(blocks for view, blocks in fetched if view == 0) == 1, "samples of 64 bytes"
+    assert max(blocks for view, blocks in fetched if view == 0) == 1, "inputs have 64 bytes"
     assert max(blocks for view, blocks in fetched if view == 1) > 1
 
 
@@ -167,9 +167,9 @@ def test_parts_merge_into_the_whole_again(served: Served, tmp_path: Path) -> Non
         for first in (0, 150)
     ]
     merged, whole = merge(parts, tmp_path / "merged.h5"), open_cache(served.folder / "cache.h5")
-    at = np.arange(SAMPLES)
+    rows = np.arange(SAMPLES)
     for view in range(VIEWS):
-        np.testing.assert_array_equal(merged.rows(view, at), whole.rows(view, at))
+        np.testing.assert_array_equal(merged.rows(view, rows), whole.rows(view, rows))
 
 
 def test_a_student_learns_from_a_part(config: DumpConfig, served: Served, tmp_path: Path) -> None:
@@ -192,16 +192,16 @@ def test_a_range_that_is_not_there_is_refused(served: Served, tmp_path: Path) ->
 
 
 def test_another_content_id_than_expected_is_refused(served: Served, tmp_path: Path) -> None:
-    known = open_cache(served.folder / "cache.h5").content_id()
-    pull(url(served), tmp_path / "a.h5", expect=known.upper())
+    content_id = open_cache(served.folder / "cache.h5").content_id()
+    pull(url(served), tmp_path / "a.h5", expect=content_id.upper())
     with pytest.raises(
-        FormatError, match=r"has content id \w+; expected 1234: it is another cache"
+        FormatError, match=r"has content id \w+; expected 1234: this is another cache"
     ):
         pull(url(served), tmp_path / "b.h5", expect="1234")
     assert not (tmp_path / "b.h5").exists()
 
 
-# what is there already
+# existing files
 
 
 def test_the_same_pull_again_finds_it_complete(served: Served, tmp_path: Path) -> None:
@@ -213,37 +213,37 @@ def test_the_same_pull_again_finds_it_complete(served: Served, tmp_path: Path) -
 
 def test_another_file_is_not_replaced_unless_asked(served: Served, tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
-    out.write_text("mine")
+    out.write_text("another file")
     with pytest.raises(
-        SettingsError, match=r"a\.h5 is there already, and is not http.*--overwrite"
+        SettingsError, match=r"a\.h5 already exists, and is not a copy of http.*--overwrite"
     ):
         pull(url(served), out)
-    assert out.read_text() == "mine"
+    assert out.read_text() == "another file"
     pull(url(served), out, overwrite=True)
-    with pytest.raises(SettingsError, match="is there already"):
+    with pytest.raises(SettingsError, match="already exists"):
         pull(url(served), out, views=(0, 1))
 
 
-# stops
+# interruptions
 
 
-def test_a_cut_connection_is_tried_again(served: Served, tmp_path: Path) -> None:
-    cut: list[int] = []
+def test_a_broken_connection_is_tried_again(served: Served, tmp_path: Path) -> None:
+    broken: list[int] = []
 
     def answer(start: int, body: bytes) -> bytes | None:
-        if start % 3 == 0 and start not in cut:
-            cut.append(start)
+        if start % 3 == 0 and start not in broken:
+            broken.append(start)
             return None
         return body
 
     served.answer = answer
-    found = pull(url(served), tmp_path / "copy.h5")
-    assert found.path.read_bytes() == (served.folder / "cache.h5").read_bytes()
-    assert len(cut) > 5
+    copy = pull(url(served), tmp_path / "copy.h5")
+    assert copy.path.read_bytes() == (served.folder / "cache.h5").read_bytes()
+    assert len(broken) > 5
 
 
 @pytest.mark.parametrize("part", [False, True])
-def test_a_pull_that_was_cut_off_goes_on(
+def test_a_pull_that_was_cut_off_continues(
     served: Served, tmp_path: Path, part: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_writer, "COMMIT_SECONDS", 0.0)
@@ -255,11 +255,13 @@ def test_a_pull_that_was_cut_off_goes_on(
     with pytest.raises(RemoteError, match=r"cache\.h5: bytes [\d,]+ to [\d,]+ cannot be read \(Cl"):
         pull(url(served), out, views=views, samples=samples)
     assert partial_path(out).exists()
-    served.answer, before = (lambda start, body: body), len(served.asked)
-    found = pull(url(served), out, views=views, samples=samples)
-    assert not find_damage(found)
-    again = [start for start, _ in served.asked[before:] if rows.start <= start < middle - 1000]
-    assert len(again) <= 2, "rows that were there are fetched again"
+    served.answer, requests = (lambda start, body: body), len(served.asked)
+    copy = pull(url(served), out, views=views, samples=samples)
+    assert not find_damage(copy)
+    repeated = [
+        start for start, _ in served.asked[requests:] if rows.start <= start < middle - 1000
+    ]
+    assert len(repeated) <= 2, "rows that were already written are fetched again"
     assert not list(tmp_path.glob("copy.h5.*"))
     if not part:
         assert out.read_bytes() == (served.folder / "cache.h5").read_bytes()
@@ -276,11 +278,11 @@ def test_a_file_that_changed_between_two_pulls_is_refused(
     served.answer = lambda start, body: body
     dump(replace(config, temperature=3.0, overwrite=True))
     with pytest.raises(
-        SettingsError, match=r"begun when its content id was \w+, now it is \w+; rem"
+        SettingsError, match=r"started when its content id was \w+, now it is \w+; rem"
     ):
         pull(url(served), out)
-    found = pull(url(served), out, overwrite=True)
-    assert found.header.temperature == 3.0
+    copy = pull(url(served), out, overwrite=True)
+    assert copy.header.temperature == 3.0
 
 
 def test_a_file_that_changes_during_a_pull_is_refused(
@@ -301,21 +303,25 @@ def test_a_file_that_changes_during_a_pull_is_refused(
     assert not (tmp_path / "copy.h5").exists()
 
 
-def test_another_range_does_not_go_on_with_what_was_begun(served: Served, tmp_path: Path) -> None:
+def test_another_range_does_not_continue_a_pull(served: Served, tmp_path: Path) -> None:
     rows = rows_of(served)
     served.answer = lambda start, body: None if start in rows else body
     out = tmp_path / "copy.h5"
     with pytest.raises(RemoteError, match="cannot be read"):
         pull(url(served), out)
     served.answer = lambda start, body: body
-    with pytest.raises(SettingsError, match=r"partial is in the way: .* begun with another part"):
+    with pytest.raises(
+        SettingsError, match=r"partial is in the way: .* was started with another part"
+    ):
         pull(url(served), out, views=(0, 1))
     partial_path(out).with_name("copy.h5.partial.source").unlink()
-    with pytest.raises(SettingsError, match=r"partial is in the way: .* begun by something else"):
+    with pytest.raises(
+        SettingsError, match=r"partial is in the way: it was not started by a pull of http"
+    ):
         pull(url(served), out)
 
 
-def test_a_pull_that_is_killed_goes_on(served: Served, tmp_path: Path) -> None:
+def test_a_pull_that_is_killed_continues(served: Served, tmp_path: Path) -> None:
     out = tmp_path / "copy.h5"
     header, rows = open_cache(served.folder / "cache.h5").header, rows_of(served)
 
@@ -341,7 +347,7 @@ def test_a_pull_that_is_killed_goes_on(served: Served, tmp_path: Path) -> None:
     assert pull(url(served), out).path.read_bytes() == (served.folder / "cache.h5").read_bytes()
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(
+def test_ctrl_c_says_that_the_same_command_continues(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
@@ -355,7 +361,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
 # train from a URL
 
 
-def test_a_url_is_trained_from_by_way_of_the_cache_folder(
+def test_training_from_a_url_pulls_it_into_the_cache_folder(
     served: Served,
     config: DumpConfig,
     tmp_path: Path,
@@ -366,12 +372,12 @@ def test_a_url_is_trained_from_by_way_of_the_cache_folder(
     assert cache_folder() == tmp_path / "xdg" / "softcache"
     secret = f"{url(served)}?token=hunter2"
     path = local_copy(secret)
-    said = capsys.readouterr().out
-    assert f"pulling {url(served)}: {config.out.stat().st_size:,} bytes into" in said
+    output = capsys.readouterr().out
+    assert f"pulling {url(served)}: {config.out.stat().st_size:,} bytes into" in output
     assert path.read_bytes() == config.out.read_bytes()
     served.asked.clear()
     assert local_copy(secret) == path
-    assert len(served.asked) <= 4, "nothing but header and digests is read again"
+    assert len(served.asked) <= 4, "more than the header and the digests is read again"
     run = subprocess.run(
         [sys.executable, "-m", "softcache", "train", secret, "--student", "mlp:8", "--data",
          config.data, "--out", str(tmp_path / "run"), "--epochs", "1"],
@@ -380,15 +386,15 @@ def test_a_url_is_trained_from_by_way_of_the_cache_folder(
     assert run.returncode == 0, run.stderr
     for file in (tmp_path / "run").rglob("*"):
         assert not file.is_file() or b"hunter2" not in file.read_bytes(), file
-    assert "hunter2" not in run.stdout + run.stderr + said
+    assert "hunter2" not in run.stdout + run.stderr + output
 
 
 def test_only_the_views_of_a_short_training_are_pulled(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    few = local_copy(url(served), most_views=2)
-    assert open_cache(few).header.views == 2
+    part = local_copy(url(served), most_views=2)
+    assert open_cache(part).header.views == 2
     whole = local_copy(url(served), most_views=9)
     assert open_cache(whole).header.views == VIEWS
     assert local_copy(url(served), most_views=2) == whole

@@ -1,3 +1,5 @@
+"""Caches read over HTTP: honest servers, servers that lie, and secrets in URLs."""
+
 from __future__ import annotations
 
 import sys
@@ -36,10 +38,10 @@ def url(served: Served) -> str:
 
 
 def test_header_and_digests_of_a_url_are_those_of_the_file(served: Served, cache: Cache) -> None:
-    found = open_remote(url(served))
-    assert found.header == cache.header
-    assert found.content_id == cache.content_id()
-    assert found.with_names().class_names == cache.class_names
+    remote_cache = open_remote(url(served))
+    assert remote_cache.header == cache.header
+    assert remote_cache.content_id == cache.content_id()
+    assert remote_cache.with_names().class_names == cache.class_names
     assert not any(length > 1 << 16 for _, length in served.asked)
 
 
@@ -50,13 +52,13 @@ def test_info_of_a_url_reads_no_row(served: Served, cache: Cache) -> None:
     assert cache.content_id() in result.output
     assert SECRET not in result.output
     rows = cache.header.array("log_probs")
-    first = [start for start, _ in served.asked if start > 0]
-    assert not any(rows.offset <= start < rows.offset + rows.nbytes for start in first)
+    starts = [start for start, _ in served.asked if start > 0]
+    assert not any(rows.offset <= start < rows.offset + rows.nbytes for start in starts)
     as_json = CliRunner().invoke(main, ["info", "--json", url(served)])
     assert f'"content_id": "{cache.content_id()}"' in as_json.output
 
 
-def test_info_of_a_foreign_file_says_what_it_is_not(served: Served) -> None:
+def test_a_file_that_is_not_a_cache_is_refused(served: Served) -> None:
     (served.folder / "x.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     with pytest.raises(FormatError, match=r"x\.h5: an HDF5 file, but not a softcache cache"):
         open_remote(f"{served.url}/x.h5")
@@ -83,22 +85,26 @@ def test_an_unfinished_cache_is_refused(served: Served, cache: Cache) -> None:
 
 def test_a_server_without_ranges_is_refused_before_it_sends_the_file(served: Served) -> None:
     served.ranges = False
-    with pytest.raises(RemoteError, match=r"answers 200 without a range; it serves no byte ranges"):
+    with pytest.raises(
+        RemoteError, match=r"answers 200 without a range; it does not serve byte ranges"
+    ):
         open_remote(url(served))
 
 
-def test_more_bytes_than_asked_for_are_not_read(served: Served) -> None:
+def test_more_bytes_than_requested_are_not_read(served: Served) -> None:
     served.answer = lambda start, body: body + bytes(50 << 20)
-    before = time.monotonic()
-    with pytest.raises(RemoteError, match=r"the server gives more than the [\d,]+ bytes asked for"):
+    start_time = time.monotonic()
+    with pytest.raises(
+        RemoteError, match=r"the server returns more than the [\d,]+ bytes requested"
+    ):
         open_remote(url(served))
-    assert time.monotonic() - before < 20
+    assert time.monotonic() - start_time < 20
 
 
-def test_fewer_bytes_than_asked_for_are_refused(served: Served) -> None:
+def test_fewer_bytes_than_requested_are_refused(served: Served) -> None:
     served.answer = lambda start, body: body[:-1]
     with pytest.raises(
-        RemoteError, match=r"gave [\d,]+ bytes where [\d,]+ were asked for, from 0 on"
+        RemoteError, match=r"returned [\d,]+ bytes from offset 0; expected [\d,]+: it does not"
     ):
         open_remote(url(served))
 
@@ -109,26 +115,26 @@ def test_wrong_bytes_of_the_header_are_found(served: Served) -> None:
         open_remote(url(served))
 
 
-@pytest.mark.parametrize("what", ["arrays beside the rows", "the structure of HDF5", "one block"])
+@pytest.mark.parametrize("what", ["arrays other than rows", "the HDF5 structure", "one block"])
 def test_a_header_that_would_fill_the_memory_is_refused(
     served: Served, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    size = remote.held(open_remote(url(served)).header)[what]
-    monkeypatch.setattr(remote, "held", lambda header: {"a": size - 1, what: size})
-    monkeypatch.setattr(remote, "MAX_HELD", size - 1)
+    size = remote.memory_sizes(open_remote(url(served)).header)[what]
+    monkeypatch.setattr(remote, "memory_sizes", lambda header: {"a": size - 1, what: size})
+    monkeypatch.setattr(remote, "MAX_IN_MEMORY", size - 1)
     with pytest.raises(
-        FormatError, match=rf"tiny\.h5: {what}: {size:,} bytes, .* at most {size - 1:,}"
+        FormatError, match=rf"tiny\.h5: {what}: {size:,} bytes to .* at most {size - 1:,}"
     ):
         open_remote(url(served))
 
 
-def test_what_is_held_is_all_but_the_rows(cache: Cache) -> None:
+def test_everything_but_the_rows_is_counted_as_held_in_memory(cache: Cache) -> None:
     header = cache.header
-    sizes = remote.held(header)
-    blocks = sum(a.nbytes for a in header.arrays if a.axis in ("rows", "samples"))
-    assert sizes["one block"] * SAMPLES == blocks * header.block_rows
-    rest = sizes["arrays beside the rows"] + sizes["the structure of HDF5"] + header.user_block
-    assert rest + blocks == header.file_bytes
+    sizes = remote.memory_sizes(header)
+    block_bytes = sum(a.nbytes for a in header.arrays if a.axis in ("rows", "samples"))
+    assert sizes["one block"] * SAMPLES == block_bytes * header.block_rows
+    rest = sizes["arrays other than rows"] + sizes["the HDF5 structure"] + header.user_block
+    assert rest + block_bytes == header.file_bytes
 
 
 @pytest.mark.parametrize(
@@ -138,20 +144,20 @@ def test_what_is_held_is_all_but_the_rows(cache: Cache) -> None:
         ("samples", r"the labels and keys of samples 0 to \d+ do not match their digest"),
         ("shared", r"arrays shared by all rows do not match their digest"),
         ("commits", r"do not match their digest"),
-        ("hdf5", r"the hdf5_digest is \w+; the header says \w+; its server gives wrong bytes"),
+        ("hdf5", r"the hdf5_digest is \w+; the header says \w+; its server returns wrong bytes"),
     ],
 )
-def test_a_wrong_byte_anywhere_is_found_and_nothing_gets_a_name(
+def test_a_wrong_byte_anywhere_is_found_and_no_file_is_left(
     served: Served, cache: Cache, tmp_path: Path, axis: str, message: str
 ) -> None:
     header = cache.header
-    spots = {a.axis: a.offset for a in header.arrays} | {"hdf5": header.user_block + 20}
+    offsets = {a.axis: a.offset for a in header.arrays} | {"hdf5": header.user_block + 20}
 
     def answer(start: int, body: bytes) -> bytes:
-        at = spots[axis] - start
-        if start == 0 or not 0 <= at < len(body):
+        index = offsets[axis] - start
+        if start == 0 or not 0 <= index < len(body):
             return body
-        return body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
+        return body[:index] + bytes([body[index] ^ 1]) + body[index + 1 :]
 
     served.answer = answer
     out = tmp_path / "out" / "copy.h5"
@@ -178,9 +184,9 @@ def test_a_redirect_to_a_file_is_not_followed(served: Served, tmp_path: Path) ->
 
 
 def test_a_redirect_to_another_server_is_followed(served: Served, cache: Cache) -> None:
-    with http_server(cache.path.parent) as first:
-        first.redirect = url(served)
-        assert open_remote(url(first)).content_id == cache.content_id()
+    with http_server(cache.path.parent) as redirecting:
+        redirecting.redirect = url(served)
+        assert open_remote(url(redirecting)).content_id == cache.content_id()
 
 
 def test_a_missing_file_is_named_at_once(served: Served) -> None:
@@ -192,7 +198,7 @@ def test_a_missing_file_is_named_at_once(served: Served) -> None:
         open_file(str(served.folder / "nothing.h5"))
 
 
-def test_a_server_that_is_not_there_is_named() -> None:
+def test_a_server_that_does_not_answer_is_named() -> None:
     with pytest.raises(RemoteError, match=r"http://127\.0\.0\.1:9/x\.h5 cannot be opened \("):
         open_file("http://127.0.0.1:9/x.h5")
 
@@ -211,23 +217,23 @@ def test_a_server_that_is_not_there_is_named() -> None:
 )
 def test_a_public_url_has_no_secrets(secret: str, public: str) -> None:
     assert public_url(secret) == public
-    said = without_secrets(f"404, message='Not\n Found', url='{secret}'")
-    assert said == f"404, message='Not Found', url='{public}'"
+    message = without_secrets(f"404, message='Not\n Found', url='{secret}'")
+    assert message == f"404, message='Not Found', url='{public}'"
 
 
-@pytest.mark.parametrize("place", ["missing.h5", "tiny.h5"])
-def test_no_message_of_a_failure_holds_a_secret(served: Served, place: str) -> None:
+@pytest.mark.parametrize("name", ["missing.h5", "tiny.h5"])
+def test_no_message_of_a_failure_holds_a_secret(served: Served, name: str) -> None:
     served.answer = lambda start, body: None
     host = served.url.removeprefix("http://")
     result = CliRunner().invoke(
-        main, ["pull", f"http://me:{SECRET}@{host}/{place}?token={SECRET}", "-o", "x.h5"]
+        main, ["pull", f"http://me:{SECRET}@{host}/{name}?token={SECRET}", "-o", "x.h5"]
     )
     assert result.exit_code == 1
-    assert result.output.startswith(f"Error: http://{host}/{place}")
+    assert result.output.startswith(f"Error: http://{host}/{name}")
     assert SECRET not in result.output
 
 
-def test_user_and_password_are_given_to_the_server(served: Served) -> None:
+def test_user_and_password_are_sent_to_the_server(served: Served) -> None:
     host = served.url.removeprefix("http://")
     open_remote(f"http://me:{SECRET}@{host}/tiny.h5")
     assert served.headers[-1]["Authorization"].startswith("Basic ")
@@ -238,17 +244,17 @@ def test_user_and_password_are_given_to_the_server(served: Served) -> None:
 
 def test_an_unknown_kind_of_url_is_refused() -> None:
     with pytest.raises(
-        SettingsError, match=r"ftp://host/x is of unknown kind 'ftp'; expected a path"
+        SettingsError, match=r"ftp://host/x has unknown scheme 'ftp'; expected a path"
     ):
         open_file("ftp://host/x")
-    with pytest.raises(SettingsError, match="is of unknown kind 'simplecache::http'"):
+    with pytest.raises(SettingsError, match="has unknown scheme 'simplecache::http'"):
         open_file("simplecache::http://me:pass@host/x")
     assert public_url("simplecache::http://me:pass@host/x?q") == "simplecache::http://host/x"
     assert public_url("http://me:pass@[::1]:80/x") == "http://[::1]:80/x"
 
 
 @pytest.mark.parametrize(
-    ("place", "module", "extra"),
+    ("location", "module", "extra"),
     [
         ("http://host/x", "aiohttp", "remote"),
         ("s3://bucket/x", "s3fs", "s3"),
@@ -257,7 +263,7 @@ def test_an_unknown_kind_of_url_is_refused() -> None:
     ],
 )
 def test_a_missing_extra_is_named(
-    place: str,
+    location: str,
     module: str,
     extra: str,
     without: Callable[[str], None],
@@ -265,13 +271,13 @@ def test_a_missing_extra_is_named(
 ) -> None:
     without(module)
     loaded = sys.modules["fsspec.registry"]._registry
-    for kind in list(loaded):
-        monkeypatch.delitem(loaded, kind)
+    for implementation in list(loaded):
+        monkeypatch.delitem(loaded, implementation)
     with pytest.raises(SettingsError, match=rf"pip install 'softcache\[{extra}\]'"):
-        open_file(place)
+        open_file(location)
 
 
-def test_work_side_by_side_comes_in_order_and_stops_at_the_first_error() -> None:
+def test_parallel_results_come_in_order_and_stop_at_the_first_error() -> None:
     done: list[int] = []
 
     def work(task: int) -> int:
@@ -281,16 +287,14 @@ def test_work_side_by_side_comes_in_order_and_stops_at_the_first_error() -> None
         done.append(task)
         return task
 
-    found = in_parallel(work, range(1000))
+    results = in_parallel(work, range(1000))
     taken: list[int] = []
     with pytest.raises(ValueError, match="no more"):
-        taken += found
+        taken += results
     assert taken == list(range(40)) or taken == []
-    assert len(done) < 100, "it runs ahead of who takes the results"
+    assert len(done) < 100, "it runs too far ahead of the consumer"
 
 
-def test_a_local_file_needs_no_library_of_http(
-    cache: Cache, without: Callable[[str], None]
-) -> None:
+def test_a_local_file_does_not_need_aiohttp(cache: Cache, without: Callable[[str], None]) -> None:
     without("aiohttp")
     assert open_remote(str(cache.path)).content_id == open_cache(cache.path).content_id()

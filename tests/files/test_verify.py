@@ -1,4 +1,4 @@
-"""The check of a whole cache, and whether it is the one that was meant."""
+"""`softcache verify` and `softcache repair`: damage, content ids, and blocks that are dumped again."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def flip(path: Path, *offsets: int) -> None:
 
 
 def row_offset(cache: Cache, view: int, sample: int) -> int:
-    """Where the soft targets of a sample begin in the file."""
+    """The offset in the file of a sample's soft targets."""
     array = cache.header.array("log_probs")
     return array.offset + (view * cache.header.samples + sample) * array.row_bytes
 
 
-def test_an_intact_cache_is_told_with_its_content_id(cache: Cache) -> None:
+def test_an_intact_cache_is_reported_with_its_content_id(cache: Cache) -> None:
     assert verify_cache(cache.path) == f"{cache.path}: intact, content id {cache.content_id()}"
 
 
-def test_the_content_id_may_be_expected_in_any_spelling(cache: Cache) -> None:
+def test_the_expected_content_id_ignores_case_and_spaces(cache: Cache) -> None:
     content_id = cache.content_id()
     for spelling in (content_id, content_id.upper(), f" {content_id}\n"):
         assert verify_cache(cache.path, spelling).endswith(content_id)
@@ -99,12 +99,12 @@ def test_damaged_labels_and_keys_are_named(array: str, blocks: Cache) -> None:
 
 
 def test_damage_outside_the_rows_is_named(cache: Cache) -> None:
-    places = {
+    offsets = {
         "the user block behind the header": cache.header.user_block - 1,
         "the HDF5 structure": cache.header.user_block + 20,
         "the arrays shared by all rows": cache.header.array("class_names").offset,
     }
-    for what, offset in places.items():
+    for what, offset in offsets.items():
         flip(cache.path, offset)
         with pytest.raises(FormatError, match=rf"tiny\.h5 is damaged: {what}; get it again"):
             verify_cache(cache.path)
@@ -112,7 +112,7 @@ def test_damage_outside_the_rows_is_named(cache: Cache) -> None:
     verify_cache(cache.path)
 
 
-def test_much_damage_is_told_in_one_line_with_its_amount(blocks: Cache) -> None:
+def test_much_damage_is_summarised_in_one_line(blocks: Cache) -> None:
     flip(blocks.path, *(row_offset(blocks, 0, sample) for sample in range(0, 140, 20)))
     with pytest.raises(
         FormatError, match=r"samples 80 to 99 in view 0, and 2 more; softcache repair"
@@ -120,8 +120,8 @@ def test_much_damage_is_told_in_one_line_with_its_amount(blocks: Cache) -> None:
         verify_cache(blocks.path)
 
 
-def test_damage_is_told_before_the_content_id_is_compared(cache: Cache) -> None:
-    # the id is over the digests, which a damaged row leaves as they are
+def test_damage_is_reported_before_the_content_id_is_compared(cache: Cache) -> None:
+    # the content id covers the digests, which a damaged row does not change
     flip(cache.path, row_offset(cache, 0, 3))
     with pytest.raises(FormatError, match="is damaged"):
         verify_cache(cache.path, cache.content_id())
@@ -136,7 +136,7 @@ def test_an_unfinished_cache_is_refused(cache: Cache) -> None:
         verify_cache(cache.path)
 
 
-def test_what_is_no_cache_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         FormatError, match=r"nowhere\.h5: No such file or directory; expected a cache"
     ):
@@ -151,7 +151,7 @@ def test_what_is_no_cache_is_told(tmp_path: Path) -> None:
 def test_a_check_counts_every_byte_of_the_rows(
     blocks: Cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # in a log, the last line of progress says how far it came
+    # in a log, the last line of progress says how far the check got
     monkeypatch.setattr("softcache.util.progress.LOG_SECONDS", 0.0)
     check_damage(open_cache(blocks.path))
     assert (
@@ -159,10 +159,10 @@ def test_a_check_counts_every_byte_of_the_rows(
     )
 
 
-def test_repaired_blocks_are_dumped_again_and_nothing_else(
+def test_only_repaired_blocks_are_dumped_again(
     blocks: Cache, two_views: DumpConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = blocks.path.read_bytes()
+    intact_bytes = blocks.path.read_bytes()
     flip(blocks.path, row_offset(blocks, 1, 130), blocks.header.array("labels").offset)
     partial = partial_path(blocks.path)
     assert repair_cache(blocks.path) == (
@@ -183,7 +183,7 @@ def test_repaired_blocks_are_dumped_again_and_nothing_else(
     monkeypatch.setattr(cache_writer.Writer, "_write_block", counted)
     dump(two_views)
     assert written == [(None, 0), (1, 6)]
-    assert blocks.path.read_bytes() == whole
+    assert blocks.path.read_bytes() == intact_bytes
 
 
 def test_an_intact_cache_needs_no_repair(cache: Cache) -> None:
@@ -192,22 +192,22 @@ def test_an_intact_cache_needs_no_repair(cache: Cache) -> None:
     assert cache.path.read_bytes() == before
 
 
-def test_what_no_dump_can_fill_again_is_not_repaired(cache: Cache) -> None:
+def test_damage_that_no_dump_can_fill_is_not_repaired(cache: Cache) -> None:
     flip(cache.path, cache.header.array("class_names").offset)
     with pytest.raises(
         FormatError,
-        match=r"tiny\.h5 cannot be repaired: the arrays shared by all rows .*; get it again, or dump",
+        match=r"tiny\.h5 cannot be repaired, .* damaged: the arrays shared by all rows; get the file again",
     ):
         repair_cache(cache.path)
     assert cache.path.exists()
 
 
-def test_a_dump_that_was_begun_is_not_replaced_by_a_repair(cache: Cache) -> None:
+def test_a_repair_does_not_replace_an_unfinished_dump(cache: Cache) -> None:
     flip(cache.path, row_offset(cache, 0, 3))
-    partial_path(cache.path).write_text("begun")
+    partial_path(cache.path).write_text("unfinished")
     with pytest.raises(
-        FormatError, match=r"tiny\.h5\.partial is in the way: a dump has begun it; "
+        FormatError, match=r"tiny\.h5\.partial is in the way: another dump has started it; "
     ):
         repair_cache(cache.path)
     assert cache.path.exists()
-    assert partial_path(cache.path).read_text() == "begun"
+    assert partial_path(cache.path).read_text() == "unfinished"

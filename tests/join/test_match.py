@@ -181,7 +181,7 @@ def test_other_data_are_refused(make_cache: MakeCache, data: ArraySource) -> Non
     cache = make_cache(*make_arrays(SAMPLES, seed=1))
     expected = (
         r"sample 0 of mine is not in .*cache\.h5, which was made from npz:data\.npz@train "
-        r"\(40 of \d+ are unknown\); give the data the cache was made from, dump a cache of these"
+        r"\(40 of \d+ are unknown\); give the data the cache was made from, or dump a cache of these"
     )
     with pytest.raises(DataError, match=expected):
         join_samples(data, cache)

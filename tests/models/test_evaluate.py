@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -122,6 +125,91 @@ def test_accuracy_is_the_share_of_the_others() -> None:
     assert Evaluation(0, 10).accuracy == 1
     assert Evaluation(10, 10).accuracy == 0
     assert Evaluation(38, 10_000).accuracy == pytest.approx(0.9962)
+
+
+# what is kept of an evaluation
+
+
+def log_probs(inputs: Tensor) -> Tensor:
+    return inputs.log_softmax(-1)
+
+
+def logits_in_an_object(inputs: Tensor) -> object:
+    return SimpleNamespace(logits=inputs, hidden=None)
+
+
+@pytest.mark.parametrize("model", [as_given, log_probs, logits_in_an_object, Tensor.half])
+def test_labels_predictions_and_confidence_are_kept(
+    model: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH", 7)
+    random = np.random.default_rng(1)
+    logits = random.normal(size=(50, CLASSES)).astype(np.float32)
+    labels = random.integers(0, CLASSES, 50)
+    evaluation = evaluate(model, ArraySource("data", logits, labels), CLASSES, CPU)
+    assert evaluation.labels is not None
+    assert evaluation.predictions is not None
+    assert evaluation.confidence is not None
+    arrays = evaluation.labels, evaluation.predictions, evaluation.confidence
+    assert [str(array.dtype) for array in arrays] == ["int32", "int32", "float32"]
+    assert {array.shape for array in arrays} == {(50,)}
+    np.testing.assert_array_equal(evaluation.labels, labels)
+    np.testing.assert_array_equal(evaluation.predictions, logits.argmax(-1))
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(evaluation.confidence, probabilities.max(-1), rtol=2e-3)
+    assert evaluation.errors == (logits.argmax(-1) != labels).sum()
+
+
+def of(labels: list[int], predictions: list[int]) -> Evaluation:
+    arrays = np.array(labels, np.int32), np.array(predictions, np.int32)
+    errors = int((arrays[0] != arrays[1]).sum())
+    return Evaluation(errors, len(labels), *arrays, np.ones(len(labels), np.float32))
+
+
+def test_balanced_accuracy_is_the_mean_over_the_classes_that_occur() -> None:
+    evaluation = of([0] * 8 + [3, 3], [0] * 6 + [1, 1] + [3, 0])
+    assert evaluation.accuracy == pytest.approx(0.7)
+    assert evaluation.balanced_accuracy == pytest.approx((6 / 8 + 1 / 2) / 2)
+    # a model that always says the same class
+    assert of([0] * 99 + [1], [0] * 100).balanced_accuracy == pytest.approx(0.5)
+    assert of([2, 2], [2, 2]).balanced_accuracy == 1
+
+
+def test_errors_are_counted_by_class() -> None:
+    evaluation = of([0, 0, 0, 2, 2], [0, 1, 2, 2, 0])
+    errors, samples = evaluation.errors_by_class(4)
+    assert errors.tolist() == [2, 0, 1, 0]
+    assert samples.tolist() == [3, 0, 2, 0]
+    assert errors.sum() == evaluation.errors
+    with pytest.raises(DataError, match="the evaluation has label 2; expected 0 to 1"):
+        evaluation.errors_by_class(2)
+
+
+def test_counts_alone_are_an_evaluation() -> None:
+    counts = Evaluation(3, 5)
+    assert (counts.labels, counts.predictions, counts.confidence) == (None, None, None)
+    assert counts.balanced_accuracy is None
+    with pytest.raises(DataError, match=r"on 5 samples has no predictions, .* evaluate the model"):
+        counts.errors_by_class(4)
+    # arrays take no part in comparisons, nor in messages
+    assert of([0, 0, 0, 2, 2], [0, 1, 2, 2, 0]) == counts
+    assert repr(of([0], [1])) == "Evaluation(errors=1, samples=1)"
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (lambda inputs: (inputs, inputs), "tuple"),
+        (lambda inputs: inputs[:, 0], r"\(50,\)"),
+        (lambda inputs: inputs[:3], r"\(3, 4\)"),
+    ],
+)
+def test_an_output_that_holds_no_logits_is_told(
+    model: Callable[[Tensor], object], shape: str, labels: npt.NDArray[np.int64]
+) -> None:
+    expected = f"the model returned {shape} for a batch of 50 of data; expected logits of shape "
+    with pytest.raises(ModelError, match=expected + r"\(50, 4\)"):
+        evaluate(model, source_of(labels, labels), CLASSES, CPU)
 
 
 # the digest of a data set

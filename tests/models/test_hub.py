@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from softcache.data.open import open_source
 from softcache.data.text import encode
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
@@ -183,6 +184,32 @@ def test_texts_become_logits_by_way_of_the_tokenizer(words: Path) -> None:
     torch.testing.assert_close(alone, both[:1], atol=1e-5, rtol=1e-4)
 
 
+def test_random_weights_have_the_vocabulary_of_their_tokenizer(
+    words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert = BERT.replace("&vocab_size=60", "")
+    config = build_hub(f"{bert}&tokenizer={words}", 2).model.config
+    assert config.vocab_size == len(
+        json.loads((words / "tokenizer.json").read_text())["model"]["vocab"]
+    )
+    assert build_hub(f"{BERT}&tokenizer={words}", 2).model.config.vocab_size == 60
+    roberta = bert.replace("hf:bert", "hf:roberta")
+    model = build_hub(f"{roberta}&tokenizer={words}", 2)
+    assert model.model.config.pad_token_id == model.prepare.tokenizer.pad_token_id == 0
+    assert model(encode(["The film was great", "film"], 30)).shape == (2, 2)
+    # a folder without tokenizer= keeps the vocabulary of its configuration, and so do its weights
+    folder = tmp_path / "bert"
+    save_hub(build_hub(f"{BERT}&tokenizer={words}", 2), folder)
+    assert build_hub(f"hf:{folder}?pretrained=false", 2).model.config.vocab_size == 60
+    assert build_hub(f"hf:{folder}?tokenizer={words}", 2).model.config.vocab_size == 60
+    capsys.readouterr()
+    model(encode(["The film was great " * 20], 400))
+    told = capsys.readouterr().out
+    assert "tokenizer=words" in told
+    assert "takes at most 30 tokens: 1 of the 1 texts of a batch have more and are cut" in told
+    assert str(words) not in told
+
+
 def test_a_tokenizer_that_does_not_fit_is_named(words: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"its tokenizer has \d+ tokens, but its vocab_size is 9; add \?vocab_size"
@@ -229,17 +256,15 @@ def test_no_folder_reaches_a_cache(vit: Path, tmp_path: Path) -> None:
     assert str(vit.parent).encode() not in raw
 
 
-def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
+def test_classes_in_another_order_are_mapped_by_name(tmp_path: Path) -> None:
     names = dict(enumerate(reversed(BREEDS)))
     vit = save_vit(tmp_path / "vit", id2label=names, label2id={v: k for k, v in names.items()})
     pets = save_pets(tmp_path / "pets", train=20, test=4)
-    config = DumpConfig(
-        teacher=f"hf:{vit}", data=f"hfds:{pets}?size=20", temperature=5.0, out=tmp_path / "c.h5"
-    )
-    with pytest.raises(
-        Exception, match=r"class 0 is 'abyssinian' in the first and 'pug' in the second"
-    ):
-        dump(config)
+    data = f"hfds:{pets}?size=20"
+    cache = dump(DumpConfig(teacher=f"hf:{vit}", data=data, temperature=5.0, out=tmp_path / "c.h5"))
+    assert tuple(cache.class_names) == tuple(reversed(BREEDS))
+    labels = open_source(data).fetch(range(20))[1]
+    assert cache.labels.tolist() == (2 - labels).tolist()
 
 
 def test_a_random_teacher_is_refused(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Students side by side: their figures against known ones."""
+"""`softcache compare`: metrics of students against values that are known."""
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +43,10 @@ def folders(cache: Cache, data_file: Path, tmp_path: Path) -> list[Path]:
     return [tmp_path / "runs" / name for name in ("mlp-8", "cnn-4")]
 
 
-# figures
+# metrics
 
 
-def test_multiply_adds_are_those_of_the_layers() -> None:
+def test_macs_are_those_of_the_layers() -> None:
     assert (
         count_macs(build("mlp:8", input_shape=(1, 8, 8), classes=5), torch.zeros(1, 1, 8, 8))
         == 64 * 8 + 40
@@ -54,13 +55,13 @@ def test_multiply_adds_are_those_of_the_layers() -> None:
     assert count_macs(convolution, torch.zeros(1, 3, 6, 6)) == 36 * 4 * 3 * 9 + 4 * 36 * 2
 
 
-def test_the_calibration_error_by_hand() -> None:
-    # of 4 samples at 0.8, 2 are right: |0.5 - 0.8|; of 2 at 0.6, all: |1 - 0.6|
+def test_the_ece_by_hand() -> None:
+    # 2 of the 4 samples at 0.8 are right: |0.5 - 0.8|; both samples at 0.6 are: |1 - 0.6|
     rows = torch.tensor([[0.8, 0.2]] * 4 + [[0.4, 0.6]] * 2).log()
     labels = torch.tensor([0, 0, 1, 1, 1, 1])
-    found = calibration(rows, labels, bins=10)
-    assert found.samples.sum() == 6
-    assert found.error == pytest.approx((4 * 0.3 + 2 * 0.4) / 6, abs=1e-6)
+    result = calibration(rows, labels, bins=10)
+    assert result.samples.sum() == 6
+    assert result.error == pytest.approx((4 * 0.3 + 2 * 0.4) / 6, abs=1e-6)
 
 
 def test_a_model_that_says_what_is_so_is_calibrated() -> None:
@@ -77,8 +78,8 @@ def test_a_model_that_says_what_is_so_is_calibrated() -> None:
 def test_latency_is_of_the_model_and_the_batch() -> None:
     models = {"small": nn.Linear(8, 8), "large": nn.Sequential(*[nn.Linear(512, 512)] * 40)}
     inputs = {"small": torch.rand(64, 8), "large": torch.rand(64, 512)}
-    found = latencies(models, inputs)
-    assert found["large"] > 5 * found["small"] > 0
+    seconds = latencies(models, inputs)
+    assert seconds["large"] > 5 * seconds["small"] > 0
 
 
 def test_gradients_are_more_alike_under_soft_targets(
@@ -89,10 +90,10 @@ def test_gradients_are_more_alike_under_soft_targets(
     part = open_joined(dump(replace(dump_config, embed_inputs=True)).path, None)
     torch.manual_seed(0)
     model = build("mlp:16", input_shape=(1, 8, 8), classes=5).eval()
-    found = gradient_similarity(model, part, 4.0, batches=4)
-    assert set(found) == {"soft", "hard"}
-    assert all(-1 <= value <= 1 for value in found.values())
-    assert found["soft"] > found["hard"]
+    similarity = gradient_similarity(model, part, 4.0, batches=4)
+    assert set(similarity) == {"soft", "hard"}
+    assert all(-1 <= value <= 1 for value in similarity.values())
+    assert similarity["soft"] > similarity["hard"]
 
 
 # the table
@@ -101,22 +102,26 @@ def test_gradients_are_more_alike_under_soft_targets(
 def test_the_table_says_what_was_measured(
     folders: list[Path], cache: Cache, data_file: Path, run: Run
 ) -> None:
-    said = run(
+    table = run(
         "compare", *folders, "--eval-data", f"npz:{data_file}@test", "--cache", cache.path, "--data",
         f"npz:{data_file}", check=True,
     ).stdout  # fmt: skip
-    lines = said.splitlines()
+    lines = table.splitlines()
     assert len(lines) == 5
+    assert re.split(r"\s{2,}", lines[0].strip()) == [
+        "student", "parameters", "MACs", "bytes", "ms, batch 1", "ms, batch 64", "test error",
+        "KL to teacher", "ECE",
+    ]  # fmt: skip
     for folder, line in zip(folders, lines[2:4], strict=True):
         facts = open_run(folder).facts
         assert f"{facts['parameters']:,}" in line
         assert f"{facts['errors'] / facts['samples']:.2%}" in line
-        assert "-  " not in line  # KL and calibration are there too
-    assert lines[4].startswith("* no other is as good in error, parameters and latency")
+        assert "-  " not in line  # KL and ECE were measured too
+    assert lines[4].startswith("* Pareto-optimal in error, parameters and latency")
 
 
 def test_kl_is_that_of_the_last_weights(folders: list[Path], cache: Cache, data_file: Path) -> None:
-    (found,) = measure_all(
+    (metrics,) = measure_all(
         {"mlp": open_run(folders[0])}, eval_data=None, cache=cache.path, data=f"npz:{data_file}",
         student=(),
     )  # fmt: skip
@@ -126,9 +131,9 @@ def test_kl_is_that_of_the_last_weights(folders: list[Path], cache: Cache, data_
         log_q = torch.log_softmax(model(torch.from_numpy(images) / 255) / 4.0, -1).double().numpy()
     log_p = cache.rows(0, np.arange(300)).astype(np.float64)
     expected = (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
-    assert found.kl == pytest.approx(expected, rel=1e-4)
-    assert found.calibration is None
-    assert found.error == open_run(folders[0]).facts["errors"] / 100
+    assert metrics.kl == pytest.approx(expected, rel=1e-4)
+    assert metrics.calibration is None
+    assert metrics.error == open_run(folders[0]).facts["errors"] / 100
 
 
 @pytest.mark.parametrize(
@@ -143,10 +148,10 @@ def test_kl_is_that_of_the_last_weights(folders: list[Path], cache: Cache, data_
 def test_the_front_is_of_those_that_no_other_beats(
     other: tuple[float, int, float], beats: bool
 ) -> None:
-    def made(error: float, parameters: int, seconds: float) -> StudentMetrics:
+    def metrics(error: float, parameters: int, seconds: float) -> StudentMetrics:
         return StudentMetrics("x", parameters, 1, 1, {1: seconds, 64: 1.0}, error, None, math.nan)
 
-    assert made(0.2, 10, 2.0).beats(made(*other)) == beats
+    assert metrics(0.2, 10, 2.0).beats(metrics(*other)) == beats
 
 
 # what cannot be compared
@@ -159,7 +164,7 @@ def test_a_folder_of_runs_stands_for_them(folders: list[Path], tmp_path: Path) -
 
 def test_folders_that_are_no_runs_are_told(folders: list[Path], tmp_path: Path) -> None:
     with pytest.raises(
-        SettingsError, match=r"is no finished run: it has no student\.safetensors; nam"
+        SettingsError, match=r"is not a finished run: it has no student\.safetensors; nam"
     ):
         compare([tmp_path])
     (folders[0] / "config.json").write_text("{}")
@@ -173,7 +178,7 @@ def test_folders_that_are_no_runs_are_told(folders: list[Path], tmp_path: Path) 
 
 
 def test_code_of_the_users_own_is_named(cache: Cache, data_file: Path, tmp_path: Path) -> None:
-    path = tmp_path / "far" / "mine.py"
+    path = tmp_path / "elsewhere" / "mine.py"
     path.parent.mkdir()
     path.write_text(
         "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))\n"

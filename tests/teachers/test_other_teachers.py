@@ -155,8 +155,8 @@ def test_a_sum_within_rounding_is_a_probability() -> None:
     probabilities = torch.tensor([[0.5, 0.505], [0.0, 1.0]])
     logits = as_logits(probabilities, "probabilities", "x")
     assert logits.isfinite().all()
-    with pytest.raises(ModelError, match=r"its probabilities sum to 1\.02"):
-        as_logits(torch.tensor([[0.5, 0.52]]), "probabilities", "x")
+    with pytest.raises(ModelError, match=r"its probabilities sum to 1\.03"):
+        as_logits(torch.tensor([[0.5, 0.53]]), "probabilities", "x")
     with pytest.raises(ModelError, match=r"its smallest value is -0\.1"):
         as_logits(torch.tensor([[-0.1, 1.1]]), "probabilities", "x")
 
@@ -272,11 +272,11 @@ def test_a_pickle_of_torch_is_not_opened(dump_config: DumpConfig, tmp_path: Path
         dump(config(dump_config, tmp_path / "outputs.pt", eval_data=None))
 
 
-@pytest.mark.parametrize("changes", [{"augment": "shift:1"}, {"eval_data": "npz:x"}])
+@pytest.mark.parametrize("changes", [{"views": 2, "augment": "shift:1"}, {"eval_data": "npz:x"}])
 def test_a_matrix_knows_nothing_of_other_inputs(
-    changes: dict[str, str], dump_config: DumpConfig
+    changes: dict[str, Any], dump_config: DumpConfig
 ) -> None:
     with pytest.raises(
-        SettingsError, match=r"outputs\.npy is a matrix of outputs for these samples as they"
+        SettingsError, match=r"outputs\.npy is a matrix with one row of outputs for each of these"
     ):
         config(dump_config, "outputs.npy", **({"eval_data": None} | changes))

@@ -69,13 +69,22 @@ def save_mlp(path: Path, hidden: tuple[int, ...] = (16,), classes: int = 5, seed
 
 WRONG_OUTPUTS = [
     ("z * float('nan')", r"returns nan for sample 0, class 0; expected finite logits"),
-    ("z.abs() / 0", r"returns inf for sample 0, class 0; expected finite logits"),
-    ("-z.abs() / 0", r"returns -inf for sample 0, class 0; expected finite logits"),
+    (
+        "z.abs() / 0",
+        r"returns inf for sample 0, class 0; expected finite logits, which an infinity cannot be",
+    ),
+    (
+        "-z.abs() / 0",
+        r"returns -inf for sample 0, class 0; expected finite logits, which an infinity cannot be: give an "
+        "impossible class a large negative logit",
+    ),
     ("(z, z)", r"returns tuple for samples 0 to 0; expected .*\(1, 5\): wrap it"),
-    ("{'logits': z}", r"returns dict for samples 0 to 0; expected .*\(1, 5\): wrap it"),
+    ("{'scores': z}", r"returns dict for samples 0 to 0; expected .*\(1, 5\): wrap it"),
     ("z.numpy()", r"returns ndarray for samples 0 to 0; expected .*\(1, 5\): wrap it"),
     ("z[:, :3]", r"returns shape \(1, 3\) for samples 0 to 0; expected .*\(1, 5\)"),
     ("torch.cat([z, z], 1)", r"returns shape \(1, 10\) for samples 0 to 0; expected .*\(1, 5\)"),
+    ("z[:, :1]", r"returns shape \(1, 1\) for samples 0 to 0; expected .*\(1, 5\)"),
+    ("z[:, 0]", r"returns shape \(1,\) for samples 0 to 0; expected .*\(1, 5\)"),
     ("z[None]", r"returns shape \(1, 1, 5\) for samples 0 to 0; expected .*\(1, 5\)"),
     ("z[0]", r"returns shape \(5,\) for samples 0 to 0; expected .*\(1, 5\)"),
     ("z @ z", r"raised RuntimeError on samples 0 to 0, inputs \(1, 1, 8, 8\) of torch.float32: "),
@@ -106,8 +115,8 @@ def test_a_wrong_output_is_refused_before_the_dump(
             r"returns shape \(1, 1, 5\) for samples 0 to 0; expected .*\(1, (?!0\))",
         ),
         (
-            "z[:, :1]",
-            r"returns outputs of width 1; expected at least 2 classes",
+            "z[:, :0]",
+            r"returns outputs of width 0; expected at least 2 classes",
         ),
         ("z * float('nan')", r"returns nan for sample 0, class 0; expected finite logits"),
     ],

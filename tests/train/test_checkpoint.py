@@ -64,6 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "averaged": {"ema": 0.9, "micro_batches": 3},
     "patient": {"patience": 1, "learning_rate": 0.05},
     "augmented": {"extra_augment": "shift:2,cutout:3"},
+    "balanced": {"class_weights": "balanced", "sampling": "balanced", "alpha": 0.5},
     "with a baseline": {"baseline": True},
     "several": {"students": [{"alpha": 0.5}, {"temperature": 2.0, "loss": "js"}, {"seed": 3}]},
     "with worker processes": {"workers": 2},
@@ -238,6 +239,28 @@ def test_other_settings_do_not_go_on(
     assert files(stopped.out) == before
     train(replace(stopped, **change, overwrite=True))
     assert not (stopped.out / NAME).exists()
+
+
+def test_a_checkpoint_without_newer_settings_goes_on_with_their_defaults(
+    stopped: TrainConfig, tmp_path: Path
+) -> None:
+    path = stopped.out / NAME
+    with checkpoint.open_checkpoint(path) as file:
+        state = json.loads(file.metadata()["softcache"])
+    del state["settings"]["sampling"]
+    for student in state["settings"]["students"]:
+        del student["class_weights"]
+    save_file(load_file(path), path, metadata={"softcache": json.dumps(state)})
+    with pytest.raises(SettingsError, match='was started with sampling "uniform", now it is "bal'):
+        train(replace(stopped, sampling="balanced"))
+    with pytest.raises(SettingsError, match="was started with students"):
+        train(replace(stopped, class_weights="balanced"))
+    train(stopped)
+    train(replace(stopped, out=tmp_path / "whole"))
+    assert (
+        files(stopped.out)["student.safetensors"]
+        == files(tmp_path / "whole")["student.safetensors"]
+    )
 
 
 def test_another_cache_does_not_go_on(

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
 from softcache.models.evaluate import Evaluation
-from softcache.train.record import Row, models_table
+from softcache.train.config import make_train_config
+from softcache.train.loop import train
+from softcache.train.record import Row, is_imbalanced, models_table
+from tests.conftest import make_arrays
 
 
 def cells(table: str) -> list[list[str]]:
@@ -51,3 +60,59 @@ def test_a_teacher_without_parameters_has_a_table_too() -> None:
     # a rule-based teacher, or an exported program with constant weights; the format allows 0
     table = models_table([Row("teacher", 0, None), Row("distilled", 12, None)])
     assert cells(table)[2] == ["distilled", "12", "-", "-", "-"]
+
+
+# balanced accuracy
+
+
+def test_balanced_accuracies_are_a_column_if_any_model_has_one() -> None:
+    rows = [
+        Row("teacher", 100, Evaluation(1, 10)),
+        Row("distilled", 10, Evaluation(2, 10), 0.625),
+    ]
+    assert [line[-1] for line in cells(models_table(rows))] == ["balanced accuracy", "-", "62.50%"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "imbalanced"),
+    [
+        ([0] * 15 + [1] * 10, True),
+        ([0] * 14 + [1] * 10, False),
+        ([0] * 10 + [7] * 20, True),  # only the classes that occur count
+        ([3] * 5, False),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_classes_of_very_different_size_are_imbalanced(
+    labels: list[int] | None, imbalanced: bool
+) -> None:
+    assert is_imbalanced(None if labels is None else np.array(labels, np.int32)) == imbalanced
+
+
+def table_of(folder: Path, test_labels: list[int], caplog: pytest.LogCaptureFixture) -> str:
+    images, labels = make_arrays(60)
+    x_test, _ = make_arrays(len(test_labels), seed=1)
+    arrays = {"x_train": images, "y_train": labels, "x_test": x_test}
+    arrays["y_test"] = np.array(test_labels)
+    np.savez(folder / "data.npz", **arrays)  # type: ignore[arg-type]
+    data = f"npz:{folder}/data.npz"
+    train(
+        make_train_config(
+            student="mlp:4", data=data, eval_data=f"{data}@test", out=folder / "run", epochs=1,
+            device="cpu", classes=5, overwrite=True,
+        )
+    )  # fmt: skip
+    return next(r.getMessage() for r in caplog.records if "test errors" in r.getMessage())
+
+
+def test_the_final_table_has_them_only_for_imbalanced_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "softcache")
+    assert "balanced accuracy" not in table_of(tmp_path, [0, 1, 2, 3, 4] * 4, caplog)
+    caplog.clear()
+    table = table_of(tmp_path, [0] * 15 + [1] * 10, caplog)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert cells(table)[0][-1] == "balanced accuracy"
+    assert cells(table)[1][-1] == f"{line['balanced_accuracy']:.2%}"

@@ -237,7 +237,8 @@ def test_data_are_given_in_the_order_of_the_caches(
     caches = [make_cache(f"{name}.h5", name) for name in names]
     data = [f"npz:{tmp_path}/{name}.npz" for name in reversed(names)]
     with pytest.raises(
-        DataError, match=r"unlabelled\.npz@train has 40 samples, .*labelled\.h5 was made from 20 of"
+        DataError,
+        match=r"sample 0 of npz:unlabelled\.npz@train is not in .*labelled\.h5, .* \(40 of 40",
     ):
         train(replace(config, cache=caches, data=data))
     assert not config.out.exists()

@@ -1,0 +1,1 @@
+"""The guide: Markdown pages that ship with the package."""
