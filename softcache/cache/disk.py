@@ -19,6 +19,11 @@ def pwrite(file: int, values: bytes | memoryview, offset: int) -> None:
         remaining, offset = remaining[count:], offset + count
 
 
+def sync_data(file: int) -> None:
+    """Wait until the data of a file are on the disk; macOS lacks fdatasync, so there fsync does it."""
+    getattr(os, "fdatasync", os.fsync)(file)
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` durable."""
     file = os.open(folder, os.O_RDONLY)

@@ -135,7 +135,14 @@ def warnings_of(
     """
     header = cache.header
     names = [name.decode("utf-8", "replace") for name in cache.arrays["class_names"]]
-    found = judge("the teacher", statistics.predictions, names, by_row=by_row, inputs=inputs)
+    found = judge(
+        "the teacher",
+        statistics.predictions,
+        names,
+        repeats=header.views,
+        by_row=by_row,
+        inputs=inputs,
+    )
     if statistics.entropy_at_1 is not None:
         found += judge_entropy(
             "the teacher", statistics.entropy_at_1, header.classes, statistics.agreement

@@ -61,6 +61,7 @@ def judge(
     predictions: Predictions,
     names: Sequence[str],
     *,
+    repeats: int = 1,
     by_row: bool = False,
     inputs: str | None = None,
 ) -> list[str]:
@@ -69,10 +70,12 @@ def judge(
     Args:
         who: whose predictions these are, such as `the teacher`.
         names: names of the classes, for messages.
+        repeats: how many rows are views of one sample, which say little more than one row.
         by_row: whether the predictions came as a matrix, whose rows may be in another order.
         inputs: mean and standard deviation of what the model got, for messages.
     """
-    count = len(predictions.labels)
+    rows = len(predictions.labels)
+    count = rows // repeats
     if count < FEWEST_ROWS:
         return []
     agreement, confidence = predictions.agreement, predictions.mean_confidence
@@ -82,14 +85,14 @@ def judge(
     if agreement >= confidence - SIGMAS * doubt:
         return []
     facts = f"{who} agrees with {agreement:.1%} of the labels, but its mean confidence is {confidence:.1%}"
-    order = other_order(predictions, len(names))
+    order = other_order(predictions, len(names), repeats)
     gained = agreement
     if order:
         gained = float((mapped(predictions.classes, order) == predictions.labels).mean())
     if gained - agreement > EXPLAINED * (confidence - agreement):
         return [f"{facts}: {describe_order(order, names)} it would agree with {gained:.1%}"]
     labels, guesses = (
-        np.bincount(values, minlength=len(names)) / count
+        np.bincount(values, minlength=len(names)) / rows
         for values in (predictions.labels, predictions.classes)
     )
     chance = float(labels @ guesses)
@@ -113,12 +116,30 @@ def judge(
     return [f"{facts}{level}. Likely causes: {'; '.join(causes)}"]
 
 
-def other_order(predictions: Predictions, classes: int) -> dict[int, int]:
+def other_order(predictions: Predictions, classes: int, repeats: int = 1) -> dict[int, int]:
     """The order of classes in which the model would agree: label by predicted class, where they differ.
 
-    Each label's most frequent prediction; empty unless that is a permutation which wins LEAST_GAP of
-    the rows that it moves, beyond chance.
+    Empty unless an order that is fitted to half of the rows wins LEAST_GAP of the other half's rows that
+    it moves, beyond chance: with few rows in each class, chance alone makes an order that fits.
     """
+    order = fitted_order(predictions, classes)
+    if not order:
+        return {}
+    tested = predictions.only(np.isin(predictions.labels, list(order.values())))
+    right = tested.labels == tested.classes
+    agrees = np.zeros(len(right), np.bool_)
+    half = np.zeros(len(right), np.bool_)
+    half[np.argsort(tested.labels, kind="stable")[::2]] = True  # half of each class
+    for part in (half, ~half):
+        fitted = fitted_order(tested.only(~part), classes)
+        agrees[part] = mapped(tested.classes[part], fitted) == tested.labels[part]
+    gain = float(agrees.mean() - right.mean())
+    beyond_chance = gain > SIGMAS * math.sqrt(0.25 * repeats / len(right))
+    return order if gain > LEAST_GAP and beyond_chance else {}
+
+
+def fitted_order(predictions: Predictions, classes: int) -> dict[int, int]:
+    """Each label's most frequent prediction, where it is another class and that of no other label."""
     pairs, counts = np.unique(
         predictions.labels * classes + predictions.classes, return_counts=True
     )
@@ -126,27 +147,16 @@ def other_order(predictions: Predictions, classes: int) -> dict[int, int]:
     by_count = np.lexsort((-counts, labels))
     first = np.unique(labels[by_count], return_index=True)[1]
     best = by_count[first]  # of each label that occurs, its most frequent prediction
-    moved = best[labels[best] != guesses[best]]
-    if not len(moved):
-        return {}
     # two labels that are both taken for one class are not an order of classes
     taken, times = np.unique(guesses[best], return_counts=True)
     unique = set(taken[times == 1].tolist())
-    order = {
-        int(guesses[at]): int(labels[at]) for at in moved.tolist() if int(guesses[at]) in unique
-    }
-    if not order:
-        return {}
-    rows = np.isin(predictions.labels, list(order.values()))
-    before = float((predictions.classes[rows] == predictions.labels[rows]).mean())
-    after = float((mapped(predictions.classes[rows], order) == predictions.labels[rows]).mean())
-    beyond_chance = after - before > SIGMAS * math.sqrt(0.25 / max(1, int(rows.sum())))
-    return order if after - before > LEAST_GAP and beyond_chance else {}
+    moved = best[labels[best] != guesses[best]].tolist()
+    return {int(guesses[at]): int(labels[at]) for at in moved if int(guesses[at]) in unique}
 
 
 def mapped(classes: Integers, order: dict[int, int]) -> Integers:
     """Predicted classes under another order."""
-    table = np.arange(max(int(classes.max(initial=0)), *order) + 1)
+    table = np.arange(max([int(classes.max(initial=0)), *order]) + 1)
     table[list(order)] = list(order.values())
     return np.asarray(table[classes])
 

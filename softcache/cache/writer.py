@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from softcache.cache.allocate import Stored, Values
-from softcache.cache.disk import disk_errors, pwrite, sync_folder
+from softcache.cache.disk import disk_errors, pwrite, sync_data, sync_folder
 from softcache.cache.encodings import Axis
 from softcache.cache.header import PREAMBLE, Array, Header, parse_preamble, preamble
 from softcache.cache.reader import Cache, digest_of, open_cache, partial_path, raw_bytes
 from softcache.errors import DataError, SoftcacheError
 
-COMMIT_BYTES = 64 << 20  # bytes that can wait for one fdatasync,
+COMMIT_BYTES = 64 << 20  # bytes that can wait for one sync,
 COMMIT_SECONDS = 1.0  # and for how long: the most that a kill can cost
 
 
@@ -81,16 +81,25 @@ class Writer:
     def missing(self, view: int, start: int = 0, stop: int | None = None) -> npt.NDArray[np.bool_]:
         """Which rows are still to be written in a view: bool, (stop - start,).
 
+        Rows that wait for the rest of their block count as written.
+
         Args:
             start: the first cache_row.
             stop: the cache_row after the last; by default the end of the file.
         """
         cache_rows, block_rows = range(self.header.samples)[start:stop], self.header.block_rows
         first, last = cache_rows.start // block_rows, -(-cache_rows.stop // block_rows)
-        committed = self._committed[view][first:last]
-        if view == 0:  # labels and keys are written with it
-            committed = committed & self._committed[None][first:last]
-        missing = np.repeat(~committed, block_rows)
+        written = {
+            part: np.repeat(self._committed[part][first:last], block_rows)
+            for part in (
+                [view, None] if view == 0 else [view]
+            )  # labels and keys are written with view 0
+        }
+        for (part, block), (_, filled) in list(self._filling.items()):
+            if part in written and first <= block < last:
+                offset = (block - first) * block_rows
+                written[part][offset : offset + len(filled)] |= filled
+        missing: npt.NDArray[np.bool_] = ~np.logical_and.reduce(list(written.values()))
         offset = cache_rows.start - first * block_rows
         return missing[offset : offset + len(cache_rows)]
 
@@ -124,7 +133,7 @@ class Writer:
         # could not write, and a second sync would succeed without them
         with disk_errors(self.path, "write"):
             if written:
-                os.fdatasync(self._file)
+                sync_data(self._file)
                 for offset, digest in written:
                     pwrite(self._file, digest.to_bytes(8, "little"), offset)
             self._last_commit = time.monotonic()

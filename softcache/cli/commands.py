@@ -17,6 +17,7 @@ from softcache.errors import Interrupted, SoftcacheError
 from softcache.util.settings import Setting, option_name, settings_of
 
 PATH = click.Path(path_type=Path)
+ARGUMENTS = "Arguments"
 OUTPUT = "Output"
 CONTEXT = {"max_content_width": 100, "help_option_names": ["-h", "--help"]}
 
@@ -63,15 +64,19 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the groups of options, in the order in which they first appear."""
-        groups: dict[str, list[tuple[str, str]]] = {}
+        """Write the arguments that have a help text, then the groups of options as they first appear."""
+        groups: dict[str, list[tuple[str, str]]] = {ARGUMENTS: []}
         for param in self.get_params(ctx):
+            is_argument = isinstance(param, click.Argument)
             record = param.get_help_record(ctx)
-            if record:
-                groups.setdefault(getattr(param, "group", "Other"), []).append(record)
+            # the usage line names every argument: without a help text, there is no more to say
+            if record and (record[1] or not is_argument):
+                group = ARGUMENTS if is_argument else getattr(param, "group", "Other")
+                groups.setdefault(group, []).append(record)
         for group, records in groups.items():
-            with formatter.section(group):
-                formatter.write_dl(records)
+            if records:
+                with formatter.section(group):
+                    formatter.write_dl(records)
 
 
 class Commands(click.Group):

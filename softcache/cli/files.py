@@ -48,7 +48,11 @@ def info(cache: str, as_json: bool) -> None:
     show_default=True,
     help="Number of rows to compute again.",
 )
-@option("--augment", metavar="SPEC", help="File of the cache's own augmentation, if it has one.")
+@option(
+    "--augment",
+    metavar="SPEC",
+    help="All of the cache's own augmentation, if that has a callable, with the path to its file.",
+)
 @settings_options(DumpConfig, only=("device",))
 def verify(cache: Path, expect: str | None, **options: Any) -> None:
     """Check every byte of a cache against its digests, and list what is damaged.
@@ -129,7 +133,7 @@ def merge(caches: tuple[Path, ...], out: Path) -> None:
 )
 @option(
     "--view",
-    type=click.IntRange(min=0),
+    type=int,
     default=0,
     show_default=True,
     help="View of --augment that the teacher saw.",

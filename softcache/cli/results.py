@@ -41,6 +41,7 @@ def compare(runs: tuple[Path, ...], **options: Any) -> None:
 @option("--data", metavar="SPEC", help="Samples of the cache, if it does not store them.")
 @option("--eval-data", metavar="SPEC", help="Labelled data on which to evaluate the students.")
 @student_option()
+@settings_options(TrainConfig, only=("same_classes", "strict"))
 def report(places: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Write a report on caches and finished runs: one HTML page that contains all figures.
 

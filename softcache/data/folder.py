@@ -29,7 +29,6 @@ SKIP = "skip"  # the value of the option `unreadable`
 SHOWN = 10  # files or classes that a message lists
 THREADS = min(32, os.cpu_count() or 1)
 CHUNK = 4096  # files handed to the threads at a time
-DEPTH_SAMPLES = 256  # images that decide on the depth of all
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,9 @@ class FolderSource:
     def _pixels(self) -> images.Pixels:
         """`pixels` with the depth of 32-bit images, which images from all over the folder decide."""
         wide = [file for file in self.files if file.lower().endswith(images.WIDE_SUFFIXES)]
-        return images.decided(self.pixels, self._opened(wide[:: len(wide) // DEPTH_SAMPLES + 1]))
+        return images.decided(
+            self.pixels, self._opened([wide[i] for i in images.depth_sample(len(wide))])
+        )
 
     def _opened(self, files: Sequence[str]) -> Iterator[images.Image]:
         """Those of the files that can be opened."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,15 @@ import torch
 from torch import Tensor
 
 from softcache.data.columns import class_labels
-from softcache.data.images import Pixels, as_array, parse_pixels, stack_images
+from softcache.data.images import (
+    Image,
+    Pixels,
+    as_array,
+    decided,
+    depth_sample,
+    parse_pixels,
+    stack_images,
+)
 from softcache.data.source import DEFAULT_SPLIT, UNLABELLED
 from softcache.data.spec import named_classes
 from softcache.data.text import encode
@@ -81,11 +91,27 @@ class HubSource:
                 "are not numbers; expected numbers of one shape"
             ) from error
 
-    def _array(self, image: Any, row: int) -> npt.NDArray[Any]:  # noqa: ANN401  # a PIL image
+    def _array(self, image: Image, row: int) -> npt.NDArray[Any]:
         try:
-            return as_array(image, self.pixels)
+            # only 32-bit integers have a depth to decide, for which other images need not be read
+            return as_array(image, self._deep_pixels if image.mode == "I" else self.pixels)
         except (DataError, SettingsError) as error:
             raise type(error)(f"{self.name}: sample {row} cannot be read: {error}") from error
+
+    @cached_property
+    def _deep_pixels(self) -> Pixels:
+        """`pixels` with the depth of 32-bit images, which images from all over the table decide."""
+        return decided(self.pixels, self._opened(depth_sample(len(self))))
+
+    def _opened(self, rows: Sequence[int]) -> Iterator[Image]:
+        """Those images of the rows that can be read."""
+        for row in rows:
+            try:
+                image = self.dataset[row][self.column]
+            except Exception:  # an unreadable image is reported where it is fetched
+                continue
+            if image is not None:
+                yield image
 
 
 def open_hub_data(data: Spec) -> HubSource:
@@ -150,7 +176,9 @@ def load(place: str, split: str, config: str | None = None) -> Table:
                 raise SettingsError(f"hfds:{place}: expected a folder or one of {', '.join(FILES)}")
             return datasets.load_dataset(FILES[path.suffix], data_files=str(path), split=split_name)
         where = str(path) if path.is_dir() else place
-        return datasets.load_dataset(where, config, split=split_name)
+        return datasets.load_dataset(
+            where, config, split=split_name, **_no_code(datasets.load_dataset)
+        )
     except SoftcacheError:
         raise
     except Exception as error:  # the library raises errors of many types
@@ -162,6 +190,12 @@ def load(place: str, split: str, config: str | None = None) -> Table:
     finally:
         if bars_enabled:
             datasets.enable_progress_bars()
+
+
+def _no_code(load_dataset: Callable[..., Table]) -> dict[str, bool]:
+    """The argument that forbids a data set's own code; versions of the library without it run none."""
+    accepts = "trust_remote_code" in inspect.signature(load_dataset).parameters
+    return {"trust_remote_code": False} if accepts else {}
 
 
 def _slice(datasets: Module, table: Table, split: str, named: bool) -> Table:

@@ -24,6 +24,7 @@ MODES = {"rgb": "RGB", "grey": "L"}  # value of the option: Pillow's mode
 DEPTHS = {"16": 16, "32": 32}  # value of the option: bits
 LARGEST = {16: 2**16 - 1, 32: 2**31 - 1}  # by depth; Pillow's 32-bit integers are signed
 NARROW_FORMATS = ("PNG", "PPM")  # Pillow's mode I never holds more than 16 bits in these
+DEPTH_SAMPLES = 256  # images that decide on the depth of all, at most
 ORIENTATION, BITS_PER_SAMPLE, SAMPLE_FORMAT = 0x0112, 258, 339  # tags of Exif and TIFF
 UNSIGNED = 1  # a value of the tag SAMPLE_FORMAT
 
@@ -166,6 +167,11 @@ def decided(pixels: Pixels, images: Iterable[Image]) -> Pixels:
         if depth == 32:
             break
     return pixels
+
+
+def depth_sample(count: int) -> range:
+    """Indices of the images that decide on the depth of all `count`: at most DEPTH_SAMPLES, spread evenly."""
+    return range(0, count, count // DEPTH_SAMPLES + 1)
 
 
 def _deep_array(image: Image, pixels: Pixels) -> npt.NDArray[Any]:

@@ -218,8 +218,12 @@ class ShuffledBatches(Sampler[Any]):
             share = len(range(self.process, batch, self.processes))
             yield share * self.processes / batch
 
+    def order(self) -> npt.NDArray[np.int64]:
+        """The samples of the epoch (N,), in order."""
+        return np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
+
     def __iter__(self) -> Iterator[Any]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
+        order = self.order()
         for step in range(self.first, len(self)):
             indices = order[step * self.batch_size : (step + 1) * self.batch_size]
             share = indices[self.process :: self.processes]

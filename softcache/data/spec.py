@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from softcache.data.images import OPTIONS as IMAGE_OPTIONS
 from softcache.errors import SettingsError
@@ -103,15 +102,6 @@ def parse_data(text: str) -> Spec:
     kind = KINDS[name]
     check_options(options, kind.options or (), unsplit)
     return Spec(text, name, place, options=options, split=split, file=kind.file)
-
-
-def public_name(spec: Spec) -> str:
-    """The specification without local folders and with all its options: safe to write into a shared file."""
-    if spec.kind != CODE or not spec.options:
-        return spec.public_name
-    bare = replace(spec, options={}, split="").public_name
-    query = "&".join(f"{name}={value}" for name, value in sorted(spec.options.items()))
-    return f"{bare}?{query}" + (f"@{spec.split}" if spec.split else "")
 
 
 def named_classes(options: Mapping[str, str], spec: str) -> tuple[str, ...]:

@@ -18,7 +18,6 @@ from softcache.data.images import Pixels, as_array, decided
 from softcache.data.items import as_label, as_values, is_image, split_item
 from softcache.data.layout import Layout, layout_of
 from softcache.data.source import DEFAULT_SPLIT
-from softcache.data.spec import public_name
 from softcache.errors import DataError, SettingsError
 from softcache.util.callables import call_user, import_callable
 from softcache.util.log import inform
@@ -126,6 +125,4 @@ def open_dataset(spec: Spec) -> DatasetSource:
         )
     classes = getattr(dataset, "classes", ())  # some data sets have the number of classes here
     class_names = tuple(map(str, classes)) if isinstance(classes, list | tuple) else ()
-    return DatasetSource(
-        public_name(replace(spec, split=split)), dataset, len(dataset), class_names
-    )
+    return DatasetSource(replace(spec, split=split).public_name, dataset, len(dataset), class_names)

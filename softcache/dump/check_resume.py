@@ -48,16 +48,27 @@ def check_same(
                 f"{requested_name}; {advice}"
             )
     _check_like(cache, like, advice)
+    for difference in differing_settings(cache.header, draft, ignored):
+        raise SettingsError(f"{cache.path} was started with {difference}; {advice}")
+    _check_samples(cache, source, advice)
+
+
+def differing_settings(header: Header, draft: Header, ignored: Sequence[str] = ()) -> list[str]:
+    """The settings in which a cache differs from a dump that was requested, each in a phrase.
+
+    Args:
+        draft: the header that the dump would write.
+        ignored: names in SETTINGS that are allowed to differ.
+    """
+    differences = []
     for name in [setting for setting in SETTINGS if setting not in ignored]:
-        stored, requested = getattr(cache.header, name), getattr(draft, name)
+        stored, requested = getattr(header, name), getattr(draft, name)
         if name == "choice":
             name = "encoding"
             stored, requested = _requested_encoding(stored), _requested_encoding(requested)
         if stored != requested:
-            raise SettingsError(
-                f"{cache.path} was started with {_difference(name, stored, requested)}; {advice}"
-            )
-    _check_samples(cache, source, advice)
+            differences.append(_difference(name, stored, requested))
+    return differences
 
 
 def _check_samples(cache: Cache, source: Source, advice: str) -> None:

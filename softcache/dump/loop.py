@@ -33,7 +33,8 @@ from softcache.dump.prepare import (
     with_batch_size,
 )
 from softcache.dump.processes import ProcessGroup, join_processes
-from softcache.errors import DataError, Interrupted
+from softcache.dump.reuse import aside_path, can_reuse, take_over
+from softcache.errors import DataError, Interrupted, SettingsError
 from softcache.join.fingerprints import check_replay
 from softcache.targets.encode import HostCopy, as_arrays, make_encoder
 from softcache.targets.fetch import shared_tensors
@@ -90,12 +91,18 @@ def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
             open_unfinished(config, draft, source, teacher, augmentation, finished)
             if finished is not None:
                 copy_views(finished, config.out)
+            if group.size > 1:  # before the others look which rows are missing
+                with Writer(config.out) as writer:
+                    take_over(writer, config, source)
         config = replace(config, batch_size=group.broadcast("batch size", config.batch_size))
         with Writer(config.out) as writer:
+            if group.size == 1:
+                take_over(writer, config, source)
             watch = fill_cache(writer, config, source, teacher, augmentation, group)
         group.barrier()
         if group.first:
             finish_dump(config, source, teacher, augmentation)
+            aside_path(config.out).unlink(missing_ok=True)
             header = open_cache(config.out).header
             fidelity = (header.summary or {})["fidelity"]
             inform(fidelity_line(fidelity, isinstance(header.encoding, Sampled)))
@@ -124,7 +131,15 @@ def open_finished(
     if not config.out.exists() or config.overwrite:
         return None
     finished = open_cache(config.out)
-    check_same(finished, draft, source, config.eval_data, config.like, ignored=["views"])
+    try:
+        check_same(finished, draft, source, config.eval_data, config.like, ignored=["views"])
+    except SettingsError as error:
+        if not can_reuse(finished, draft, config):
+            raise
+        raise SettingsError(
+            f"{error}. A dump to another --out with --like {config.out} takes over the rows of all samples "
+            "that it knows"
+        ) from error
     if finished.header.views >= draft.views:
         check_same(finished, draft, source, config.eval_data, config.like)
         return finished
@@ -155,7 +170,8 @@ def finish_dump(
         if warnings and config.strict:
             raise DataError(
                 f"{warnings[0]}. The rows are kept in {partial_path(config.out)}: correct the cause and dump "
-                "with --overwrite, or run the same command without --strict to accept them"
+                "with --overwrite, or accept them with the same command without --strict (import: with "
+                "--no-strict)"
             )
         fidelity = measure_fidelity(
             writer.cache, source, teacher, augmentation, workers=config.workers

@@ -22,6 +22,7 @@ from softcache.data.source import Source
 from softcache.data.tables import align_columns
 from softcache.dump.check_resume import check_same
 from softcache.dump.config import AUTO, DumpConfig
+from softcache.dump.reuse import set_aside
 from softcache.dump.select_encoding import check_spec, encoding_for_dump, encoding_of
 from softcache.errors import DataError, ModelError, SettingsError, SoftcacheError
 from softcache.join.fingerprints import fingerprinted_rows, reproducible_fingerprints, software
@@ -186,13 +187,15 @@ def open_unfinished(
 ) -> None:
     """Allocate the unfinished file, or check that an existing one belongs to this dump.
 
+    If only the samples of an existing file were others, its rows of the samples that are left are kept.
+
     Args:
         finished: a cache of the same dump with fewer views, to reuse its encoding and evaluation.
 
     Raises:
         SettingsError: the existing file was started with other settings or other data.
     """
-    partial = partial_path(config.out)
+    partial, earlier = partial_path(config.out), None
     if partial.exists():
         try:
             unfinished = open_cache(partial, unfinished=True)
@@ -200,16 +203,19 @@ def open_unfinished(
             inform(f"resuming {partial}")
             return
         except SoftcacheError:
-            if not config.overwrite:
-                raise
-            partial.unlink()
-    like = finished or (open_cache(config.like) if config.like else None)
+            if config.overwrite:
+                partial.unlink()
+            else:
+                earlier = set_aside(config, draft)
+                if earlier is None:
+                    raise
+    like = finished or earlier or (open_cache(config.like) if config.like else None)
     if like is not None:
         header, arrays = encoding_of(draft, like)
     else:
         header, arrays = encoding_for_dump(config, draft, source, teacher, augmentation)
-    earlier = finished.header.evaluation if finished else None
-    evaluation = earlier or evaluate_teacher(config, teacher, source)
+    known = finished.header.evaluation if finished else None
+    evaluation = known or evaluate_teacher(config, teacher, source)
     names = source.class_names or teacher.class_names
     names = names or tuple(str(label) for label in range(teacher.classes))
     arrays["class_names"] = np.array([name.encode() for name in names])

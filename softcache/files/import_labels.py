@@ -58,6 +58,8 @@ def import_labels(
         DataError: with `strict`, the rows cannot belong to these samples and labels.
         SoftcacheError: as for dump().
     """
+    if view < 0:
+        raise SettingsError(f"view {view}; expected 0 or more")
     spec = parse_teacher(source)
     if spec.kind not in MATRIX_KINDS:
         raise SettingsError(

@@ -7,12 +7,11 @@ cache of the requested views and samples.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -397,7 +396,7 @@ def local_copy(source: str | Path, *, most_views: int | None = None) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         # all processes of a training run need the same file: one pulls it, the others wait for it
         with (out.parent / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _wait_for(lock)
             if not out.exists():
                 inform(
                     f"pulling {remote.file.shown}: {size_of(remote, part):,} bytes into {out.parent}"
@@ -409,6 +408,15 @@ def local_copy(source: str | Path, *, most_views: int | None = None) -> Path:
             "folder with room, or use softcache pull"
         ) from error
     return out
+
+
+def _wait_for(lock: IO[str]) -> None:
+    """Wait until no other process holds the lock, and hold it until the file is closed."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return
+    fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _source_file(out: Path) -> Path:

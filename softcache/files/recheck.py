@@ -42,7 +42,7 @@ def recheck_rows(
         data: the specification of its samples, in the order of the dump.
         rows: how many rows to compute, at most.
         device: where to run the teacher.
-        augment: the file of the cache's own augmentation, if it has one.
+        augment: all of the cache's own augmentation, if that has a callable, with the path to its file.
         teacher_classes: the classes of a wider teacher that were kept.
         same_classes: the classes of data and teacher are the same in the same order, whatever their names.
 

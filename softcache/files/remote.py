@@ -23,7 +23,7 @@ from softcache.cache import Cache
 from softcache.cache.header import MAX_HEADER, PREAMBLE, Array, Header, parse_header, parse_preamble
 from softcache.cache.reader import SHOWN_CLASSES, gaps, shared_digest
 from softcache.errors import FormatError, RemoteError, SettingsError
-from softcache.util.extras import import_extra
+from softcache.util.extras import import_extra, install_command
 
 FIRST_READ = 1 << 16  # bytes: the preamble and, for most caches, the whole header
 
@@ -163,7 +163,7 @@ def file_system(location: str) -> tuple[FileSystem, str]:
         filesystem, path = fsspec.core.url_to_fs(location, **options)
     except ImportError as error:
         raise SettingsError(
-            f"{scheme}:// needs a library ({error}); pip install 'softcache[{EXTRAS[scheme]}]'"
+            f"{scheme}:// needs a library ({error}); {install_command(EXTRAS[scheme])}"
         ) from None
     except Exception as error:  # libraries reject their settings in many ways
         raise SettingsError(

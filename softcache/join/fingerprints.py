@@ -109,7 +109,7 @@ def replayed(header: Header, own: str | None) -> Augmentation:
     """The augmentation that made a cache's views.
 
     Built-in augmentations are rebuilt from the header. Code that a header names is never imported: the user
-    must give the file in `own`.
+    must give the whole specification in `own`, with the path to the file.
 
     Args:
         header: the header of the cache.
@@ -119,16 +119,17 @@ def replayed(header: Header, own: str | None) -> Augmentation:
         SettingsError: the user's augmentation is missing, or is not the one in the header.
     """
     own = own or None
+    has_code = ".py:" in (header.augment or "")
     if split_augment(own).public_name not in (None, header.augment):
+        advice = f"give all of {header.augment}" if has_code else "leave it out"
         raise SettingsError(
             f"--augment {own} is not the cache's own ({header.augment or 'none'}): it would change the "
-            "pixels that the cached targets belong to; leave it out, or add it on top with "
-            "--extra-augment"
+            f"pixels that the cached targets belong to; {advice}, or add it on top with --extra-augment"
         )
-    if own is None and ".py:" in (header.augment or ""):
+    if own is None and has_code:
         raise SettingsError(
-            f"the cache was augmented by {header.augment}; give that file with --augment, since code "
-            "named in a cache is never run automatically"
+            f"the cache was augmented by {header.augment}; give all of this with --augment, with the "
+            "path to your file, since code named in a cache is never run automatically"
         )
     return parse_augment(own or header.augment, seed=header.seed, total=header.data_samples)
 

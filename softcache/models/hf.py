@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from softcache.errors import ModelError, SettingsError
-from softcache.models.hub import HubModel, library_errors, option_value
+from softcache.models.hub import HubModel, library_errors, needs_own_code, option_value
 from softcache.models.preprocess import Preprocess, Steps, steps_of_processor
 from softcache.models.spec import is_pretrained
 from softcache.models.tokens import Tokenize
@@ -121,6 +121,7 @@ def _build_quietly(library: Library, spec: Spec, classes: int | None) -> HubMode
             name_or_path,
             config=config,
             ignore_mismatched_sizes=classes is not None,
+            trust_remote_code=False,
             output_loading_info=True,
         )
         missing = sorted(map(str, report["missing_keys"]))
@@ -130,7 +131,7 @@ def _build_quietly(library: Library, spec: Spec, classes: int | None) -> HubMode
                 f"{' and others' if len(missing) > 3 else ''}; a teacher needs a trained classifier"
             )
     else:
-        model = auto_class.from_config(config)
+        model = auto_class.from_config(config, trust_remote_code=False)
     model = model.float()
     names = tuple(str(config.id2label.get(i)) for i in range(config.num_labels))
     has_names = classes is None and not all(name.startswith("LABEL_") for name in names)
@@ -150,7 +151,7 @@ def _config(library: Library, spec: Spec, name_or_path: str, pretrained: bool) -
                 "?pretrained=false for random ones, or name a folder or a hub id"
             )
         return library.AutoConfig.for_model(name_or_path)
-    config = library.AutoConfig.from_pretrained(name_or_path)
+    config = library.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     folder = Path(name_or_path)
     weights = ("*.safetensors", "*.bin", "*.safetensors.index.json")
     if pretrained and folder.is_dir() and not any(any(folder.glob(name)) for name in weights):
@@ -197,8 +198,12 @@ def _processor_steps(
     try:
         if name_or_path is None:
             raise ValueError("a model type has no files")
-        processor = library.AutoImageProcessor.from_pretrained(name_or_path)
+        processor = library.AutoImageProcessor.from_pretrained(
+            name_or_path, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
+        if needs_own_code(error):
+            raise
         if classes is None:
             raise ModelError(
                 f"model {spec.text} has no preprocessor_config.json, which says how its images are "
@@ -216,8 +221,10 @@ def _load_tokenizer(library: Library, name_or_path: str | None, spec: Spec) -> T
     try:
         if name_or_path is None:
             raise ValueError("a model type has no files")
-        return library.AutoTokenizer.from_pretrained(name_or_path)
+        return library.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # the library raises errors of many types
+        if needs_own_code(error):
+            raise
         raise ModelError(
             f"model {spec.text} has no tokenizer ({' '.join(str(error).split())[:200]}); name one with "
             "?tokenizer=ID_OR_FOLDER"

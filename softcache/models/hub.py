@@ -63,6 +63,11 @@ def option_value(written: str) -> Any:  # noqa: ANN401  # JSON
         return written
 
 
+def needs_own_code(error: Exception) -> bool:
+    """Whether a library refused to load files because it would have to run code that lies beside them."""
+    return "trust_remote_code" in str(error)
+
+
 @contextmanager
 def library_errors(spec: Spec) -> Iterator[None]:
     """Turn whatever a library raises while it builds a model into a ModelError of one line."""
@@ -73,6 +78,11 @@ def library_errors(spec: Spec) -> Iterator[None]:
     except Exception as error:  # the libraries raise errors of many types
         missing = isinstance(error, OSError) and not spec.path.expanduser().exists()
         hint = f"; there is no folder {spec.place} here" if missing else ""
+        if needs_own_code(error):
+            raise ModelError(
+                f"model {spec.text} comes with code of its own, which is never run automatically; load it in "
+                "a callable of yours, and name that as FILE.py:CALLABLE"
+            ) from error
         raise ModelError(
             f"model {spec.text} cannot be built ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:400]}){hint}"

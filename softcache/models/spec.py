@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from softcache.errors import SettingsError
@@ -75,17 +74,6 @@ class Normalization(NamedTuple):
 NORMALIZATIONS = {"imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 
 
-@dataclass(frozen=True)
-class CodeSpec(Spec):
-    """A specification of the user's own code, which may be followed by options."""
-
-    @property
-    def public_name(self) -> str:
-        """The name without local folders, with the options."""
-        query = "&".join(f"{name}={value}" for name, value in sorted(self.options.items()))
-        return f"{super().public_name}?{query}" if query else super().public_name
-
-
 def parse_model(text: str) -> Spec:
     """Parse a model specification; nothing is built or imported.
 
@@ -118,7 +106,7 @@ def parse_model(text: str) -> Spec:
         raise SettingsError(f"model {text!r} is not a model specification; expected {forms(KINDS)}")
     place, attribute = split_callable(text)
     attribute, options = split_options(attribute)
-    return CodeSpec(text, CODE, place, attribute, options=_normalize_options(options, text))
+    return Spec(text, CODE, place, attribute, options=_normalize_options(options, text))
 
 
 def split_file_options(text: str, suffix: str) -> tuple[str, dict[str, str]]:

@@ -17,13 +17,12 @@ from softcache.errors import DataError, SettingsError
 from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
 from softcache.models.weights import parameter_count
-from softcache.results.eval_data import eval_data_for, judge_outputs
+from softcache.results.eval_data import eval_data_for, judge_predictions
 from softcache.results.metrics import (
-    calibration,
     count_macs,
     divergence_from_teacher,
     latencies,
-    outputs,
+    measure_quality,
 )
 from softcache.train.run_folder import Run, expand, open_run
 from softcache.util.log import verdict
@@ -157,13 +156,12 @@ def measure_all(
         ece, kl = None, None
         if source is not None:
             aligned = eval_data_for(run, source, same_classes=same_classes)
-            log_probs, labels = outputs(model, aligned, run.classes)  # (N, C), (N,)
-            for warning in judge_outputs(run, log_probs, labels):
+            quality = measure_quality(model, aligned, run.classes)
+            for warning in judge_predictions(run, quality.predictions):
                 if strict:
                     raise DataError(f"{warning}. Leave --strict out to compare all the same")
                 verdict(warning)
-            error = float((log_probs.argmax(-1) != labels).double().mean())
-            ece = calibration(log_probs, labels).error
+            error, ece = quality.error, quality.calibration.error
         if joined is not None and joined.cache is not None:
             kl = divergence_from_teacher(model, joined, joined.cache.header.temperature)
         students.append(
@@ -187,7 +185,7 @@ def open_joined(path: Path, data: str | None, augment: str | None = None) -> Joi
     Args:
         path: the cache.
         data: the specification of its samples, if it does not store them.
-        augment: the file of the cache's own augmentation, if it has one.
+        augment: all of the cache's own augmentation, if that has a callable, with the path to its file.
 
     Raises:
         SoftcacheError: the cache or the data cannot be read, or do not fit each other.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import Tensor
-
 from softcache.cache.verdict import Predictions, judge
 from softcache.data.class_names import align_classes
 from softcache.data.source import Source
@@ -36,16 +34,7 @@ def eval_data_for(run: Run, source: Source, *, same_classes: bool = False) -> So
     return aligned
 
 
-def judge_outputs(run: Run, log_probs: Tensor, labels: Tensor) -> list[str]:
-    """Warnings about a student whose predictions do not fit the labels; see judge().
-
-    Args:
-        log_probs: (N, C) at temperature 1.
-        labels: (N,).
-    """
-    top = log_probs.max(-1)
-    predictions = Predictions(
-        labels.numpy(), top.indices.numpy(), top.values.double().exp().numpy()
-    )
+def judge_predictions(run: Run, predictions: Predictions) -> list[str]:
+    """Warnings about a student whose predictions do not fit the labels; see judge()."""
     names = run.class_names if len(run.class_names) == run.classes else range(run.classes)
     return judge(f"the student in {run.folder}", predictions, [str(name) for name in names])

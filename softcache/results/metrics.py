@@ -66,7 +66,7 @@ class Quality:
     @property
     def error(self) -> float:
         """Share of the samples whose top class is not their label."""
-        return 1 - self.predictions.agreement
+        return float((self.predictions.labels != self.predictions.classes).mean())
 
     @property
     def samples(self) -> int:
@@ -127,16 +127,6 @@ def best_temperature(log_probs: Tensor, labels: Tensor) -> float:
             right = low + ratio * (high - low)
             at_right = negative_log_likelihood(right)
     return math.exp((low + high) / 2)
-
-
-def outputs(model: nn.Module, source: Source, classes: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N, C) float32 of a model in eval mode, and the labels (N,).
-
-    Raises:
-        DataError: a sample has no label, or one out of range.
-    """
-    batches = list(_labelled_outputs(model, source, classes))
-    return torch.cat([rows for rows, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
 def measure_quality(model: nn.Module, source: Source, classes: int) -> Quality:

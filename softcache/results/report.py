@@ -13,7 +13,7 @@ from softcache.cache.reader import open_trainable
 from softcache.data.embedded import CacheSource
 from softcache.data.open import open_source
 from softcache.data.source import Source
-from softcache.errors import MissingCacheError, SettingsError
+from softcache.errors import DataError, MissingCacheError, SettingsError
 from softcache.results.cache_section import cache_sections
 from softcache.results.page import render
 from softcache.results.runs_section import runs_section
@@ -30,6 +30,8 @@ def report(
     data: str | None = None,
     eval_data: str | None = None,
     student: Sequence[str] = (),
+    same_classes: bool = False,
+    strict: bool = False,
 ) -> Path:
     """Write a page about caches and runs, which `places` name in any order.
 
@@ -40,10 +42,14 @@ def report(
         eval_data: labelled data on which to evaluate the students; without them, accuracies come from the
             evaluation at the end of training.
         student: specifications of students whose code is the user's own, with the path to their file.
+        same_classes: the classes of the evaluation data are those of the students in the same order, whatever
+            they are called.
+        strict: raise an error if a figure cannot be right, and write no page.
 
     Raises:
         SoftcacheError: a place is neither a cache nor a finished run, the data do not fit, or the extra
             softcache[report] is not installed.
+        DataError: with `strict`, a figure cannot be right.
     """
     if not places:
         raise SettingsError("nothing to report; name caches, or run folders of softcache train")
@@ -63,7 +69,13 @@ def report(
         source = samples if position == 0 and samples is not None else _stored_samples(cache)
         sections += cache_sections(cache, source, verdict, several=len(caches) > 1)
     if runs:
-        sections.append(runs_section(runs, caches, data, eval_data, student, verdict))
+        sections.append(
+            runs_section(runs, caches, data, eval_data, student, verdict, same_classes=same_classes)
+        )
+    if strict and verdict.warnings:
+        raise DataError(
+            f"{verdict.warnings[0]} Leave --strict out to write the report all the same"
+        )
     html = render(verdict, sections)
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, lambda path: path.write_text(html, encoding="utf-8"))

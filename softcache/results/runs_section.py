@@ -31,8 +31,10 @@ def runs_section(
     eval_data: str | None,
     specs: Sequence[str],
     verdict: Verdict,
+    *,
+    same_classes: bool = False,
 ) -> Section:
-    """What the students learned; the conclusions go to `verdict`."""
+    """What the students learned; the conclusions go to `verdict`. For `same_classes`, see report()."""
     section = Section("What the students learned")
     baselines = {
         f"{name}/baseline": open_run(run.folder / "baseline")
@@ -41,7 +43,7 @@ def runs_section(
     }
     students = group_runs({**runs, **baselines})
     evaluation = open_source(eval_data) if eval_data else None
-    measure_students(students, specs, evaluation)
+    measure_students(students, specs, evaluation, same_classes=same_classes)
     facts = next((run.facts for run in runs.values() if run.facts.get("teachers")), {})
     if not caches and teacher_from_runs(facts):
         verdict.paragraphs.append(("The teacher", teacher_from_runs(facts)))

@@ -200,7 +200,11 @@ def group_runs(runs: Mapping[str, Run]) -> list[Student]:
 
 
 def measure_students(
-    students: Sequence[Student], specs: Sequence[str], evaluation: Source | None
+    students: Sequence[Student],
+    specs: Sequence[str],
+    evaluation: Source | None,
+    *,
+    same_classes: bool = False,
 ) -> None:
     """Measure all runs of `students` in place.
 
@@ -208,6 +212,8 @@ def measure_students(
         specs: specifications of students whose code is the user's own, with the path to their file.
         evaluation: labelled data for accuracy and calibration; without them, the accuracy is that of
             each run's own evaluation.
+        same_classes: the classes of the evaluation data are those of the students in the same order, whatever
+            they are called.
 
     Raises:
         SoftcacheError: a student cannot be built, or the data do not fit it.
@@ -220,7 +226,7 @@ def measure_students(
             quality, error, samples = None, None, 0
             warnings: list[str] = []
             if evaluation is not None:
-                aligned = eval_data_for(run, evaluation)
+                aligned = eval_data_for(run, evaluation, same_classes=same_classes)
                 quality = measure_quality(models[name], aligned, run.classes)
                 error, samples = quality.error, quality.samples
                 complete = len(run.class_names) == run.classes

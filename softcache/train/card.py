@@ -42,7 +42,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
             "",
             *_provenance(facts, distilled=distilled),
             "",
-            "The same again, in a folder with the cache and the data:",
+            "To reproduce it, run this in a folder with the cache and the data:",
             "",
             f"    {training_command(facts)}",
             "",

@@ -206,8 +206,8 @@ class TrainConfig:
     )
     augment: str | None = setting(
         None,
-        help="Augmentation when training without CACHE. With CACHE: its own augmentation, needed only if it "
-        "is a callable.",
+        help="Augmentation when training without CACHE. With CACHE: all of its own augmentation, needed only "
+        "if that has a callable, with the path to its file.",
         group=DATA,
         metavar="SPEC",
     )

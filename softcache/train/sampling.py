@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -43,12 +42,6 @@ class BalancedBatches(ShuffledBatches):
         """The samples of the epoch (N,), in order."""
         random = np.random.default_rng([self.seed, self.epoch])
         return random.choice(self.samples, self.samples, p=self.probabilities)
-
-    def __iter__(self) -> Iterator[Any]:
-        order = self.order()
-        for step in range(self.first, len(self)):
-            indices = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self.request(indices[self.process :: self.processes], self.epoch)
 
 
 def balanced_probabilities(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

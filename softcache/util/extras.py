@@ -8,6 +8,11 @@ from typing import Any
 from softcache.errors import SettingsError
 
 
+def install_command(extra: str) -> str:
+    """The command that installs an extra, for error messages."""
+    return f"pip install 'softcache[{extra}]' (or, in a clone, pip install -e '.[{extra}]')"
+
+
 def import_extra(module: str, *, extra: str, what: str) -> Any:  # noqa: ANN401  # a module
     """Import a module that is installed with one of softcache's extras.
 
@@ -22,6 +27,4 @@ def import_extra(module: str, *, extra: str, what: str) -> Any:  # noqa: ANN401 
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise SettingsError(
-            f"{what} needs {module} ({error}); pip install 'softcache[{extra}]'"
-        ) from error
+        raise SettingsError(f"{what} needs {module} ({error}); {install_command(extra)}") from error

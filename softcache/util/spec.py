@@ -76,7 +76,7 @@ class Spec:
         """The specification without local folders: safe to write into a shared file."""
         split = f"@{self.split}" if self.split else ""
         if self.kind == CODE:
-            return f"{self.path.name}:{self.attribute}{split}"
+            return f"{self.path.name}:{self.attribute}{_query(self.options)}{split}"
         place = self.path.name if self.file else _public_place(self.place)
         options = {
             name: _public_place(value) if name in LOCAL_OPTIONS else value

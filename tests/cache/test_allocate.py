@@ -224,4 +224,8 @@ def test_a_row_given_twice_does_not_stand_in_for_one_never_given(path: Path) -> 
     with Writer(path) as writer:
         for _ in range(2):
             writer.write(0, 0, part(row_values(0), 0, half), part(sample_values(), 0, half))
+        rest = writer.missing(0)
+        assert not rest[:half].any()
+        assert rest[half:].all()
+    with Writer(path) as writer:  # what waits for its block is not kept
         assert writer.missing(0).all()

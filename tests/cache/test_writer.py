@@ -153,6 +153,20 @@ def test_that_check_notices_a_sync_left_out_and_one_too_late(
     assert len(unsynced_commits(too_late, header)) == 1
 
 
+def test_without_fdatasync_a_file_is_synced_whole(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(path)
+    with Writer(path) as writer:
+        calls = record(monkeypatch)
+        monkeypatch.delattr(os, "fdatasync")  # as on macOS
+        fill(writer)
+        writer.commit()
+        assert ("fsync", 0, 0) in calls
+        assert unsynced_commits(calls, writer.header) == []
+        writer.finish(SUMMARY)
+
+
 def test_a_commit_makes_whole_blocks_count_and_no_other(path: Path) -> None:
     begin(path)
     with Writer(path) as writer:
@@ -194,7 +208,9 @@ def test_going_on_writes_no_committed_row_again(
     begin(path)
     with Writer(path) as writer:
         fill(writer, batches=4)
-        header, missing = writer.header, writer.missing(1)
+        header = writer.header
+    with Writer(path) as again:
+        missing = again.missing(1)
     assert missing.tolist() == [False] * ROWS_OF_A_BLOCK + [True] * (SAMPLES - ROWS_OF_A_BLOCK)
     calls = record(monkeypatch)
     assert run_dump(path) == reference

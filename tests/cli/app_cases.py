@@ -26,6 +26,8 @@ class Model(nn.Module):
     def __init__(self, change):
         super().__init__()
         self.change, self.linear = change, nn.Linear(64, 5)
+        with torch.no_grad():  # each class has a bright line
+            self.linear.weight.view(-1, 8, 8)[range(5), range(5)] += 1
 
     def forward(self, x):
         return self.change(self.linear(x.flatten(1)))
@@ -50,6 +52,12 @@ def raises():
         return z
     return Model(change)
 '''
+
+
+def without_verdicts(stderr: str) -> str:
+    """Standard error without the warnings that the teacher of the shared cache is untrained."""
+    lines = stderr.splitlines(keepends=True)
+    return "".join(line for line in lines if "the teacher agrees with" not in line)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Inputs that people really have: each ends with the right number, a refusal, or a warning in the last line."""
+"""Inputs that people really have: each ends with the right number, a refusal, or a warning, last."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Lines(nn.Module):
             self.class_names = names
 
     def forward(self, x):
-        logits = 30 * x[:, 0].mean(2)
+        logits = 12 * x[:, 0].mean(2)
         return logits if self.order is None else logits[:, self.order]
 
 def lines():
@@ -188,8 +188,7 @@ def test_columns_are_matched_by_name(tmp_path: Path, models: Path) -> None:
     compared = softcache("compare", run, "--eval-data", swapped)
     assert compared.exit_code == 0, compared.output
     same = softcache("compare", run, "--eval-data", train)
-    shown = [text.stdout.splitlines()[2].split()[-3] for text in (compared, same)]
-    assert shown[0] == shown[1]
+    assert compared.stdout.split("%")[0].split()[-1] == same.stdout.split("%")[0].split()[-1]
 
 
 def test_names_in_another_order_are_mapped_and_other_names_refused(
@@ -225,17 +224,14 @@ def shifted(tmp_path: Path) -> str:
     return f"npz:{tmp_path / 'shifted.npz'}"
 
 
-SHIFTED = r"warning: .*the labels look shifted by one"
-
-
 def test_shifted_labels_are_the_last_line_and_an_error_with_strict(
     models: Path, shifted: str, run: Run
 ) -> None:
-    strict = run("-m", "softcache", *command(models, "lines", shifted, "--strict"), check=False)
+    strict = run(*command(models, "lines", shifted, "--strict"))
     assert strict.returncode != 0
     assert "Traceback" not in strict.stderr
     assert "The rows are kept" in strict.stderr
-    result = run("-m", "softcache", *command(models, "lines", shifted))
+    result = run(*command(models, "lines", shifted))
     assert "resuming" in result.stdout
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("warning: the teacher agrees with 0.0% of the labels")
@@ -324,6 +320,7 @@ def test_files_that_are_no_images_can_be_left_out(tmp_path: Path, models: Path) 
     result = softcache(*command(models, "lines", data))
     assert result.exit_code != 0
     assert "3.png" in result.stderr
+    (tmp_path / "c.h5.partial").unlink(missing_ok=True)
     cache = dumped(models, "lines", data, "--skip-unreadable")
     assert (agreement(cache), cache.header.samples) == (1, 29)
     arguments = ["train", str(cache.path), "--data", data, "--student", "mlp:4", "--epochs", "1"]

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import click
+from click.testing import CliRunner
 
 from softcache import __version__
 from softcache.cache import Cache
 from softcache.cli.app import main
+from softcache.cli.commands import Command
 from softcache.dump.config import DumpConfig
 from softcache.train.config import StudentConfig, TrainConfig, make_train_config
 from softcache.train.grid import make_variants
@@ -34,6 +36,23 @@ def test_every_command_has_help() -> None:
         assert result.stdout.startswith(f"Usage: main {command} ")
         assert f"\n  {command} " in overview
     assert set(COMMANDS) <= set(main.commands)
+
+
+def test_arguments_have_a_heading_if_there_is_more_to_say_than_their_name() -> None:
+    for command in COMMANDS:
+        lines = softcache(command, "--help").stdout.splitlines()
+        headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+        assert headings.index("Other:") == len(headings) - 1, command
+        assert lines[lines.index("Other:") + 1].startswith("  -h, --help"), command
+
+    class Explained(click.Argument):
+        def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+            return ("FILE", "What to read.")
+
+    params = [click.Option(["--first"], help="One."), Explained(["file"])]
+    command = Command("x", params=params)
+    text = CliRunner().invoke(command, ["--help"]).stdout
+    assert text.index("Arguments:\n  FILE  What to read.") < text.index("--first")
 
 
 def test_the_version_is_the_packages() -> None:

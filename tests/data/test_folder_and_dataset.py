@@ -247,7 +247,9 @@ def test_without_pillow_the_extra_is_named(
 ) -> None:
     without("PIL")
     with pytest.raises(
-        SettingsError, match=r"needs PIL\.Image .*; pip install 'softcache\[vision\]'"
+        SettingsError,
+        match=r"needs PIL\.Image .*; pip install 'softcache\[vision\]' "
+        r"\(or, in a clone, pip install -e '\.\[vision\]'\)",
     ):
         fetch(f"folder:{image_folder}")
 

@@ -86,13 +86,14 @@ def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
     ("names", "order"),
     [
         ([str(number) for number in range(12)], [str(number) for number in range(12)]),
-        (["010", "9", "1"], ["1", "9", "010"]),
+        (["010", "9", "8"], ["8", "9", "010"]),
+        (["0", "90", "180", "270"], ["0", "180", "270", "90"]),
         (["10", "9", "x"], ["10", "9", "x"]),
         (["10", "9", "-1"], ["-1", "10", "9"]),
         (["b", "B", "a"], ["B", "a", "b"]),
     ],
 )
-def test_classes_are_sorted_as_numbers_if_all_are_numbers(
+def test_classes_are_sorted_as_numbers_if_they_count_classes(
     tmp_path: Path, names: list[str], order: list[str]
 ) -> None:
     for name in names:
@@ -174,7 +175,7 @@ def test_unreadable_files_can_be_left_out(
 def test_files_that_are_left_out_do_not_change_the_depth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("softcache.data.folder.DEPTH_SAMPLES", 2)  # the first and the third
+    monkeypatch.setattr("softcache.data.images.DEPTH_SAMPLES", 2)  # the first and the third
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "0.tif").write_bytes(b"no image")
     for number, value in ((1, 1000), (2, 100_000)):

@@ -257,9 +257,31 @@ def test_what_cannot_be_loaded_is_told_in_one_line(
         open_source(f"hfds:{tmp_path / 'x.txt'}")
 
 
+def test_code_of_a_data_set_is_never_run(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, name: str | None, split: str, **options: object) -> object:
+        received.update(options)
+        return datasets.load_from_disk(str(pets))[split]
+
+    def of_version_3(
+        path: str, name: str | None, split: str, trust_remote_code: bool | None = None
+    ) -> object:
+        return load_dataset(path, name, split, trust_remote_code=trust_remote_code)
+
+    received: dict[str, object] = {}
+    monkeypatch.setattr(datasets, "load_dataset", of_version_3)
+    open_source("hfds:me/pets")
+    assert received == {"trust_remote_code": False}
+    received.clear()
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)  # later versions run none at all
+    open_source("hfds:me/pets")
+    assert received == {}
+
+
 def test_a_missing_extra_is_named(pets: Path, without: Callable[[str], None]) -> None:
     without("datasets")
     with pytest.raises(
-        SettingsError, match=r"hfds: needs datasets .*pip install 'softcache\[data\]'"
+        SettingsError,
+        match=r"hfds: needs datasets .*pip install 'softcache\[data\]' "
+        r"\(or, in a clone, pip install -e '\.\[data\]'\)",
     ):
         open_source(f"hfds:{pets}")

@@ -136,6 +136,30 @@ def test_the_whole_folder_decides_on_the_depth_of_integers(
     )
 
 
+def test_a_whole_data_set_decides_on_the_depth_as_a_folder_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("softcache.data.images.DEPTH_SAMPLES", 2)  # the first and the third
+    paths = [
+        save(tmp_path / "f" / "a" / f"{number}.tif", np.array([[0, value]], np.int32))
+        for number, value in enumerate((1000, 10, 70_000))
+    ]
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": [*map(str, paths)]}, features)
+    table.save_to_disk(str(tmp_path / "hub"))
+    folder = open_source(f"folder:{tmp_path / 'f'}").fetch([0, 1, 2])[0]
+    hub = open_source(f"hfds:{tmp_path / 'hub'}").fetch([0, 1, 2])[0]
+    assert folder[:, 0, 0, 1].tolist() == pytest.approx(
+        [value / (2**31 - 1) for value in (1000, 10, 70_000)], rel=1e-6
+    )
+    assert sample_keys(hub).tolist() == sample_keys(folder).tolist()
+    gap = datasets.Dataset.from_dict({"image": [str(paths[0]), None, str(paths[2])]}, features)
+    gap.save_to_disk(str(tmp_path / "gap"))
+    monkeypatch.undo()  # all three are sampled now, and the missing one is passed over
+    assert torch.equal(open_source(f"hfds:{tmp_path / 'gap'}").fetch([0, 2])[0], hub[[0, 2]])
+
+
 def test_the_depth_can_be_stated(tmp_path: Path) -> None:
     save(tmp_path / "a" / "0.tif", np.array([[70_000]], np.int32))
     stated = open_source(f"folder:{tmp_path}?depth=32").fetch([0])[0]

@@ -34,6 +34,19 @@ from tests.conftest import make_arrays
 # the order of batches
 
 
+def test_a_sampler_chooses_the_order_of_an_epoch() -> None:
+    class Reversed(ShuffledBatches):
+        def order(self) -> npt.NDArray[np.int64]:
+            return np.arange(self.samples)[::-1] + 100 * self.epoch
+
+    batches = Reversed(6, 4, seed=0)
+    assert [request.source_indices for request in batches] == [[5, 4, 3, 2], [1, 0]]
+    batches.set_epoch(1, first=1)
+    assert [request.source_indices for request in batches] == [[101, 100]]
+    shuffled = ShuffledBatches(50, 8, seed=1)
+    assert flat(shuffled) == shuffled.order().tolist()
+
+
 def flat(batches: Iterable[Request]) -> list[int]:
     return [index for batch in batches for index in batch.source_indices]
 

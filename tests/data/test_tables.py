@@ -323,5 +323,8 @@ def test_what_is_no_table_is_named(tmp_path: Path) -> None:
 def test_a_missing_extra_is_named(table: str, without: Callable[[str], None]) -> None:
     kind = table.partition(":")[0]
     without(f"pyarrow.{kind}")
-    with pytest.raises(SettingsError, match=r"pip install 'softcache\[data\]'"):
+    with pytest.raises(
+        SettingsError,
+        match=r"pip install 'softcache\[data\]' \(or, in a clone, pip install -e '\.\[data\]'\)",
+    ):
         open_source(f"{table}?label=kind")

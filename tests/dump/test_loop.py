@@ -475,7 +475,7 @@ def test_whole_numbers_that_are_no_images_are_not_mixed(
     augment: str, dump_config: DumpConfig, tmp_path: Path
 ) -> None:
     images, labels = make_arrays()
-    config = data_of(dump_config, tmp_path, x_train=images.astype(np.int64), y_train=labels)
+    config = data_of(dump_config, tmp_path, x_train=100 * images.astype(np.int64), y_train=labels)
     teacher = tmp_path / "tokens.py"
     teacher.write_text(TEACHER.replace("x.flatten(1)", "x.float().flatten(1)"))
     config = replace(config, teacher=f"{teacher}:teacher", eval_data=None)

@@ -34,7 +34,10 @@ def test_there_and_back_is_the_same_cache_of_rows(
     cache: Cache, dump_config: DumpConfig, tmp_path: Path, run: Run
 ) -> None:
     output = run("export-labels", cache.path, "-o", "p.npy", "--temperature", 1, check=True).stdout
-    assert output == "p.npy: probabilities of 300 samples, 5 classes, at temperature 1\n"
+    assert (
+        output
+        == "p.npy: probabilities of 300 samples, 5 classes, at temperature 1; the samples are not augmented\n"
+    )
     run("dump", "--teacher", "p.npy", "--teacher-output", "probabilities", "--data", dump_config.data,
         "--temperature", 4, "--out", "back.h5", check=True)  # fmt: skip
     from softcache.cache import open_cache

@@ -76,6 +76,23 @@ def rows_of(served: Served) -> range:
     return range(array.offset, array.offset + array.nbytes)
 
 
+def test_a_cache_is_opened_and_pulled_without_fcntl(served: Served, tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['fcntl'] = None\n"
+        "import softcache\nfrom softcache.files.pull import local_copy\n"
+        "print(len(softcache.open(local_copy(sys.argv[1]))))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, url(served)],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "300"
+
+
 def test_a_whole_pull_is_the_same_file_to_the_byte(served: Served, tmp_path: Path) -> None:
     copy = pull(url(served), tmp_path / "out" / "copy.h5")
     assert copy.path.read_bytes() == (served.folder / "cache.h5").read_bytes()

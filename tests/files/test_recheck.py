@@ -155,7 +155,7 @@ def test_the_users_own_augmentation_must_be_given_again(
     cache = dump(replace(dump_config, eval_data=None, augment=spec))
     assert "mean at T=4" in recheck(cache, augment=spec)
     with pytest.raises(
-        SettingsError, match=r"augmented by views\.py:negative,flip; give that file"
+        SettingsError, match=r"augmented by views\.py:negative,flip; give all of this"
     ):
         recheck(cache)
     with pytest.raises(SettingsError, match=r"--augment flip is not the cache's own \(views\.py"):
@@ -248,7 +248,7 @@ def test_cut_data_are_refused(
     arrays = np.load(data_file)
     cut = {name: arrays[name][:250] for name in ("x_train", "y_train")}
     with pytest.raises(
-        DataError, match=r"changed\.npz@train has 250 samples, .* was made from 300 of"
+        DataError, match=r"changed\.npz@train has 250 of the 300 samples of .*; all are needed here"
     ):
         recheck(cache, data=save_data(tmp_path, data_file, **cut))
 

@@ -273,7 +273,10 @@ def test_a_missing_extra_is_named(
     loaded = sys.modules["fsspec.registry"]._registry
     for implementation in list(loaded):
         monkeypatch.delitem(loaded, implementation)
-    with pytest.raises(SettingsError, match=rf"pip install 'softcache\[{extra}\]'"):
+    with pytest.raises(
+        SettingsError,
+        match=rf"pip install 'softcache\[{extra}\]' \(or, in a clone, pip install -e '\.\[{extra}\]'\)",
+    ):
         open_file(location)
 
 

@@ -290,7 +290,7 @@ def test_the_whole_data_set_out_of_order_is_refused(
     expected = (
         r"^sample \d+ of mine is not in .*cache\.h5, a shard of npz:data\.npz@train \(30 of 40 are "
         "unknown\\); "
-        r"give the data the cache was made from, in the order of the dump, or the samples of the shard alone"
+        r"give the data of the cache, in the order of the dump, or the samples of the shard alone"
     )
     with pytest.raises(DataError, match=expected):
         join_samples(picked(data, order), shard)

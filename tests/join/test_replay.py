@@ -318,8 +318,9 @@ def test_another_augmentation_than_the_caches_is_refused(
     header: Header, augment_file: Path, made_by: str | None, given: str, named: str
 ) -> None:
     spec = f"{augment_file.parent}/{given}" if ".py" in given else given
+    advice = f"give all of {named}" if ".py" in named else "leave it out"
     expected = (
-        rf"--augment .*{given} is not the cache's own \({named}\): .*leave it out, or add it on top "
+        rf"--augment .*{given} is not the cache's own \({named}\): .*; {advice}, or add it on top "
         "with --extra-augment"
     )
     with pytest.raises(SettingsError, match=expected):
@@ -339,14 +340,16 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("named", ["evil.py:make", "evil.py:make,flip,mixup", "flip,evil.py:make"])
 def test_code_that_a_header_names_is_never_run(header: Header, trap: Path, named: str) -> None:
     with pytest.raises(
-        SettingsError, match=f"augmented by {named}; give that file with --augment, since code"
+        SettingsError,
+        match=f"augmented by {named}; give all of this with --augment, with the path to your "
+        "file, since code",
     ):
         replayed(changed(header, augment=named), None)
     assert not trap.exists()
 
 
 def test_nor_is_it_run_for_an_empty_augment(header: Header, trap: Path) -> None:
-    with pytest.raises(SettingsError, match=r"augmented by evil\.py:make; give that file with"):
+    with pytest.raises(SettingsError, match=r"augmented by evil\.py:make; give all of this with"):
         replayed(changed(header, augment="evil.py:make"), "")
     assert not trap.exists()
 

@@ -294,12 +294,67 @@ def test_what_is_saved_is_loaded_again_with_its_preprocessing(vit: Path, tmp_pat
         save_hub(HubModel(nn.Linear(2, 2), nn.Identity()), tmp_path / "x")
 
 
+# code that lies beside a model
+
+
+@pytest.fixture
+def untrusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model folder whose configuration, processor and tokenizer are code; all questions get a yes."""
+    folder = tmp_path / "untrusted"
+    folder.mkdir()
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w').close()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    return folder
+
+
+def add_code(folder: Path, file: str, **facts: str) -> None:
+    """Let a file of a model folder name classes in code.py."""
+    path = folder / file
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**known, "auto_map": {k: f"code.{v}" for k, v in facts.items()}}))
+
+
+CODE_REFUSED = "comes with code of its own, which is never run automatically; load it in a callable"
+
+
+@pytest.mark.parametrize("options", ["", "?pretrained=false"])
+@pytest.mark.parametrize("classes", [None, 3])
+def test_code_in_a_model_folder_is_never_run(
+    untrusted: Path, options: str, classes: int | None
+) -> None:
+    (untrusted / "config.json").write_text('{"model_type": "unheard-of"}')
+    add_code(untrusted, "config.json", AutoConfig="C", AutoModelForImageClassification="M")
+    (untrusted / "model.safetensors").touch()
+    with pytest.raises(ModelError, match=CODE_REFUSED):
+        build_hub(f"hf:{untrusted}{options}", classes)
+    assert not (untrusted.parent / "was_run").exists()
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_code_of_a_processor_or_a_tokenizer_is_never_run(
+    vit: Path, untrusted: Path, classes: int | None
+) -> None:
+    (untrusted / "preprocessor_config.json").write_text('{"image_processor_type": "Unheard"}')
+    add_code(untrusted, "preprocessor_config.json", AutoImageProcessor="P")
+    with pytest.raises(ModelError, match=CODE_REFUSED):
+        build_hub(f"hf:{vit}?processor={untrusted}", classes)
+    (untrusted / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Unheard", "auto_map": {"AutoTokenizer": ["code.T", "code.T"]}}'
+    )
+    with pytest.raises(ModelError, match=CODE_REFUSED):
+        build_hub(f"{BERT}&tokenizer={untrusted}", 2)
+    assert not (untrusted.parent / "was_run").exists()
+
+
 # timm
 
 
 def test_a_missing_timm_is_named(without: Callable[[str], None]) -> None:
     without("timm")
-    with pytest.raises(SettingsError, match=r"pip install 'softcache\[timm\]'"):
+    with pytest.raises(
+        SettingsError,
+        match=r"pip install 'softcache\[timm\]' \(or, in a clone, pip install -e '\.\[timm\]'\)",
+    ):
         build_hub("timm:resnet18", 3)
 
 

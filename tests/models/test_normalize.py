@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from softcache.errors import ModelError, SettingsError
@@ -17,6 +18,7 @@ from softcache.models.weights import load_weights, state_sha256
 from softcache.teachers.load import load_teacher
 from softcache.teachers.spec import parse_teacher
 from softcache.teachers.teacher import Teacher
+from softcache.train.run_folder import Run
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -117,6 +119,22 @@ def test_without_options_the_model_is_itself(code: Path) -> None:
 )
 def test_the_public_name_has_the_options(spec: str, name: str) -> None:
     assert parse_teacher(spec).public_name == name
+
+
+def test_a_run_finds_the_code_of_its_student_by_the_name_with_options(
+    code: Path, tmp_path: Path
+) -> None:
+    spec = f"{code}:model?normalize=imagenet"
+    student = build(spec, input_shape=(3, 4, 4), classes=3)
+    facts = {"settings": {"student": "m.py:model?normalize=imagenet"}, "input_shape": [3, 4, 4]}
+    run = Run(tmp_path, {**facts, "classes": 3}, [])
+    save_file(student.state_dict(), run.weights)
+    images = torch.rand(5, 3, 4, 4)
+    torch.testing.assert_close(run.model([f"{code}:model", spec])(images), student(images))
+    with pytest.raises(
+        ModelError, match=r"student m\.py:model\?normalize=imagenet cannot be built"
+    ):
+        run.model([f"{code}:model"])
 
 
 @pytest.mark.parametrize(

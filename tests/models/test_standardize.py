@@ -19,9 +19,16 @@ from softcache.models.weights import load_weights
 MEAN, STD = torch.tensor([10.0, -1.0]), torch.tensor([2.0, 0.5])
 
 
-def student() -> nn.Module:
-    """An mlp: for two columns with these statistics."""
+def plain() -> nn.Sequential:
+    """An mlp: for two columns, without statistics."""
     model = build("mlp:8", input_shape=(2,), classes=3)
+    assert isinstance(model, nn.Sequential)
+    return model
+
+
+def student() -> nn.Sequential:
+    """An mlp: for two columns with these statistics."""
+    model = plain()
     standardize_columns(model, MEAN, STD)
     return model
 
@@ -62,7 +69,7 @@ def test_the_model_sees_standardized_rows_and_learns_only_weights() -> None:
 
 
 def test_without_statistics_columns_stay_as_they_are() -> None:
-    model, rows = build("mlp:8", input_shape=(2,), classes=3), torch.randn(4, 2)
+    model, rows = plain(), torch.randn(4, 2)
     assert torch.equal(model(rows), model[1:](rows))
     images = build("mlp:8", input_shape=(1, 2, 1), classes=3)
     assert not any(isinstance(module, Standardize) for module in images.modules())

@@ -16,7 +16,7 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import ModelError, SettingsError
 from softcache.models.build import build
-from softcache.results.compare import StudentMetrics, compare, measure_all
+from softcache.results.compare import StudentMetrics, compare, measure_all, open_joined
 from softcache.results.metrics import (
     best_temperature,
     calibration,
@@ -121,10 +121,8 @@ def test_the_table_says_what_was_measured(
 
 
 def test_kl_is_that_of_the_last_weights(folders: list[Path], cache: Cache, data_file: Path) -> None:
-    (metrics,) = measure_all(
-        {"mlp": open_run(folders[0])}, eval_data=None, cache=cache.path, data=f"npz:{data_file}",
-        student=(),
-    )  # fmt: skip
+    joined = open_joined(cache.path, f"npz:{data_file}")
+    (metrics,) = measure_all({"mlp": open_run(folders[0])}, None, joined)
     model = open_run(folders[0]).model()
     images = np.load(data_file)["x_train"]
     with torch.no_grad():
@@ -132,7 +130,7 @@ def test_kl_is_that_of_the_last_weights(folders: list[Path], cache: Cache, data_
     log_p = cache.rows(0, np.arange(300)).astype(np.float64)
     expected = (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
     assert metrics.kl == pytest.approx(expected, rel=1e-4)
-    assert metrics.calibration is None
+    assert metrics.ece is None
     assert metrics.error == open_run(folders[0]).facts["errors"] / 100
 
 

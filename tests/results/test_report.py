@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from softcache.cache import Cache, open_cache
 from softcache.cache.reader import open_trainable
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
-from softcache.errors import FormatError, SettingsError
+from softcache.errors import DataError, FormatError, SettingsError
 from softcache.results import knowledge, report
 from softcache.results.cache_section import THUMBNAILS, cache_sections
 from softcache.results.page import Section, Table, render
@@ -275,10 +276,39 @@ def test_what_cannot_be_reported_is_told(
         report.report([], out)
     without("matplotlib")
     with pytest.raises(
-        SettingsError, match=r"needs matplotlib .*; pip install 'softcache\[report\]'"
+        SettingsError,
+        match=r"needs matplotlib .*; pip install 'softcache\[report\]' "
+        r"\(or, in a clone, pip install -e '\.\[report\]'\)",
     ):
         report.report([embedded.path], out)
     assert not out.exists()
+
+
+def test_strict_writes_no_page_of_what_cannot_be_right(
+    grid: Path, data_file: Path, tmp_path: Path, run: Run
+) -> None:
+    images = np.load(data_file)["x_test"]
+    model = open_run(grid / "mlp-16-seed=1").model()
+    with torch.inference_mode():
+        top = model(torch.from_numpy(images) / 255).argmax(-1).numpy()
+    np.savez(tmp_path / "shifted.npz", x=images, y=(top + 1) % 5)
+    spec, out = f"npz:{tmp_path / 'shifted.npz'}", tmp_path / "r.html"
+    with pytest.raises(DataError, match=r"^The student in .* agrees with .*\. Leave --strict out"):
+        report.report([grid], out, eval_data=spec, strict=True)
+    assert not out.exists()
+    assert run("report", grid, "--eval-data", spec, "--strict", "-o", out).returncode == 1
+    run("report", grid, "--eval-data", spec, "-o", out, check=True)
+    assert "The student in" in Page(out).words
+
+
+def test_classes_under_other_names_are_evaluated_if_they_are_the_same(
+    grid: Path, data_file: Path, tmp_path: Path, run: Run
+) -> None:
+    copy_run(grid, tmp_path / "run", facts={"class_names": list("abcde")})
+    spec, out = f"npz:{data_file}?classes=v,w,x,y,z@test", tmp_path / "r.html"
+    with pytest.raises(DataError, match="--same-classes"):
+        report.report([tmp_path / "run"], out, eval_data=spec)
+    run("report", tmp_path / "run", "--eval-data", spec, "--same-classes", "-o", out, check=True)
 
 
 def test_a_cache_that_was_opened_is_left_as_it_was(embedded: Cache, tmp_path: Path) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from softcache.data.open import open_source
+from softcache.data.source import Source
 from softcache.results import students as students_module
-from softcache.results.metrics import calibration, outputs
+from softcache.results.compare import measure_all
+from softcache.results.metrics import calibration
 from softcache.results.student_figures import cost_points, pair_numbers
 from softcache.results.students import (
     Spread,
@@ -21,6 +26,7 @@ from softcache.results.students import (
     measure_students,
 )
 from softcache.train.run_folder import Run, expand, open_run
+from softcache.util.tensors import to_float
 from tests.results.run_cases import copy_run, student_with
 
 
@@ -176,13 +182,44 @@ def test_the_noise_of_one_seed_is_that_of_two_error_counts(grid: Path, tmp_path:
 # what is measured, and drawn
 
 
+def outputs(run: Run, source: Source) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N, C) of a student, and labels (N,)."""
+    inputs, labels = source.fetch(range(len(source)))
+    with torch.inference_mode():
+        return torch.log_softmax(run.model()(to_float(inputs)), -1), torch.from_numpy(labels)
+
+
+def test_only_one_batch_of_outputs_is_held_at_once(
+    grid: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, held, most = torch.log_softmax, list[weakref.ref[Tensor]](), 0
+
+    def log_softmax(*arguments: Any) -> Tensor:
+        nonlocal most
+        rows: Tensor = real(*arguments)
+        held.append(weakref.ref(rows))
+        most = max(most, sum(reference() is not None for reference in held))
+        return rows
+
+    monkeypatch.setattr("softcache.results.metrics.BATCH", 10)
+    monkeypatch.setattr(torch, "log_softmax", log_softmax)
+    run, source = open_all(grid)["mlp-16-seed=1"], open_source(f"npz:{data_file}@test")
+    (student,) = measure_all({"mlp": run}, source, None)
+    assert len(held) == 10
+    assert most == 2  # the batch before is replaced only then
+    monkeypatch.undo()
+    log_probs, labels = outputs(run, source)
+    assert student.error == float((log_probs.argmax(-1) != labels).double().mean())
+    assert student.ece == pytest.approx(calibration(log_probs, labels).error)
+
+
 def test_measured_accuracy_and_ece_are_those_of_the_weights(grid: Path, data_file: Path) -> None:
     source = open_source(f"npz:{data_file}@test")
     students = group_runs(open_all(grid))
     measure_students(students, (), source)
     student = students[0]
     run = student.runs["mlp-16-seed=1"]
-    log_probs, labels = outputs(run.model(), source, run.classes)
+    log_probs, labels = outputs(run, source)
     right = float((log_probs.argmax(-1) == labels).double().mean())
     assert student.accuracy_by_seed()[1] == pytest.approx(right)
     assert right == pytest.approx(1 - run.facts["errors"] / run.facts["samples"])
@@ -199,7 +236,7 @@ def test_predictions_that_cannot_be_right_are_a_warning(
     source = open_source(f"npz:{data_file}@test")
     students = group_runs(open_all(grid))
     run = students[0].runs["mlp-16-seed=1"]
-    top = outputs(run.model(), source, run.classes)[0].argmax(-1).numpy()
+    top = outputs(run, source)[0].argmax(-1).numpy()
     images = np.load(data_file)["x_test"]
     for shift in (0, 1):
         np.savez(tmp_path / "shifted.npz", x=images, y=(top + shift) % 5)

@@ -220,6 +220,7 @@ def test_an_epoch_has_as_many_steps_and_depends_on_seed_and_epoch_alone() -> Non
     again = BalancedBatches(LABELS, 32, seed=3)
     again.set_epoch(0, first=2)
     assert drawn(again) == [index for indices in first[2:] for index in indices]
+    assert again.order().tolist() == [index for indices in first for index in indices]
     shares = [BalancedBatches(LABELS, 32, 3, None, process, 2) for process in range(2)]
     for whole, *parts in zip(first, *shares, strict=True):
         assert [*whole[::2]] == parts[0].source_indices

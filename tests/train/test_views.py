@@ -318,15 +318,15 @@ def test_code_that_a_cache_names_is_not_run_by_itself(
     config = as_recorder(config, recorders, cache)
     with pytest.raises(
         SettingsError,
-        match=r"augmented by recorders\.py:own,flip; give that file with --augment, since code "
-        "named in a cache is never run automatically",
+        match=r"augmented by recorders\.py:own,flip; give all of this with --augment, with the path to "
+        "your file, since code named in a cache is never run automatically",
     ):
         train(config)
     for wrong in (f"{recorders}:own", f"{recorders}:other,flip", "flip"):
         with pytest.raises(
             SettingsError,
             match=rf"--augment {re.escape(wrong)} is not the cache's own \(recorders\.py:own,flip\): "
-            ".*; leave it out, or add it on top with --extra-augment",
+            r".*; give all of recorders\.py:own,flip, or add it on top with --extra-augment",
         ):
             train(replace(config, augment=wrong))
     assert not config.out.exists()
