@@ -50,8 +50,8 @@ def test_arguments_have_a_heading_if_there_is_more_to_say_than_their_name() -> N
             return ("FILE", "What to read.")
 
     params = [click.Option(["--first"], help="One."), Explained(["file"])]
-    command = Command("x", params=params)
-    text = CliRunner().invoke(command, ["--help"]).stdout
+    explained = Command("x", params=params)
+    text = CliRunner().invoke(explained, ["--help"]).stdout
     assert text.index("Arguments:\n  FILE  What to read.") < text.index("--first")
 
 
