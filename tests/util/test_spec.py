@@ -48,10 +48,10 @@ def test_a_folder_of_this_machine_is_shown_by_its_name(
 
 
 def test_code_and_files_are_shown_by_the_name_of_the_file() -> None:
-    code = Spec("/home/me/models.py:small", CODE, "/home/me/models.py", "small", split="test")
+    code = Spec("/data/me/models.py:small", CODE, "/data/me/models.py", "small", split="test")
     assert code.public_name == "models.py:small@test"
     options = {"shuffle": "1", "classes": "a,b"}
-    code = Spec("m.py:small", CODE, "/home/me/m.py", "small", options=options, split="test")
+    code = Spec("m.py:small", CODE, "/data/me/m.py", "small", options=options, split="test")
     assert code.public_name == "m.py:small?classes=a,b&shuffle=1@test"
     assert Spec("/tmp/a.pt2", "pt2", "/tmp/a.pt2", file=True).public_name == "a.pt2"
     assert Spec("npz:/tmp/a.npz", "npz", "/tmp/a.npz", split="test", file=True).public_name == (
