@@ -10,6 +10,7 @@ import torch
 from tabulate import tabulate
 
 from softcache.cache.reader import open_trainable
+from softcache.cache.verdict import Predictions
 from softcache.data.embedded import CacheSource
 from softcache.data.open import open_source
 from softcache.data.source import Source
@@ -17,6 +18,7 @@ from softcache.errors import DataError, SettingsError
 from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
 from softcache.models.weights import parameter_count
+from softcache.results.by_class import errors_by_class
 from softcache.results.eval_data import eval_data_for, judge_predictions
 from softcache.results.metrics import (
     count_macs,
@@ -45,6 +47,7 @@ class StudentMetrics:
         error: share of the evaluation samples that it gets wrong.
         ece: expected calibration error (ECE).
         kl: mean KL(teacher ‖ student) in nats, at the temperature of the cache.
+        predictions: what it predicts for the evaluation samples.
     """
 
     name: str
@@ -55,6 +58,7 @@ class StudentMetrics:
     error: float | None
     ece: float | None
     kl: float | None
+    predictions: Predictions | None = None
 
     def beats(self, other: StudentMetrics) -> bool:
         """Whether it is at least as good in error, parameters and latency, and better in one of them.
@@ -81,6 +85,8 @@ def compare(
     strict: bool = False,
 ) -> str:
     """A table of students; * marks those that are Pareto-optimal in error, parameters and latency.
+
+    With evaluation data, a second table has the errors of each student in the hardest classes.
 
     Args:
         folders: run folders of `softcache train`, or folders that contain some.
@@ -125,7 +131,20 @@ def compare(
     align = ("left", *["right"] * (len(headers) - 1))
     table = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
     threads = torch.get_num_threads()
-    return f"{table}\n* Pareto-optimal in error, parameters and latency ({threads} CPU threads)"
+    table = f"{table}\n* Pareto-optimal in error, parameters and latency ({threads} CPU threads)"
+    predictions = {one.name: one.predictions for one in students if one.predictions is not None}
+    counts = {run.classes for run in runs.values()}
+    if not predictions or len(counts) > 1:
+        return table
+    first = next(iter(runs.values()))
+    names = first.class_names or [str(number) for number in range(first.classes)]
+    by_class = tabulate(
+        errors_by_class(predictions, names),
+        headers=("error by class", *predictions),
+        colalign=("left", *["right"] * len(predictions)),
+        disable_numparse=True,
+    )
+    return f"{table}\n\n{by_class}"
 
 
 def measure_all(
@@ -153,7 +172,7 @@ def measure_all(
     for name, run in runs.items():
         facts, model = run.facts, models[name]
         error = facts["errors"] / facts["samples"] if "errors" in facts else None
-        ece, kl = None, None
+        ece, kl, predictions = None, None, None
         if source is not None:
             aligned = eval_data_for(run, source, same_classes=same_classes)
             quality = measure_quality(model, aligned, run.classes)
@@ -162,6 +181,7 @@ def measure_all(
                     raise DataError(f"{warning}. Leave --strict out to compare all the same")
                 verdict(warning)
             error, ece = quality.error, quality.calibration.error
+            predictions = quality.predictions
         if joined is not None and joined.cache is not None:
             kl = divergence_from_teacher(model, joined, joined.cache.header.temperature)
         students.append(
@@ -174,6 +194,7 @@ def measure_all(
                 error,
                 ece,
                 kl,
+                predictions,
             )
         )
     return students

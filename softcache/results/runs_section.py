@@ -12,6 +12,7 @@ from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.models.evaluate import data_digest
 from softcache.results import student_figures
+from softcache.results.by_class import errors_by_class
 from softcache.results.compare import open_joined
 from softcache.results.metrics import gradient_similarity
 from softcache.results.page import Section, Table
@@ -83,6 +84,9 @@ def runs_section(
             ),
         )
     section.blocks.append(students_table(students, facts, teacher))
+    by_class = class_table(students)
+    if by_class is not None:
+        section.blocks.append(by_class)
     if sum(len(student.runs) for student in students) > len(students):
         section.blocks.append(runs_table(students, facts, teacher))
     _add_gradients(section, students, caches, data, specs)
@@ -179,6 +183,27 @@ def students_table(
         rows,
         "MACs and median milliseconds are for one sample on the CPU. The baseline is the same student "
         "trained on hard labels; its gain is in percentage points, ± its standard error.",
+    )
+
+
+def class_table(students: Sequence[Student]) -> Table | None:
+    """Errors of the first run of each student in the hardest classes; None without evaluation data."""
+    runs = {student.label: next(iter(student.runs.items())) for student in students}
+    measured = {
+        student.label: student.measured[runs[student.label][0]].quality for student in students
+    }
+    predictions = {label: one.predictions for label, one in measured.items() if one is not None}
+    counts = {run.classes for _, run in runs.values()}
+    if not predictions or len(counts) > 1:
+        return None
+    first = next(iter(runs.values()))[1]
+    names = first.class_names or [str(number) for number in range(first.classes)]
+    return Table(
+        "Errors by class",
+        ("class", *predictions),
+        errors_by_class(predictions, names),
+        "The classes with the largest share of errors. The balanced error is the mean over all classes, "
+        "each of the same weight. One run of each student.",
     )
 
 

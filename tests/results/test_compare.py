@@ -107,7 +107,9 @@ def test_the_table_says_what_was_measured(
         f"npz:{data_file}", check=True,
     ).stdout  # fmt: skip
     lines = table.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 5 + 2 + 2 + 5  # a line below, then a table of the errors by class
+    assert re.split(r"\s{2,}", lines[6])[0] == "error by class"
+    assert lines[8].startswith("balanced error")
     assert re.split(r"\s{2,}", lines[0].strip()) == [
         "student", "parameters", "MACs", "bytes", "ms, batch 1", "ms, batch 64", "test error",
         "KL to teacher", "ECE",
