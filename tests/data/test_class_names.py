@@ -16,7 +16,7 @@ def source(*names: str, labels: tuple[int, ...] = (0, 1, 2, -1)) -> Source:
 
 
 def labels_of(aligned: Source) -> list[int]:
-    return aligned.fetch(range(len(aligned)))[1].tolist()
+    return [int(label) for label in aligned.fetch(range(len(aligned)))[1]]
 
 
 @pytest.mark.parametrize(
