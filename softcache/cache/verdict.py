@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 Integers = npt.NDArray[np.int64]
 
-FEWEST_ROWS = 20  # of fewer labelled rows nothing is said
+FEWEST_ROWS = 8  # of fewer labelled rows nothing is said
+FEW_ROWS = 20  # of fewer, only another order of the classes is told from chance
 SIGMAS = 5.0  # standard deviations that chance may explain
 LEAST_GAP = 0.3  # share of the rows of some classes that another order of classes must win
 EXPLAINED = 0.5  # share of the missing agreement that another order of classes must bring back
@@ -91,13 +92,18 @@ def judge(
         gained = float((mapped(predictions.classes, order) == predictions.labels).mean())
     if gained - agreement > EXPLAINED * (confidence - agreement):
         return [f"{facts}: {describe_order(order, names)} it would agree with {gained:.1%}"]
+    if count < FEW_ROWS:
+        return []
     labels, guesses = (
         np.bincount(values, minlength=len(names)) / rows
         for values in (predictions.labels, predictions.classes)
     )
     chance = float(labels @ guesses)
     skew = float(np.abs(labels - guesses).sum()) / 2
-    at_chance = agreement <= chance + SIGMAS * math.sqrt(chance * (1 - chance) / count)
+    near_chance = min(
+        chance + 3 * math.sqrt(chance * (1 - chance) / count), (chance + confidence) / 2
+    )
+    at_chance = agreement <= near_chance
     if not (at_chance and confidence > chance + LEAST_GAP) and not (
         skew > LEAST_SKEW and confidence - agreement > LEAST_GAP
     ):

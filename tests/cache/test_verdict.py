@@ -94,9 +94,27 @@ def test_inputs_on_another_scale_are_a_likely_cause() -> None:
 
 
 def test_of_a_few_rows_and_of_rows_without_confidence_nothing_is_said() -> None:
-    assert judge("t", wrong("shifted", predictions(1, rows=19), CLASSES, 0), NAMES) == []
+    few = Predictions(np.arange(7), np.arange(7) + 1, np.ones(7))
+    assert judge("t", few, NAMES) == []
     unknown = predictions(0.1, confidence=math.nan)
     assert judge("t", unknown, NAMES) == []
+
+
+def test_few_rows_show_another_order_but_not_more() -> None:
+    labels = np.arange(15) % 3
+    confidence = np.full(15, 0.95)
+    names = ["a", "b", "c"]
+    (warning,) = judge("t", Predictions(labels, (labels + 2) % 3, confidence), names)
+    assert "agrees with 0.0% of the labels" in warning
+    half_right = np.where(np.arange(15) < 8, labels, (labels + np.arange(15)) % 3)
+    assert judge("t", Predictions(labels, half_right, confidence), names) == []
+
+
+def test_far_above_chance_is_not_called_chance() -> None:
+    labels = np.arange(30) % 3
+    guesses = np.where(labels == 2, 0, labels)  # 66.7 %, where chance is 33.3 %
+    warnings = judge("t", Predictions(labels, guesses, np.full(30, 0.99)), ["a", "b", "c"])
+    assert not any("chance" in warning for warning in warnings)
 
 
 def test_views_of_one_sample_are_no_more_evidence_than_one_row() -> None:
