@@ -68,11 +68,11 @@ def main() -> None:
     else:
         model = trained(options.teacher, inputs, labels, options.epochs)
     strong = predict(model, eval_inputs, eval_labels)
+    print(f"{options.eval_data}: teacher {strong.agreement:.1%}", flush=True)
     weak = weak_teachers(
         options.teacher, options.weak_samples, inputs, labels, eval_inputs, eval_labels
     )
-    print(f"{options.eval_data}: teacher {strong.agreement:.1%}, weak teachers ", end="")
-    print(", ".join(f"{one.agreement:.1%}" for one in weak), flush=True)
+    print(f"weak teachers: {', '.join(f'{one.agreement:.1%}' for one in weak)}", flush=True)
     rows, missed = campaign(strong, weak, classes, options.trials)
     print(tabulate(rows, headers=["kind", "trials", "warned of"]))
     raise SystemExit(1 if missed else 0)
