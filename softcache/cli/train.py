@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import click
 from softcache.cli.commands import Command, option, settings_options
 from softcache.cli.params import read_config
 from softcache.train.config import STUDENT, StudentConfig, TrainConfig, make_train_config
+from softcache.util.distributed import rank
 
 
 @click.command(cls=Command)
@@ -54,3 +57,8 @@ def train(cache: tuple[str, ...], **options: Any) -> None:
     paths = [local_copy(source, most_views=most_views) for source in cache]
     variants = make_variants(*(options.pop(name) for name in ("student", "grid", "tables")))
     train(make_train_config(students=variants, cache=paths, **options))
+    if rank() > 0:
+        # this process has written nothing, and threads of torch's process group that outlive Python would
+        # abort it now and then, and with it the whole run
+        sys.stderr.flush()
+        os._exit(0)

@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10_000, help="training samples")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--weak-samples", type=int, nargs="+", default=WEAK_SIZES)
+    parser.add_argument("--weak", type=int, default=10, help="weak teachers to train")
     parser.add_argument("--trials", type=int, default=100, help="trials of each kind")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -70,7 +71,13 @@ def main() -> None:
     strong = predict(model, eval_inputs, eval_labels)
     print(f"{options.eval_data}: teacher {strong.agreement:.1%}", flush=True)
     weak = weak_teachers(
-        options.teacher, options.weak_samples, inputs, labels, eval_inputs, eval_labels
+        options.weak,
+        options.teacher,
+        options.weak_samples,
+        inputs,
+        labels,
+        eval_inputs,
+        eval_labels,
     )
     print(f"weak teachers: {', '.join(f'{one.agreement:.1%}' for one in weak)}", flush=True)
     rows, missed = campaign(strong, weak, classes, options.trials)
@@ -176,6 +183,7 @@ def predict(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> Pre
 
 
 def weak_teachers(
+    count: int,
     spec: str,
     sizes: Sequence[int],
     inputs: torch.Tensor,
@@ -183,10 +191,10 @@ def weak_teachers(
     eval_inputs: torch.Tensor,
     eval_labels: torch.Tensor,
 ) -> list[Predictions]:
-    """The predictions of ten teachers of few samples, which are sure of themselves and often wrong."""
+    """The predictions of some teachers of few samples, which are sure of themselves and often wrong."""
 
     def attempts() -> Iterator[Predictions]:
-        for seed in range(100):
+        for seed in range(10 * count):
             torch.manual_seed(seed)
             size = sizes[seed % len(sizes)]
             rows = torch.randperm(len(inputs))[:size]
@@ -197,7 +205,7 @@ def weak_teachers(
     for predictions in attempts():
         if WEAK[0] <= predictions.agreement <= WEAK[1]:
             found.append(predictions)
-            if len(found) == 10:
+            if len(found) == count:
                 break
     return found
 
