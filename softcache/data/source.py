@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,10 @@ class ArraySource:
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
         rows = np.asarray(indices, np.int64)
         return torch.from_numpy(np.ascontiguousarray(self.inputs[rows])), self.labels[rows]
+
+    def take(self, indices: npt.NDArray[np.int64]) -> Self:
+        """The samples at `indices`, copied."""
+        return replace(self, inputs=self.inputs[indices], labels=self.labels[indices])
 
 
 def array_source(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -89,5 +89,5 @@ def subset(source: Source, shuffle: int | None, samples: int | None) -> Source:
         order = np.random.default_rng(shuffle).permutation(len(source))
     indices = order[:samples].astype(np.int64)
     if isinstance(source, ArraySource):
-        return replace(source, inputs=source.inputs[indices], labels=source.labels[indices])
+        return source.take(indices)
     return SubsetSource(source, indices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -38,10 +38,17 @@ class TableSource(ArraySource):
     Attributes:
         columns: the names of the input columns, in the order of `inputs` (N, columns).
         categories: for each input column of words, what the numbers 0, 1, … stand for.
+        filled: (N, columns) which cells were empty and hold the mean of their column; None if none do.
     """
 
     columns: tuple[str, ...] = ()
     categories: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    filled: npt.NDArray[np.bool_] | None = field(default=None, repr=False, compare=False)
+
+    def take(self, indices: npt.NDArray[np.int64]) -> Self:
+        """The samples at `indices`, copied."""
+        filled = None if self.filled is None else self.filled[indices]
+        return replace(super().take(indices), filled=filled)
 
 
 def open_table(spec: Spec) -> TableSource:
@@ -77,7 +84,7 @@ def open_table(spec: Spec) -> TableSource:
     }
     inputs = np.stack([column.values for column in columns.values()], 1)
     _check_finite(inputs, names, table, where)
-    _fill_missing(inputs, columns, table, missing, where)
+    filled = _fill_missing(inputs, columns, table, missing, where)
     _describe(inputs, columns, where)
     labels = np.full(len(table), UNLABELLED, np.int64)
     class_names: tuple[str, ...] = ()
@@ -86,7 +93,9 @@ def open_table(spec: Spec) -> TableSource:
         labels, class_names = class_labels(column, classes, f"{where}: column {label!r}")
         _describe_gaps(labels, label, where)
     categories = {name: column.words for name, column in columns.items() if column.words}
-    return TableSource(spec.public_name, inputs, labels, class_names, tuple(names), categories)
+    return TableSource(
+        spec.public_name, inputs, labels, class_names, tuple(names), categories, filled
+    )
 
 
 def align_columns(source: Source, reference: Source) -> Source:
@@ -122,8 +131,10 @@ def align_columns(source: Source, reference: Source) -> Source:
         )
     categories: Mapping[str, tuple[str, ...]] = getattr(reference, "categories", {})
     if columns == source.columns and categories == source.categories:
-        return source
-    inputs = source.inputs[:, [source.columns.index(name) for name in columns]]
+        return _with_means_of(source, reference)
+    order = [source.columns.index(name) for name in columns]
+    inputs = source.inputs[:, order]
+    filled = None if source.filled is None else source.filled[:, order]
     for position, name in enumerate(columns):
         inputs[:, position] = _renumbered(inputs[:, position], name, source, reference, categories)
     if surplus:
@@ -136,7 +147,22 @@ def align_columns(source: Source, reference: Source) -> Source:
             f"note: the columns of {source.name} are in another order than those of {reference.name}; "
             f"matched by name, as {_listed(columns)}"
         )
-    return replace(source, inputs=inputs, columns=tuple(columns), categories=dict(categories))
+    aligned = replace(
+        source, inputs=inputs, columns=tuple(columns), categories=dict(categories), filled=filled
+    )
+    return _with_means_of(aligned, reference)
+
+
+def _with_means_of(source: TableSource, reference: Source) -> TableSource:
+    """The table with the reference's means in empty cells: a row must not depend on the rest of its file."""
+    if source is reference or source.filled is None or not isinstance(reference, TableSource):
+        return source
+    means = np.nanmean(
+        reference.inputs, 0, dtype=np.float64
+    )  # its own empty cells hold the same means
+    inputs = np.where(source.filled, means, source.inputs).astype(source.inputs.dtype)
+    inform(f"note: empty cells of {source.name} are filled with the means of {reference.name}")
+    return replace(source, inputs=inputs)
 
 
 def unwrapped(source: Source) -> Source:
@@ -239,11 +265,15 @@ def _fill_missing(
     table: Table,
     missing: str | None,
     where: str,
-) -> None:
-    """Refuse NaN in `inputs`, pass it on, or replace it by the mean of its column, in place."""
-    empty = np.isnan(inputs)
+) -> npt.NDArray[np.bool_] | None:
+    """Refuse NaN in `inputs`, pass it on, or replace it by the mean of its column, in place.
+
+    Returns:
+        The cells (N, columns) that were filled; None if none were.
+    """
+    empty: npt.NDArray[np.bool_] = np.isnan(inputs)
     if missing == "nan" or not empty.any():
-        return
+        return None
     filled = []
     for position in np.flatnonzero(empty.any(0)):
         name, rows = list(columns)[position], np.flatnonzero(empty[:, position])
@@ -264,6 +294,7 @@ def _fill_missing(
         inputs[rows, position] = mean
         filled.append(f"{name!r} ({len(rows):,} rows, mean {mean:.4g})")
     inform(f"{where}: missing values are filled with the mean of their column: {_cut(filled)}")
+    return empty
 
 
 def _describe(

@@ -169,3 +169,21 @@ def test_nan_is_left_out_and_a_constant_has_deviation_one(
     mean, std = column_statistics(TableSource("t", inputs, np.zeros(4, np.int64)))
     np.testing.assert_allclose(mean.numpy(), [3, 0.1, 0, 7], rtol=1e-6)
     np.testing.assert_allclose(std.numpy(), [float(np.std([1, 3, 5])), 1, 1, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("header", ["a,b,label", "b,label,a"])
+def test_empty_cells_are_filled_with_the_means_of_the_reference(
+    tmp_path: Path, header: str
+) -> None:
+    (tmp_path / "train.csv").write_text("a,b,label\n1,10,0\n3,30,1\n,20,1\n")
+    values = {"a": ["5", "", "9"], "b": ["1", "2", ""], "label": ["0", "1", "0"]}
+    rows = [",".join(values[name][row] for name in header.split(",")) for row in range(3)]
+    (tmp_path / "test.csv").write_text("\n".join([header, *rows]) + "\n")
+    train = open_source(f"csv:{tmp_path / 'train.csv'}?missing=mean")
+    test = open_source(f"csv:{tmp_path / 'test.csv'}?missing=mean")
+    aligned = align_columns(test, train)
+    assert aligned.fetch(range(3))[0].tolist() == [[5, 1], [2, 2], [9, 20]]
+    # a part of the table keeps which cells were empty
+    part = open_source(f"csv:{tmp_path / 'test.csv'}?missing=mean&samples=2")
+    assert align_columns(part, train).fetch(range(2))[0].tolist() == [[5, 1], [2, 2]]
+    assert align_columns(train, train) is train
