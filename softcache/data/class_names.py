@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from softcache.cache import Cache
-from softcache.data.source import UNLABELLED, Source
+from softcache.data.source import UNLABELLED, Source, WrappedSource
 from softcache.errors import DataError
 from softcache.util.log import inform
 
@@ -21,31 +21,17 @@ DEFAULT_NAME = re.compile(r"LABEL_\d+")  # as transformers calls classes without
 
 
 @dataclass(frozen=True)
-class MappedSource:
+class MappedSource(WrappedSource):
     """A source whose labels are numbered as another source, teacher or cache numbers its classes."""
 
-    source: Source
     mapping: tuple[int, ...]  # by label of the source
     class_names: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The name of the source."""
-        return self.source.name
-
-    @property
-    def text(self) -> bool:
-        """Whether the samples are texts."""
-        return bool(getattr(self.source, "text", False))
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
         """(N,) all labels, if the source knows them without being read."""
         labels = getattr(self.source, "labels", None)
         return None if labels is None else self._mapped(labels)
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """Raw inputs (B, *shape) and labels (B,) of the samples at `indices`."""

@@ -55,6 +55,26 @@ class ArraySource:
         return replace(self, inputs=self.inputs[indices], labels=self.labels[indices])
 
 
+@dataclass(frozen=True)
+class WrappedSource:
+    """Part of a source around another one, which says what it is called and whether it holds texts."""
+
+    source: Source
+
+    @property
+    def name(self) -> str:
+        """The name of the source, which holds the options that it was opened with."""
+        return self.source.name
+
+    @property
+    def text(self) -> bool:
+        """Whether the samples are texts, whose keys do not depend on their padding."""
+        return bool(getattr(self.source, "text", False))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
 def array_source(
     name: str, inputs: npt.NDArray[Any], labels: npt.NDArray[Any] | None
 ) -> ArraySource:

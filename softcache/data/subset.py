@@ -10,31 +10,20 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from softcache.data.source import ArraySource, Source
+from softcache.data.source import ArraySource, Source, WrappedSource
 from softcache.errors import DataError, SettingsError
 
 
 @dataclass(frozen=True)
-class SubsetSource:
+class SubsetSource(WrappedSource):
     """The samples at `indices` of another source, in this order."""
 
-    source: Source
     indices: npt.NDArray[np.int64] = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        """The name of the source, which holds the options that chose the subset."""
-        return self.source.name
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of all classes of the source, also of those without a sample in the subset."""
         return self.source.class_names
-
-    @property
-    def text(self) -> bool:
-        """Whether the samples are texts, whose keys do not depend on their padding."""
-        return bool(getattr(self.source, "text", False))
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:

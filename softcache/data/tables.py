@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache.data.class_names import MappedSource
 from softcache.data.columns import InputColumn, class_labels, input_column
-from softcache.data.source import UNLABELLED, ArraySource, Source
+from softcache.data.source import UNLABELLED, ArraySource, Source, WrappedSource
 from softcache.data.spec import named_classes
-from softcache.data.subset import SubsetSource
 from softcache.errors import DataError, MissingDataError, SettingsError
 from softcache.util.extras import import_extra
 from softcache.util.log import inform, warn
@@ -115,8 +113,8 @@ def align_columns(source: Source, reference: Source) -> Source:
         DataError: a column of the reference is missing, holds words in one table and numbers in the other,
             or has a word that the reference does not have.
     """
-    if isinstance(source, MappedSource | SubsetSource):
-        return replace(source, source=align_columns(source.source, reference))
+    if isinstance(source, WrappedSource):
+        return cast(Source, replace(source, source=align_columns(source.source, reference)))
     reference = unwrapped(reference)
     columns: tuple[str, ...] = getattr(reference, "columns", ())
     if not isinstance(source, TableSource) or not source.columns or not columns:
@@ -167,8 +165,8 @@ def _with_means_of(source: TableSource, reference: Source) -> TableSource:
 
 def unwrapped(source: Source) -> Source:
     """The source of arrays or files inside others that only change its order or its labels."""
-    while (inner := getattr(source, "source", None)) is not None:
-        source = inner
+    while isinstance(source, WrappedSource):
+        source = source.source
     return source
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softcache.cache import Cache
 from softcache.data.loader import loader, sequential_batches
-from softcache.data.source import Source, check_labels
+from softcache.data.source import Source, WrappedSource, check_labels
 from softcache.errors import DataError, SettingsError
 from softcache.join.fingerprints import check_replay, replayed
 from softcache.join.joined_data import Indices, JoinedData
@@ -45,29 +45,15 @@ class Match:
 
 
 @dataclass(frozen=True)
-class RelabelledSource:
+class RelabelledSource(WrappedSource):
     """A source with other labels."""
 
-    source: Source
     labels: Indices  # (N,)
-
-    @property
-    def name(self) -> str:
-        """The name of the source."""
-        return self.source.name
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of its classes."""
         return self.source.class_names
-
-    @property
-    def text(self) -> bool:
-        """Whether the samples are texts."""
-        return bool(getattr(self.source, "text", False))
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Indices]:
         """Raw inputs (B, *shape) and labels (B,) of the samples at `indices`."""
