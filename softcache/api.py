@@ -14,14 +14,13 @@ from torch.utils.data import Dataset
 from softcache.cache import Cache, Header
 from softcache.cache.reader import open_trainable
 from softcache.cache.verify import check_damage
-from softcache.data.embedded import CacheSource
 from softcache.data.loader import loader
-from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.data.user_dataset import DatasetSource
 from softcache.errors import SettingsError
 from softcache.files.pull import local_copy
 from softcache.join.match import join
+from softcache.join.samples import open_samples
 from softcache.targets.decode import to_dense
 from softcache.targets.fetch import soft_targets
 from softcache.types import MixedLabels, Targets
@@ -261,9 +260,7 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
 
 def _source_of(dataset: Dataset[Any] | str | None, cache: Cache) -> Source:
-    if dataset is None:
-        return CacheSource(cache)
-    if isinstance(dataset, str):
-        return open_source(dataset)
+    if dataset is None or isinstance(dataset, str):
+        return open_samples(cache, dataset)
     length = len(dataset)  # type: ignore[arg-type]  # map-style
     return DatasetSource(type(dataset).__name__, dataset, length)

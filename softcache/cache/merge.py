@@ -14,7 +14,7 @@ import numpy.typing as npt
 from softcache.cache.allocate import Values, create
 from softcache.cache.header import Header
 from softcache.cache.reader import Cache, open_cache, partial_path, raw_bytes, shared_digest
-from softcache.cache.summary import pooled_fidelity, summarize
+from softcache.cache.summary import columns_field, pooled_fidelity, summarize
 from softcache.cache.verify import Damage, block_damage
 from softcache.cache.writer import Writer
 from softcache.errors import FormatError, SettingsError
@@ -60,7 +60,7 @@ def merge(parts: Sequence[Cache], out: Path, advance: Advance = _ignore) -> Cach
             for part in parts:
                 copy_view(part, writer, view, advance)
         writer.commit()
-        writer.finish(summarize(writer.cache) | _fidelity(parts))
+        writer.finish(summarize(writer.cache) | columns_field(parts) | _fidelity(parts))
     return open_cache(out)
 
 
@@ -134,7 +134,7 @@ def plan(parts: Sequence[Cache]) -> tuple[Header, dict[str, npt.NDArray[Any]]]:
         views=sum(part.header.views for part in shards[0]),
         samples=sum(shard[0].header.samples for shard in shards),
         evaluation=next((p.header.evaluation for p in parts if p.header.evaluation), None),
-        summary=None,
+        summary=columns_field(parts) or None,  # room is kept for it
         version=max(part.header.version for part in parts),
     )
     shared = {a.name: shards[0][0].arrays[a.name] for a in first.arrays if a.axis == "shared"}

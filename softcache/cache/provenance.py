@@ -67,8 +67,8 @@ def summary(value: object) -> JSON | None:
 
     `entropy` in nats; `agreement` with the labels in [0, 1], or None without labels; the number of
     `rows` that they were measured on; and optionally `fidelity`, statistics of KL(teacher ‖ stored),
-    `confidence`, the teacher's mean top-1 probability at temperature 1, and `warnings`, what cannot be
-    right about it.
+    `confidence`, the teacher's mean top-1 probability at temperature 1, `columns` of a table, and
+    `warnings`, what cannot be right about it.
     """
     if value is None:
         return None
@@ -88,9 +88,26 @@ def summary(value: object) -> JSON | None:
     confidence = value.get("confidence", 0.0)
     if not isinstance(confidence, float) or not 0 <= confidence <= 1:
         raise FormatError(f"summary has confidence {shown(confidence)}; expected 0 to 1")
+    columns = value.get("columns", [])
+    if not isinstance(columns, list) or not all(map(_is_column, columns)):
+        raise FormatError(
+            f"summary has columns {shown(columns)}; expected objects with name, and words or mean"
+        )
     warnings = value.get("warnings", [])
     if not isinstance(warnings, list) or len(warnings) > 8 or not all(map(is_text, warnings)):
         raise FormatError(
             f"summary has warnings {shown(warnings)}; expected at most 8 printable texts"
         )
     return value
+
+
+def _is_column(value: object) -> bool:
+    """Whether a column of a table is described: its name, the words of its numbers, its mean."""
+    return (
+        isinstance(value, dict)
+        and set(value) <= {"name", "words", "mean"}
+        and is_text(value.get("name"))
+        and isinstance(value.get("words", []), list)
+        and all(map(is_text, value.get("words", [])))
+        and type(value.get("mean", 0.0)) in (int, float)
+    )

@@ -167,6 +167,13 @@ def warning_field(warnings: Sequence[str]) -> dict[str, Any]:
     return {"warnings": list(warnings)} if warnings else {}
 
 
+def columns_field(parts: Sequence[Cache]) -> dict[str, Any]:
+    """What a summary says of the columns of the data, if all parts say the same; else empty."""
+    described = [(part.header.summary or {}).get("columns") for part in parts]
+    same = all(columns == described[0] for columns in described)
+    return {"columns": described[0]} if described[0] and same else {}
+
+
 def pooled_fidelity(parts: Sequence[Cache]) -> dict[str, Any] | None:
     """The fidelity of several parts together: means weighted by rows, and maxima.
 

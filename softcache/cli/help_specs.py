@@ -61,8 +61,10 @@ def specs_page() -> str:
             ),
             (
                 "MODEL?normalize=imagenet, or mean=M,M,M&std=S,S,S",
-                "any teacher or student of images: normalizes inputs in [0, 1], channel by channel",
+                "any teacher or student of images but hf: and timm:, which have their own: normalizes inputs "
+                "in [0, 1], channel by channel",
             ),
+            ("TEACHER?classes=A,B,C", "any teacher: the names of its outputs, in order"),
             ("hf:vit?pretrained=false&hidden_size=192", "a student with random weights"),
             ("hf:FOLDER?tokenizer=ID_OR_FOLDER", "or processor=, if it is in another folder"),
         ],

@@ -101,9 +101,10 @@ def match_names(own: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | N
     """For each class in `own` its place in `names`; None unless that is certain for all.
 
     Names are compared as they are, then without regard to case, spaces, hyphens and underscores, and
-    commas with what follows them; WordNet ids in ascending order stand for as many words.
+    commas with what follows them, and zeros before a number; WordNet ids in ascending order stand for as
+    many words.
     """
-    for form in (str, normalized, first_words):
+    for form in (str, normalized, first_words, without_zeros):
         known = {form(name): place for place, name in enumerate(names)}
         wanted = [form(name) for name in own]
         unique = len(known) == len(names) and len(set(wanted)) == len(own)
@@ -126,6 +127,11 @@ def normalized(name: str) -> str:
 def first_words(name: str) -> str:
     """The first of several names of one class: `tench, Tinca tinca`."""
     return normalized(name.partition(",")[0])
+
+
+def without_zeros(name: str) -> str:
+    """A number as it is written without leading zeros: 7 for 07; any other name as it is."""
+    return str(int(name)) if name.isascii() and name.isdecimal() and len(name) < 20 else name
 
 
 def all_class_names(cache: Cache) -> tuple[str, ...]:

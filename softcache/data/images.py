@@ -23,6 +23,7 @@ OPTIONS = ("size", "mode", "depth")
 MODES = {"rgb": "RGB", "grey": "L"}  # value of the option: Pillow's mode
 DEPTHS = {"16": 16, "32": 32}  # value of the option: bits
 LARGEST = {16: 2**16 - 1, 32: 2**31 - 1}  # by depth; Pillow's 32-bit integers are signed
+GREY_MODES = ("L", "LA", "La", "1")
 NARROW_FORMATS = ("PNG", "PPM")  # Pillow's mode I never holds more than 16 bits in these
 DEPTH_SAMPLES = 256  # images that decide on the depth of all, at most
 ORIENTATION, BITS_PER_SAMPLE, SAMPLE_FORMAT = 0x0112, 258, 339  # tags of Exif and TIFF
@@ -108,7 +109,8 @@ def as_array(image: Image, pixels: Pixels) -> npt.NDArray[Any]:
     """Convert an image to an array, as it is meant to be seen.
 
     The image is turned upright by its EXIF orientation before anything else. Transparent pixels become
-    white. Grey images have one channel, all others become RGB, unless `pixels.mode` says otherwise:
+    white. Images in grey, or in black and white, have one channel, all others become RGB, unless
+    `pixels.mode` says otherwise:
 
     - 8-bit images: uint8.
     - 16-bit grey: uint16, whatever the byte order of the file.
@@ -135,9 +137,9 @@ def as_array(image: Image, pixels: Pixels) -> npt.NDArray[Any]:
         return _deep_array(image, pixels)
     _check_eight_bits(image)
     image = _opaque(_upright(image))
-    mode = pixels.mode or ("L" if image.mode == "L" else "RGB")
+    mode = pixels.mode or ("L" if image.mode in GREY_MODES else "RGB")
     if image.mode != mode:
-        if pixels.mode is None:
+        if pixels.mode is None and mode == "RGB":
             inform_once(f"images of mode {image.mode} are converted to RGB")
         try:
             image = image.convert(mode)
@@ -274,7 +276,7 @@ def _opaque(image: Image) -> Image:
     if rgba[..., 3].min(initial=255) < 255:
         inform_once("images have transparent pixels, which become white")
         colours = on_white(rgba, 255)
-    return fromarray(np.ascontiguousarray(colours[..., 0] if image.mode == "L" else colours))
+    return fromarray(np.ascontiguousarray(colours[..., 0] if image.mode in GREY_MODES else colours))
 
 
 def _has_alpha(image: Image) -> bool:

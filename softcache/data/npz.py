@@ -39,6 +39,13 @@ def open_npz(spec: Spec) -> ArraySource:
         raise MissingDataError(f"npz:{path}: no such file") from error
     except DataError:
         raise
+    except ValueError as error:
+        if "Object arrays" not in str(error):
+            raise DataError(f"npz:{path} cannot be read as arrays ({one_line(error)})") from error
+        raise DataError(
+            f"npz:{path} has an array of Python objects, which softcache never loads; save numbers, or words "
+            "as text of numpy: y.astype(str)"
+        ) from error
     except Exception as error:  # numpy raises errors of many types on damaged files
         raise DataError(f"npz:{path} cannot be read as arrays ({one_line(error)})") from error
     name = replace(spec, split=split).public_name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from softcache.data.class_names import MappedSource, match_names
 from softcache.data.source import ArraySource, Source
 from softcache.data.spec import KINDS, NAMING_KINDS, named_classes, parse_data
 from softcache.data.subset import parse_subset, subset
@@ -47,6 +48,16 @@ def open_source(text: str, *, skip_unreadable: bool = False) -> Source:
 
 def _with_classes(source: ArraySource | DatasetSource, names: tuple[str, ...]) -> Source:
     """The source with names for its labels, which are checked where they are all known."""
+    if (
+        isinstance(source, ArraySource) and source.class_names
+    ):  # words, which have their own numbers
+        order = match_names(source.class_names, names)
+        if order is None:
+            raise DataError(
+                f"{source.name}: classes names {', '.join(names)[:200]}, and the labels are "
+                f"{', '.join(source.class_names)[:200]}; expected a name for each of them"
+            )
+        return MappedSource(source, order, names)
     largest = int(source.labels.max()) if isinstance(source, ArraySource) else -1
     if largest >= len(names):
         raise DataError(

@@ -82,7 +82,8 @@ def array_source(
 
     Args:
         inputs: (N, *shape), integers or floats.
-        labels: (N,) or (N, 1) whole numbers, where NaN is a missing label; None if all are missing.
+        labels: (N,) or (N, 1) whole numbers, booleans or words, where NaN is a missing label; or one-hot
+            rows (N, classes); None if all are missing. Words are numbered in sorted order.
 
     Raises:
         DataError: an array has another shape or dtype.
@@ -95,10 +96,18 @@ def array_source(
     if labels is None:
         labels = np.full(len(inputs), UNLABELLED, np.int64)
     labels = labels.squeeze(1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    class_names: tuple[str, ...] = ()
+    if labels.dtype.kind in "US" and labels.ndim == 1:
+        words, labels = np.unique(labels.astype(np.str_), return_inverse=True)
+        class_names = tuple(words.tolist())
+    elif labels.dtype.kind == "b" and labels.ndim == 1:
+        labels = labels.astype(np.int64)
+    elif _is_one_hot(labels):
+        labels = labels.argmax(1)
     if labels.shape != (len(inputs),) or labels.dtype.kind not in "uif":
         raise DataError(
-            f"{name}: labels are {labels.dtype} of shape {labels.shape}; expected integers of "
-            f"shape ({len(inputs)},), one for each input"
+            f"{name}: labels are {labels.dtype} of shape {labels.shape}; expected integers or words "
+            f"of shape ({len(inputs)},), one for each input"
         )
     if labels.dtype.kind == "f":
         labels = _whole(labels, name)
@@ -107,7 +116,14 @@ def array_source(
     if inputs.dtype.kind == "f" and inputs.dtype.itemsize > 8:
         inputs = inputs.astype(np.float64)
     inputs = inputs.astype(inputs.dtype.newbyteorder("="), copy=False)
-    return ArraySource(name, inputs, labels.astype(np.int64))
+    return ArraySource(name, inputs, labels.astype(np.int64), class_names)
+
+
+def _is_one_hot(labels: npt.NDArray[Any]) -> bool:
+    """Whether labels (N, classes) have a single 1 in each row, and zeros elsewhere."""
+    if labels.ndim != 2 or labels.dtype.kind not in "buif":
+        return False
+    return bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all())
 
 
 def _whole(labels: npt.NDArray[Any], name: str) -> npt.NDArray[np.int64]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from softcache.data.columns import InputColumn, class_labels, input_column
 from softcache.data.source import UNLABELLED, ArraySource, Source, WrappedSource
 from softcache.data.spec import named_classes
+from softcache.data.table_columns import TableColumns, finite_or_none
 from softcache.errors import DataError, MissingDataError, SettingsError
 from softcache.util.extras import import_extra
 from softcache.util.log import inform, warn
@@ -96,14 +97,14 @@ def open_table(spec: Spec) -> TableSource:
     )
 
 
-def align_columns(source: Source, reference: Source) -> Source:
-    """A table with the columns, and the numbers for words, of another table.
+def align_columns(source: Source, reference: TableColumns | None) -> Source:
+    """A table with the columns, the numbers for words, and the means in empty cells of another table.
 
     Columns are matched by name. Columns that the reference does not have are left out.
 
     Args:
         source: the table to align, such as evaluation data.
-        reference: the table that says which columns come in which order, such as training data.
+        reference: which columns come in which order, such as those of the training data.
 
     Returns:
         A source with the columns of the reference; `source` itself if it has them already, or if either
@@ -113,54 +114,92 @@ def align_columns(source: Source, reference: Source) -> Source:
         DataError: a column of the reference is missing, holds words in one table and numbers in the other,
             or has a word that the reference does not have.
     """
+    if reference is None:
+        return source
     if isinstance(source, WrappedSource):
         return cast(Source, replace(source, source=align_columns(source.source, reference)))
-    reference = unwrapped(reference)
-    columns: tuple[str, ...] = getattr(reference, "columns", ())
-    if not isinstance(source, TableSource) or not source.columns or not columns:
+    if not isinstance(source, TableSource) or not source.columns:
         return source
+    columns = reference.names
     absent = [name for name in columns if name not in source.columns]
     surplus = [name for name in source.columns if name not in columns]
     if absent:
         raise DataError(
-            f"{source.name} has no column {_listed(absent)}, which {reference.name} has"
+            f"{source.name} has no column {_listed(absent)}, which {reference.whose} has"
             f"{f', but has {_listed(surplus)}' if surplus else ''}; expected the columns "
             f"{_listed(columns)}: give both tables the same columns, or choose them with ?inputs=A,B"
         )
-    categories: Mapping[str, tuple[str, ...]] = getattr(reference, "categories", {})
-    if columns == source.columns and categories == source.categories:
+    if columns == source.columns and reference.words == source.categories:
         return _with_means_of(source, reference)
     order = [source.columns.index(name) for name in columns]
     inputs = source.inputs[:, order]
     filled = None if source.filled is None else source.filled[:, order]
     for position, name in enumerate(columns):
-        inputs[:, position] = _renumbered(inputs[:, position], name, source, reference, categories)
+        inputs[:, position] = _renumbered(inputs[:, position], name, source, reference)
     if surplus:
         inform(
-            f"note: {source.name} has columns that {reference.name} does not have, which are left out: "
+            f"note: {source.name} has columns that {reference.whose} does not have, which are left out: "
             f"{_listed(surplus)}"
         )
     if columns != tuple(name for name in source.columns if name in columns):
         inform(
-            f"note: the columns of {source.name} are in another order than those of {reference.name}; "
+            f"note: the columns of {source.name} are in another order than those of {reference.whose}; "
             f"matched by name, as {_listed(columns)}"
         )
     aligned = replace(
-        source, inputs=inputs, columns=tuple(columns), categories=dict(categories), filled=filled
+        source, inputs=inputs, columns=columns, categories=dict(reference.words), filled=filled
     )
     return _with_means_of(aligned, reference)
 
 
-def _with_means_of(source: TableSource, reference: Source) -> TableSource:
+def _with_means_of(source: TableSource, reference: TableColumns) -> TableSource:
     """The table with the reference's means in empty cells: a row must not depend on the rest of its file."""
-    if source is reference or source.filled is None or not isinstance(reference, TableSource):
+    if source.filled is None or not reference.means:
         return source
-    means = np.nanmean(
-        reference.inputs, 0, dtype=np.float64
-    )  # its own empty cells hold the same means
-    inputs = np.where(source.filled, means, source.inputs).astype(source.inputs.dtype)
-    inform(f"note: empty cells of {source.name} are filled with the means of {reference.name}")
+    means = np.array(
+        [np.nan if mean is None else mean for mean in reference.means], source.inputs.dtype
+    )
+    inputs = np.where(source.filled & ~np.isnan(means), means, source.inputs)
+    if np.array_equal(inputs, source.inputs, equal_nan=True):
+        return source
+    inform(f"note: empty cells of {source.name} are filled with the means of {reference.whose}")
     return replace(source, inputs=inputs)
+
+
+def columns_of(source: Source) -> TableColumns | None:
+    """The columns of a table, or of the table inside other sources; None for other data."""
+    table = unwrapped(source)
+    if not isinstance(table, TableSource) or not table.columns:
+        return None
+    means = tuple(
+        None if name in table.categories else finite_or_none(_mean(table, position))
+        for position, name in enumerate(table.columns)
+    )
+    return TableColumns(table.name, table.columns, dict(table.categories), means)
+
+
+def check_same_columns(source: Source, first: Source) -> None:
+    """Raise DataError if two tables do not have the same columns, with the same words, in the same order."""
+    own, expected = columns_of(source), columns_of(first)
+    if (
+        own is None
+        or expected is None
+        or (own.names, own.words) == (expected.names, expected.words)
+    ):
+        return
+    raise DataError(
+        f"{source.name} and {first.name} were dumped with other columns, or other words in them: "
+        f"{_listed(own.names)} and {_listed(expected.names)}; train a student from each"
+    )
+
+
+def _mean(table: TableSource, position: int) -> float:
+    """What an empty cell of a column holds or would hold; NaN if the column has no values."""
+    values = table.inputs[:, position]
+    if table.filled is not None and table.filled[:, position].any():
+        return float(values[table.filled[:, position]][0])
+    known = values[~np.isnan(values)]
+    return float(np.float32(known.mean(dtype=np.float64))) if len(known) else np.nan
 
 
 def unwrapped(source: Source) -> Source:
@@ -209,23 +248,22 @@ def _renumbered(
     values: npt.NDArray[Any],
     name: str,
     source: TableSource,
-    reference: Source,
-    categories: Mapping[str, tuple[str, ...]],
+    reference: TableColumns,
 ) -> npt.NDArray[Any]:
     """A column (N,) with the reference's numbers for its words."""
-    words, expected = source.categories.get(name, ()), categories.get(name, ())
+    words, expected = source.categories.get(name, ()), reference.words.get(name, ())
     if words == expected or np.isnan(values).all():
         return values
     if not words or not expected:
         kinds = ("words", "numbers") if words else ("numbers", "words")
         raise DataError(
-            f"column {name!r} holds {kinds[0]} in {source.name} and {kinds[1]} in {reference.name}; "
+            f"column {name!r} holds {kinds[0]} in {source.name} and {kinds[1]} in {reference.whose}; "
             "expected the same in both: write the column in the same way, or leave it out with ?inputs=A,B"
         )
     unknown = [word for word in words if word not in expected]
     if unknown:
         raise DataError(
-            f"{source.name}: column {name!r} has {_listed(unknown)}, which {reference.name} does not have; "
+            f"{source.name}: column {name!r} has {_listed(unknown)}, which {reference.whose} does not have; "
             f"expected {_listed(expected)}: leave out these rows, or the column with ?inputs=A,B"
         )
     numbers = np.array([expected.index(word) for word in words], values.dtype)

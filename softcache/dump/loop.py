@@ -20,9 +20,12 @@ from softcache.data.class_names import align_classes
 from softcache.data.loader import Batch, Request, augmented, loader, make_request
 from softcache.data.open import open_source
 from softcache.data.source import Source, check_labels
+from softcache.data.table_columns import columns_field
+from softcache.data.tables import columns_of
 from softcache.dump.check_resume import check_same
 from softcache.dump.config import DumpConfig
 from softcache.dump.fidelity import fidelity_line, measure_fidelity
+from softcache.dump.memorized import memorized_labels
 from softcache.dump.pipeline import BackgroundConsumer, Stopwatch, prefetch
 from softcache.dump.prepare import (
     check_out,
@@ -176,8 +179,11 @@ def finish_dump(
         fidelity = measure_fidelity(
             writer.cache, source, teacher, augmentation, workers=config.workers
         )
-        summary = statistics.summary() | warning_field(warnings)
+        summary = statistics.summary() | columns_field(columns_of(source))
+        summary |= warning_field(warnings)
         writer.finish(summary | {"fidelity": fidelity})
+    if hint := memorized_labels(teacher, statistics):
+        verdict(hint)
 
 
 def copy_views(finished: Cache, out: Path) -> None:

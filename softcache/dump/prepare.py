@@ -19,7 +19,8 @@ from softcache.data.class_names import align_classes
 from softcache.data.kinds import check_same_kind
 from softcache.data.open import open_source
 from softcache.data.source import Source
-from softcache.data.tables import align_columns
+from softcache.data.table_columns import columns_field
+from softcache.data.tables import align_columns, columns_of
 from softcache.dump.check_resume import check_same
 from softcache.dump.config import AUTO, DumpConfig
 from softcache.dump.reuse import set_aside
@@ -83,6 +84,7 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         hdf5_digest="",
         shared_digest="",
         arrays=(),
+        summary=columns_field(columns_of(source)) or None,  # room is kept for it
     )
 
 
@@ -267,10 +269,11 @@ def evaluate_teacher(
     """
     if config.eval_data is None:
         return None
-    source = align_columns(open_source(config.eval_data), dumped)
+    source = align_columns(open_source(config.eval_data), columns_of(dumped))
     check_same_kind(dumped, source)
-    names = dumped.class_names or teacher.class_names
-    source = align_classes(source, names, dumped.name, same_classes=config.same_classes)
+    names = teacher.class_names or dumped.class_names  # the data has the teacher's order already
+    whose = "the teacher" if teacher.class_names else dumped.name
+    source = align_classes(source, names, whose, same_classes=config.same_classes)
     workers = config.workers
     evaluation = evaluate(
         lambda inputs: teacher.log_probs(inputs, 1.0),

@@ -219,7 +219,8 @@ def part_header(remote: RemoteCache, part: Part, shared: Arrays) -> tuple[Header
         samples=len(samples),
         first_view=whole.first_view + part.views.start,
         first_sample=whole.first_sample + samples.start,
-        summary=None,
+        # room is kept for what stays
+        summary={n: v for n, v in (whole.summary or {}).items() if n == "columns"} or None,
     )
     return header, shared | {
         "fingerprinted": rows[kept] - samples.start,
@@ -349,8 +350,8 @@ def finish_pull(writer: Writer, remote: RemoteCache, part: Part) -> None:
             )
         return
     writer.commit()
-    fidelity = (header.summary or {}).get("fidelity")
-    writer.finish(summarize(writer.cache) | ({"fidelity": fidelity} if fidelity else {}))
+    kept = {n: v for n, v in (header.summary or {}).items() if n in ("fidelity", "columns")}
+    writer.finish(summarize(writer.cache) | kept)
 
 
 def size_of(remote: RemoteCache, part: Part) -> int:

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from softcache.cache import Sampled, open_cache
-from softcache.data.class_names import align_classes, all_class_names
-from softcache.data.open import open_source
 from softcache.dump import fidelity
 from softcache.dump.config import DumpConfig
 from softcache.dump.prepare import load_teachers
 from softcache.errors import DataError, SettingsError
 from softcache.join.fingerprints import check_replay, replayed
 from softcache.join.match import join_samples
+from softcache.join.samples import open_samples
 from softcache.teachers.options import COMPILED, OUTPUTS
 
 TOLERANCE = 0.02  # share of the probability that other hardware or batch sizes can move
@@ -81,9 +80,7 @@ def recheck_rows(
         precision=header.precision.removesuffix(COMPILED),
         compile=header.precision.endswith(COMPILED),
     )
-    source = align_classes(
-        open_source(data), all_class_names(cache), str(path), same_classes=same_classes
-    )
+    source = open_samples(cache, data, same_classes=same_classes)
     source_indices = join_samples(source, cache)
     if (source_indices[1:] < source_indices[:-1]).any():
         raise DataError(f"{data} is in another order than {path}; give it in the order of the dump")

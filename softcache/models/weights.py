@@ -15,11 +15,14 @@ from softcache.models.fit_names import COUNTER, closest, fitting, misfits
 from softcache.util.log import inform
 from softcache.util.messages import one_line
 
+KEY = "?key="  # between a file and the place of the tensors in it
 SHOWN = 5  # problems and names in one message
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load weights from safetensors, or from a torch.save() checkpoint with weights_only=True.
+
+    `path` may end in ?key=NAME, which says where in the file the tensors are, such as ?key=ema.
 
     The tensors may be anywhere in the checkpoint, and under a prefix that DataParallel, torch.compile or
     Lightning adds to every name: the one mapping that fits the model is taken. Batch norm's counters may be
@@ -29,17 +32,24 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ModelError: the file does not exist or cannot be read, or its names or shapes do not fit the
             model, or several different mappings in it do.
     """
+    path, key = split_key(path)
     mappings = _mappings(path)
     own = model.state_dict()  # a module's extra state need not be a tensor
     expected = {name: value for name, value in own.items() if isinstance(value, Tensor)}
     fits = fitting(mappings, expected)
     if not fits:
         raise ModelError(_why_none_fits(path, mappings, expected))
+    places = ", ".join(repr(candidate.where or "the outermost") for candidate in fits)
+    if key:
+        fits = [candidate for candidate in fits if _is_inside(candidate.where, key)]
+        if not fits:
+            raise ModelError(
+                f"weights {path} have no tensors under {key!r} that fit the model; those under {places} do"
+            )
     if len(fits) > 1:
-        places = ", ".join(repr(candidate.where or "the outermost") for candidate in fits)
         raise ModelError(
-            f"weights {path} hold {len(fits)} sets of tensors that fit the model: {places}; save the one "
-            "that you mean in a file of its own"
+            f"weights {path} hold {len(fits)} sets of tensors that fit the model: {places}; choose one with "
+            f"{path}?key={fits[-1].where or fits[0].where}"
         )
     chosen = fits[0]
     if chosen.left_out:
@@ -55,8 +65,21 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ) from error
 
 
+def split_key(path: Path) -> tuple[Path, str]:
+    """Split FILE?key=NAME into the file and the name; the name is empty if none is given."""
+    file, mark, key = str(path).rpartition(KEY)
+    return (path, "") if not mark or path.exists() else (Path(file), key)
+
+
+def _is_inside(place: str, key: str) -> bool:
+    return place == key or place.startswith(f"{key}.")
+
+
 def read_weights(path: Path) -> State:
     """Read the tensors of a weights file by name; no code in it is run.
+
+    Args:
+        path: the file, and ?key=NAME if the tensors are to be those under a name in it.
 
     Returns:
         The largest mapping of tensors in the file.
@@ -64,7 +87,10 @@ def read_weights(path: Path) -> State:
     Raises:
         ModelError: the file does not exist, cannot be read, or holds no tensors by name.
     """
-    return max(_mappings(path).values(), key=len)
+    path, key = split_key(path)
+    mappings = _mappings(path)
+    chosen = {place: state for place, state in mappings.items() if _is_inside(place, key)}
+    return max((chosen or mappings).values(), key=len)
 
 
 def _mappings(path: Path) -> dict[str, State]:

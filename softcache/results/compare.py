@@ -11,12 +11,12 @@ from tabulate import tabulate
 
 from softcache.cache.reader import open_trainable
 from softcache.cache.verdict import Predictions
-from softcache.data.embedded import CacheSource
 from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.errors import DataError, SettingsError
 from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
+from softcache.join.samples import open_samples
 from softcache.models.weights import parameter_count
 from softcache.results.by_class import errors_by_class
 from softcache.results.eval_data import eval_data_for, judge_predictions
@@ -213,7 +213,7 @@ def open_joined(path: Path, data: str | None, augment: str | None = None) -> Joi
     """
     cache = open_trainable(path)
     return join(
-        open_source(data) if data else CacheSource(cache),
+        open_samples(cache, data),
         cache,
         augment=augment,
         temperatures=[cache.header.temperature],

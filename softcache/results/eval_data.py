@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from softcache.cache.verdict import Predictions, judge
 from softcache.data.class_names import align_classes
 from softcache.data.source import Source
@@ -21,7 +19,7 @@ def eval_data_for(run: Run, source: Source, *, same_classes: bool = False) -> So
     Raises:
         DataError: the classes, the columns or the shape of the samples are others than the run's.
     """
-    aligned = align_columns(source, cast(Source, run))  # only its columns are used
+    aligned = align_columns(source, run.columns)
     names = run.class_names if len(run.class_names) == run.classes else ()
     aligned = align_classes(aligned, names, str(run.folder), same_classes=same_classes)
     sample = aligned.fetch([0])[0][0]

@@ -11,9 +11,9 @@ from pathlib import Path
 from softcache.cache import Cache
 from softcache.cache.reader import open_trainable
 from softcache.data.embedded import CacheSource
-from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.errors import DataError, MissingCacheError, SettingsError
+from softcache.join.samples import open_samples
 from softcache.results.cache_section import cache_sections
 from softcache.results.page import render
 from softcache.results.runs_section import runs_section
@@ -63,7 +63,7 @@ def report(
     caches = [open_trainable(place) for place in places if not place.is_dir()]
     folders = [place.resolve() for place in expand([p for p in places if p.is_dir()])]
     runs = {name: open_run(folder) for name, folder in short_names(folders).items()}
-    samples = open_source(data) if data else None
+    samples = open_samples(caches[0], data, same_classes=same_classes) if data and caches else None
     verdict, sections = Verdict(), []
     for position, cache in enumerate(caches):
         source = samples if position == 0 and samples is not None else _stored_samples(cache)

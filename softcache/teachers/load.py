@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from softcache.data.spec import named_classes
 from softcache.errors import ModelError, SettingsError
 from softcache.models.code import call_code, call_object, import_object
 from softcache.models.normalize import normalized, unnormalized
@@ -62,7 +63,11 @@ def load_teacher(
         raise SettingsError(
             f"precision tf32 needs a CUDA GPU, but the device is {device}; use fp32 or bf16"
         )
-    parsed = parse_teacher(spec)
+    named = parse_teacher(spec)
+    stated = named_classes(named.options, spec)
+    # no handler knows the option
+    options = {name: value for name, value in named.options.items() if name != "classes"}
+    parsed = dataclasses.replace(named, options=options)
     built_in = parsed.kind in BUILT_IN
     if (built_in or not is_pretrained(parsed)) and weights is None:
         raise SettingsError(
@@ -73,14 +78,14 @@ def load_teacher(
             f"teacher {spec} has only the top classes of each row, of which none can be chosen; leave "
             "--teacher-classes out"
         )
-    width = None if select else classes
+    width = None if select else len(stated) or classes
     if built_in and weights is not None:
         width = width or _width_of(weights)
     facts: dict[str, Any]
     if parsed.kind in KINDS:
         if weights is not None:
             raise SettingsError(f"teacher {spec} contains its weights; leave --weights out")
-        model, facts = KINDS[parsed.kind].load()(parsed, classes)
+        model, facts = KINDS[parsed.kind].load()(parsed, len(stated) or classes)
         model = normalized(model, parsed, sample.shape[1:])
     else:
         model = build_teacher(parsed, input_shape=sample.shape[1:], classes=width, text=text)
@@ -90,12 +95,13 @@ def load_teacher(
     names = getattr(model, "class_names", ())
     if names and not select:
         width = len(names)  # the data may have only some of them
+    width = None if stated else width  # compared below, where the message says what is wrong
     inner = unnormalized(model)
     if isinstance(inner, NumpyTeacher):
         output = inner.output or output
     model = model.to(device).eval()
     provenance = {
-        "name": parsed.public_name,
+        "name": named.public_name,
         "weights": weights.name if weights else None,
         **facts,
         **({} if output == "logits" else {"output": output}),
@@ -103,11 +109,16 @@ def load_teacher(
     }
     if compiled:
         model.compile()
-    teacher = Teacher(spec, model, width, device, precision, provenance, output, softened)
+    teacher = Teacher(spec, model, width, device, precision, provenance, output, softened, stated)
     output_width = teacher.logits(sample).shape[1]
     if output_width < 2:
         raise ModelError(
             f"teacher {spec} returns outputs of width {output_width}; expected at least 2 classes"
+        )
+    if stated and len(stated) != output_width:
+        raise SettingsError(
+            f"teacher {spec}: classes= has {len(stated)} names, and its output has {output_width} columns; "
+            "name each column, in order"
         )
     teacher = dataclasses.replace(teacher, classes=output_width)
     if not select:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from urllib.parse import unquote_plus
+
 from softcache.errors import SettingsError
 from softcache.models.spec import KINDS as MODEL_KINDS
 from softcache.models.spec import NORMALIZE, normalization, parse_model, split_file_options
-from softcache.util.spec import CODE, Kind, Spec, check_options, split_options
+from softcache.util.spec import CODE, Kind, Spec, check_options, forms, split_options
 
 MATRIX_FILES = (".npy", ".npz", ".pt")
 MATRIX_KINDS = ("matrix", "hfds")  # precomputed outputs, one row per sample
@@ -42,9 +46,30 @@ ALL_KINDS = {
 def parse_teacher(text: str) -> Spec:
     """Parse a teacher specification; nothing is opened, built or imported.
 
+    Any teacher takes the option classes=A,B,C: the names of its columns, in order.
+
     Raises:
         SettingsError: `text` is not a teacher specification.
     """
+    without, names = _split_classes(text)
+    if names is None:
+        return _parse(text)
+    spec = _parse(without)
+    return replace(spec, text=text, options={**spec.options, "classes": names})
+
+
+def _split_classes(text: str) -> tuple[str, str | None]:
+    """The specification without its option `classes`, and the value of that; None if it is not given."""
+    ends = "&@" if text.startswith("hfds:") else "&"
+    found = re.search(rf"([?&])classes=([^{ends}]*)(&?)", text)
+    if found is None:
+        return text, None
+    joint = found[1] if found[3] else ""
+    return text[: found.start()] + joint + text[found.end() :], unquote_plus(found[2])
+
+
+def _parse(text: str) -> Spec:
+    """The specification of a teacher without the option `classes`."""
     file, options = split_file_options(text, ".onnx")
     if file.endswith(".onnx"):
         check_options(options, NORMALIZE, text)
@@ -54,10 +79,14 @@ def parse_teacher(text: str) -> Spec:
         return Spec(text, "matrix", text, file=True)
     if text.rpartition("?")[0].endswith(MATRIX_FILES):
         raise SettingsError(
-            f"teacher {text!r}: a matrix of outputs takes no options, since it has no inputs; leave them out"
+            f"teacher {text!r}: a matrix of outputs takes no options but classes=A,B,C, since it has no "
+            "inputs; leave them out"
         )
     if not text.startswith("hfds:"):
-        return parse_model(text)
+        try:
+            return parse_model(text)
+        except SettingsError as error:
+            raise SettingsError(str(error).replace(forms(MODEL_KINDS), forms(ALL_KINDS))) from error
     where, _, split = text.removeprefix("hfds:").rpartition("@")
     place, options = split_options(where or split)
     if set(options) - {"ids", "log_probs", "name"} or not {"ids", "log_probs"} <= set(options):

@@ -35,6 +35,7 @@ class Teacher:
         provenance: what the header records about this teacher.
         output: what the model returns, one of OUTPUTS.
         softened: temperature at which the model's output was already softened.
+        stated_names: the names of its classes as the user stated them; empty for those of the model.
         notes: what was logged about the outputs, so that it is logged once and not for every batch.
     """
 
@@ -46,6 +47,7 @@ class Teacher:
     provenance: dict[str, Any]
     output: str = "logits"
     softened: float = 1.0
+    stated_names: tuple[str, ...] = ()
     notes: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def logits(self, inputs: Tensor, samples: npt.NDArray[np.int64] | None = None) -> Tensor:
@@ -143,8 +145,8 @@ class Teacher:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The model's names of its classes, in order; empty if it only numbers them."""
-        return tuple(getattr(self.model, "class_names", ()))
+        """The names of its classes, in order; empty if it only numbers them."""
+        return self.stated_names or tuple(getattr(self.model, "class_names", ()))
 
     @property
     def feature_names(self) -> tuple[str, ...]:

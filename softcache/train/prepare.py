@@ -22,7 +22,15 @@ from softcache.data.kinds import check_same_kind
 from softcache.data.loader import Request, ShuffledBatches
 from softcache.data.open import open_source
 from softcache.data.source import Source
-from softcache.data.tables import TableSource, align_columns, column_statistics, unwrapped
+from softcache.data.table_columns import columns_of_cache
+from softcache.data.tables import (
+    TableSource,
+    align_columns,
+    check_same_columns,
+    column_statistics,
+    columns_of,
+    unwrapped,
+)
 from softcache.errors import DataError, SettingsError
 from softcache.join.joined_data import JoinedData, hard_label_data
 from softcache.join.match import join
@@ -57,8 +65,11 @@ def open_data(config: TrainConfig, caches: Sequence[Cache]) -> tuple[list[Source
     sources = sources or [CacheSource(cache) for cache in caches]
     aligned: list[Source] = []
     for number, source in enumerate(sources):
-        source = align_columns(source, sources[0])
         # a single data set may have several caches, whose classes are the same
+        cached = columns_of_cache(caches[number]) if caches else None
+        source = align_columns(source, cached or columns_of(sources[0]))
+        if aligned:
+            check_same_columns(source, aligned[0])
         if caches:
             cache = caches[number]
             source = align_classes(
@@ -67,7 +78,7 @@ def open_data(config: TrainConfig, caches: Sequence[Cache]) -> tuple[list[Source
         aligned.append(source)
     if not config.eval_data:
         return aligned, None
-    eval_source = align_columns(open_source(config.eval_data), aligned[0])
+    eval_source = align_columns(open_source(config.eval_data), columns_of(aligned[0]))
     check_same_kind(aligned[0], eval_source)
     for cache in caches[:1]:
         eval_source = align_classes(

@@ -16,11 +16,11 @@ from softcache._version import __version__
 from softcache.cache import Cache
 from softcache.data.class_names import all_class_names
 from softcache.data.source import Source
-from softcache.data.tables import TableSource, unwrapped
+from softcache.data.tables import columns_of
 from softcache.join.joined_data import JoinedData
 from softcache.models.evaluate import Evaluation, data_digest
 from softcache.models.spec import parse_model
-from softcache.models.weights import file_sha256
+from softcache.models.weights import file_sha256, split_key
 from softcache.train.card import model_card
 from softcache.train.class_weights import BALANCED
 from softcache.train.config import StudentConfig, TrainConfig
@@ -75,7 +75,8 @@ def public_settings(student: StudentConfig) -> dict[str, Any]:
 
 def code_digests(student: StudentConfig) -> list[str]:
     """SHA-256 of the user's files: the student's code, its initial weights, the weights of the classes."""
-    files = [parse_model(student.student).path, *([student.init] if student.init else [])]
+    files = [parse_model(student.student).path]
+    files += [split_key(student.init)[0]] if student.init else []
     if student.class_weights not in (None, BALANCED):
         files.append(Path(str(student.class_weights)))
     return [file_sha256(file) for file in files if file.is_file()]
@@ -120,12 +121,9 @@ def run_facts(
 
 
 def table_facts(source: Source) -> dict[str, Any]:
-    """The columns of a table, and the words that numbers stand for; empty for other data."""
-    table = unwrapped(source)
-    if not isinstance(table, TableSource):
-        return {}
-    categories = {column: list(words) for column, words in table.categories.items()}
-    return {"columns": list(table.columns), "categories": categories}
+    """The columns of a table, with the words that numbers stand for; empty for other data."""
+    columns = columns_of(source)
+    return {"columns": columns.to_json()} if columns else {}
 
 
 def class_names(parts: Sequence[JoinedData]) -> Sequence[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softcache.data.table_columns import TableColumns, columns_from_json
 from softcache.errors import ModelError, SettingsError
 from softcache.models.build import build
 from softcache.models.spec import HUB, parse_model
@@ -55,15 +56,16 @@ class Run:
         return tuple(self.facts.get("class_names") or ())
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the input columns in order; empty if the data was not a table."""
-        return tuple(self.facts.get("columns") or ())
-
-    @property
-    def categories(self) -> dict[str, tuple[str, ...]]:
-        """The words of each input column that the numbers 0, 1, … stand for."""
-        known = self.facts.get("categories") or {}
-        return {column: tuple(words) for column, words in known.items()}
+    def columns(self) -> TableColumns | None:
+        """The input columns; None if the data was not a table."""
+        columns = self.facts.get("columns") or []
+        if all(isinstance(name, str) for name in columns):  # as versions before 0.2 wrote them
+            words = self.facts.get("categories") or {}
+            columns = [
+                {"name": name} | ({"words": words[name]} if name in words else {})
+                for name in columns
+            ]
+        return columns_from_json(columns, str(self.folder))
 
     def example(self, batch: int, seed: int = 0) -> Tensor:
         """Dummy inputs (batch, *input_shape) of the dtype that the student expects.

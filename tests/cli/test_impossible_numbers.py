@@ -180,11 +180,12 @@ def test_columns_are_matched_by_name(tmp_path: Path, models: Path) -> None:
     run = str(tmp_path / "run")
     arguments = ["train", str(cache.path), "--data", swapped, "--eval-data", swapped, "-o", run]
     result = softcache(*arguments, "--student", "mlp:16", "--epochs", "60", "--batch-size", "16")
-    # the keys of a table's rows are those of its columns in order
-    assert result.exit_code != 0
-    arguments[3] = train
-    result = softcache(*arguments, "--student", "mlp:16", "--epochs", "60", "--batch-size", "16")
     assert result.exit_code == 0, result.output
+    assert f"in another order than those of {cache.path}; matched by name" in result.stdout
+    arguments[3] = others
+    result = softcache(*arguments, "--student", "mlp:16", "--overwrite")
+    assert result.exit_code != 0
+    assert f"has no column 'pay', which {cache.path} has" in result.stderr
     compared = softcache("compare", run, "--eval-data", swapped)
     assert compared.exit_code == 0, compared.output
     same = softcache("compare", run, "--eval-data", train)

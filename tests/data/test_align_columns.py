@@ -15,7 +15,7 @@ from softcache.data.class_names import MappedSource
 from softcache.data.open import open_source
 from softcache.data.source import ArraySource
 from softcache.data.subset import SubsetSource
-from softcache.data.tables import TableSource, align_columns, column_statistics
+from softcache.data.tables import TableSource, align_columns, column_statistics, columns_of
 from softcache.errors import DataError
 
 TRAIN = "age,pay,kind,label\n1,10,cat,0\n2,20,ant,1\n3,30,dog,0\n"
@@ -34,7 +34,7 @@ def train(tmp_path: Path) -> TableSource:
 
 
 def aligned(source: TableSource, reference: TableSource) -> TableSource:
-    result = align_columns(source, reference)
+    result = align_columns(source, columns_of(reference))
     assert isinstance(result, TableSource)
     return result
 
@@ -62,7 +62,7 @@ def test_columns_of_the_same_names_stay(
 ) -> None:
     test = table(tmp_path, "test", TRAIN)
     capsys.readouterr()
-    assert align_columns(test, train) is test
+    assert align_columns(test, columns_of(train)) is test
     assert capsys.readouterr().out == ""
 
 
@@ -114,13 +114,13 @@ def test_other_columns_and_words_are_named(
     tmp_path: Path, train: TableSource, text: str, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        align_columns(table(tmp_path, "test", text), train)
+        align_columns(table(tmp_path, "test", text), columns_of(train))
 
 
 def test_without_names_nothing_is_compared(tmp_path: Path, train: TableSource) -> None:
     plain = ArraySource("npz:x.npz", np.zeros((2, 9), np.float32), np.zeros(2, np.int64))
-    assert align_columns(train, plain) is train
-    assert align_columns(plain, train) is plain
+    assert align_columns(train, columns_of(plain)) is train
+    assert align_columns(plain, columns_of(train)) is plain
 
 
 def test_tables_with_other_class_numbers_are_matched_as_well(
@@ -128,12 +128,14 @@ def test_tables_with_other_class_numbers_are_matched_as_well(
 ) -> None:
     test = table(tmp_path, "test", "pay,age,kind,label\n40,4,cat,no\n50,5,ant,yes\n")
     mapped = MappedSource(test, (1, 0), ("yes", "no"))
-    result = align_columns(mapped, MappedSource(train, (0, 1), ("a", "b")))
+    result = align_columns(mapped, columns_of(MappedSource(train, (0, 1), ("a", "b"))))
     inputs, labels = result.fetch([0, 1])
     assert inputs.tolist() == [[4, 40, 1], [5, 50, 0]]
     assert labels.tolist() == [1, 0]
     assert result.class_names == ("yes", "no")
-    part = align_columns(SubsetSource(test, np.array([1])), SubsetSource(train, np.array([2])))
+    part = align_columns(
+        SubsetSource(test, np.array([1])), columns_of(SubsetSource(train, np.array([2])))
+    )
     assert part.fetch([0])[0].tolist() == [[5, 50, 0]]
 
 
@@ -181,9 +183,9 @@ def test_empty_cells_are_filled_with_the_means_of_the_reference(
     (tmp_path / "test.csv").write_text("\n".join([header, *rows]) + "\n")
     train = open_source(f"csv:{tmp_path / 'train.csv'}?missing=mean")
     test = open_source(f"csv:{tmp_path / 'test.csv'}?missing=mean")
-    aligned = align_columns(test, train)
+    aligned = align_columns(test, columns_of(train))
     assert aligned.fetch(range(3))[0].tolist() == [[5, 1], [2, 2], [9, 20]]
     # a part of the table keeps which cells were empty
     part = open_source(f"csv:{tmp_path / 'test.csv'}?missing=mean&samples=2")
-    assert align_columns(part, train).fetch(range(2))[0].tolist() == [[5, 1], [2, 2]]
-    assert align_columns(train, train) is train
+    assert align_columns(part, columns_of(train)).fetch(range(2))[0].tolist() == [[5, 1], [2, 2]]
+    assert align_columns(train, columns_of(train)) is train

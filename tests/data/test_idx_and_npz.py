@@ -266,7 +266,47 @@ def test_a_file_that_is_no_npz_is_named(tmp_path: Path, raw: bytes) -> None:
 
 def test_objects_in_an_npz_are_not_unpickled(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.array([[{}, None]], dtype=object))
-    with pytest.raises(DataError, match=r"cannot be read as arrays \(Object arrays cannot be"):
+    with pytest.raises(
+        DataError,
+        match=r"has an array of Python objects, which softcache never loads; .*y\.astype\(str\)",
+    ):
+        open_source(f"npz:{tmp_path / 'a.npz'}")
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected", "names"),
+    [
+        (np.array(["dog", "cat", "dog"]), [1, 0, 1], ("cat", "dog")),
+        (np.array([b"dog", b"cat", b"ant"]), [2, 1, 0], ("ant", "cat", "dog")),
+        (np.array([True, False, True]), [1, 0, 1], ()),
+        (np.array([[0, 1], [1, 0], [0, 1]]), [1, 0, 1], ()),
+        (np.eye(3, dtype=np.float32)[[2, 0, 1]], [2, 0, 1], ()),
+    ],
+)
+def test_labels_may_be_words_booleans_or_one_hot(
+    tmp_path: Path, labels: np.ndarray, expected: list[int], names: tuple[str, ...]
+) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 2), np.float32), y=labels)
+    source = open_source(f"npz:{tmp_path / 'a.npz'}")
+    assert source.fetch(range(3))[1].tolist() == expected
+    assert source.class_names == names
+
+
+def test_words_of_an_npz_take_the_order_of_the_names(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 2)), y=np.array(["dog", "cat", "dog"]))
+    source = open_source(f"npz:{tmp_path / 'a.npz'}?classes=dog,ant,cat")
+    assert source.fetch(range(3))[1].tolist() == [0, 2, 0]
+    assert source.class_names == ("dog", "ant", "cat")
+    with pytest.raises(DataError, match=r"classes names dog, ant, and the labels are cat, dog"):
+        open_source(f"npz:{tmp_path / 'a.npz'}?classes=dog,ant")
+
+
+@pytest.mark.parametrize("labels", [np.ones((3, 2)), np.array([[0.5, 0.5]] * 3)])
+def test_rows_that_are_not_one_hot_are_no_labels(tmp_path: Path, labels: np.ndarray) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 2)), y=labels)
+    with pytest.raises(
+        DataError, match=r"labels are float64 of shape \(3, 2\); expected integers or words"
+    ):
         open_source(f"npz:{tmp_path / 'a.npz'}")
 
 

@@ -285,7 +285,8 @@ def test_transparent_pixels_are_composited_on_white_and_said_once(
 ) -> None:
     for _ in range(2):
         array = as_array(image, Pixels())
-    assert array.tolist() == [[[255, 206, 10]]] * 3  # 206 = 10 · 0.2 + 255 · 0.8
+    channels = 1 if image.mode == "LA" else 3
+    assert array.tolist() == [[[255, 206, 10]]] * channels  # 206 = 10 · 0.2 + 255 · 0.8
     assert as_array(image, Pixels(mode="L")).tolist() == [[[255, 206, 10]]]
     assert capsys.readouterr().out.count("transparent pixels, which become white") == 1
 
@@ -306,7 +307,7 @@ def test_opaque_images_keep_their_pixels_and_nothing_is_said(
     if mode == "P":
         image.info["transparency"] = b"\xff" * 256
     expected = np.array(image.convert("RGB")).transpose(2, 0, 1)
-    assert np.array_equal(as_array(image, Pixels()), expected)
+    assert np.array_equal(as_array(image, Pixels()), expected[:1] if mode == "LA" else expected)
     assert "transparent" not in capsys.readouterr().out
 
 
@@ -325,7 +326,7 @@ def test_compositing_keeps_opaque_values_of_every_type() -> None:
     assert on_white(np.array([101, 101, 101, 128], np.uint8), 255).tolist() == [178] * 3  # of 177.7
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "1", "P"])
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "P"])
 def test_other_modes_become_rgb_and_this_is_said_once(
     mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,6 +335,14 @@ def test_other_modes_become_rgb_and_this_is_said_once(
         array = as_array(image, Pixels())
     assert np.array_equal(array, np.array(image.convert("RGB")).transpose(2, 0, 1))
     assert capsys.readouterr().out.count(f"images of mode {mode} are converted to RGB") == 1
+
+
+def test_black_and_white_images_are_grey(capsys: pytest.CaptureFixture[str]) -> None:
+    image = Image.fromarray(COLOURS).convert("1")
+    array = as_array(image, Pixels())
+    assert np.array_equal(array, np.array(image.convert("L"))[None])
+    assert set(np.unique(array)) <= {0, 255}
+    assert capsys.readouterr().out == ""
 
 
 def test_plain_images_are_converted_in_silence(capsys: pytest.CaptureFixture[str]) -> None:

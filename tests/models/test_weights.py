@@ -211,11 +211,11 @@ def other(state: State) -> State:
 REFUSED: dict[str, tuple[Callable[[State], object], str]] = {
     "two that fit": (
         lambda state: {"model": state, "model_ema": other(state)},
-        r"hold 2 sets of tensors that fit the model: 'model', 'model_ema'; save the one that you mean",
+        r"hold 2 sets of tensors that fit the model: 'model', 'model_ema'; choose one with .*key=model_ema",
     ),
     "student and teacher": (
         lambda state: prefixed("student.")(state) | prefixed("teacher.")(other(state)),
-        r"hold 2 sets of tensors that fit the model: 'student', 'teacher'; save",
+        r"hold 2 sets of tensors that fit the model: 'student', 'teacher'; choose one with",
     ),
     "another model": (
         lambda state: {"state_dict": {f"layer{n}.weight": torch.ones(2) for n in range(9)}},
@@ -260,6 +260,33 @@ def test_what_does_not_fit_is_refused_in_one_line_and_changes_nothing(
         load_weights(model, tmp_path / "w.pt")
     assert "\n" not in str(raised.value)
     assert_loaded(model, before)
+
+
+@pytest.mark.parametrize("path_of", [lambda path: path, lambda path: path.with_name("w?key=x.pt")])
+def test_one_of_several_sets_is_chosen_by_its_key(
+    path_of: Callable[[Path], Path], state: State, tmp_path: Path
+) -> None:
+    path = path_of(tmp_path / "w.pt")
+    raw, ema = state, other(state)
+    torch.save({"model": raw, "ema": {"module": ema}, "student.x": 1}, path)
+    for key, expected in (("model", raw), ("ema", ema), ("ema.module", ema)):
+        chosen = path.with_name(f"{path.name}?key={key}")
+        model = make_model()
+        load_weights(model, chosen)
+        assert_loaded(model, expected)
+        assert torch.equal(read_weights(chosen)["0.weight"], expected["0.weight"])
+    with pytest.raises(
+        ModelError,
+        match=r"no tensors under 'em' that fit the model; those under 'model', 'ema.module' do",
+    ):
+        load_weights(make_model(), path.with_name(f"{path.name}?key=em"))
+
+
+def test_one_of_several_prefixes_is_chosen_by_its_key(state: State, tmp_path: Path) -> None:
+    torch.save(prefixed("student.")(state) | prefixed("teacher.")(other(state)), tmp_path / "w.pt")
+    model = make_model()
+    load_weights(model, tmp_path / "w.pt?key=teacher")
+    assert_loaded(model, other(state))
 
 
 def test_the_largest_mapping_is_read_without_a_model(state: State, tmp_path: Path) -> None:
