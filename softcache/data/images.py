@@ -26,6 +26,7 @@ LARGEST = {16: 2**16 - 1, 32: 2**31 - 1}  # by depth; Pillow's 32-bit integers a
 GREY_MODES = ("L", "LA", "La", "1")
 NARROW_FORMATS = ("PNG", "PPM")  # Pillow's mode I never holds more than 16 bits in these
 DEPTH_SAMPLES = 256  # images that decide on the depth of all, at most
+BRIGHTEST = 1.5  # images in [0, 1] stay below this, also after slight sharpening
 ORIENTATION, BITS_PER_SAMPLE, SAMPLE_FORMAT = 0x0112, 258, 339  # tags of Exif and TIFF
 UNSIGNED = 1  # a value of the tag SAMPLE_FORMAT
 
@@ -186,6 +187,11 @@ def _deep_array(image: Image, pixels: Pixels) -> npt.NDArray[Any]:
     if depth:
         array = (array / LARGEST[depth]).astype(np.float32)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if image.mode == "F" and array.max(initial=0) > BRIGHTEST:
+        inform_once(
+            f"float images keep their values, which go beyond 1 (up to {array.max():.4g} in the first such "
+            "image); most models expect 0 to 1"
+        )
     return np.repeat(array[None], 3 if pixels.mode == "RGB" else 1, axis=0)
 
 

@@ -345,6 +345,17 @@ def test_black_and_white_images_are_grey(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == ""
 
 
+def test_float_images_beyond_one_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    as_array(Image.fromarray(np.full((2, 2), 1.2, np.float32)), Pixels())
+    assert capsys.readouterr().out == ""
+    array = as_array(Image.fromarray(np.full((2, 2), 250.5, np.float32)), Pixels())
+    assert array.tolist() == [[[250.5] * 2] * 2]
+    assert (
+        "float images keep their values, which go beyond 1 (up to 250.5 in"
+        in capsys.readouterr().out
+    )
+
+
 def test_plain_images_are_converted_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
     as_array(Image.fromarray(COLOURS), Pixels())
     as_array(Image.fromarray(COLOURS[..., 0]), Pixels())

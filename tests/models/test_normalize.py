@@ -150,7 +150,7 @@ def test_a_run_finds_the_code_of_its_student_by_the_name_with_options(
         ("m.py:f?normalise=imagenet", r"unknown option 'normalise'; expected normalize, mean, std"),
         ("timm:resnet18?normalize=imagenet", r"timm: models normalize their inputs .*; leave normalize"),
         ("hf:vit?mean=0.5&std=0.5", r"hf: models normalize their inputs themselves, .*; leave mean out"),
-        ("rows.npy?normalize=imagenet", r"a matrix of outputs takes no options, since it has no inputs"),
+        ("rows.npy?normalize=imagenet", r"a matrix of outputs takes no options but classes=A,B,C, since"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_named(spec: str, message: str) -> None:
