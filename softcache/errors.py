@@ -51,6 +51,10 @@ class MissingFileError(SettingsError, FileNotFoundError):
     """An option names a file that does not exist."""
 
 
+class InUseError(SoftcacheError):
+    """Another process is writing the same file or folder."""
+
+
 class Interrupted(SoftcacheError):
     """The user stopped the run; finished work is kept."""
 

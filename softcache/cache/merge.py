@@ -18,6 +18,8 @@ from softcache.cache.summary import columns_field, pooled_fidelity, summarize
 from softcache.cache.verify import Damage, block_damage
 from softcache.cache.writer import Writer
 from softcache.errors import FormatError, SettingsError
+from softcache.util.lock import exclusive
+from softcache.util.log import inform
 
 # header fields that determine the stored values: only caches that agree in all of them can be merged
 SETTINGS = (
@@ -49,19 +51,59 @@ def merge(parts: Sequence[Cache], out: Path, advance: Advance = _ignore) -> Cach
     parts = sorted(parts, key=lambda part: (part.header.first_sample, part.header.first_view))
     if any(part.path.resolve() == out.resolve() for part in parts):
         raise SettingsError(f"{out} is one of the caches to merge; give another --out")
-    if out.exists():
-        raise SettingsError(f"{out} already exists; give another --out, or remove it")
     header, shared = plan(parts)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _open_unfinished(out, header, shared, parts[0].header.block_rows)
-    with Writer(out) as writer:
-        # view by view, so that a block across two shards is full before other views are compared with it
-        for view in range(header.views):
-            for part in parts:
-                copy_view(part, writer, view, advance)
-        writer.commit()
-        writer.finish(summarize(writer.cache) | columns_field(parts) | _fidelity(parts))
+    with exclusive(out):
+        if out.exists():
+            return _finished_merge(out, header, shared, parts)
+        _open_unfinished(out, header, shared, parts[0].header.block_rows)
+        with Writer(out) as writer:
+            # view by view, so that a block across two shards is full before other views are compared with it
+            for view in range(header.views):
+                for part in parts:
+                    copy_view(part, writer, view, advance)
+            writer.commit()
+            writer.finish(summarize(writer.cache) | columns_field(parts) | _fidelity(parts))
     return open_cache(out)
+
+
+def _finished_merge(out: Path, header: Header, shared: Values, parts: Sequence[Cache]) -> Cache:
+    """The cache at `out`, if it is the merged file of these parts.
+
+    Raises:
+        SettingsError: it is another file.
+    """
+    try:
+        cache = open_cache(out)
+        same = _is_of_merge(cache, header, shared) and all(_holds(cache, part) for part in parts)
+    except FormatError:
+        same = False
+    if not same:
+        raise SettingsError(
+            f"{out} already exists, and is not these caches merged; give another --out, or remove it"
+        )
+    inform(f"{out} is already complete; nothing to do")
+    return cache
+
+
+def _holds(cache: Cache, part: Cache) -> bool:
+    """Whether a cache has all rows of a part of it, byte for byte."""
+    offset = part.header.first_sample - cache.header.first_sample
+    view_offset = part.header.first_view - cache.header.first_view
+    for block in range(part.header.blocks):
+        cache_rows = part.header.block_range(block)
+        inside = slice(cache_rows.start, cache_rows.stop)
+        stored = slice(cache_rows.start + offset, cache_rows.stop + offset)
+        for array in part.header.arrays:
+            own, other = part.arrays[array.name], cache.arrays[array.name]
+            if array.axis == "rows":
+                own, other = own[:, inside], other[view_offset:, stored][: part.header.views]
+            elif array.axis == "samples":
+                own, other = own[inside], other[stored]
+            else:
+                continue
+            if raw_bytes(np.ascontiguousarray(own)) != raw_bytes(np.ascontiguousarray(other)):
+                return False
+    return True
 
 
 def copy_view(part: Cache, writer: Writer, view: int, advance: Advance = _ignore) -> None:
@@ -241,14 +283,18 @@ def _open_unfinished(out: Path, header: Header, shared: Values, part_block_rows:
         create(out, header, shared, part_block_rows, header.inputs_spec)
         return
     unfinished = open_cache(partial, unfinished=True)
-    fields = (*SETTINGS, "views", "samples", "first_view", "first_sample")
-    same = all(getattr(unfinished.header, name) == getattr(header, name) for name in fields)
-    if not same or any(
-        not np.array_equal(unfinished.arrays[name], shared[name]) for name in shared
-    ):
+    if not _is_of_merge(unfinished, header, shared):
         raise SettingsError(
             f"{partial} is in the way: it was started with other settings or parts; remove it"
         )
+
+
+def _is_of_merge(cache: Cache, header: Header, shared: Values) -> bool:
+    """Whether a cache, finished or not, has the settings and the shared arrays of a merge."""
+    fields = (*SETTINGS, "views", "samples", "first_view", "first_sample")
+    return all(getattr(cache.header, name) == getattr(header, name) for name in fields) and all(
+        np.array_equal(cache.arrays[name], shared[name]) for name in shared
+    )
 
 
 def _check_block(part: Cache, view: int | None, block: int) -> None:

@@ -15,6 +15,7 @@ import click
 from softcache.cli.params import BatchSize, Shard, ViewRange
 from softcache.errors import Interrupted, SoftcacheError
 from softcache.util.settings import Setting, option_name, settings_of
+from softcache.util.signals import stop_signals
 
 PATH = click.Path(path_type=Path)
 ARGUMENTS = "Arguments"
@@ -86,17 +87,20 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command with the library's log on the terminal."""
-        try:
-            with show_log():
-                return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo("Error: stopped before any work was done", err=True)
-            raise click.exceptions.Exit(Interrupted.exit_code) from None
-        except (SoftcacheError, OSError) as error:
-            if ctx.params.get("traceback"):
-                raise
-            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-            raise click.exceptions.Exit(getattr(error, "exit_code", 1)) from error
+        with stop_signals() as stop:
+            try:
+                with show_log():
+                    return super().invoke(ctx)
+            except KeyboardInterrupt:
+                click.echo("Error: stopped before any work was done", err=True)
+                raise click.exceptions.Exit(stop.exit_code) from None
+            except (SoftcacheError, OSError) as error:
+                if ctx.params.get("traceback"):
+                    raise
+                click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+                stopped = isinstance(error, Interrupted)
+                code = stop.exit_code if stopped else getattr(error, "exit_code", 1)
+                raise click.exceptions.Exit(code) from error
 
 
 class _Terminal(logging.Handler):

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from softcache.data.augment import Augmentation
 from softcache.data.keys import sample_keys
 from softcache.data.source import Source
+from softcache.data.workers import Portable, start_worker
 from softcache.errors import SoftcacheError
 from softcache.types import Views
 from softcache.util.tensors import to_float
@@ -106,12 +107,13 @@ def _loader(
     batch_sampler: Any = batches
     as_is: Any = _as_is  # __getitems__ returns a complete batch
     return _Loader(
-        dataset,
+        Portable(dataset),
         batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=as_is,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        worker_init_fn=start_worker,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from softcache.data.open import open_source
 from softcache.data.source import Source, check_labels
 from softcache.data.table_columns import columns_field
 from softcache.data.tables import columns_of
+from softcache.data.workers import worker_failures
 from softcache.dump.check_resume import check_same
 from softcache.dump.config import DumpConfig
 from softcache.dump.fidelity import fidelity_line, measure_fidelity
@@ -43,6 +45,7 @@ from softcache.targets.encode import HostCopy, as_arrays, make_encoder
 from softcache.targets.fetch import shared_tensors
 from softcache.teachers.ensemble import Ensemble
 from softcache.teachers.matrix import Matrix
+from softcache.util.lock import exclusive
 from softcache.util.log import inform, verdict
 from softcache.util.progress import progress
 
@@ -66,18 +69,18 @@ def dump(config: DumpConfig) -> Cache:
     """
     group = join_processes()
     try:
-        cache = dump_in_process(config, group)
+        check_out(config.out, overwrite=config.overwrite)
+        with exclusive(config.out) if group.first else nullcontext(), worker_failures():
+            return dump_in_process(config, group)
     except BaseException:
         group.fail()
         raise
-    return cache
 
 
 def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
     """One process's part of a dump; the first process also creates the file and finishes it."""
     source = open_source(config.data, skip_unreadable=config.skip_unreadable)
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
-    check_out(config.out)
     teacher = load_teachers(config, source, augmentation)
     source = align_classes(
         source, teacher.class_names, "the teacher", same_classes=config.same_classes

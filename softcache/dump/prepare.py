@@ -88,8 +88,13 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
     )
 
 
-def check_out(out: Path) -> None:
-    """Raise SettingsError up front, not after hours, if no cache can be written to `out`."""
+def check_out(out: Path, *, overwrite: bool = False) -> None:
+    """Check that a cache can be written to `out` up front, not after hours.
+
+    Raises:
+        SettingsError: it cannot.
+        FormatError: there is a file that is no cache, and `overwrite` is not set.
+    """
     if out.is_dir():
         raise SettingsError(
             f"--out {out} is a folder; name a file in it, such as {out / 'cache.h5'}"
@@ -100,6 +105,8 @@ def check_out(out: Path) -> None:
         raise SettingsError(
             f"--out {out}: cannot create its folder ({error.strerror}); give another --out"
         ) from error
+    if out.exists() and not overwrite:
+        open_cache(out)
 
 
 def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation) -> Ensemble:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,14 @@ from softcache.cache.summary import summarize
 from softcache.cache.writer import Writer
 from softcache.errors import FormatError, Interrupted, SettingsError, SoftcacheError
 from softcache.files.remote import PART, RemoteCache, in_parallel, is_url, open_remote
+from softcache.util.files import replace_file
+from softcache.util.lock import exclusive
 from softcache.util.log import inform
 from softcache.util.progress import progress
 
+CONTENT_ID = (
+    ".content-id"  # suffix of the file that says what was pulled into the local cache folder
+)
 SOURCE = ".source"  # suffix of the file that says what an unfinished pull is fetching
 
 Range = tuple[int, int]  # first and count
@@ -85,6 +90,12 @@ def pull(
             "cache, check the URL and the id"
         )
     part = select_part(remote, views, samples)
+    with exclusive(out):
+        return _pull_into(out, remote, part, overwrite=overwrite)
+
+
+def _pull_into(out: Path, remote: RemoteCache, part: Part, *, overwrite: bool) -> Cache:
+    """Fetch a part of a cache into a file whose lock is held; see pull()."""
     if out.exists() and not overwrite:
         return existing_copy(remote, part, out)
     try:
@@ -390,19 +401,23 @@ def local_copy(source: str | Path, *, most_views: int | None = None) -> Path:
     part = select_part(remote, views, None)
     folder = cache_folder() / remote.content_id[:32]
     whole = folder / "whole" / remote.file.name
-    if whole.exists():
+    if _is_copy(whole, remote.content_id):
         return whole
     out = folder / f"views-0-{len(part.views)}" / remote.file.name if few else whole
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # all processes of a training run need the same file: one pulls it, the others wait for it
-        with (out.parent / "lock").open("w") as lock:
-            _wait_for(lock)
-            if not out.exists():
+        with exclusive(out, wait=True):
+            id_file = out.with_name(f"{out.name}{CONTENT_ID}")
+            known_id = id_file.read_text("ascii", "replace").strip() if id_file.is_file() else ""
+            if not _is_copy(out, known_id if few else remote.content_id):
+                if out.exists():
+                    inform(f"{out} is not the copy that was pulled; it is pulled again")
                 inform(
                     f"pulling {remote.file.shown}: {size_of(remote, part):,} bytes into {out.parent}"
                 )
-                pull(str(source), out, views=views, expect=remote.content_id)
+                cache = _pull_into(out, remote, part, overwrite=out.exists())
+                replace_file(id_file, lambda path: path.write_text(cache.content_id(), "ascii"))
     except OSError as error:
         raise SoftcacheError(
             f"cannot pull {remote.file.shown} into {out.parent} ({error.strerror}); set XDG_CACHE_HOME to a "
@@ -411,13 +426,12 @@ def local_copy(source: str | Path, *, most_views: int | None = None) -> Path:
     return out
 
 
-def _wait_for(lock: IO[str]) -> None:
-    """Wait until no other process holds the lock, and hold it until the file is closed."""
+def _is_copy(path: Path, content_id: str) -> bool:
+    """Whether a file is a cache with this content id."""
     try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        return
-    fcntl.flock(lock, fcntl.LOCK_EX)
+        return open_cache(path).content_id() == content_id
+    except FormatError:
+        return False
 
 
 def _source_file(out: Path) -> Path:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from softcache.cache import open_cache
-from softcache.cache.reader import partial_path
+from softcache.cache.reader import PARTIAL, partial_path
 from softcache.cache.verify import check_damage, damage_list, damage_with_progress
 from softcache.cache.writer import mark_missing
 from softcache.errors import FormatError
+from softcache.util.lock import exclusive
 
 
 def verify_cache(path: Path, expect: str | None = None) -> str:
@@ -50,6 +51,13 @@ def repair_cache(path: Path) -> str:
         FormatError: there is damage outside the blocks of rows, which a dump cannot fill, or FILE.partial
             already exists.
     """
+    final = path.with_name(path.name.removesuffix(PARTIAL))
+    with exclusive(final):
+        return _repair(path)
+
+
+def _repair(path: Path) -> str:
+    """Repair a file whose lock is held; see repair_cache()."""
     cache = open_cache(path, unfinished=True)
     damage = damage_with_progress(cache)
     if cache.header.summary is None:
@@ -62,7 +70,7 @@ def repair_cache(path: Path) -> str:
         )
     if not damage:
         return f"{path}: nothing to repair"
-    partial = path if path.name.endswith(".partial") else partial_path(path)
+    partial = path if path.name.endswith(PARTIAL) else partial_path(path)
     if partial != path:
         if partial.exists():
             raise FormatError(

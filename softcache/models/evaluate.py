@@ -15,6 +15,7 @@ from softcache.cache.verdict import Predictions, judge
 from softcache.data.keys import sample_keys
 from softcache.data.loader import loader, sequential_batches
 from softcache.data.source import Source, check_labels
+from softcache.data.workers import is_worker_failure
 from softcache.errors import DataError, ModelError
 from softcache.models.outputs import logits_of
 from softcache.util.tensors import to_float
@@ -113,6 +114,8 @@ def evaluate(
             except ModelError:
                 raise
             except Exception as error:  # a user's model may fail in any way
+                if is_worker_failure(error):
+                    raise
                 raise ModelError(
                     f"the model raised {type(error).__name__} on inputs {tuple(inputs.shape)} of "
                     f"{source.name}: {' '.join(str(error).split())}; evaluation inputs need the "

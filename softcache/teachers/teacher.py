@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from softcache.data.workers import is_worker_failure
 from softcache.errors import ModelError
 from softcache.models.normalize import unnormalized
 from softcache.models.outputs import logits_of
@@ -69,6 +70,8 @@ class Teacher:
                 with torch.inference_mode(), self._autocast():
                     output = self._run(inputs.to(self.device))
         except Exception as error:  # a user's model may fail in any way
+            if is_worker_failure(error):
+                raise
             raise ModelError(
                 f"teacher {self.spec} raised {type(error).__name__} on {where}, inputs "
                 f"{tuple(inputs.shape)} of {inputs.dtype}: {' '.join(str(error).split())}"

@@ -6,6 +6,7 @@ Without a cache, the same loop trains a model on labels alone, such as a teacher
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from softcache.cache.verify import check_damage
 from softcache.data.augment import EXTRA_STREAM
 from softcache.data.loader import joint_loader
 from softcache.data.source import Source
+from softcache.data.workers import worker_failures
 from softcache.errors import DataError, Interrupted, ModelError
 from softcache.join.joined_data import JoinedData, concatenate_batches
 from softcache.train.checkpoint import NAME, Checkpoint, Position, check_checkpoint
@@ -43,8 +45,10 @@ from softcache.train.run_folder import check_folder
 from softcache.train.student import Student
 from softcache.train.verdict import impossible_results, verdicts
 from softcache.util.extras import import_extra
+from softcache.util.lock import exclusive
 from softcache.util.log import inform, verdict, warn
 from softcache.util.progress import progress
+from softcache.util.signals import deferred_stop
 
 CHECK_STEPS = 50  # steps between two checks that the losses are finite
 
@@ -65,6 +69,12 @@ def train(config: TrainConfig) -> list[Student]:
         Interrupted: the user stopped the run.
     """
     accelerator = make_accelerator(config.device, config.precision)
+    with exclusive(config.out) if accelerator.is_main_process else nullcontext(), worker_failures():
+        return train_in_process(config, accelerator)
+
+
+def train_in_process(config: TrainConfig, accelerator: Accelerator) -> list[Student]:
+    """One process's part of train(); the main process also writes the files."""
     if config.tensorboard:
         import_extra("tensorboard", extra="tensorboard", what="--tensorboard")
     caches = [open_trainable(path) for path in config.caches]
@@ -174,7 +184,7 @@ def fit(
         pin_memory=device.type == "cuda",
     )
     done = start.epoch * len(batches) + start.batch
-    with progress("train", steps, "steps", done) as advance:
+    with progress("train", steps, "steps", done) as advance, deferred_stop() as stop:
         for epoch in range(start.epoch, config.epochs):
             step = batches.set_epoch(epoch, start.batch if epoch == start.epoch else 0)
             for weight, loaded in zip(batches.weights(), loader, strict=True):
@@ -201,10 +211,13 @@ def fit(
                     if step % CHECK_STEPS == 0 and student.stopped is None:
                         attempt(config, student, student.mean_losses, epoch)
                 advance(1)
-                if checkpoint and accelerator.is_main_process and checkpoint.due():
+                due = checkpoint and (checkpoint.due() or stop.signal)
+                if checkpoint and due and accelerator.is_main_process:
                     for student in in_training(students):
                         attempt(config, student, student.check_losses, epoch)
                     checkpoint.save(students, Position(epoch, step))
+                if stop.signal:
+                    return students  # deferred_stop() raises KeyboardInterrupt
             for student in in_training(students):
                 evaluation = epoch, eval_source, config.workers, config.patience
                 attempt(config, student, student.finish_epoch, *evaluation)
@@ -212,7 +225,7 @@ def fit(
             if checkpoint and accelerator.is_main_process:
                 # after the last epoch too: if saving a student fails, the same command can do it later
                 checkpoint.save(students, Position(config.epochs if all_stopped else epoch + 1))
-            if all_stopped:
+            if all_stopped or stop.signal:
                 break
     return students
 

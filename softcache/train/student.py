@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from softcache.data.source import Source
+from softcache.data.workers import is_worker_failure
 from softcache.errors import ModelError
 from softcache.losses import Loss, label_weights, reduce_losses, row_losses
 from softcache.models.evaluate import Evaluation, evaluate
@@ -304,6 +305,8 @@ class Student:
         try:
             logits = logits_of(self.model(inputs))
         except Exception as error:  # a user's model can raise anything
+            if is_worker_failure(error):
+                raise
             raise ModelError(
                 f"student raised {type(error).__name__} on inputs {tuple(inputs.shape)} of "
                 f"{inputs.dtype}: {error}"

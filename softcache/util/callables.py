@@ -12,6 +12,8 @@ from typing import Any
 
 from softcache.errors import MissingFileError, SettingsError
 
+PREFIX = "softcache_user_"  # of the modules made from the user's files
+
 
 def import_callable(spec: str, *, what: str) -> Callable[..., Any]:
     """Import the callable that `spec` names.
@@ -50,7 +52,23 @@ def _import_file(path: Path) -> ModuleType:
         raise MissingFileError(f"no such file: {path}; expected FILE.py:CALLABLE")
     # Registered in sys.modules so that loader workers and pickle find its classes; the name comes from
     # the whole path, since two files may both be called models.py.
-    name = f"softcache_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    name = f"{PREFIX}{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    return _import_as(name, path)
+
+
+def imported_files() -> dict[str, str]:
+    """The user's files that this process has imported: their absolute paths, by the names of the modules."""
+    modules = [(name, module) for name, module in sys.modules.items() if name.startswith(PREFIX)]
+    return {name: str(Path(str(module.__file__)).absolute()) for name, module in modules}
+
+
+def import_again(name: str, path: str) -> None:
+    """Import a file of imported_files() in another process, unless it has it already."""
+    if name not in sys.modules:
+        _import_as(name, Path(path))
+
+
+def _import_as(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise SettingsError(f"{path} cannot be imported as a Python file")

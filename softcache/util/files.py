@@ -19,7 +19,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         SoftcacheError: the disk is full or fails.
     """
-    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two may write at once
     try:
         write(unfinished)
         with unfinished.open("rb") as file:

@@ -1,0 +1,103 @@
+"""One writer at a time for a file or a run folder; the system releases the lock of a process that ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from softcache.errors import InUseError
+from softcache.util.log import inform
+
+try:
+    import fcntl
+except ImportError:  # Windows, where caches are read only
+    fcntl = None  # type: ignore[assignment]
+
+POLL = 0.2  # seconds between two tries of a process that waits
+HOLDER_BYTES = 256  # of a lock file that are read
+
+
+@contextmanager
+def exclusive(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a file or folder while it is written.
+
+    The lock is on a file beside `path`, `.NAME.lock`, which says who holds it and is removed at the end. It
+    is a POSIX record lock, which processes forked by the holder, such as data loading workers, do not
+    inherit: if the holder is killed, the lock is free at once. Where the file system has no locks, or the
+    lock file cannot be created, nothing is locked: writing will say what is wrong.
+
+    Args:
+        path: what is written; its parent folder is created.
+        wait: wait for another holder to finish instead of raising.
+
+    Raises:
+        InUseError: another process holds the lock; the message names it.
+    """
+    lock_path = path.absolute().with_name(f".{path.name}.lock")
+    file = _acquire(lock_path, path, wait=wait)
+    try:
+        yield
+    finally:
+        if file is not None:
+            lock_path.unlink(missing_ok=True)  # before it is released: see _acquire()
+            os.close(file)
+
+
+def _acquire(lock_path: Path, path: Path, *, wait: bool) -> int | None:
+    """The open lock file, locked; None where there are no locks."""
+    if fcntl is None:
+        return None
+    waiting = False
+    while True:
+        try:
+            lock_path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError:
+            return None
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # which of them depends on the system
+            holder = _holder(file)
+            os.close(file)
+            if not wait:
+                raise InUseError(
+                    f"{path} is being written by {holder}; wait until that has finished, or give another "
+                    "name"
+                ) from None
+            if not waiting:
+                inform(f"waiting for {holder}, which is writing {path}")
+            waiting = True
+            time.sleep(POLL)
+            continue
+        except OSError:
+            os.close(file)
+            lock_path.unlink(missing_ok=True)
+            return None
+        if _is_current(file, lock_path):
+            break
+        os.close(
+            file
+        )  # the last holder has removed this file: another one may have been locked since
+    if os.fstat(file).st_size and not waiting:
+        inform(f"note: {_holder(file)} stopped while it was writing {path}")
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return file
+
+
+def _is_current(file: int, lock_path: Path) -> bool:
+    """Whether an open lock file is still the one at its path."""
+    try:
+        return os.path.samestat(os.fstat(file), lock_path.stat())
+    except OSError:
+        return False
+
+
+def _holder(file: int) -> str:
+    """Who holds or held a lock, as its file says."""
+    text = os.pread(file, HOLDER_BYTES, 0).decode("utf-8", "replace").strip()
+    return text if text and text.isprintable() else "another process"
