@@ -6,7 +6,7 @@ import hashlib
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,19 @@ SHOWN_CLASSES = 1 << 12  # class names that are decoded, since people read them
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache on disk: its header, and its arrays, memory-mapped and read-only."""
+    """A cache on disk: its header, and its arrays, memory-mapped and read-only.
+
+    Sent to another process, it is opened there again.
+    """
 
     path: Path
     header: Header
     header_bytes: bytes
     arrays: Mapping[str, npt.NDArray[Any]]
     buffer: mmap.mmap | None = None  # the mapped file that the arrays are views of
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_again, (self.path.absolute(), self.path)
 
     @property
     def complete(self) -> bool:
@@ -128,6 +134,10 @@ class Cache:
         return digest_of(part[cache_rows.start : cache_rows.stop] for part in parts)
 
 
+def _open_again(absolute: Path, path: Path) -> Cache:
+    return replace(open_cache(absolute, unfinished=True), path=path)
+
+
 def raw_bytes(array: npt.NDArray[Any]) -> memoryview:
     """The bytes of an array in C order."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
@@ -179,6 +189,32 @@ def open_cache(path: Path | str, *, unfinished: bool = False) -> Cache:
             "dump again to continue"
         )
     return cache
+
+
+def change_check(cache: Cache) -> Callable[[], None]:
+    """Make the function that raises FormatError if the file of a complete cache was written to since.
+
+    It costs one stat(). A file that was replaced, as by a rename, does not matter: the map keeps the old one.
+    """
+    if cache.buffer is None or not cache.complete:
+        return lambda: None
+    path = cache.path.absolute()
+    before = path.stat()
+
+    def check() -> None:
+        try:
+            now = path.stat()
+        except OSError:  # it was moved or removed
+            return
+        same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        if os.path.samestat(now, before) and not same:
+            raise FormatError(
+                f"{cache.path} was written to while it was being read ({before.st_size:,} bytes before, "
+                f"{now.st_size:,} now); write a new file under another name and rename it, then run the same "
+                "command again"
+            )
+
+    return check
 
 
 def open_trainable(path: Path | str) -> Cache:

@@ -14,6 +14,7 @@ import click
 
 from softcache.cli.params import BatchSize, Shard, ViewRange
 from softcache.errors import Interrupted, SoftcacheError
+from softcache.util.bus_error import bus_errors_explained
 from softcache.util.settings import Setting, option_name, settings_of
 from softcache.util.signals import stop_signals
 
@@ -87,7 +88,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command with the library's log on the terminal."""
-        with stop_signals() as stop:
+        with bus_errors_explained(), stop_signals() as stop:
             try:
                 with show_log():
                     return super().invoke(ctx)

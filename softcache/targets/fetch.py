@@ -14,6 +14,7 @@ from torch import Tensor
 
 from softcache.cache import Cache, Sampled
 from softcache.cache.encodings import check_sampled
+from softcache.cache.reader import change_check
 from softcache.targets.decode import class_ids, decode
 from softcache.targets.encode import Indices
 from softcache.types import Targets, Views
@@ -30,7 +31,8 @@ def soft_targets(
 
     Returns:
         (views, cache rows (B,)) -> targets, dense or sparse. A view is counted from the cache's
-        first. The function raises FormatError if a stored class id is out of range.
+        first. The function raises FormatError if a stored class id is out of range, or if the file was
+        written to since.
 
     Raises:
         SettingsError: the encoding cannot be re-tempered to `temperature`.
@@ -51,11 +53,12 @@ def tempered_targets(
     if isinstance(header.encoding, Sampled):
         for temperature in temperatures:
             check_sampled(header.temperature, temperature)
-    gather = make_gather(cache)
+    gather, check_unchanged = make_gather(cache), change_check(cache)
     shared = {name: tensor.to(device) for name, tensor in shared_tensors(cache).items()}
 
     def fetch(views: Views, cache_rows: Indices) -> dict[float, Targets]:
         stored = gather(views * header.samples + cache_rows)
+        check_unchanged()
         if "ids" in stored:
             stored["ids"] = class_ids(stored["ids"], header.classes)
         on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in stored.items()}
