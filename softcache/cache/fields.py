@@ -47,8 +47,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def load_json(text: bytes) -> JSON:
+def load_json(text: bytes, what: str = "the header") -> JSON:
     """Parse a JSON object strictly: ASCII, without duplicate keys, every number within a double.
+
+    Args:
+        what: whose text this is, for messages.
 
     Raises:
         FormatError: `text` is anything else.
@@ -57,21 +60,21 @@ def load_json(text: bytes) -> JSON:
     def without_duplicates(pairs: list[tuple[str, Any]]) -> JSON:
         fields = dict(pairs)
         if len(fields) < len(pairs):
-            raise FormatError("the header's JSON has a duplicate key")
+            raise FormatError(f"{what}'s JSON has a duplicate key")
         return fields
 
     def reject_constant(name: str) -> Literal[0]:
-        raise FormatError(f"the header's JSON has {name}; expected finite numbers")
+        raise FormatError(f"{what}'s JSON has {name}; expected finite numbers")
 
     def finite(digits: str) -> float:
         value = float(digits)
         if not math.isfinite(value):
-            raise FormatError(f"the header's JSON has {shown(digits)}; expected finite numbers")
+            raise FormatError(f"{what}'s JSON has {shown(digits)}; expected finite numbers")
         return value
 
     def bounded(digits: str) -> int:
         if len(digits.lstrip("-")) > 308:  # larger than any double
-            raise FormatError(f"the header's JSON has {shown(digits)}; expected smaller numbers")
+            raise FormatError(f"{what}'s JSON has {shown(digits)}; expected smaller numbers")
         return int(digits)
 
     try:
@@ -83,11 +86,11 @@ def load_json(text: bytes) -> JSON:
             parse_int=bounded,
         )
     except RecursionError:
-        raise FormatError("the header's JSON is nested too deeply") from None
+        raise FormatError(f"{what}'s JSON is nested too deeply") from None
     except FormatError:  # a ValueError too
         raise
     except ValueError as error:  # not ASCII, not JSON, or an integer of thousands of digits
-        raise FormatError(f"the header is not JSON: {shown(str(error))}") from error
+        raise FormatError(f"{what} is not JSON: {shown(str(error))}") from error
     if not isinstance(fields, dict):
-        raise FormatError("the header's JSON is not an object")
+        raise FormatError(f"{what}'s JSON is not an object")
     return fields

@@ -89,7 +89,7 @@ def summary(value: object) -> JSON | None:
     if not isinstance(confidence, float) or not 0 <= confidence <= 1:
         raise FormatError(f"summary has confidence {shown(confidence)}; expected 0 to 1")
     columns = value.get("columns", [])
-    if not isinstance(columns, list) or not all(map(_is_column, columns)):
+    if not isinstance(columns, list) or not all(map(is_column, columns)):
         raise FormatError(
             f"summary has columns {shown(columns)}; expected objects with name, and words or mean"
         )
@@ -101,7 +101,7 @@ def summary(value: object) -> JSON | None:
     return value
 
 
-def _is_column(value: object) -> bool:
+def is_column(value: object) -> bool:
     """Whether a column of a table is described: its name, the words of its numbers, its mean."""
     return (
         isinstance(value, dict)

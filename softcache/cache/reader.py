@@ -199,7 +199,10 @@ def change_check(cache: Cache) -> Callable[[], None]:
     if cache.buffer is None or not cache.complete:
         return lambda: None
     path = cache.path.absolute()
-    before = path.stat()
+    try:
+        before = path.stat()
+    except OSError:
+        return lambda: None
 
     def check() -> None:
         try:

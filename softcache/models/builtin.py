@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError, SettingsError
 from softcache.util.spec import Spec
+
+MAX_LAYERS = 2000
+T = TypeVar("T")
 
 
 def build_mlp(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Module:
@@ -30,6 +34,7 @@ def build_resnet(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Mod
         raise SettingsError(
             f"model {spec.text!r}: expected resnet:DEPTH,WIDTH with a depth of 6n + 2 (8, 14, 20, …)"
         )
+    _checked_depth(sizes, sizes[0], spec)
     return resnet(_channels(spec, input_shape), sizes[0], sizes[1], classes)
 
 
@@ -164,18 +169,32 @@ def _conv_bn(channels: int, width: int, stride: int, kernel: int = 3) -> nn.Modu
 
 def _sizes(spec: Spec, example: str) -> list[int]:
     sizes = spec.place.split(",")
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise SettingsError(f"model {spec.text!r}: expected sizes of at least 1, as in {example}")
-    return [int(size) for size in sizes]
+    if not all(re.fullmatch(r"0*[1-9]\d{0,6}", size, re.ASCII) for size in sizes):
+        raise SettingsError(
+            f"model {spec.text!r}: expected sizes of at least 1, as in {example}, and at most "
+            "9,999,999"
+        )
+    return _checked_depth([int(size) for size in sizes], len(sizes), spec)
 
 
 def _stages(spec: Spec) -> list[tuple[int, int]]:
-    stages = [re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", stage) for stage in spec.place.split(",")]
+    form = r"([1-9]\d{0,6})(?:x([1-9]\d{0,6}))?"
+    stages = [re.fullmatch(form, stage, re.ASCII) for stage in spec.place.split(",")]
     if not all(stages):
         raise SettingsError(
             f"model {spec.text!r}: expected widths, as in cnn:16,32 or cnn:32x2,64x2"
         )
-    return [(int(stage[1]), int(stage[2] or 1)) for stage in stages if stage]
+    sizes = [(int(stage[1]), int(stage[2] or 1)) for stage in stages if stage]
+    return _checked_depth(sizes, sum(repeats for _, repeats in sizes), spec)
+
+
+def _checked_depth(sizes: list[T], layers: int, spec: Spec) -> list[T]:
+    """The sizes, if a network of so many layers can be built; a stranger's folder may name any number."""
+    if layers > MAX_LAYERS:
+        raise SettingsError(
+            f"model {spec.text[:80]!r} has {layers:,} layers; expected at most {MAX_LAYERS:,}"
+        )
+    return sizes
 
 
 def _channels(spec: Spec, input_shape: Sequence[int]) -> int:

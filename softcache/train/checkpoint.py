@@ -1,8 +1,8 @@
 """Checkpoints: the full state of a run in one safetensors file, so that a stopped run can resume.
 
-Tensors are named `{student}.{part}.{name}`; everything else is JSON in the file's metadata. Reading a
-checkpoint executes no code. On a CPU, a resumed run ends with the same weights, bit for bit, as a run
-that was never stopped.
+Tensors are named `{student}.{part}.{name}`; everything else is JSON in the file's metadata, with a digest of
+both. Reading a checkpoint executes no code. On a CPU, a resumed run ends with the same weights, bit for bit,
+as a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from softcache.errors import SettingsError
+from softcache.cache.fields import MAX_COUNT, integer, load_json
+from softcache.errors import FormatError, SettingsError
 from softcache.models.evaluate import Evaluation
 from softcache.train.config import StudentConfig, TrainConfig
+from softcache.train.run_facts import check_line
 from softcache.train.student import Student
 from softcache.util.files import replace_file
 from softcache.util.settings import settings_of
 
 NAME = "checkpoint.safetensors"
-STATE = "softcache"  # the only key in the file's metadata
+STATE, DIGEST = "softcache", "digest"  # the keys in the file's metadata
+ADVICE = "give another --out, or --overwrite to start from scratch"
 
 
 @dataclass(frozen=True)
@@ -72,30 +76,45 @@ class Checkpoint:
             "batch": position.batch,
             "students": facts,
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "tensors": sorted(tensors),
         }
-        data = save(tensors, metadata={STATE: json.dumps(state)})
+        text = json.dumps(state)
+        data = save(tensors, metadata={STATE: text, DIGEST: digest_of(text, tensors)})
         replace_file(self.path, lambda path: path.write_bytes(data))
         self.written = time.monotonic()
 
     def load(self, students: Sequence[Student]) -> Position:
-        """Restore the students from the file, and return how far the run had come."""
-        with open_checkpoint(self.path) as file:
-            state = json.loads(file.metadata()[STATE])
-            names = list(file.keys())
+        """Restore the students from the file, and return how far the run had come.
+
+        Raises:
+            SettingsError: the file does not hold the state of these students.
+        """
+        state, tensors = read_checkpoint(self.path)
+        try:
             for number, (student, facts) in enumerate(
                 zip(students, state["students"], strict=True)
             ):
-                prefix = f"{number}."
-                tensors = {
-                    name.removeprefix(prefix): file.get_tensor(name)
-                    for name in names
-                    if name.startswith(prefix)
-                }
-                _restore(student, tensors, facts)
+                _restore(student, _under(str(number), tensors), facts)
             scaler = getattr(students[0].accelerator, "scaler", None)
             if scaler is not None and state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
-        return Position(state["epoch"], state["batch"])
+            fields = {name: state[name] for name in ("epoch", "batch")}
+            return Position(
+                integer(fields, "epoch", 0, MAX_COUNT), integer(fields, "batch", 0, MAX_COUNT)
+            )
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            # the digest is right, so this is no damage: somebody has made the file
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise SettingsError(
+                f"{self.path} does not hold the state of these students ({reason}); {ADVICE}"
+            ) from error
 
     def remove(self) -> None:
         """Delete the file, if there is one."""
@@ -110,21 +129,25 @@ def check_checkpoint(path: Path, settings: Mapping[str, Any], *, overwrite: bool
     """
     if not path.exists():
         return False
-    advice = "give another --out, or --overwrite to start from scratch"
     try:
-        with open_checkpoint(path) as file:
-            stored = _with_defaults(json.loads(file.metadata()[STATE])["settings"])
-    except (SettingsError, ValueError, KeyError, TypeError) as error:
+        stored = _with_defaults(read_checkpoint(path)[0]["settings"])
+    except SettingsError:
         if overwrite:
             return False
-        raise SettingsError(f"{path} cannot be read ({error}); {advice}") from error
+        raise
+    except (ValueError, LookupError, TypeError) as error:
+        if overwrite:
+            return False
+        raise SettingsError(
+            f"{path} has other settings than softcache writes ({type(error).__name__}: {error}); {ADVICE}"
+        ) from error
     for name, value in json.loads(json.dumps(settings)).items():
         if stored.get(name) != value:
             if overwrite:
                 return False
             raise SettingsError(
                 f"{path.parent} was started with {name} {_shortened(stored.get(name))}, now it is "
-                f"{_shortened(value)}; use the same settings, {advice}"
+                f"{_shortened(value)}; use the same settings, {ADVICE}"
             )
     return True
 
@@ -139,16 +162,39 @@ def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**run, **settings, "students": students}
 
 
-def open_checkpoint(path: Path) -> Any:  # noqa: ANN401  # safetensors has no type for it
-    """Open a checkpoint for reading.
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the state and the tensors of a checkpoint.
 
     Raises:
-        SettingsError: the file is not a safetensors file.
+        SettingsError: the file is not a checkpoint, is damaged, or is of a version before 0.2.
     """
+    problem = f"{path} cannot be read as a checkpoint"
+    if not path.is_file():
+        raise SettingsError(f"{problem}: it is not a regular file; {ADVICE}")
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise SettingsError(f"{path} is not a checkpoint: {error}") from error
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text = metadata[STATE]
+        if DIGEST not in metadata:
+            raise SettingsError(f"{problem}: it has no digest, as before version 0.2; {ADVICE}")
+        if digest_of(text, tensors) != metadata[DIGEST]:
+            raise SettingsError(f"{problem}: it does not match its digest; {ADVICE}")
+        state = load_json(text.encode(), "its state")
+        if state["tensors"] != sorted(tensors):
+            raise SettingsError(f"{problem}: tensors are missing or unknown; {ADVICE}")
+    except (SafetensorError, OSError, LookupError, FormatError) as error:
+        raise SettingsError(f"{problem} ({type(error).__name__}: {error}); {ADVICE}") from error
+    return state, tensors
+
+
+def digest_of(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """xxh3 (128 bits) of the state and of the names, dtypes, shapes and bytes of all tensors, in hex."""
+    digest = xxhash.xxh3_128(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _state(student: Student) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -184,7 +230,12 @@ def _state(student: Student) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _restore(student: Student, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Restore what _state() returned."""
-    student.accelerator.unwrap_model(student.model).load_state_dict(_under("model", tensors))
+    model, weights = student.accelerator.unwrap_model(student.model), _under("model", tensors)
+    for name, tensor in model.state_dict().items():
+        # load_state_dict() compares shapes, but converts any dtype
+        if weights[name].dtype != tensor.dtype:
+            raise ValueError(f"{name} is {weights[name].dtype}")
+    model.load_state_dict(weights)
     if student.average is not None:
         student.average.load_state_dict(_under("average", tensors))
     student.best = _under("best", tensors) or None
@@ -193,15 +244,37 @@ def _restore(student: Student, tensors: Mapping[str, Tensor], facts: Mapping[str
         number, _, key = name.partition(".")
         state.setdefault(int(number), {})[key] = tensor
     groups = student.optimizer.state_dict()["param_groups"]
+    parameters = [p for group in student.optimizer.param_groups for p in group["params"]]
+    for index, buffers in state.items():
+        shape = parameters[index].shape
+        if not all(buffer.numel() == 1 or buffer.shape == shape for buffer in buffers.values()):
+            raise ValueError(f"the optimizer's state of parameter {index} has another shape")
     student.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    student.schedule.load_state_dict(dict(facts["schedule"]) | {"lr_lambdas": [None] * len(groups)})
+    schedule = dict(facts["schedule"]) | {"lr_lambdas": [None] * len(groups)}
+    if schedule.keys() != student.schedule.state_dict().keys():
+        raise ValueError(f"the schedule has {', '.join(schedule)}")
+    student.schedule.load_state_dict(schedule)
     for group, rate in zip(student.optimizer.param_groups, facts["rates"], strict=True):
         group["lr"] = rate
-    student.random = [tensors[f"random.{i}"] for i in range(len(student.random))]
+    states = [tensors[f"random.{i}"] for i in range(len(student.random))]
+    for own, stored in zip(student.random, states, strict=True):
+        if (own.shape, own.dtype) != (stored.shape, stored.dtype):
+            raise ValueError(f"a random state is {stored.dtype} {tuple(stored.shape)}")
+    student.random = states
     device = student.accelerator.device
     student.losses = list(tensors["losses"].to(device)) if "losses" in tensors else []
-    student.steps, student.history = facts["steps"], list(facts["history"])
-    student.evaluation = Evaluation(*facts["evaluation"]) if facts["evaluation"] else None
+    for line in facts["history"]:
+        check_line(line)
+    student.steps = integer(dict(facts), "steps", 0, MAX_COUNT)
+    student.history = list(facts["history"])
+    counts = facts["evaluation"]
+    student.evaluation = None
+    if counts:
+        samples = integer({"samples": counts[1]}, "samples", 1, MAX_COUNT)
+        errors = integer({"errors": counts[0]}, "errors", 0, samples)
+        student.evaluation = Evaluation(errors, samples)
+    if not isinstance(facts["stopped"], str | None) or type(facts["failed"]) is not bool:
+        raise ValueError(f"stopped is {facts['stopped']!r} and failed is {facts['failed']!r}")
     student.stopped, student.failed = facts["stopped"], facts["failed"]
 
 

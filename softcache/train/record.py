@@ -16,6 +16,7 @@ from softcache._version import __version__
 from softcache.cache import Cache
 from softcache.data.class_names import all_class_names
 from softcache.data.source import Source
+from softcache.data.table_columns import columns_field
 from softcache.data.tables import columns_of
 from softcache.join.joined_data import JoinedData
 from softcache.models.evaluate import Evaluation, data_digest
@@ -122,8 +123,7 @@ def run_facts(
 
 def table_facts(source: Source) -> dict[str, Any]:
     """The columns of a table, with the words that numbers stand for; empty for other data."""
-    columns = columns_of(source)
-    return {"columns": columns.to_json()} if columns else {}
+    return columns_field(columns_of(source))
 
 
 def class_names(parts: Sequence[JoinedData]) -> Sequence[str]:

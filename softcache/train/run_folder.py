@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from softcache.data.table_columns import TableColumns, columns_from_json
-from softcache.errors import ModelError, SettingsError
+from softcache.errors import FormatError, ModelError, SettingsError
 from softcache.models.build import build
-from softcache.models.spec import HUB, parse_model
-from softcache.models.weights import load_weights
+from softcache.models.spec import BUILT_IN, HUB, parse_model
+from softcache.models.weights import load_weights, read_weights
+from softcache.train.run_facts import read_facts, read_metrics
+from softcache.util.spec import CODE
 
 WEIGHTS = "student.safetensors"
 UNFINISHED_METRICS = "metrics.jsonl.partial"  # metrics.jsonl, until the student is saved
@@ -86,20 +88,35 @@ class Run:
         """The file of the student's weights."""
         return self.folder / WEIGHTS
 
-    def model(self, specs: Sequence[str] = ()) -> nn.Module:
+    def model(self, specs: Sequence[str] = (), *, trust_code: bool = False) -> nn.Module:
         """The student with its weights, in eval mode.
 
+        A run folder may come from anybody, so code that it names is not run.
+
         Args:
-            specs: specifications of students that are not built-in, with the folders of their code, which
+            specs: specifications of students that are code, which must be given again, with the folder that
                 config.json leaves out. The one with this student's name is used.
+            trust_code: whether a program in a .pt2 file may hold code.
 
         Raises:
-            SettingsError, ModelError: the student cannot be built, or its weights do not fit.
+            SettingsError: the student is code, and no specification has its name; or it is invalid.
+            ModelError: the student cannot be built, or its weights do not fit.
         """
         name = str(self.facts["settings"]["student"])
         spec = next((spec for spec in specs if parse_model(spec).public_name == name), None)
+        if spec is None and parse_model(name).kind in (CODE, "pt2"):
+            raise SettingsError(
+                f"{self.folder}: its student {name} is code, which is not run because a folder names it; if "
+                f"you trust it, give it with --student, such as --student path/to/{name}"
+            )
+        self._check_size(spec or name)
         try:
-            model = build(spec or name, input_shape=self.input_shape, classes=self.classes)
+            model = build(
+                spec or name,
+                input_shape=self.input_shape,
+                classes=self.classes,
+                trust_code=trust_code,
+            )
         except (SettingsError, ModelError) as error:
             if spec is not None:
                 raise
@@ -109,6 +126,20 @@ class Run:
             ) from error
         load_weights(model, self.weights)
         return model.eval()
+
+    def _check_size(self, spec: str) -> None:
+        """Raise ModelError before a built-in model is made that is far larger than the weights are."""
+        if parse_model(spec).kind not in BUILT_IN:
+            return
+        with torch.device("meta"):
+            model = build(spec, input_shape=self.input_shape, classes=self.classes)
+        needed = sum(tensor.numel() for tensor in model.parameters())
+        stored = sum(tensor.numel() for tensor in read_weights(self.weights).values())
+        if needed > 2 * stored + 1024:
+            raise ModelError(
+                f"{self.folder}: the student {spec} has {needed:,} parameters, and {self.weights.name} has "
+                f"{stored:,}; the folder is damaged, get it again"
+            )
 
 
 def expand(folders: Sequence[Path]) -> list[Path]:
@@ -134,17 +165,13 @@ def open_run(folder: Path) -> Run:
             f"{folder} is not a finished run: {reason}; name a folder of softcache train"
         )
     try:
-        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        run = Run(folder, facts, [json.loads(line) for line in lines])
-        if not isinstance(facts["settings"]["student"], str) or not run.input_shape:
-            raise KeyError("student")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Run(
+            folder, read_facts(folder / "config.json"), read_metrics(folder / "metrics.jsonl")
+        )
+    except FormatError as error:
         raise SettingsError(
-            f"{folder}: config.json or metrics.jsonl cannot be read ({type(error).__name__}: {error}); "
-            "train it again"
+            f"{folder} is not a run as softcache train writes it: {error}; get it again, or train it again"
         ) from error
-    return run
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:

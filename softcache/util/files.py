@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from softcache.errors import SoftcacheError
+from softcache.errors import FormatError, SoftcacheError
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -33,3 +34,25 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
                 "path, then run the same command again"
             ) from error
         raise
+
+
+def read_regular_file(path: Path, limit: int) -> bytes:
+    """The contents of a file of at most `limit` bytes; pipes and devices, which may never end, are refused.
+
+    Raises:
+        FormatError: it cannot be read, is not a regular file, or is larger.
+    """
+    try:
+        # without O_NONBLOCK, opening a pipe waits for somebody to write to it
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(file, "rb") as opened:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise FormatError(f"{path} is not a regular file")
+            if status.st_size > limit:
+                raise FormatError(
+                    f"{path} has {status.st_size:,} bytes; expected at most {limit:,}"
+                )
+            return opened.read(limit)
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read ({error.strerror or error})") from error

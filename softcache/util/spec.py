@@ -56,6 +56,7 @@ class Spec:
         options: the options after the `?`.
         split: the split after the `@`; empty if there is none.
         file: whether the place is a file; its folder is left out of the public name.
+        trusted: whether a file that may run code is opened all the same.
     """
 
     text: str
@@ -65,6 +66,7 @@ class Spec:
     options: Mapping[str, str] = field(default_factory=dict)
     split: str = ""
     file: bool = False
+    trusted: bool = False
 
     @property
     def path(self) -> Path:

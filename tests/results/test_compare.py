@@ -169,7 +169,7 @@ def test_folders_that_are_no_runs_are_told(folders: list[Path], tmp_path: Path) 
         compare([tmp_path])
     (folders[0] / "config.json").write_text("{}")
     with pytest.raises(
-        SettingsError, match=r"mlp-8: config\.json or metrics\.jsonl cannot be read"
+        SettingsError, match=r"mlp-8 is not a run .*: config\.json lacks 'settings'; get it again"
     ):
         compare(folders)
     (folders[1] / "student.safetensors").write_bytes(b"nonsense")
@@ -189,7 +189,7 @@ def test_code_of_the_users_own_is_named(cache: Cache, data_file: Path, tmp_path:
     )  # fmt: skip
     train(config)
     with pytest.raises(
-        ModelError, match=r"student mine\.py:net cannot be built here .* with --student"
+        SettingsError, match=r"its student mine\.py:net is code, .* --student path/to/mine\.py:net"
     ):
         compare([config.out])
     assert "own" in compare([config.out], student=[f"{path}:net"])

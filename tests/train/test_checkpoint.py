@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from softcache.cache import Cache
 from softcache.dump.config import DumpConfig
@@ -245,12 +248,11 @@ def test_a_checkpoint_without_newer_settings_goes_on_with_their_defaults(
     stopped: TrainConfig, tmp_path: Path
 ) -> None:
     path = stopped.out / NAME
-    with checkpoint.open_checkpoint(path) as file:
-        state = json.loads(file.metadata()["softcache"])
+    state, tensors = checkpoint.read_checkpoint(path)
     del state["settings"]["sampling"]
     for student in state["settings"]["students"]:
         del student["class_weights"]
-    save_file(load_file(path), path, metadata={"softcache": json.dumps(state)})
+    write_checkpoint(path, state, tensors)
     with pytest.raises(SettingsError, match='was started with sampling "uniform", now it is "bal'):
         train(replace(stopped, sampling="balanced"))
     with pytest.raises(SettingsError, match="was started with students"):
@@ -286,6 +288,13 @@ def test_workers_and_how_often_may_change(stopped: TrainConfig, tmp_path: Path) 
     ).read_bytes()
 
 
+def write_checkpoint(path: Path, state: object, tensors: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint whose digest is right, whatever is in it."""
+    text = state if isinstance(state, str) else json.dumps(state)
+    digest = checkpoint.digest_of(text, tensors)
+    save_file(dict(tensors), path, metadata={"softcache": text, "digest": digest})
+
+
 def damage_header(path: Path) -> None:
     path.write_bytes(b"\xff" * 100)
 
@@ -298,14 +307,87 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-@pytest.mark.parametrize("damage", [damage_header, damage_state, truncate])
+def change_a_weight(path: Path) -> None:
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata=metadata)
+
+
+def drop_the_digest(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        save_file(load_file(path), path, metadata={"softcache": file.metadata()["softcache"]})
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_header, damage_state, truncate, change_a_weight, drop_the_digest, pipe]
+)
 def test_a_checkpoint_that_cannot_be_read_is_told(
     damage: Callable[[Path], None], stopped: TrainConfig
 ) -> None:
     damage(stopped.out / NAME)
-    with pytest.raises(SettingsError, match=r"checkpoint\.safetensors cannot be read \(.*--overwr"):
+    with pytest.raises(
+        SettingsError, match=r"checkpoint\.safetensors cannot be read as a checkpoint.*--overwr"
+    ):
         train(stopped)
     train(replace(stopped, overwrite=True))
+
+
+def without(name: str) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    def change(state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        gone = next(key for key in tensors if name in key)
+        del tensors[gone]
+        state["tensors"].remove(gone)
+
+    return change
+
+
+def fact(name: str, value: object) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    def change(state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        (state if name in state else state["students"][0])[name] = value
+
+    return change
+
+
+def tensor(
+    name: str, make: Callable[[Tensor], Tensor]
+) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    def change(state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        key = next(key for key in tensors if name in key)
+        tensors[key] = make(tensors[key]).contiguous()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        without(".model."), without(".random.0"), tensor(".model.", lambda t: t[:1]),
+        tensor(".model.", lambda t: t.double()), tensor(".exp_avg", lambda t: t.reshape(-1)[:2]),
+        tensor(".random.0", lambda t: t.float()), fact("students", []), fact("students", {}),
+        fact("epoch", "1"), fact("batch", -1), fact("history", [{"epoch": 0}]),
+        fact("history", [{"epoch": 1, "total": "x"}]), fact("rates", []), fact("rates", ["x"]),
+        fact("schedule", []), fact("steps", 1.5), fact("evaluation", [7]), fact("evaluation", [9, 5]),
+        fact("stopped", 1), fact("failed", "no"), fact("tensors", []), fact("settings", []),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_somebody_made_is_refused_in_one_line(
+    change: Callable[[dict[str, Any], dict[str, Tensor]], None], stopped: TrainConfig
+) -> None:
+    path = stopped.out / NAME
+    state, tensors = checkpoint.read_checkpoint(path)
+    change(state, tensors)
+    write_checkpoint(path, state, tensors)
+    with pytest.raises(SettingsError, match=r"checkpoint\.safetensors .*--overwrite") as raised:
+        train(stopped)
+    assert "\n" not in str(raised.value)
+    assert not (stopped.out / "student.safetensors").exists()
 
 
 def test_nothing_in_a_checkpoint_is_run_or_pickled(stopped: TrainConfig) -> None:
