@@ -39,7 +39,7 @@ def info(cache: str, as_json: bool) -> None:
 @option("--expect", metavar="CONTENT_ID", help="Fail unless the cache has this content id.")
 @option("--teacher", multiple=True, metavar="SPEC", help="Teacher to run again, as for dump.")
 @option("--weights", type=PATH, multiple=True, metavar="FILE", help="Weights of each --teacher.")
-@settings_options(DumpConfig, only=("teacher_classes", "same_classes"))
+@settings_options(DumpConfig, only=("teacher_classes", "trust_code", "same_classes"))
 @option("--data", metavar="SPEC", help="Samples on which to run the teacher again.")
 @option(
     "--rows",

@@ -27,7 +27,7 @@ def student_option() -> Decorator:
 @option("--cache", type=PATH, help="Cache on which to measure the KL to the teacher.")
 @option("--data", metavar="SPEC", help="Samples of --cache, if it does not store them.")
 @student_option()
-@settings_options(TrainConfig, only=("same_classes", "strict"))
+@settings_options(TrainConfig, only=("same_classes", "trust_code", "strict"))
 def compare(runs: tuple[Path, ...], **options: Any) -> None:
     """Compare students: size, MACs, latency on the CPU, test error, KL to the teacher, calibration (ECE)."""
     from softcache.results.compare import compare
@@ -41,7 +41,7 @@ def compare(runs: tuple[Path, ...], **options: Any) -> None:
 @option("--data", metavar="SPEC", help="Samples of the cache, if it does not store them.")
 @option("--eval-data", metavar="SPEC", help="Labelled data on which to evaluate the students.")
 @student_option()
-@settings_options(TrainConfig, only=("same_classes", "strict"))
+@settings_options(TrainConfig, only=("same_classes", "trust_code", "strict"))
 def report(places: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Write a report on caches and finished runs: one HTML page that contains all figures.
 
@@ -59,6 +59,7 @@ def report(places: tuple[Path, ...], out: Path, **options: Any) -> None:
 @option("--pt2", is_flag=True, help="Write RUN/student.pt2, a torch.export program.")
 @option("--hf", is_flag=True, help="Write RUN/student-hf, a folder that transformers loads.")
 @student_option()
+@settings_options(TrainConfig, only=("trust_code",))
 def export(run: Path, **options: Any) -> None:
     """Export the student of a run, and check that each file returns the student's logits.
 

@@ -55,6 +55,12 @@ class DumpConfig:
         default_text="the teacher's",
         at_least=2,
     )
+    trust_code: bool = setting(
+        False,
+        help="Load a .pt2 teacher even if the file may run code.",
+        group=TEACHER,
+        affects_result=False,
+    )
     teacher_classes: str | None = setting(
         None,
         help="Classes of a wider teacher to keep, in this order: numbers, ranges or names, separated by "

@@ -134,6 +134,7 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
             output=config.teacher_output,
             softened=config.teacher_temperature,
             select=config.teacher_classes,
+            trust_code=config.trust_code,
             text=bool(getattr(source, "text", False)),
         )
         for spec, path in zip(config.teachers, weights, strict=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from softcache.errors import MissingModelError, ModelError
+from softcache.models.exported_check import code_in
 from softcache.util.messages import first_line
 from softcache.util.spec import Spec
 
@@ -15,16 +18,31 @@ from softcache.util.spec import Spec
 def build_exported(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.Module:
     """Load the program in FILE.pt2; its input shape and classes are those it was exported with.
 
+    A file that may run code of its own is loaded only if `spec` says that it is trusted.
+
     Raises:
-        ModelError: there is no such file, or it is not an exported program.
+        ModelError: there is no such file, it is not an exported program, or it may run code.
     """
     path = spec.path
     if not path.is_file():
         raise MissingModelError(f"model {path}: no such file")
     try:
-        return ExportedModel(torch.export.load(path).module())
+        code = None if spec.trusted else code_in(path)
+        if code is None:
+            return ExportedModel(_module_of(torch.export.load(path)))
     except Exception as error:  # a damaged archive fails in many ways
         raise ModelError(f"model {path} is not an exported program: {first_line(error)}") from error
+    raise ModelError(
+        f"model {path} may run code of its own ({code}); if you trust where it comes from, add --trust-code"
+    )
+
+
+def _module_of(program: Any) -> nn.Module:  # noqa: ANN401  # a torch.export.ExportedProgram
+    """The program as a module, without the guards that newer versions of torch run as Python code."""
+    make: Any = program.module
+    if "check_guards" in inspect.signature(make).parameters:
+        return cast(nn.Module, make(check_guards=False))
+    return cast(nn.Module, make())
 
 
 class ExportedModel(nn.Module):

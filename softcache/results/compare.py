@@ -82,6 +82,7 @@ def compare(
     data: str | None = None,
     student: Sequence[str] = (),
     same_classes: bool = False,
+    trust_code: bool = False,
     strict: bool = False,
 ) -> str:
     """A table of students; * marks those that are Pareto-optimal in error, parameters and latency.
@@ -97,13 +98,14 @@ def compare(
         student: specifications of students whose code is the user's own, with the path to their file.
         same_classes: the classes of the evaluation data are those of the students in the same order, whatever
             they are called.
+        trust_code: load a student in a .pt2 file even if the file may run code.
         strict: raise an error if the errors of a student cannot be right.
 
     Raises:
         SoftcacheError: a folder is not a finished run, or the data or the cache do not fit it.
         DataError: with `strict`, the errors of a student cannot be right.
     """
-    runs = {str(folder): open_run(folder) for folder in expand(folders)}
+    runs = {str(folder): open_run(folder, trust_code=trust_code) for folder in expand(folders)}
     if not runs:
         raise SettingsError("no run to compare; name run folders of softcache train")
     source = open_source(eval_data) if eval_data else None

@@ -28,7 +28,13 @@ Infer = Callable[[Tensor], Tensor]
 
 
 def export_student(
-    folder: Path, *, onnx: bool, pt2: bool, hf: bool = False, student: Sequence[str] = ()
+    folder: Path,
+    *,
+    onnx: bool,
+    pt2: bool,
+    hf: bool = False,
+    student: Sequence[str] = (),
+    trust_code: bool = False,
 ) -> list[Path]:
     """Export the student of a run; each file is run and compared with the student before it is kept.
 
@@ -41,6 +47,7 @@ def export_student(
         pt2: write RUN/student.pt2.
         hf: write RUN/student-hf.
         student: specifications of students whose code is the user's own, with the path to their file.
+        trust_code: load a student in a .pt2 file even if the file may run code.
 
     Returns:
         The paths that were written.
@@ -52,7 +59,7 @@ def export_student(
     """
     if not (onnx or pt2 or hf):
         raise SettingsError("no format to export to; give --onnx, --pt2 or --hf")
-    run = open_run(folder)
+    run = open_run(folder, trust_code=trust_code)
     model = run.model(student)
     if isinstance(model, HubModel) and isinstance(model.prepare, Tokenize) and (onnx or pt2):
         raise SettingsError(

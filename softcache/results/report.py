@@ -31,6 +31,7 @@ def report(
     eval_data: str | None = None,
     student: Sequence[str] = (),
     same_classes: bool = False,
+    trust_code: bool = False,
     strict: bool = False,
 ) -> Path:
     """Write a page about caches and runs, which `places` name in any order.
@@ -44,6 +45,7 @@ def report(
         student: specifications of students whose code is the user's own, with the path to their file.
         same_classes: the classes of the evaluation data are those of the students in the same order, whatever
             they are called.
+        trust_code: load a student in a .pt2 file even if the file may run code.
         strict: raise an error if a figure cannot be right, and write no page.
 
     Raises:
@@ -62,7 +64,10 @@ def report(
         )
     caches = [open_trainable(place) for place in places if not place.is_dir()]
     folders = [place.resolve() for place in expand([p for p in places if p.is_dir()])]
-    runs = {name: open_run(folder) for name, folder in short_names(folders).items()}
+    runs = {
+        name: open_run(folder, trust_code=trust_code)
+        for name, folder in short_names(folders).items()
+    }
     samples = open_samples(caches[0], data, same_classes=same_classes) if data and caches else None
     verdict, sections = Verdict(), []
     for position, cache in enumerate(caches):

@@ -38,7 +38,7 @@ def runs_section(
     """What the students learned; the conclusions go to `verdict`. For `same_classes`, see report()."""
     section = Section("What the students learned")
     baselines = {
-        f"{name}/baseline": open_run(run.folder / "baseline")
+        f"{name}/baseline": open_run(run.folder / "baseline", trust_code=run.trust_code)
         for name, run in runs.items()
         if (run.folder / "baseline" / "config.json").exists() and f"{name}/baseline" not in runs
     }

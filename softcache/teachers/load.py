@@ -38,6 +38,7 @@ def load_teacher(
     softened: float = 1.0,
     select: str | None = None,
     text: bool = False,
+    trust_code: bool = False,
 ) -> Teacher:
     """Build the teacher, load its weights, and try it on one sample.
 
@@ -53,6 +54,7 @@ def load_teacher(
         select: which of the teacher's classes are those of the data, as parse_classes() reads them; None
             for all.
         text: whether the samples are texts; a user's function then gets a list of them.
+        trust_code: load a .pt2 file even if it may run code.
 
     Raises:
         SettingsError: the specification is unknown, a built-in architecture has no weights, the
@@ -67,7 +69,7 @@ def load_teacher(
     stated = named_classes(named.options, spec)
     # no handler knows the option
     options = {name: value for name, value in named.options.items() if name != "classes"}
-    parsed = dataclasses.replace(named, options=options)
+    parsed = dataclasses.replace(named, options=options, trusted=trust_code)
     built_in = parsed.kind in BUILT_IN
     if (built_in or not is_pretrained(parsed)) and weights is None:
         raise SettingsError(

@@ -280,6 +280,12 @@ class TrainConfig:
         affects_result=False,
     )
 
+    trust_code: bool = setting(
+        False,
+        help="Load a .pt2 student even if the file may run code.",
+        group=OUTPUT,
+        affects_result=False,
+    )
     strict: bool = setting(
         False,
         help="Exit with an error if a result cannot be right.",

@@ -244,7 +244,12 @@ def make_students(
     students = []
     for plan in planned_students(config):
         torch.manual_seed(plan.config.seed)
-        model = build(plan.config.student, input_shape=input_shape, classes=classes)
+        model = build(
+            plan.config.student,
+            input_shape=input_shape,
+            classes=classes,
+            trust_code=config.trust_code,
+        )
         if statistics is not None:
             standardize_columns(model, *statistics)
         if plan.config.init:

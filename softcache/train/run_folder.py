@@ -31,11 +31,13 @@ class Run:
     Attributes:
         facts: the contents of config.json.
         metrics: the lines of metrics.jsonl, one for each epoch.
+        trust_code: whether a student in a .pt2 file is loaded even if the file may run code.
     """
 
     folder: Path
     facts: dict[str, Any]
     metrics: list[dict[str, Any]]
+    trust_code: bool = False
 
     @property
     def name(self) -> str:
@@ -88,7 +90,7 @@ class Run:
         """The file of the student's weights."""
         return self.folder / WEIGHTS
 
-    def model(self, specs: Sequence[str] = (), *, trust_code: bool = False) -> nn.Module:
+    def model(self, specs: Sequence[str] = ()) -> nn.Module:
         """The student with its weights, in eval mode.
 
         A run folder may come from anybody, so code that it names is not run.
@@ -96,7 +98,6 @@ class Run:
         Args:
             specs: specifications of students that are code, which must be given again, with the folder that
                 config.json leaves out. The one with this student's name is used.
-            trust_code: whether a program in a .pt2 file may hold code.
 
         Raises:
             SettingsError: the student is code, and no specification has its name; or it is invalid.
@@ -115,7 +116,7 @@ class Run:
                 spec or name,
                 input_shape=self.input_shape,
                 classes=self.classes,
-                trust_code=trust_code,
+                trust_code=self.trust_code,
             )
         except (SettingsError, ModelError) as error:
             if spec is not None:
@@ -152,8 +153,11 @@ def expand(folders: Sequence[Path]) -> list[Path]:
     return run_folders
 
 
-def open_run(folder: Path) -> Run:
+def open_run(folder: Path, *, trust_code: bool = False) -> Run:
     """Read the facts and the metrics of a finished run.
+
+    Args:
+        trust_code: load a student in a .pt2 file even if the file may run code.
 
     Raises:
         SettingsError: the folder does not hold a finished run.
