@@ -12,6 +12,18 @@ class SoftcacheError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """The message; what it quotes from a file may not control a terminal."""
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """A text with its control characters, other than line breaks and tabs, written as escapes."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1]
+        for character in text
+    )
+
 
 class FormatError(SoftcacheError, ValueError):
     """A file is not a cache, or breaks a rule of FORMAT.md."""

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -26,6 +27,9 @@ FLOAT16_LOWEST = -65504.0  # log p is clamped here: exp is 0 anyway, and inf - i
 QUANTIZED_RANGE = 256.0  # nats below the row's largest entry that `quantized` can represent
 BASIS_RANGE = 100.0  # the same for `basis`, where one very unlikely class blurs the whole row
 MAX_TEMPERATURE = 1e6
+SUM_TOLERANCE = (
+    0.02  # of the sum of a row's probabilities, each rounded to float16 as its logarithm
+)
 TAIL_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 
 Floats = npt.NDArray[np.float32]
@@ -69,6 +73,16 @@ class Encoding(Protocol):
             (B, C) float32, log-probabilities at `requested_temperature`.
         """
 
+    def flaw(self, stored: Arrays, classes: int) -> str | None:
+        """What is wrong with stored values that no encoder writes, in a phrase; None if nothing is.
+
+        Digests say only that a file is as it was written. What is checked is that every row decodes to a
+        probability distribution.
+
+        Args:
+            stored: the encoding's arrays, each (B, …), or whole if all rows share it.
+        """
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -86,6 +100,11 @@ class Dense:
     ) -> Floats:
         ratio = temperature / requested_temperature
         return log_softmax(stored["log_probs"].astype(np.float32) * ratio)
+
+    def flaw(self, stored: Arrays, classes: int) -> str | None:
+        sums = _half_probabilities()[stored["log_probs"].view(np.uint16)].sum(-1)
+        wrong = ~(np.abs(sums - 1) <= SUM_TOLERANCE)
+        return f"probabilities that sum to {sums[wrong][0]:.4g}" if wrong.any() else None
 
 
 @dataclass(frozen=True)
@@ -112,6 +131,11 @@ class Quantized:
     ) -> Floats:
         depth = (stored["codes"].astype(np.float32) / 255) ** 2 * stored["ranges"].astype("f4")
         return log_softmax(-depth * np.float32(temperature / requested_temperature))
+
+    def flaw(self, stored: Arrays, classes: int) -> str | None:
+        if not _are_steps(stored["ranges"]):
+            return "ranges that are not finite and positive"
+        return "rows without a largest class" if stored["codes"].min(-1).any() else None
 
 
 @dataclass(frozen=True)
@@ -162,6 +186,14 @@ class TopK:
         dense = np.broadcast_to(other[..., None], (*other.shape, classes)).astype(np.float32)
         np.put_along_axis(dense, stored["ids"].astype(np.int64), head, -1)
         return dense
+
+    def flaw(self, stored: Arrays, classes: int) -> str | None:
+        sums = _half_probabilities()[stored["log_probs"].view(np.uint16)].sum(-1)
+        if not (sums <= 1 + SUM_TOLERANCE).all():
+            return f"probabilities that sum to {sums[~(sums <= 1 + SUM_TOLERANCE)][0]:.4g}"
+        if not np.isfinite(stored["tails"]).all():
+            return "tails that are not finite"
+        return _flaw_of_ids(stored["ids"], classes, distinct=True)
 
 
 @dataclass(frozen=True)
@@ -223,6 +255,14 @@ class Basis:
         ratio = np.float32(temperature / requested_temperature)
         return log_softmax(rows.astype(np.float32) * ratio)
 
+    def flaw(self, stored: Arrays, classes: int) -> str | None:
+        if not _are_steps(stored["steps"]):
+            return "steps that are not finite and positive"
+        shared = ("mean", "directions", "direction_steps")
+        if not all(np.isfinite(stored[name]).all() for name in shared):
+            return "a basis that is not finite"
+        return _flaw_of_ids(stored["ids"], classes, distinct=True)
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -259,10 +299,39 @@ class Sampled:
             log_probs = np.log(counts / self.n).astype(np.float32)
         return log_probs.reshape(*ids.shape[:-1], classes)
 
+    def flaw(self, stored: Arrays, classes: int) -> str | None:
+        return _flaw_of_ids(stored["ids"], classes, distinct=False)
+
 
 ENCODINGS: dict[str, Callable[..., Encoding]] = {
     kind.name: kind for kind in (Dense, Quantized, TopK, Basis, Sampled)
 }
+
+
+@cache
+def _half_probabilities() -> Floats:
+    """exp of every float16 by its bits, (65536,): one lookup is faster than converting and exponentiating.
+
+    NaN for what is no log-probability: NaN, infinities, and numbers above 0 by more than rounding.
+    """
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.where(np.isfinite(values) & (values <= SUM_TOLERANCE), np.exp(values), np.nan)
+
+
+def _are_steps(values: npt.NDArray[Any]) -> bool:
+    """Whether all values are finite and above 0."""
+    return bool((np.isfinite(values) & (values > 0)).all())
+
+
+def _flaw_of_ids(ids: npt.NDArray[Any], classes: int, *, distinct: bool) -> str | None:
+    """What is wrong with class ids (..., k); None if all are classes, and distinct within a row if asked."""
+    if ids.size and int(ids.max()) >= classes:
+        return "class ids beyond the last class"
+    if not distinct:
+        return None
+    ordered = np.sort(ids, -1)
+    return "class ids twice in a row" if (ordered[..., 1:] == ordered[..., :-1]).any() else None
 
 
 def log_softmax(logits: Floats) -> Floats:

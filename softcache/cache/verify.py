@@ -1,4 +1,4 @@
-"""Check every byte of a cache against its digest."""
+"""Check every byte of a cache against its digest, and every row for values that cannot be."""
 
 from __future__ import annotations
 
@@ -63,19 +63,31 @@ def find_damage(cache: Cache, advance: Callable[[int], None] = lambda _: None) -
 
 
 def block_damage(cache: Cache, view: int | None, block: int) -> str | None:
-    """What is wrong with a block of rows, or of samples if `view` is None; None if it is intact."""
+    """What is wrong with a block of rows, or of samples if `view` is None; None if it is intact.
+
+    Its digest is checked, and that its values are possible: those of a file may have been forged with it.
+    """
+    header, rows = cache.header, cache.header.block_range(block)
     if view is None:
-        intact = cache.sample_digest(block) == cache.arrays["sample_digests"][block]
-        return None if intact else _sample_arrays(cache)
+        if cache.sample_digest(block) != cache.arrays["sample_digests"][block]:
+            return _sample_arrays(cache)
+        labels = cache.labels[rows.start : rows.stop]
+        return "labels that are no classes" if _outside(labels, header.classes) else None
     if cache.block_digest(view, block) != cache.arrays["digests"][view, block]:
         return "soft targets"
-    ids, cache_rows = cache.arrays.get("ids"), cache.header.block_range(block)
-    if (
-        ids is not None
-        and ids[view, cache_rows.start : cache_rows.stop].max() >= cache.header.classes
-    ):
-        return "class ids beyond the last class"
-    return None
+    stored = {
+        a.name: cache.arrays[a.name][view, rows.start : rows.stop]
+        if a.axis == "rows"
+        else cache.arrays[a.name]
+        for a in header.arrays
+        if a.axis in ("rows", "shared")
+    }
+    return header.encoding.flaw(stored, header.classes)
+
+
+def _outside(labels: npt.NDArray[np.int64], classes: int) -> bool:
+    """Whether a label is neither a class nor -1, which stands for none."""
+    return bool(labels.size and (labels.min() < -1 or labels.max() >= classes))
 
 
 def _sample_arrays(cache: Cache) -> str:

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import click
 
 from softcache.cli.params import BatchSize, Shard, ViewRange
-from softcache.errors import Interrupted, SoftcacheError
+from softcache.errors import Interrupted, SoftcacheError, printable
 from softcache.util.bus_error import bus_errors_explained
 from softcache.util.settings import Setting, option_name, settings_of
 from softcache.util.signals import stop_signals
@@ -98,7 +98,7 @@ class Commands(click.Group):
             except (SoftcacheError, OSError) as error:
                 if ctx.params.get("traceback"):
                     raise
-                click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+                click.echo(f"Error: {printable(' '.join(str(error).split()))}", err=True)
                 stopped = isinstance(error, Interrupted)
                 code = stop.exit_code if stopped else getattr(error, "exit_code", 1)
                 raise click.exceptions.Exit(code) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -137,10 +138,14 @@ def _upload(filesystem: Any, path: Path, target: str, scheme: str) -> None:  # n
         if scheme != "file":  # an object store makes the file visible only when it is complete
             filesystem.put_file(str(path), target, callback=ProgressCallback())
             return
-        unfinished = f"{target}.part"
+        unfinished = f"{target}.{os.getpid()}.part"  # two may push at once
         filesystem.makedirs(str(Path(target).parent), exist_ok=True)
-        filesystem.put_file(str(path), unfinished, callback=ProgressCallback())
-        filesystem.mv(unfinished, target)
+        try:
+            filesystem.put_file(str(path), unfinished, callback=ProgressCallback())
+            filesystem.mv(unfinished, target)
+        except BaseException:
+            Path(unfinished).unlink(missing_ok=True)
+            raise
 
 
 def _upload_card(filesystem: Any, cache: Cache, target: str, shown: str) -> str:  # noqa: ANN401

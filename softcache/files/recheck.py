@@ -30,6 +30,7 @@ def recheck_rows(
     device: str,
     augment: str | None = None,
     teacher_classes: str | None = None,
+    trust_code: bool = False,
     same_classes: bool = False,
 ) -> str:
     """Compute random rows again, and measure how far the stored rows are from them.
@@ -43,6 +44,7 @@ def recheck_rows(
         device: where to run the teacher.
         augment: all of the cache's own augmentation, if that has a callable, with the path to its file.
         teacher_classes: the classes of a wider teacher that were kept.
+        trust_code: load a .pt2 teacher even if the file may run code.
         same_classes: the classes of data and teacher are the same in the same order, whatever their names.
 
     Returns:
@@ -71,6 +73,7 @@ def recheck_rows(
         out=path,
         classes=header.classes,
         teacher_classes=teacher_classes,
+        trust_code=trust_code,
         same_classes=same_classes,
         device=device,
         # an estimator knows its own output, and the other teachers may return logits

@@ -18,6 +18,7 @@ except ImportError:  # Windows, where caches are read only
     fcntl = None  # type: ignore[assignment]
 
 POLL = 0.2  # seconds between two tries of a process that waits
+PATIENCE = 50  # tries to read who holds a lock, a tenth of POLL apart
 HOLDER_BYTES = 256  # of a lock file that are read
 
 
@@ -61,7 +62,7 @@ def _acquire(lock_path: Path, path: Path, *, wait: bool) -> int | None:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # which of them depends on the system
-            holder = _holder(file)
+            holder = _holder(file, patient=True)
             os.close(file)
             if not wait:
                 raise InUseError(
@@ -97,7 +98,15 @@ def _is_current(file: int, lock_path: Path) -> bool:
         return False
 
 
-def _holder(file: int) -> str:
-    """Who holds or held a lock, as its file says."""
-    text = os.pread(file, HOLDER_BYTES, 0).decode("utf-8", "replace").strip()
-    return text if text and text.isprintable() else "another process"
+def _holder(file: int, *, patient: bool = False) -> str:
+    """Who holds or held a lock, as its file says.
+
+    Args:
+        patient: give a holder that has the lock, but is not written down yet, a moment for it.
+    """
+    for _ in range(PATIENCE if patient else 1):
+        text = os.pread(file, HOLDER_BYTES, 0).decode("utf-8", "replace").strip()
+        if text and text.isprintable():
+            return text
+        time.sleep(POLL / 10)
+    return "another process"

@@ -372,10 +372,31 @@ def test_no_file_is_written_over(part: Part, tmp_path: Path) -> None:
             SettingsError, match=f"{name} is one of the caches to merge; give another --o"
         ):
             merge(parts, tmp_path / name)
-    with pytest.raises(SettingsError, match=r"there\.h5 already exists; give another --out"):
+    with pytest.raises(
+        SettingsError, match=r"there\.h5 already exists, and is not these caches merged"
+    ):
         merge(parts, tmp_path / "there.h5")
     assert (tmp_path / "there.h5").read_text() == "mine"
     assert parts[0].path.read_bytes() == before
+
+
+def test_a_finished_merge_is_left_alone(
+    part: Part, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [part("a", **views(0, 2)), part("b", **views(2, 4))]
+    out = tmp_path / "merged.h5"
+    merged = merge(parts, out)
+    before = out.stat()
+    again = merge(parts[::-1], out)
+    assert again.content_id() == merged.content_id()
+    assert (out.stat().st_ino, out.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert "is already complete; nothing to do" in capsys.readouterr().out
+    # one row of a part differs: the merged file is not of these parts
+    raw = bytearray(parts[0].path.read_bytes())
+    raw[parts[0].header.array("log_probs").offset] ^= 1
+    parts[0].path.write_bytes(raw)
+    with pytest.raises(SettingsError, match="already exists, and is not these caches merged"):
+        merge([open_cache(parts[0].path), parts[1]], out)
 
 
 @pytest.mark.parametrize("changes", [{"seed": 4}, {"views": 3}, {"shard": (0, 2)}])
