@@ -6,6 +6,8 @@ prints the message in one line and exits with the error's `exit_code`.
 
 from __future__ import annotations
 
+LONGEST = 1200  # characters of a message; in a longer one, the middle is left out
+
 
 class SoftcacheError(Exception):
     """Something the user can fix; `exit_code` is what the command line exits with."""
@@ -13,8 +15,9 @@ class SoftcacheError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """The message; what it quotes from a file may not control a terminal."""
-        return printable(super().__str__())
+        """The message; what it quotes from a file may not control a terminal, or fill it."""
+        text = printable(super().__str__())
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 3 :]}"
 
 
 def printable(text: str) -> str:

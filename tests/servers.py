@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Served:
         ranges: whether it supports range requests.
         redirect: where it redirects every request; empty for no redirect.
         size_said: the size it claims in reply to HEAD; None for the real one.
+        raw: writes the whole reply to a GET itself, given the first byte that was asked for, if it is set.
     """
 
     url: str
@@ -38,6 +40,7 @@ class Served:
     ranges: bool = True
     redirect: str = ""
     size_said: int | None = None
+    raw: Callable[[BufferedIOBase, int], object] | None = None
 
 
 @contextmanager
@@ -68,6 +71,11 @@ def http_server(folder: Path) -> Iterator[Served]:
                 return
             if not file.is_file():
                 self.send_error(404)
+                return
+            if served.raw and with_body:
+                first = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+                served.raw(self.wfile, int(first[1]) if first else 0)
+                self.close_connection = True
                 return
             size = file.stat().st_size
             byte_range = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))

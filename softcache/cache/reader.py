@@ -80,7 +80,7 @@ class Cache:
 
         Raises:
             SettingsError: the temperature is invalid, or the encoding cannot be re-tempered to it.
-            FormatError: a stored class id is out of range.
+            FormatError: a stored class id is out of range, or a row is no distribution.
         """
         stored = {
             array.name: self.arrays[array.name][view, cache_rows]
@@ -99,7 +99,12 @@ class Cache:
                 f"{self.path} stores class id {int(stored['ids'].max())}; expected 0 to {classes - 1}: "
                 "the file is damaged or forged, get it again"
             )
-        return self.header.encoding.decode(stored, dump_temperature, temperature, classes)
+        decoded = self.header.encoding.decode(stored, dump_temperature, temperature, classes)
+        if np.isnan(decoded).any():
+            raise FormatError(
+                f"{self.path} stores values that are no probabilities; softcache verify names the rows"
+            )
+        return decoded
 
     def prefetch_rows(self, array: Array, rows: npt.NDArray[np.int64]) -> None:
         """Ask the system to read `rows` (B,), counted through all views, before they are needed."""

@@ -17,8 +17,26 @@ from softcache.errors import Interrupted, SoftcacheError, printable
 from softcache.util.bus_error import bus_errors_explained
 from softcache.util.settings import Setting, option_name, settings_of
 from softcache.util.signals import stop_signals
+from softcache.util.urls import is_url, public_url, without_secrets
 
-PATH = click.Path(path_type=Path)
+
+class FilePath(click.Path):
+    """A path; a URL is refused, without printing what may be secret in it."""
+
+    def convert(
+        self,
+        value: Any,  # noqa: ANN401  # as click.Path
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:  # noqa: ANN401
+        """The value as a Path."""
+        if is_url(str(value)):
+            url = public_url(str(value))
+            self.fail(f"{url} is a URL; expected a path: fetch the file with softcache pull")
+        return super().convert(value, param, ctx)
+
+
+PATH = FilePath(path_type=Path)
 ARGUMENTS = "Arguments"
 OUTPUT = "Output"
 CONTEXT = {"max_content_width": 100, "help_option_names": ["-h", "--help"]}
@@ -98,7 +116,7 @@ class Commands(click.Group):
             except (SoftcacheError, OSError) as error:
                 if ctx.params.get("traceback"):
                     raise
-                click.echo(f"Error: {printable(' '.join(str(error).split()))}", err=True)
+                click.echo(f"Error: {printable(without_secrets(str(error)))}", err=True)
                 stopped = isinstance(error, Interrupted)
                 code = stop.exit_code if stopped else getattr(error, "exit_code", 1)
                 raise click.exceptions.Exit(code) from error

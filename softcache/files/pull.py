@@ -22,11 +22,12 @@ from softcache.cache.reader import digest_of, partial_path
 from softcache.cache.summary import summarize
 from softcache.cache.writer import Writer
 from softcache.errors import FormatError, Interrupted, SettingsError, SoftcacheError
-from softcache.files.remote import PART, RemoteCache, in_parallel, is_url, open_remote
+from softcache.files.remote import PART, RemoteCache, in_parallel, open_remote
 from softcache.util.files import replace_file
 from softcache.util.lock import exclusive
 from softcache.util.log import inform
 from softcache.util.progress import progress
+from softcache.util.urls import is_url
 
 CONTENT_ID = (
     ".content-id"  # suffix of the file that says what was pulled into the local cache folder
@@ -98,6 +99,11 @@ def _pull_into(out: Path, remote: RemoteCache, part: Part, *, overwrite: bool) -
     """Fetch a part of a cache into a file whose lock is held; see pull()."""
     if out.exists() and not overwrite:
         return existing_copy(remote, part, out)
+    new = overwrite or not partial_path(out).exists()
+    if new:
+        # before the whole file is reserved: its size is only what the header claims
+        header = remote.header
+        fetch_piece(remote, Piece(part.views.start, *_first_block(header, part), True))
     try:
         open_unfinished_pull(remote, part, out, overwrite=overwrite)
         with Writer(out) as writer:
@@ -109,6 +115,11 @@ def _pull_into(out: Path, remote: RemoteCache, part: Part, *, overwrite: bool) -
         ) from None
     _source_file(out).unlink(missing_ok=True)
     return open_cache(out)
+
+
+def _first_block(header: Header, part: Part) -> tuple[int, int]:
+    block = part.samples.start // header.block_rows
+    return block, block + 1
 
 
 def select_part(remote: RemoteCache, views: Range | None, samples: Range | None) -> Part:

@@ -11,15 +11,9 @@ from softcache.cache import Cache, open_cache
 from softcache.cache.verify import check_damage
 from softcache.errors import FormatError, RemoteError, SettingsError
 from softcache.files.describe import describe
-from softcache.files.remote import (
-    RemoteCache,
-    file_system,
-    is_url,
-    open_remote,
-    public_url,
-    without_secrets,
-)
+from softcache.files.remote import RemoteCache, file_system, open_remote
 from softcache.util.progress import progress
+from softcache.util.urls import is_url, public_url, without_secrets
 
 READ_ONLY = ("http", "https")  # schemes
 

@@ -24,6 +24,7 @@ from softcache.cache.header import MAX_HEADER, PREAMBLE, Array, Header, parse_he
 from softcache.cache.reader import SHOWN_CLASSES, gaps, shared_digest
 from softcache.errors import FormatError, RemoteError, SettingsError
 from softcache.util.extras import import_extra, install_command
+from softcache.util.urls import is_url, public_url, without_secrets
 
 FIRST_READ = 1 << 16  # bytes: the preamble and, for most caches, the whole header
 
@@ -39,6 +40,16 @@ WAIT = 0.5  # seconds before the first retry; doubled for each further one
 
 SILENCE = 60.0  # seconds without a byte after which a connection is given up
 
+SLOWEST = 2048  # bytes per second below which a connection is given up,
+
+PATIENCE = 30.0  # after so many seconds
+
+LONGEST = 3600.0  # seconds that a request may take in all, with its headers
+
+MAX_ANSWER = (
+    1 << 16
+)  # bytes of an answer that is not a range of the file, such as an error, that are read
+
 EXTRAS = {
     "http": "remote", "https": "remote", "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hub",
     "file": "remote", "memory": "remote",
@@ -53,29 +64,18 @@ class NoRanges(Exception):
     """The server does not serve byte ranges, so there is no point in asking again."""
 
 
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NoRanges)
+class TooSlow(Exception):
+    """The server sends so little that waiting for it would take for ever."""
 
 
-def is_url(location: str | Path) -> bool:
-    return "://" in str(location)
-
-
-def public_url(location: str) -> str:
-    """A URL without user, password, query and fragment; a path as it is."""
-    if not is_url(location):
-        return location
-    chain, separator, url = location.rpartition("::")
-    # fsspec chains URLs, as in simplecache::http://…; the :: of an IPv6 address comes after ://
-    if separator and "://" not in chain:
-        return f"{chain}::{public_url(url)}"
-    parts = urlsplit(location)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def without_secrets(text: str) -> str:
-    """A library's message in one line, with its URLs as public_url() returns them."""
-    line = " ".join(text.split())
-    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>)\]]+", lambda m: public_url(m[0]), line)
+FINAL = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NoRanges,
+    TooSlow,
+)
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ def file_system(location: str) -> tuple[FileSystem, str]:
             f"{public_url(location)} has unknown scheme {scheme!r}; expected a path, or a URL with "
             f"{', '.join(EXTRAS)}"
         )
+    if not is_url(location):  # as a path, it may hold ::, which would be a chain of file systems
+        return fsspec.filesystem("file"), str(Path(location).absolute())
     options: dict[str, Any] = {}
     try:
         if scheme in ("http", "https"):
@@ -339,8 +341,7 @@ def _http_options() -> dict[str, Any]:
                 r"bytes=(\d+)-(\d+)", self.request_info.headers.get("Range", "")
             )
             if requested is None or self.status >= 400:
-                return bytes(await super().read())
-            expected_length = int(requested[2]) - int(requested[1]) + 1
+                return await self._bounded(MAX_ANSWER, cut=True)
             content_range = self.headers.get("Content-Range", "")
             if self.status != 206 or not content_range.startswith(f"bytes {requested[1]}-"):
                 self.close()
@@ -348,18 +349,34 @@ def _http_options() -> dict[str, Any]:
                     f"the server answers {self.status} {content_range or 'without a range'}; it does not "
                     "serve byte ranges"
                 )
-            chunks, length = [], 0
+            packed = self.headers.get("Content-Encoding", "identity")
+            if packed != "identity":
+                self.close()
+                raise NoRanges(
+                    f"the server packs its answers with {packed}, which was not asked for"
+                )
+            return await self._bounded(int(requested[2]) - int(requested[1]) + 1)
+
+        async def _bounded(self, limit: int, *, cut: bool = False) -> bytes:
+            """At most `limit` bytes; with `cut`, what comes after them is not read, else it is an error."""
+            chunks, length, start = [], 0, time.monotonic()
             async for chunk in self.content.iter_chunked(1 << 16):
                 chunks.append(chunk)
                 length += len(chunk)
-                if length > expected_length:
+                if length > limit:
                     self.close()
-                    raise NoRanges(
-                        f"the server returns more than the {expected_length:,} bytes requested"
+                    if cut:
+                        break
+                    raise NoRanges(f"the server returns more than the {limit:,} bytes requested")
+                waited = time.monotonic() - start
+                if waited > PATIENCE and length < SLOWEST * waited:
+                    self.close()
+                    raise TooSlow(
+                        f"{length:,} bytes in {waited:.0f} seconds; expected at least {SLOWEST:,} a second"
                     )
-            return b"".join(chunks)
+            return b"".join(chunks)[:limit]
 
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+    timeout = aiohttp.ClientTimeout(total=LONGEST, sock_connect=SILENCE, sock_read=SILENCE)
     return {
         "client_kwargs": {"response_class": Bounded, "timeout": timeout},
         "headers": {"Accept-Encoding": "identity"},

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 MAX_JSON = 256 << 20  # bytes of a JSON file in the archive
+GRAPH = re.compile(r"(^|/)(models/[^/]+|serialized_exported_program)\.json$")
 TEXT_SUFFIXES = (".json",)
 LIBRARIES = (".so", ".dll", ".dylib", ".pyd", ".cubin", ".o", ".cpp", ".py")
 # operators that only compute; torch's namespace has others, such as torch.hub.load
@@ -49,6 +50,8 @@ def code_in(path: Path) -> str | None:
         ValueError, zipfile.BadZipFile, OSError, KeyError: the archive is damaged.
     """
     with zipfile.ZipFile(path) as archive:
+        if not any(GRAPH.search(name) for name in archive.namelist()):
+            raise ValueError("there is no graph in the archive")
         return next(_parts_with_code(archive), None)
 
 

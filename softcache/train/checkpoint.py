@@ -22,6 +22,7 @@ from torch import Tensor
 
 from softcache.cache.fields import MAX_COUNT, integer, load_json
 from softcache.errors import FormatError, SettingsError
+from softcache.losses import Loss
 from softcache.models.evaluate import Evaluation
 from softcache.train.config import StudentConfig, TrainConfig
 from softcache.train.run_facts import check_line
@@ -231,14 +232,13 @@ def _state(student: Student) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _restore(student: Student, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Restore what _state() returned."""
     model, weights = student.accelerator.unwrap_model(student.model), _under("model", tensors)
-    for name, tensor in model.state_dict().items():
-        # load_state_dict() compares shapes, but converts any dtype
-        if weights[name].dtype != tensor.dtype:
-            raise ValueError(f"{name} is {weights[name].dtype}")
+    _check_tensors(weights, model.state_dict())
     model.load_state_dict(weights)
     if student.average is not None:
         student.average.load_state_dict(_under("average", tensors))
     student.best = _under("best", tensors) or None
+    if student.best is not None:
+        _check_tensors(student.best, student.final_model.state_dict())
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _under("optimizer", tensors).items():
         number, _, key = name.partition(".")
@@ -249,10 +249,13 @@ def _restore(student: Student, tensors: Mapping[str, Tensor], facts: Mapping[str
         shape = parameters[index].shape
         if not all(buffer.numel() == 1 or buffer.shape == shape for buffer in buffers.values()):
             raise ValueError(f"the optimizer's state of parameter {index} has another shape")
+        if buffers.keys() != state_names(student.optimizer):
+            raise ValueError(f"the optimizer's state of parameter {index} is {', '.join(buffers)}")
     student.optimizer.load_state_dict({"state": state, "param_groups": groups})
     schedule = dict(facts["schedule"]) | {"lr_lambdas": [None] * len(groups)}
-    if schedule.keys() != student.schedule.state_dict().keys():
-        raise ValueError(f"the schedule has {', '.join(schedule)}")
+    for name, own in student.schedule.state_dict().items():
+        if _form(schedule[name]) != _form(own):
+            raise ValueError(f"{name} of the schedule is {schedule[name]}")
     student.schedule.load_state_dict(schedule)
     for group, rate in zip(student.optimizer.param_groups, facts["rates"], strict=True):
         group["lr"] = rate
@@ -260,9 +263,13 @@ def _restore(student: Student, tensors: Mapping[str, Tensor], facts: Mapping[str
     for own, stored in zip(student.random, states, strict=True):
         if (own.shape, own.dtype) != (stored.shape, stored.dtype):
             raise ValueError(f"a random state is {stored.dtype} {tuple(stored.shape)}")
+    torch.Generator().set_state(states[0])  # raises unless it is one
     student.random = states
     device = student.accelerator.device
-    student.losses = list(tensors["losses"].to(device)) if "losses" in tensors else []
+    losses = tensors.get("losses", torch.empty(0, len(Loss._fields)))
+    if losses.ndim != 2 or losses.shape[1] != len(Loss._fields) or losses.dtype != torch.float32:
+        raise ValueError(f"the losses are {losses.dtype} {tuple(losses.shape)}")
+    student.losses = list(losses.to(device))
     for line in facts["history"]:
         check_line(line)
     student.steps = integer(dict(facts), "steps", 0, MAX_COUNT)
@@ -276,6 +283,36 @@ def _restore(student: Student, tensors: Mapping[str, Tensor], facts: Mapping[str
     if not isinstance(facts["stopped"], str | None) or type(facts["failed"]) is not bool:
         raise ValueError(f"stopped is {facts['stopped']!r} and failed is {facts['failed']!r}")
     student.stopped, student.failed = facts["stopped"], facts["failed"]
+
+
+def _check_tensors(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless weights have the names, shapes and dtypes of a model, and are finite."""
+    if stored.keys() != own.keys():
+        raise ValueError(f"the weights are {', '.join(stored)}")
+    for name, tensor in stored.items():
+        if (tensor.shape, tensor.dtype) != (own[name].shape, own[name].dtype):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} is not finite")
+
+
+def state_names(optimizer: torch.optim.Optimizer) -> set[str]:
+    """What an optimizer keeps for each parameter, found with a step on a parameter of one number."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    make: Any = type(inner)
+    other = make([{**inner.param_groups[0], "params": [parameter]}])
+    other.step()
+    return {name for name, value in other.state[parameter].items() if value is not None}
+
+
+def _form(value: object) -> object:
+    """The types of a value of a schedule: a number, or a list of them of some length."""
+    if isinstance(value, list | tuple):
+        return [_form(item) for item in value]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "number" if number else type(value).__name__
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

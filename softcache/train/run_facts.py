@@ -76,8 +76,7 @@ def check_line(line: Mapping[str, Any]) -> None:
         if type(value) not in (int, float) or not math.isfinite(value):
             raise FormatError(f"{name} is {shown(value)}; expected a finite number")
     if "errors" in fields:
-        samples = integer(fields, "samples", 1, MAX_COUNT) if "samples" in fields else MAX_COUNT
-        integer(fields, "errors", 0, samples)
+        integer(fields, "errors", 0, integer(fields, "samples", 1, MAX_COUNT))
     by_class = fields.get("class_errors", [])
     if not isinstance(by_class, list) or not all(
         type(errors) is int and 0 <= errors <= MAX_COUNT for errors in by_class

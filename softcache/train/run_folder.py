@@ -18,6 +18,7 @@ from softcache.models.build import build
 from softcache.models.spec import BUILT_IN, HUB, parse_model
 from softcache.models.weights import load_weights, read_weights
 from softcache.train.run_facts import read_facts, read_metrics
+from softcache.util.messages import one_line
 from softcache.util.spec import CODE
 
 WEIGHTS = "student.safetensors"
@@ -56,8 +57,9 @@ class Run:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of its classes in order; of very many, only the first."""
-        return tuple(self.facts.get("class_names") or ())
+        """Names of its classes in order; empty if it does not name them all."""
+        names = tuple(self.facts.get("class_names") or ())
+        return names if len(names) == self.classes else ()
 
     @property
     def columns(self) -> TableColumns | None:
@@ -126,7 +128,31 @@ class Run:
                 "code with --student"
             ) from error
         load_weights(model, self.weights)
-        return model.eval()
+        self._try(model.eval())
+        return model
+
+    def _try(self, model: nn.Module) -> None:
+        """Raise ModelError unless the student returns finite logits for inputs of the run."""
+        example = self.example(2)
+        problem = f"{self.folder}: its student"
+        for name, tensor in model.state_dict().items():
+            if isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
+                raise ModelError(
+                    f"{problem} has a weight that is not finite, {name}; train it again"
+                )
+        try:
+            with torch.inference_mode():
+                logits = model(example)
+        except Exception as error:  # a model can raise anything
+            raise ModelError(
+                f"{problem} raised {type(error).__name__} on inputs {tuple(example.shape)} of "
+                f"{example.dtype}: {one_line(error)[:300]}; the folder is damaged, get it again"
+            ) from error
+        if not isinstance(logits, Tensor) or logits.shape != (2, self.classes):
+            raise ModelError(
+                f"{problem} does not return logits of {self.classes} classes; the folder is damaged, get it "
+                "again"
+            )
 
     def _check_size(self, spec: str) -> None:
         """Raise ModelError before a built-in model is made that is far larger than the weights are."""

@@ -14,6 +14,7 @@ from types import FrameType
 STOPS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
+GRACE = 5.0  # seconds
 SECOND = b"Error: stopped at once; what was committed is kept, and the same command continues\n"
 
 
@@ -50,22 +51,32 @@ def stop_signals() -> Iterator[Stop]:
 
 @contextmanager
 def deferred_stop() -> Iterator[Stop]:
-    """Note the first signal to stop instead of acting on it, until the block ends; a second one acts at once.
+    """Note a signal to stop instead of acting on it, until the block ends.
 
     The block looks at `signal` where it can stop with everything in order, and leaves. The signal is then
-    sent again, to whatever handled it before.
+    sent again, to whatever handled it before. A second signal acts at once, and so does the first after
+    GRACE seconds: a batch may take very long, or hang.
     """
     stop = Stop()
+
+    timers: list[threading.Timer] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         again = stop.signal is not None
         stop.signal = number
         if again:
             raise KeyboardInterrupt
+        timers.append(threading.Timer(GRACE, os.kill, (os.getpid(), number)))
+        timers[0].daemon = True
+        timers[0].start()
 
     try:
         with _handled(on_signal):
-            yield stop
+            try:
+                yield stop
+            finally:
+                for timer in timers:
+                    timer.cancel()
     finally:
         if stop.signal is not None:
             signal.raise_signal(stop.signal)

@@ -14,7 +14,7 @@ from tests.bench.fuzz import Attacker, Result, bad_output, self_check
 from tests.bench.fuzz_inputs import KINDS, array_in, wrong_rows
 
 INPUTS = 40
-SLOW = ("report",)  # commands that are left to the benchmark
+SLOW = ("report", "export")  # commands that are left to the benchmark
 
 
 @pytest.fixture(scope="module")

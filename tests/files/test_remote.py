@@ -15,7 +15,8 @@ from softcache.cli.app import main
 from softcache.errors import FormatError, RemoteError, SettingsError
 from softcache.files import remote
 from softcache.files.pull import pull
-from softcache.files.remote import in_parallel, open_file, open_remote, public_url, without_secrets
+from softcache.files.remote import in_parallel, open_file, open_remote
+from softcache.util.urls import public_url, without_secrets
 from tests.conftest import SAMPLES
 from tests.servers import Served, http_server
 

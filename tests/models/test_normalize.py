@@ -131,9 +131,7 @@ def test_a_run_finds_the_code_of_its_student_by_the_name_with_options(
     save_file(student.state_dict(), run.weights)
     images = torch.rand(5, 3, 4, 4)
     torch.testing.assert_close(run.model([f"{code}:model", spec])(images), student(images))
-    with pytest.raises(
-        ModelError, match=r"student m\.py:model\?normalize=imagenet cannot be built"
-    ):
+    with pytest.raises(SettingsError, match=r"its student m\.py:model\?normalize=imagenet is code"):
         run.model([f"{code}:model"])
 
 
