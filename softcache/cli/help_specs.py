@@ -64,6 +64,7 @@ def specs_page() -> str:
                 "any teacher or student of images but hf: and timm:, which have their own: normalizes inputs "
                 "in [0, 1], channel by channel",
             ),
+            ("%3F, %40 and %25 in a place", "for ?, @ and % in the name of a file or folder"),
             ("TEACHER?classes=A,B,C", "any teacher: the names of its outputs, in order"),
             ("hf:vit?pretrained=false&hidden_size=192", "a student with random weights"),
             ("hf:FOLDER?tokenizer=ID_OR_FOLDER", "or processor=, if it is in another folder"),

@@ -257,7 +257,12 @@ def _walk(folder: Path, below: str, above: tuple[str, ...]) -> Iterator[tuple[st
     if real in above:
         return
     with os.scandir(folder) as listing:
-        entries = [(e.name, e.is_dir()) for e in listing if not _is_hidden(e.name)]
+        entries = [
+            (e.name, e.is_dir())
+            for e in listing
+            # reading a pipe or a device might never end
+            if not _is_hidden(e.name) and (e.is_dir() or e.is_file() or not Path(e).exists())
+        ]
     files = [name for name, is_folder in entries if not is_folder]
     yield below, sorted(f for f in files if Path(f).suffix.lower() in images.SUFFIXES)
     for name in (name for name, is_folder in entries if is_folder):

@@ -9,6 +9,7 @@ import numpy as np
 from softcache.data.layout import layout_of
 from softcache.data.source import DEFAULT_SPLIT, ArraySource, array_source
 from softcache.errors import DataError, MissingDataError
+from softcache.util.files import refuse_special_file
 from softcache.util.log import inform
 from softcache.util.messages import one_line
 from softcache.util.spec import Spec
@@ -23,6 +24,7 @@ def open_npz(spec: Spec) -> ArraySource:
         DataError: there is no such file, or it does not contain such arrays.
     """
     path, split = spec.path, spec.split or DEFAULT_SPLIT
+    refuse_special_file(path, DataError)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if not isinstance(arrays, np.lib.npyio.NpzFile):

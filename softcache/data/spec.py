@@ -14,6 +14,7 @@ from softcache.util.spec import (
     forms,
     split_callable,
     split_options,
+    unescape,
 )
 
 COMMON_OPTIONS = ("classes", "shuffle", "samples")  # of every kind
@@ -80,7 +81,7 @@ def parse_data(text: str) -> Spec:
         SettingsError: it has no known form, or an option that its kind does not take.
     """
     unsplit, _, split = text.rpartition("@")
-    if not unsplit:
+    if not unsplit or "/" in split:  # an @ in a folder's name: no split has a slash
         unsplit, split = text, ""
     name, _, place_and_options = unsplit.partition(":")
     if not place_and_options:
@@ -90,7 +91,7 @@ def parse_data(text: str) -> Spec:
         )
     if name.endswith(".py"):
         attribute, options = split_options(place_and_options)
-        place, attribute = split_callable(f"{name}:{attribute}")
+        place, attribute = split_callable(f"{unescape(name)}:{attribute}")
         check_options(options, COMMON_OPTIONS, unsplit)
         return Spec(text, CODE, place, attribute, options, split)
     if name not in KINDS or name == CODE:

@@ -15,6 +15,7 @@ from softcache.util.spec import (
     forms,
     split_callable,
     split_options,
+    unescape,
 )
 
 BUILT_IN = ("mlp", "cnn", "resnet")  # kinds that come without weights
@@ -106,15 +107,15 @@ def parse_model(text: str) -> Spec:
         raise SettingsError(f"model {text!r} is not a model specification; expected {forms(KINDS)}")
     place, attribute = split_callable(text)
     attribute, options = split_options(attribute)
-    return Spec(text, CODE, place, attribute, options=_normalize_options(options, text))
+    return Spec(text, CODE, unescape(place), attribute, options=_normalize_options(options, text))
 
 
 def split_file_options(text: str, suffix: str) -> tuple[str, dict[str, str]]:
     """Split FILE?OPTIONS, if FILE ends with `suffix`, into both; the whole text and no options if not."""
     file, mark, query = text.rpartition("?")
     if not mark or not file.endswith(suffix):
-        return text, {}
-    return file, split_options(f"?{query}")[1]
+        return unescape(text), {}
+    return unescape(file), split_options(f"?{query}")[1]
 
 
 def normalization(options: Mapping[str, str], text: str) -> Normalization | None:

@@ -16,6 +16,7 @@ from softcache.data.huggingface import load
 from softcache.errors import MissingFileError, ModelError, SettingsError
 from softcache.models.weights import file_sha256, read_weights
 from softcache.teachers.outputs import TINY, TOLERANCE
+from softcache.util.files import refuse_special_file
 from softcache.util.spec import Spec
 
 
@@ -119,6 +120,7 @@ def read_matrix(path: Path) -> npt.NDArray[Any]:
     Raises:
         ModelError: the file cannot be read, or does not hold exactly one matrix.
     """
+    refuse_special_file(path, ModelError)
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)

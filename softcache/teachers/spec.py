@@ -9,7 +9,7 @@ from urllib.parse import unquote_plus
 from softcache.errors import SettingsError
 from softcache.models.spec import KINDS as MODEL_KINDS
 from softcache.models.spec import NORMALIZE, normalization, parse_model, split_file_options
-from softcache.util.spec import CODE, Kind, Spec, check_options, forms, split_options
+from softcache.util.spec import CODE, Kind, Spec, check_options, forms, split_options, unescape
 
 MATRIX_FILES = (".npy", ".npz", ".pt")
 MATRIX_KINDS = ("matrix", "hfds")  # precomputed outputs, one row per sample
@@ -76,7 +76,7 @@ def _parse(text: str) -> Spec:
         normalization(options, text)
         return Spec(text, "onnx", file, options=options, file=True)
     if text.endswith(MATRIX_FILES):
-        return Spec(text, "matrix", text, file=True)
+        return Spec(text, "matrix", unescape(text), file=True)
     if text.rpartition("?")[0].endswith(MATRIX_FILES):
         raise SettingsError(
             f"teacher {text!r}: a matrix of outputs takes no options but classes=A,B,C, since it has no "

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from softcache.errors import MissingFileError, SettingsError
+from softcache.util.files import refuse_special_file
 
 BALANCED = "balanced"
 OPTION = "--class-weights"
@@ -63,6 +64,7 @@ def read_weights(path: Path) -> Weights:
         MissingFileError: there is no such file.
         SettingsError: a line is not a number of 0 or more, or all are 0.
     """
+    refuse_special_file(path, SettingsError)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:

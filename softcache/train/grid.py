@@ -10,6 +10,8 @@ from typing import Any, get_type_hints
 
 from softcache.errors import SettingsError
 from softcache.train.config import StudentConfig
+from softcache.util.files import refuse_special_file
+from softcache.util.messages import first_line
 from softcache.util.settings import option_name, settings_of
 
 TABLE = "student"  # name of a student's table in a TOML file
@@ -113,10 +115,11 @@ def read_toml(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     Raises:
         SettingsError: the file cannot be read, or is not TOML.
     """
+    refuse_special_file(path, SettingsError)
     try:
         options = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"--config {path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:  # tomllib's own are ValueErrors
+        raise SettingsError(f"--config {path} cannot be read: {first_line(error)[:300]}") from error
     tables = options.pop(TABLE, [])
     is_list = isinstance(tables, list) and all(isinstance(table, str) for table in tables)
     if isinstance(tables, str) or is_list:

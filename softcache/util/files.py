@@ -36,6 +36,13 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def refuse_special_file(path: Path, error: type[SoftcacheError]) -> None:
+    """Raise `error` if there is a folder, a pipe or a device at `path`: reading it might never end."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise error(f"{path} is {kind}; expected a file")
+
+
 def read_regular_file(path: Path, limit: int) -> bytes:
     """The contents of a file of at most `limit` bytes; pipes and devices, which may never end, are refused.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from softcache.errors import SettingsError
 
+LARGEST = (1 << 63) - 1  # of whole numbers, which torch and numpy keep in 64 bits
 KEY = "setting"  # in the metadata of a dataclass field
 
 
@@ -52,6 +53,8 @@ class Setting:
         """What is expected instead, if `value` is not accepted; else None."""
         if self.choices and value not in self.choices:
             return f"one of {', '.join(self.choices)}"
+        if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+            return f"a number of at most {LARGEST:,}"
         if isinstance(value, bool) or not isinstance(value, int | float) or not self._range():
             return None
         inside = (

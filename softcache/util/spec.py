@@ -1,11 +1,13 @@
 """Specifications such as `hf:vit?hidden_size=192` or `folder:images@test`, parsed once.
 
-The general form is KIND:PLACE?OPTION=VALUE&…@SPLIT. The tables of kinds are in `data/spec.py`,
-`models/spec.py` and `teachers/spec.py`.
+The general form is KIND:PLACE?OPTION=VALUE&…@SPLIT. In a place, %3F stands for ?, %40 for @ and %25 for %,
+which otherwise mean something else; %23 (#) and %3A (:) are understood too. The tables of kinds are in
+`data/spec.py`, `models/spec.py` and `teachers/spec.py`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -15,6 +17,7 @@ from urllib.parse import parse_qsl
 
 from softcache.errors import SettingsError
 
+ESCAPED = re.compile("%(25|3[Ff]|40|23|3[Aa])")
 CODE = "code"  # the kind of FILE.py:CALLABLE and package.module:CALLABLE
 LOCAL_OPTIONS = ("processor", "tokenizer")  # options whose values may be folders on this machine
 
@@ -78,8 +81,8 @@ class Spec:
         """The specification without local folders: safe to write into a shared file."""
         split = f"@{self.split}" if self.split else ""
         if self.kind == CODE:
-            return f"{self.path.name}:{self.attribute}{_query(self.options)}{split}"
-        place = self.path.name if self.file else _public_place(self.place)
+            return f"{escape(self.path.name)}:{self.attribute}{_query(self.options)}{split}"
+        place = escape(self.path.name if self.file else _public_place(self.place))
         options = {
             name: _public_place(value) if name in LOCAL_OPTIONS else value
             for name, value in self.options.items()
@@ -87,6 +90,16 @@ class Spec:
         # the kind may follow from the file's suffix alone
         prefix = f"{self.kind}:" if self.text.startswith(f"{self.kind}:") else ""
         return f"{prefix}{place}{_query(options)}{split}"
+
+
+def unescape(place: str) -> str:
+    """A place with %3F, %40, %23, %3A and %25 as the characters ? @ # : and % that they stand for."""
+    return ESCAPED.sub(lambda match: chr(int(match[1], 16)), place)
+
+
+def escape(place: str) -> str:
+    """The reverse of unescape(), for characters that would end the place or begin an escape."""
+    return re.sub(r"[?@]|%(?=25|3[Ff]|40|23|3[Aa])", lambda match: f"%{ord(match[0]):02X}", place)
 
 
 def split_options(text: str) -> tuple[str, dict[str, str]]:
@@ -97,7 +110,7 @@ def split_options(text: str) -> tuple[str, dict[str, str]]:
     """
     place, mark, query = text.partition("?")
     if not mark:
-        return text, {}
+        return unescape(text), {}
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
     except ValueError as error:
@@ -107,7 +120,7 @@ def split_options(text: str) -> tuple[str, dict[str, str]]:
     options = dict(pairs)
     if len(options) < len(pairs):
         raise SettingsError(f"{text!r} repeats an option; give each option once")
-    return place, options
+    return unescape(place), options
 
 
 def split_callable(text: str) -> tuple[str, str]:

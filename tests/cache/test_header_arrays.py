@@ -466,7 +466,11 @@ def survivors(folder: Path, count: int, seed: int) -> int:
             continue
         accepted += 1
         find_damage(cache)
-        assert cache.rows(0, np.arange(cache.header.samples)).shape[0] == cache.header.samples
+        try:
+            rows = cache.rows(0, np.arange(cache.header.samples))
+            assert rows.shape[0] == cache.header.samples
+        except FormatError as error:  # with another encoding, the same bytes may be no distribution
+            messages.append(str(error))
         assert len(cache.class_names) == cache.header.classes
     assert all(message.isprintable() for message in messages)
     return accepted
