@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,6 +13,7 @@ from softcache.cache.verify import check_damage
 from softcache.errors import FormatError, RemoteError, SettingsError
 from softcache.files.describe import describe
 from softcache.files.remote import RemoteCache, file_system, open_remote
+from softcache.util.messages import as_markdown
 from softcache.util.progress import progress
 from softcache.util.urls import is_url, public_url, without_secrets
 
@@ -95,7 +97,10 @@ def cache_card(cache: Cache, shown: str, name: str) -> str:
         name: its file name.
     """
     header = cache.header
-    data = "" if header.embeds_inputs else f" --data {header.data}"
+    data = [] if header.embeds_inputs else ["--data", header.data]
+    pull = ["softcache", "pull", shown, "-o", name, "--expect", cache.content_id()]
+    train = ["softcache", "train", name, "--student", "cnn:16,32,64", *data, "--out", "run"]
+    teachers = ", ".join(teacher["name"] for teacher in header.teachers)
     return "\n".join(
         [
             "---",
@@ -103,8 +108,7 @@ def cache_card(cache: Cache, shown: str, name: str) -> str:
             "tags: [knowledge-distillation, soft-labels]",
             "---",
             "",
-            f"# Soft targets of {', '.join(teacher['name'] for teacher in header.teachers)} "
-            f"on {header.data}",
+            f"# Soft targets of {as_markdown(teachers)} on {as_markdown(header.data)}",
             "",
             f"The class probabilities of a teacher for {header.samples:,} samples in {header.views:,} "
             f"view(s), softened at temperature {header.temperature:g}, in one HDF5 file.",
@@ -113,8 +117,8 @@ def cache_card(cache: Cache, shown: str, name: str) -> str:
             "",
             "To train a student from it, without the teacher:",
             "",
-            f"    softcache pull {shown} -o {name} --expect {cache.content_id()}",
-            f"    softcache train {name} --student cnn:16,32,64{data} --out run",
+            f"    {shlex.join(pull)}",
+            f"    {shlex.join(train)}",
             "",
         ]
     )

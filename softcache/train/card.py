@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from softcache.models.spec import BUILT_IN, parse_model
 from softcache.train.config import train_settings
+from softcache.util.messages import as_markdown
 from softcache.util.settings import option_name
 
 
@@ -22,7 +23,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     settings = facts["settings"]
     teachers = facts["teachers"]
     distilled = bool(facts["alpha"] > 0 and teachers)
-    title = f"{settings['student']}" + (
+    title = str(settings["student"]) + (
         f", distilled from {', '.join(teacher['name'] for teacher in teachers)}"
         if distilled
         else ""
@@ -34,7 +35,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
             f"tags: [{'knowledge-distillation' if distilled else task(facts)}]",
             "---",
             "",
-            f"# {title}",
+            f"# {as_markdown(title)}",
             "",
             _results_table(facts),
             "",
@@ -91,7 +92,7 @@ def _results_table(facts: Mapping[str, Any]) -> str:
     student_errors, evaluation = "-", facts["teacher_evaluation"]
     if "errors" in facts:
         student_errors = f"{facts['errors']:,} of {facts['samples']:,}"
-    rows = [[facts["name"], f"{facts['parameters']:,}", student_errors]]
+    rows = [[as_markdown(facts["name"]), f"{facts['parameters']:,}", student_errors]]
     if facts["teachers"]:
         parameters = sum(teacher["parameters"] for teacher in facts["teachers"])
         teacher_errors = (
@@ -99,7 +100,7 @@ def _results_table(facts: Mapping[str, Any]) -> str:
         )
         rows.insert(0, ["teacher", f"{parameters:,}", teacher_errors])
     eval_data = facts["settings"]["eval_data"]
-    errors = f"errors on {eval_data}" if eval_data else "errors"
+    errors = f"errors on {as_markdown(eval_data)}" if eval_data else "errors"
     return str(
         tabulate(rows, ["model", "parameters", errors], tablefmt="github", disable_numparse=True)
     )
@@ -107,15 +108,19 @@ def _results_table(facts: Mapping[str, Any]) -> str:
 
 def _provenance(facts: Mapping[str, Any], *, distilled: bool) -> list[str]:
     settings = facts["settings"]
-    lines = [f"- data: {', '.join(settings['data'])}; {facts['classes']:,} classes"]
+    data = as_markdown(", ".join(settings["data"]))
+    lines = [f"- data: {data}; {facts['classes']:,} classes"]
     if distilled:
         for teacher in facts["teachers"]:
-            weights = f", weights {teacher['weights']}" if teacher.get("weights") else ""
-            lines.append(
-                f"- teacher: {teacher['name']}, {teacher['parameters']:,} parameters{weights}"
+            weights = (
+                as_markdown(f", weights {teacher['weights']}") if teacher.get("weights") else ""
             )
+            name = as_markdown(teacher["name"])
+            lines.append(f"- teacher: {name}, {teacher['parameters']:,} parameters{weights}")
         for name, content_id in zip(settings["cache"], facts["content_ids"], strict=True):
-            lines.append(f"- soft targets: {name}, content id `{content_id or 'unfinished'}`")
+            lines.append(
+                f"- soft targets: {as_markdown(name)}, content id `{content_id or 'unfinished'}`"
+            )
         lines.append(
             f"- loss: {facts['alpha']:g} of {settings['loss']} at temperature "
             f"{facts['temperature']:g}, {1 - facts['alpha']:g} of cross-entropy with the labels"
