@@ -18,7 +18,7 @@ from softcache._version import __version__
 from softcache.errors import SoftcacheError
 
 if TYPE_CHECKING:
-    from softcache.api import SoftCache, SoftLabelDataset, dump, open, train
+    from softcache.api import SoftCache, SoftLabelDataset, ViewSampler, dump, open, train
     from softcache.losses import distillation_loss
     from softcache.models.build import build
     from softcache.targets.decode import to_dense
@@ -29,6 +29,7 @@ __all__ = [
     "SoftLabelDataset",
     "SoftcacheError",
     "SparseTargets",
+    "ViewSampler",
     "__version__",
     "build",
     "distillation_loss",
@@ -43,6 +44,7 @@ _MODULES = {
     "SoftCache": "softcache.api",
     "SoftLabelDataset": "softcache.api",
     "SparseTargets": "softcache.types",
+    "ViewSampler": "softcache.api",
     "build": "softcache.models.build",
     "distillation_loss": "softcache.losses",
     "dump": "softcache.api",

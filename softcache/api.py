@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from softcache.cache import Cache, Header
 from softcache.cache.reader import open_trainable
 from softcache.cache.verify import check_damage
-from softcache.data.loader import loader
+from softcache.data.loader import fetch_batch
 from softcache.data.source import Source
 from softcache.data.user_dataset import DatasetSource
 from softcache.errors import SettingsError
@@ -22,8 +23,9 @@ from softcache.files.pull import local_copy
 from softcache.join.match import join
 from softcache.join.samples import open_samples
 from softcache.targets.decode import to_dense
-from softcache.targets.fetch import soft_targets
+from softcache.targets.fetch import soft_targets, tempered_targets
 from softcache.types import MixedLabels, Targets
+from softcache.util.log import warn
 
 if TYPE_CHECKING:
     from softcache.train.student import Student
@@ -198,6 +200,8 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     Samples are matched to the cache by content, once, at construction. Item i is sample i of the data
     set; for the cache of a shard, it is sample i of the shard in the order of the data set.
+
+    The epoch chooses the views: set_epoch() says which it is, or a ViewSampler sends it with every index.
     """
 
     def __init__(
@@ -224,8 +228,13 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             SettingsError: the temperature or the augmentation does not fit the cache.
         """
         self.cache = cache if isinstance(cache, SoftCache) else open(cache)
-        self.temperature = float(temperature or self.cache.temperature)
-        self.epoch = 0
+        self.temperature = self.cache.temperature if temperature is None else float(temperature)
+        if not 0 < self.temperature < np.inf:
+            raise SettingsError(f"temperature is {self.temperature}; expected a number above 0")
+        # in shared memory, so that worker processes that live on see every change: the epoch, and the items
+        # that were asked for in it without a ViewSampler
+        self._progress = torch.zeros(2, dtype=torch.int64)
+        self._progress.share_memory_()  # type: ignore[no-untyped-call]
         self._joined = join(
             _source_of(dataset, self.cache.cache),
             self.cache.cache,
@@ -239,24 +248,98 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self._joined)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Switch to the views of an epoch, counted from 0; call it before every epoch."""
-        self.epoch = epoch
+    def __getstate__(self) -> dict[str, Any]:
+        # the function that fetches targets reads a memory map, and cannot be sent to another process
+        return self.__dict__ | {"_joined": dataclasses.replace(self._joined, targets=None)}
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        targets = tempered_targets(self.cache.cache, [self.temperature], CPU)
+        self._joined = dataclasses.replace(self._joined, targets=targets)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that set_epoch() set last."""
+        return int(self._progress[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Switch to the views of an epoch, counted from 0; call it before every epoch.
+
+        It reaches worker processes that are running. A ViewSampler makes it unnecessary.
+        """
+        self._progress[0], self._progress[1] = epoch, 0
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """A whole batch; torch's DataLoader calls this instead of `__getitem__`."""
+    def __getitems__(
+        self, indices: Sequence[int | tuple[int, int]]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """A whole batch; torch's DataLoader calls this instead of `__getitem__`.
+
+        Args:
+            indices: items, or pairs (epoch, item) as a ViewSampler yields them.
+        """
+        if isinstance(indices[0], tuple):
+            pairs: Any = indices
+            epochs = {int(epoch) for epoch, _ in pairs}
+            items = [int(item) for _, item in pairs]
+            if len(epochs) > 1:  # no sampler mixes epochs in a batch
+                return [self.__getitems__([pair])[0] for pair in pairs]
+            (epoch,) = epochs
+        else:
+            epoch, items = self.epoch, [int(item) for item in indices]  # type: ignore[arg-type]
+            self._count(len(items))
         joined = self._joined
-        cache_rows = self._cache_rows[np.asarray(indices, np.int64)]
-        request = joined.request(cache_rows, self.epoch)
-        (batch,) = loader(joined.source, [request], augmentation=joined.augmentation)
-        inputs, labels, targets = joined.training_batch(batch, self.epoch, CPU)
+        request = joined.request(self._cache_rows[np.asarray(items, np.int64)], epoch)
+        batch = fetch_batch(joined.source, request, joined.augmentation)
+        inputs, labels, targets = joined.training_batch(batch, epoch, CPU)
         if isinstance(labels, MixedLabels):
             labels = torch.where(labels.own == labels.partners, labels.own, -1)
         dense = to_dense(targets[self.temperature])
         return list(zip(inputs, labels, dense, strict=True))
+
+    def _count(self, items: int) -> None:
+        """Warn once where a second pass over the data has begun, and the epoch is still the same."""
+        before = int(self._progress[1])
+        self._progress[1] += items
+        if before <= len(self) < before + items and self.cache.views > 1:
+            warn(
+                f"a second pass over {self.cache.cache.path} has begun in epoch {self.epoch}, so it has the "
+                f"same one of {self.cache.views} views of each sample: give the DataLoader "
+                "sampler=softcache.ViewSampler(dataset), or call set_epoch() before each epoch"
+            )
+
+
+class ViewSampler(Sampler[tuple[int, int]]):
+    """The items of a SoftLabelDataset in random order, each with the epoch, which chooses its view.
+
+    Every new pass over it is the next epoch, unless set_epoch() says which it is. Lightning and accelerate
+    call that; a DataLoader with workers that live on needs nothing else.
+    """
+
+    def __init__(self, dataset: SoftLabelDataset, *, shuffle: bool = True, seed: int = 0) -> None:
+        """Sample all items once an epoch.
+
+        Args:
+            shuffle: in an order that depends on (seed, epoch) alone; otherwise in that of the data set.
+        """
+        self.dataset, self.shuffle, self.seed = dataset, shuffle, seed
+        self.epoch = 0  # of the next pass
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next pass is, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        order = np.arange(len(self))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+        return iter([(epoch, int(item)) for item in order])
 
 
 def _source_of(dataset: Dataset[Any] | str | None, cache: Cache) -> Source:

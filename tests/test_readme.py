@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from softcache.cache import open_cache
+from softcache.data.loader import Request
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
+from softcache.join.joined_data import JoinedData
 from tests.conftest import make_arrays
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +78,16 @@ def test_an_example_teaches_the_student(
         rows = open_cache(tmp_path / "cache.h5").rows(0, np.arange(300))
         return float((classes == rows.argmax(-1)).mean())
 
+    views: set[tuple[int, int]] = set()
+    request = JoinedData.request
+
+    def recorded(joined: JoinedData, rows: npt.NDArray[np.int64], epoch: int) -> Request:
+        made = request(joined, rows, epoch)
+        chosen = np.broadcast_to(np.asarray(made.view), len(rows))
+        views.update(zip(rows.tolist(), chosen.tolist(), strict=True))
+        return made
+
+    monkeypatch.setattr(JoinedData, "request", recorded)
     namespace = {"dataset": Own(), "student": student}
     before = 0.2 if name == "stages" else agreement(student)
     exec(compile(code, f"README or guide, {name}", "exec"), namespace)
@@ -84,11 +97,13 @@ def test_an_example_teaches_the_student(
     else:
         students = [student]
     assert all(agreement(model) > before + 0.1 for model in students)
+    if name != "stages":  # in two epochs, every sample is seen in both views
+        assert len(views) == 2 * 300
 
 
 def test_each_is_short() -> None:
     assert len(EXAMPLES) == len(NEEDED)
-    assert all(len(code.splitlines()) <= 26 for code in EXAMPLES)
+    assert all(len(code.splitlines()) <= 36 for code in EXAMPLES)
 
 
 def test_no_example_is_imported_by_softcache_itself() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -390,9 +391,11 @@ def parse_encoding(spec: str, temperature: float) -> Encoding:
     name, _, size = spec.partition(":")
     if name in ("dense", "quantized") and not size:
         return ENCODINGS[name]()
-    if name == "topk" and size.isdecimal():
+    if not re.fullmatch(r"\d{0,9}", size, re.ASCII):
+        name = ""
+    if name == "topk" and size:
         return TopK(int(size), tuple(sorted({*TAIL_TEMPERATURES, float(temperature)})))
-    if name == "sampled" and size.isdecimal():
+    if name == "sampled" and size:
         return Sampled(int(size))
     raise SettingsError(
         f"encoding {spec!r} is unknown; expected dense, quantized, topk:K, basis:BYTES,K, sampled:N "

@@ -13,6 +13,7 @@ from torch import Tensor
 from softcache.cache import Cache
 from softcache.cache.header import INPUTS
 from softcache.cache.reader import open_trainable
+from softcache.data.class_names import all_class_names
 from softcache.data.keys import sample_keys
 from softcache.errors import SettingsError
 
@@ -31,7 +32,7 @@ class CacheSource:
                 "or dump it again with --embed-inputs"
             )
         self.cache, self.name = cache, cache.header.data
-        self.class_names = tuple(cache.class_names)
+        self.class_names = all_class_names(cache)
         self.text = _are_texts(cache)
 
     def __reduce__(self) -> tuple[Callable[[Path], CacheSource], tuple[Path]]:

@@ -79,6 +79,11 @@ def loader(
     return _loader(_Batches(source, keys, augmentation), batches, workers, pin_memory)
 
 
+def fetch_batch(source: Source, request: Request, augmentation: Augmentation) -> Batch:
+    """One batch of a source, without a DataLoader, which would draw from torch's global generator."""
+    return _Batches(source, False, augmentation).batch(request)
+
+
 def joint_loader(
     parts: Sequence[tuple[Source, Augmentation]],
     batches: Sampler[Any] | Sequence[dict[int, Request]],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +15,8 @@ from torch.utils.data import Dataset
 
 from softcache.errors import DataError
 from softcache.util.callables import import_again, imported_files
+
+GRACE = 3.0  # seconds
 
 
 class Portable(Dataset[Any]):
@@ -52,14 +55,17 @@ def _received(files: dict[str, str], contents: bytes) -> Portable:
 def start_worker(worker: int) -> None:
     """Leave it to the parent to stop this worker: Ctrl-C and SIGTERM also reach the workers of a job.
 
-    A second SIGTERM ends it, which is how multiprocessing gets rid of a worker that hangs.
+    SIGTERM ends it after GRACE seconds: multiprocessing sends that to a worker that hangs.
     """
     signalled: list[int] = []
 
     def on_terminate(number: int, frame: FrameType | None) -> None:
-        signalled.append(number)
-        if len(signalled) > 1 or os.getppid() == 1:
+        if signalled or os.getppid() == 1:
             os._exit(128 + number)
+        signalled.append(number)
+        timer = threading.Timer(GRACE, os._exit, (128 + number,))
+        timer.daemon = True
+        timer.start()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):

@@ -14,6 +14,7 @@ from softcache.util.settings import check_range, setting
 
 AUTO = 0  # the batch size that stands for `auto`
 DEFAULT_MAX_KL = 1e-3  # nats; the limit of --encoding auto
+MAX_VIEWS = 1 << 20
 MAX_SEED = (1 << 63) - 1
 
 TEACHER, DATA, ENCODING = "Teacher", "Data and views", "Encoding"
@@ -90,6 +91,7 @@ class DumpConfig:
         group=DATA,
         metavar="N|A:B",
         at_least=1,
+        at_most=MAX_VIEWS,
     )
     first_view: int = 0  # the A of --views A:B
     shard: tuple[int, int] = setting(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -189,7 +190,7 @@ def fit_basis(spec: str, log_probs: Tensor, temperature: float, seed: int) -> Ca
 
 def _sizes(spec: str) -> tuple[int, int]:
     sizes = spec.partition(":")[2].split(",")
-    if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+    if len(sizes) != 2 or not all(re.fullmatch(r"[1-9]\d{0,8}", size, re.ASCII) for size in sizes):
         raise SettingsError(
             f"encoding {spec!r}: expected basis:BYTES,K, the bytes of coefficients and the corrected "
             "classes of a row, as in basis:64,8"

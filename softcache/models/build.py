@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from torch import nn
 
+from softcache.errors import ModelError
 from softcache.models.normalize import normalized
 from softcache.models.spec import KINDS, parse_model
+from softcache.util.device import is_out_of_memory
 
 
 def build(
@@ -27,5 +29,10 @@ def build(
         ModelError: the model cannot be built, or its inputs do not have the channels that it normalizes.
     """
     spec = replace(parse_model(text), trusted=trust_code)
-    model: nn.Module = KINDS[spec.kind].load()(spec, input_shape, classes)
+    try:
+        model: nn.Module = KINDS[spec.kind].load()(spec, input_shape, classes)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(f"model {text} does not fit into memory; use a smaller one") from error
     return normalized(model, spec, input_shape)

@@ -63,10 +63,13 @@ class StudentMetrics:
     def beats(self, other: StudentMetrics) -> bool:
         """Whether it is at least as good in error, parameters and latency, and better in one of them.
 
-        Latencies that differ by less than NOISE count as equal.
+        Latencies that differ by less than NOISE count as equal. Where an error was not measured, neither
+        beats the other.
         """
+        if self.error is None or other.error is None:
+            return False
         pairs = [
-            (self.error or 0.0, other.error or 0.0, 0.0),
+            (self.error, other.error, 0.0),
             (self.parameters, other.parameters, 0.0),
             (self.seconds[BATCHES[0]], other.seconds[BATCHES[0]], NOISE),
         ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softcache.errors import ModelError
 from softcache.teachers.matrix import MissingRowError
-from softcache.teachers.teacher import is_out_of_memory
+from softcache.util.device import is_out_of_memory
 
 LARGEST_BATCH = 4096  # the largest one tried
 GAIN = 1.05  # the smallest speedup in rows/s for which doubling the batch is worth its memory

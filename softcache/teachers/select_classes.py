@@ -23,7 +23,7 @@ from softcache.util.log import warn
 SMALL_SHARE = (
     0.5  # of the teacher's probability, below which the chosen classes are probably the wrong ones
 )
-RANGE = re.compile(r"(\d+)-(\d+)")
+RANGE = re.compile(r"(\d{1,15})-(\d{1,15})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _split(text: str, names: Sequence[str]) -> Iterator[str]:
 def _columns(item: str, names: Sequence[str], width: int, where: str) -> Sequence[int]:
     """The columns that one entry stands for."""
     quoted = _unquoted(item) != item
-    if item.isdecimal() and not quoted:
+    if item.isdecimal() and len(item) < 16 and not quoted:
         named = [
             column for column, name in enumerate(names) if name == item and column != int(item)
         ]

@@ -20,6 +20,7 @@ from softcache.models.outputs import logits_of
 from softcache.teachers.matrix import Matrix
 from softcache.teachers.numpy_function import NumpyTeacher
 from softcache.teachers.outputs import as_logits, describe_single, two_columns
+from softcache.util.device import is_out_of_memory
 from softcache.util.log import inform
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -199,9 +200,3 @@ def tensor_float_32() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = cudnn
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the GPU or the host ran out of memory; for the host, only torch's message tells."""
-    has_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return has_type or "can't allocate memory" in str(error)

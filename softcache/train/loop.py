@@ -211,7 +211,9 @@ def fit(
                     if step % CHECK_STEPS == 0 and student.stopped is None:
                         attempt(config, student, student.mean_losses, epoch)
                 advance(1)
-                due = checkpoint and (checkpoint.due() or stop.signal)
+                # with several processes, only where all have just agreed on which students go on
+                due = step % CHECK_STEPS == 0 or accelerator.num_processes == 1
+                due = bool(checkpoint and checkpoint.due() and due) or stop.signal is not None
                 if checkpoint and due and accelerator.is_main_process:
                     for student in in_training(students):
                         attempt(config, student, student.check_losses, epoch)

@@ -124,7 +124,8 @@ class Student:
             is_last = rows is micro_batches[-1]
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 soft = None if targets is None or self.alpha == 0 else _take_rows(targets, rows)
-                loss = self._loss(inputs[rows], _take_rows(labels, rows), soft, mean_weight)
+                with self.same_verdict():
+                    loss = self._loss(inputs[rows], _take_rows(labels, rows), soft, mean_weight)
                 self.accelerator.backward(loss.total * share)
             losses.append(torch.stack([part.detach().float() for part in loss]) * share)
         if self.config.max_grad_norm is not None:
@@ -134,6 +135,25 @@ class Student:
         if self.average is not None:
             self.average.update_parameters(self.accelerator.unwrap_model(self.model))
         self.losses.append(torch.stack(losses).sum(0))
+
+    @contextmanager
+    def same_verdict(self) -> Iterator[None]:
+        """Fail in every process if the block fails in one, for which the others would wait for ever.
+
+        Raises:
+            ModelError: the block raises one, here or in another process.
+        """
+        error: ModelError | None = None
+        try:
+            yield
+        except ModelError as raised:
+            error = raised
+        if self.accelerator.num_processes > 1:
+            failures = torch.tensor([float(error is not None)], device=self.accelerator.device)
+            if float(self.accelerator.reduce(failures, reduction="sum")) and error is None:
+                raise ModelError(f"{self.name}: it failed in another process")
+        if error is not None:
+            raise error
 
     def mean_losses(self, epoch: int) -> Tensor:
         """The losses of this epoch so far, averaged over all processes.
@@ -190,14 +210,16 @@ class Student:
         self.steps += len(self.losses)
         self.losses.clear()
         errors = torch.zeros(1, dtype=torch.int64, device=self.accelerator.device)
+        with self.same_verdict():
+            if self.accelerator.is_main_process and eval_source is not None:
+                self.evaluation = self._evaluate(eval_source, workers)
+                errors += self.evaluation.errors
         if self.accelerator.is_main_process:
             line: dict[str, Any] = {"epoch": epoch + 1, "step": self.steps}
             line |= dict(zip(Loss._fields, losses.double().mean(0).tolist(), strict=True))
             line["lr"] = self.schedule.get_last_lr()[0]
-            if eval_source is not None:
-                self.evaluation = self._evaluate(eval_source, workers)
+            if self.evaluation is not None and eval_source is not None:
                 line |= evaluation_line(self.evaluation, self.classes)
-                errors += self.evaluation.errors
             with (self.folder / UNFINISHED_METRICS).open("a") as file:
                 file.write(json.dumps(line) + "\n")
             if self.board is not None:
@@ -329,9 +351,11 @@ class Student:
         device = self.accelerator.device
         shared = random_state(device)
         set_random_state(device, self.random)
-        yield
-        self.random = random_state(device)
-        set_random_state(device, shared)
+        try:
+            yield
+        finally:
+            self.random = random_state(device)
+            set_random_state(device, shared)
 
 
 def make_student(

@@ -12,6 +12,7 @@ from typing import Any
 
 from softcache.errors import MissingFileError, SettingsError
 
+VERSION = "__softcache_version__"  # attribute of such a module: which state of the file it is
 PREFIX = "softcache_user_"  # of the modules made from the user's files
 
 
@@ -53,7 +54,14 @@ def _import_file(path: Path) -> ModuleType:
     # Registered in sys.modules so that loader workers and pickle find its classes; the name comes from
     # the whole path, since two files may both be called models.py.
     name = f"{PREFIX}{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
-    return _import_as(name, path)
+    known, status = sys.modules.get(name), path.stat()
+    version = (status.st_mtime_ns, status.st_size, status.st_ino)
+    # once for all callables in it: pickle finds a class only if there is one class of its name
+    if known is not None and getattr(known, VERSION, None) == version:
+        return known
+    module = _import_as(name, path)
+    setattr(module, VERSION, version)
+    return module
 
 
 def imported_files() -> dict[str, str]:

@@ -27,3 +27,9 @@ def pick_device(name: str) -> torch.device:
             "use --device auto or cpu"
         ) from error
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the GPU or the host ran out of memory; for the host, only torch's message tells."""
+    has_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return has_type or "can't allocate memory" in str(error)

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 # also with a single slash, as pathlib writes a URL that was taken for a path
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{1,2}[^\s'\"<>)\]]+")
+URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*://|(?:https?|s3a?|gc?s|hf|ftp|file):/)[^\s'\"<>)\]]+")
 
 
 def is_url(location: str | Path) -> bool:

@@ -13,7 +13,8 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import ModelError, SettingsError
 from softcache.teachers.batch_size import fastest_batch
-from softcache.teachers.teacher import Teacher, is_out_of_memory
+from softcache.teachers.teacher import Teacher
+from softcache.util.device import is_out_of_memory
 from tests.conftest import Run
 
 
