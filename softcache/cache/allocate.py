@@ -135,7 +135,10 @@ def _initialize(path: Path, header: Header, shared: Values) -> None:
     file = os.open(path, os.O_RDWR)
     try:
         if hasattr(os, "posix_fallocate"):  # not on macOS
-            os.posix_fallocate(file, 0, header.file_bytes)
+            with disk_errors(
+                path.with_name(path.name.removesuffix(".new")), "create", header.file_bytes
+            ):
+                os.posix_fallocate(file, 0, header.file_bytes)
         for array in header.arrays:
             if array.axis == "shared":
                 pwrite(file, _bytes(shared[array.name], array), array.offset)

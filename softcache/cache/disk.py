@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,21 +40,29 @@ def reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else " ".join(str(error).split())
 
 
+def _free(path: Path) -> int:
+    """Bytes that are free where a file is or will be; 0 if that cannot be found out."""
+    try:
+        return shutil.disk_usage(path.parent).free
+    except OSError:
+        return 0
+
+
 @contextmanager
-def disk_errors(path: Path, action: str) -> Iterator[None]:
+def disk_errors(path: Path, action: str, needed: int = 0) -> Iterator[None]:
     """Turn an OSError into a SoftcacheError that says what failed, on which file, and what to do.
 
     Args:
         action: what is being done to `path`, as a verb: "create", "write".
+        needed: bytes that the file needs, if that is known.
     """
     try:
         yield
     except OSError as error:
-        advice = (
-            "free some space, or give another --out"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            else "check the disk and its permissions"
-        )
+        advice = "check the disk and its permissions"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            size = f"{needed:,} bytes are needed, " if needed else ""
+            advice = f"free some space, or give another --out ({size}{_free(path):,} are free)"
         raise SoftcacheError(
             f"cannot {action} {path}: {reason(error)}; {advice}, then run the same command again: "
             "it continues where it stopped"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
+from softcache.cache.disk import disk_errors
 from softcache.data.source import Source
 from softcache.data.workers import is_worker_failure
 from softcache.errors import ModelError
@@ -220,7 +221,8 @@ class Student:
             line["lr"] = self.schedule.get_last_lr()[0]
             if self.evaluation is not None and eval_source is not None:
                 line |= evaluation_line(self.evaluation, self.classes)
-            with (self.folder / UNFINISHED_METRICS).open("a") as file:
+            metrics = self.folder / UNFINISHED_METRICS
+            with disk_errors(metrics, "write"), metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             if self.board is not None:
                 for name, value in line.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +31,18 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         unfinished.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise SoftcacheError(
-                f"cannot write {path}: {error.strerror or error}; free some space or choose another "
-                "path, then run the same command again"
+                f"cannot write {path}: {error.strerror or error}; free some space ({_free(path)}) or choose "
+                "another path, then run the same command again"
             ) from error
         raise
+
+
+def _free(path: Path) -> str:
+    """How much space is free where a file is to be, for messages."""
+    try:
+        return f"{shutil.disk_usage(path.parent).free:,} bytes are free there"
+    except OSError:
+        return "how much is free is not known"
 
 
 def refuse_special_file(path: Path, error: type[SoftcacheError]) -> None:

@@ -44,6 +44,22 @@ def uneven():
 def student():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 5))
+
+def other():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 5))
+
+class Fails(nn.Sequential):
+    steps = 0
+
+    def forward(self, inputs):
+        self.steps += 1
+        if self.steps > 5 and os.environ.get("RANK") == "1":
+            raise ValueError("in the second process alone")
+        return super().forward(inputs)
+
+def fails():
+    return Fails(nn.Flatten(), nn.Linear(64, 5))
 """
 
 
@@ -172,6 +188,33 @@ def test_several_processes_train_as_one_does(folder: Path) -> None:
         losses.append([float(line.split('"total": ')[1].split(",")[0]) for line in lines])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
+
+
+def test_a_student_that_fails_in_one_process_leaves_the_others_as_they_are(folder: Path) -> None:
+    reference(folder)
+    (folder / "grid.toml").write_text(
+        "".join(
+            f'[[student]]\nstudent = "models.py:{name}"\n' for name in ("student", "fails", "other")
+        )
+    )
+    options = "--data npz:data.npz --epochs 2 --batch-size 256 --checkpoint-minutes 0"
+    result = run(
+        folder,
+        command(2, "train", "one.h5", "--config", "grid.toml", *options.split(), "--out", "all"),
+    )
+    assert result.returncode == 1
+    assert "1 of 3 students failed: " in result.stderr
+    assert (
+        "Traceback" not in result.stderr.partition("ChildFailedError")[0].partition("torch/dist")[0]
+    )
+    for name in ("other",):  # its dropout must draw the same masks
+        single = f"--student models.py:{name} --out alone-{name}"
+        alone = run(folder, command(2, "train", "one.h5", *options.split(), *single.split()))
+        assert alone.returncode == 0, alone.stderr
+        (run_folder,) = [path for path in (folder / "all").iterdir() if path.name.endswith(name)]
+        weights = [path / "student.safetensors" for path in (run_folder, folder / f"alone-{name}")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert not list((folder / "all").glob("*fails/student.safetensors"))
 
 
 def test_one_process_alone_is_a_group() -> None:
