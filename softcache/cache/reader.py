@@ -99,7 +99,8 @@ class Cache:
                 f"{self.path} stores class id {int(stored['ids'].max())}; expected 0 to {classes - 1}: "
                 "the file is damaged or forged, get it again"
             )
-        decoded = self.header.encoding.decode(stored, dump_temperature, temperature, classes)
+        with np.errstate(invalid="ignore", over="ignore"):  # what comes of them is checked below
+            decoded = self.header.encoding.decode(stored, dump_temperature, temperature, classes)
         if np.isnan(decoded).any():
             raise FormatError(
                 f"{self.path} stores values that are no probabilities; softcache verify names the rows"

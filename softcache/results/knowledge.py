@@ -14,6 +14,7 @@ from torch import Tensor
 from softcache.cache import Cache, Sampled
 from softcache.cache.verdict import Predictions
 from softcache.data.augment import split_augment
+from softcache.errors import FormatError
 from softcache.results.metrics import (
     CPU,
     HIGHEST_TEMPERATURE,
@@ -225,7 +226,12 @@ def _row_reader(
         if cache.buffer is not None and hasattr(mmap, "MADV_DONTNEED"):
             # unmap the pages that were read, or else they count as memory in use
             cache.buffer.madvise(mmap.MADV_DONTNEED)
-        return {temperature: to_dense(rows) for temperature, rows in targets.items()}
+        dense = {temperature: to_dense(rows) for temperature, rows in targets.items()}
+        if any(bool(rows.isnan().any()) for rows in dense.values()):
+            raise FormatError(
+                f"{cache.path} stores values that are no probabilities; softcache verify names the rows"
+            )
+        return dense
 
     return read
 

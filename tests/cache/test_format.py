@@ -23,7 +23,7 @@ from softcache.cache import Header, open_cache
 from softcache.cache.verify import find_damage
 from softcache.data.embedded import CacheSource
 from softcache.data.keys import sample_keys
-from tests.cache import test_format_rows
+from tests.cache import test_format_rows, test_values
 from tests.cache.header_cases import (
     GONE,
     Place,
@@ -64,7 +64,8 @@ def marked_rules(functions: Iterable[object]) -> set[str]:
 
 def test_every_rule_has_a_test_and_every_test_a_rule() -> None:
     assert len(rules(FORMAT)) >= 24
-    here = [*vars(sys.modules[__name__]).values(), *vars(test_format_rows).values()]
+    modules = (sys.modules[__name__], test_format_rows, test_values)
+    here = [value for module in modules for value in vars(module).values()]
     assert marked_rules(here) == rules(FORMAT)
 
 
