@@ -20,6 +20,14 @@ def pwrite(file: int, values: bytes | memoryview, offset: int) -> None:
         remaining, offset = remaining[count:], offset + count
 
 
+def pread(file: int, count: int, offset: int) -> bytes:
+    """Up to `count` bytes at `offset`; Windows lacks os.pread."""
+    if hasattr(os, "pread"):
+        return os.pread(file, count, offset)
+    os.lseek(file, offset, os.SEEK_SET)
+    return os.read(file, count)
+
+
 def sync_data(file: int) -> None:
     """Wait until the data of a file are on the disk; macOS lacks fdatasync, so there fsync does it."""
     getattr(os, "fdatasync", os.fsync)(file)

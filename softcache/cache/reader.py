@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from softcache.cache.disk import pread
 from softcache.cache.encodings import Floats
 from softcache.cache.header import PREAMBLE, Array, Header, parse_header, parse_preamble
 from softcache.errors import FormatError, MissingCacheError, SettingsError
@@ -248,7 +249,9 @@ def open_trainable(path: Path | str) -> Cache:
 
 def _map(path: Path) -> tuple[Header, bytes, mmap.mmap]:
     # without O_NONBLOCK, opening a pipe would block
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    # Windows has no O_NONBLOCK, and needs O_BINARY
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = os.open(path, os.O_RDONLY | flags)
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
@@ -256,8 +259,8 @@ def _map(path: Path) -> tuple[Header, bytes, mmap.mmap]:
                 f"this is a {_kind(status.st_mode)}, not a file; give a cache made by softcache dump"
             )
         size = status.st_size
-        offset, length, digest = parse_preamble(os.pread(file, PREAMBLE.size, 0), size)
-        text = os.pread(file, length, offset)
+        offset, length, digest = parse_preamble(pread(file, PREAMBLE.size, 0), size)
+        text = pread(file, length, offset)
         header = parse_header(text, digest, size)
         return header, text, mmap.mmap(file, size, access=mmap.ACCESS_READ)
     finally:
@@ -307,7 +310,7 @@ def hdf5_digest(file: int, header: Header) -> str:
     digest = xxhash.xxh3_64()
     for start, end in gaps(header):
         for offset in range(start, end, 1 << 20):
-            digest.update(os.pread(file, min(1 << 20, end - offset), offset))
+            digest.update(pread(file, min(1 << 20, end - offset), offset))
     return digest.hexdigest()
 
 

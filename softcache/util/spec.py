@@ -81,7 +81,8 @@ class Spec:
         """The specification without local folders: safe to write into a shared file."""
         split = f"@{self.split}" if self.split else ""
         if self.kind == CODE:
-            return f"{escape(self.path.name)}:{self.attribute}{_query(self.options)}{split}"
+            file = escape(self.path.name).replace(":", "%3A")
+            return f"{file}:{self.attribute}{_query(self.options)}{split}"
         place = escape(self.path.name if self.file else _public_place(self.place))
         options = {
             name: _public_place(value) if name in LOCAL_OPTIONS else value
