@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,10 @@ from softcache.models.evaluate import Evaluation, evaluate
 from softcache.models.outputs import logits_of
 from softcache.models.weights import parameter_count
 from softcache.train.config import StudentConfig
+from softcache.train.micro_batches import micro_batches, take_rows
 from softcache.train.optimizer import make_average, make_optimizer, make_schedule
 from softcache.train.run_folder import UNFINISHED_METRICS, WEIGHTS
-from softcache.types import Labels, MixedLabels, SparseTargets, Targets
+from softcache.types import Labels, Targets
 from softcache.util.files import replace_file
 
 CLASS_ERRORS = "class_errors"  # in a line of metrics: the errors of each class
@@ -117,16 +117,16 @@ class Student:
             ModelError: the student raises, or its output is not (B, C).
         """
         self.optimizer.zero_grad()
-        micro_batches = list(_micro_batches(len(inputs), self.config.micro_batches))
+        parts = list(micro_batches(len(inputs), self.config.micro_batches))
         mean_weight = self._mean_label_weight(labels, weight)
         losses = []
-        for rows in micro_batches:
+        for rows in parts:
             share = weight * (rows.stop - rows.start) / len(inputs)
-            is_last = rows is micro_batches[-1]
+            is_last = rows is parts[-1]
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                soft = None if targets is None or self.alpha == 0 else _take_rows(targets, rows)
+                soft = None if targets is None or self.alpha == 0 else take_rows(targets, rows)
                 with self.same_verdict():
-                    loss = self._loss(inputs[rows], _take_rows(labels, rows), soft, mean_weight)
+                    loss = self._loss(inputs[rows], take_rows(labels, rows), soft, mean_weight)
                 self.accelerator.backward(loss.total * share)
             losses.append(torch.stack([part.detach().float() for part in loss]) * share)
         if self.config.max_grad_norm is not None:
@@ -430,24 +430,3 @@ def set_random_state(device: torch.device, states: list[Tensor]) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
-
-
-def _micro_batches(samples: int, count: int) -> Iterator[slice]:
-    """Rows of each of up to `count` micro-batches of two or more samples.
-
-    Batch normalization has no variance of one sample.
-    """
-    count = max(1, min(count, samples // 2))
-    edges = [samples * i // count for i in range(count + 1)]
-    return (slice(start, stop) for start, stop in pairwise(edges))
-
-
-def _take_rows(values: Any, rows: slice) -> Any:  # noqa: ANN401  # labels or targets of either kind
-    """The labels or targets of one micro-batch."""
-    if isinstance(values, SparseTargets):
-        return SparseTargets(
-            values.ids[rows], values.log_probs[rows], values.rest[rows], values.classes
-        )
-    if isinstance(values, MixedLabels):
-        return MixedLabels(*(tensor[rows] for tensor in values))
-    return values[rows]

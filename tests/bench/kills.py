@@ -1,4 +1,4 @@
-"""kill -9 at random times of a dump: no committed block may be lost, and the file must be the same.
+"""A signal at random times of a dump: no committed block may be lost, and the file must be the same.
 
 A slowed-down `softcache dump` is killed and run again, many times, and then left to finish. Every fifth
 kill happens at any time after the start of the process, the others during its loop. A block counts as lost
@@ -89,6 +89,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument(
+        "--signal", default="KILL", help="TERM as SLURM sends it, HUP, INT [default: KILL]"
+    )
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument(
@@ -97,7 +100,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills")
     parser.add_argument("--folder", type=Path, help="folder for caches [default: a temporary one]")
     options = parser.parse_args()
-    draw = random.Random(options.seed)
+    draw, number = random.Random(options.seed), signal.Signals[f"SIG{options.signal}"]
     with work_folder(options.folder) as folder:
         write_inputs(folder, options.samples)
         reference = Dump(folder, folder / "reference.h5", options.views)
@@ -124,9 +127,10 @@ def main() -> None:
                 startup = time.monotonic() - start
             time.sleep(wait)
             before = committed(killed.partial)
-            process.kill()
+            process.send_signal(number)
             code = process.wait()
-            if code not in (0, -signal.SIGKILL):
+            # a process that has not begun to handle signals ends by them
+            if code not in (0, -number, *([] if number == signal.SIGKILL else [128 + number])):
                 raise SystemExit(f"the dump failed:\n{killed.log.read_text()}")
             if code == 0:  # it finished before the kill; start another dump for the remaining kills
                 same &= file_sha256(killed.out) == file_sha256(reference.out)

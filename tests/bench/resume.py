@@ -1,4 +1,4 @@
-"""kill -9 at random times of a training run, each followed by the same command: are the files identical?"""
+"""A signal at random times of a training run, each followed by the same command: are the files identical?"""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument(
+        "--signal", default="KILL", help="TERM as SLURM sends it, HUP, INT [default: KILL]"
+    )
     parser.add_argument("--data", default="idx:data/mnist")
     parser.add_argument("--samples", type=int, default=6000)
     parser.add_argument("--students", nargs="+", default=["cnn:8,16x2", "mlp:64"])
@@ -34,6 +37,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
+    number = signal.Signals[f"SIG{options.signal}"]
+    # a process that has not begun to handle signals ends by them
+    stopped = (-number,) if number == signal.SIGKILL else (-number, 128 + number)
     with work_folder(options.folder) as folder:
         data = first_samples(options.data, options.samples, folder)
         cache = dump(
@@ -67,10 +73,10 @@ def main() -> None:
                 if kills < options.kills:
                     # late enough that each attempt gets a little further
                     time.sleep(draw.uniform(0.2, 3 * seconds / options.kills))
-                    job.send_signal(signal.SIGKILL)
-                    kills += job.wait() == -signal.SIGKILL
+                    job.send_signal(number)
+                    kills += job.wait() in stopped
                 output, errors = job.communicate()
-            if job.returncode not in (0, -signal.SIGKILL):
+            if job.returncode not in (0, *stopped):
                 raise SystemExit(
                     f"softcache train failed with exit code {job.returncode}: {errors}"
                 )

@@ -165,11 +165,12 @@ def test_files_of_any_name_are_dumped_and_pushed(
     out = f"{name}.h5"
     result = softcache("dump", "--teacher", str(dump_config.teacher), "--data", data, "-o", out)
     assert result.exit_code == 0, result.stderr
+    pushed, pulled = f"{name}-2.h5", f"{name}-3.h5"
     for arguments in (
         ["verify", out],
         ["info", out],
-        ["push", out, f"{name}-2.h5"],
-        ["pull", out, "-o", f"{name}-3.h5"],
+        ["push", out, pushed],
+        ["pull", out, "-o", pulled],
     ):
         result = softcache(*arguments)
         assert result.exit_code == 0, (arguments, result.stderr)

@@ -319,7 +319,7 @@ def test_data_without_labels_are_dumped(dump_config: DumpConfig, tmp_path: Path)
         ({"temperature": -1.0}, "temperature is -1.0; expected a number above 0"),
         ({"temperature": float("nan")}, "temperature is nan; expected a number above 0"),
         ({"temperature": float("inf")}, "temperature is inf; expected a number above 0"),
-        ({"views": 0}, "views is 0; expected 1 or more"),
+        ({"views": 0}, "views is 0; expected a number from 1 to 1,048,576"),
         ({"seed": -1}, "seed is -1; expected a number from 0 to"),
         ({"batch_size": -1}, "batch-size is -1; expected 0 or more"),
         ({"workers": -1}, "workers is -1; expected 0 or more"),

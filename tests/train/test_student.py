@@ -250,7 +250,8 @@ def test_a_file_stays_as_it_was_if_its_writer_fails(tmp_path: Path) -> None:
         unfinished.write_text("half of the ne")
         raise OSError("disk full")
 
-    with pytest.raises(SoftcacheError, match="disk full; free some space or choose another path"):
+    message = r"disk full; free some space \(.* bytes are free there\) or choose another path"
+    with pytest.raises(SoftcacheError, match=message):
         replace_file(path, write)
     assert path.read_text() == "old"
 

@@ -1,0 +1,30 @@
+"""A batch in parts that are computed one after the other, to need less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from softcache.types import MixedLabels, SparseTargets
+
+
+def micro_batches(samples: int, count: int) -> Iterator[slice]:
+    """Rows of each of up to `count` micro-batches of two or more samples.
+
+    Batch normalization has no variance of one sample.
+    """
+    count = max(1, min(count, samples // 2))
+    edges = [samples * i // count for i in range(count + 1)]
+    return (slice(start, stop) for start, stop in pairwise(edges))
+
+
+def take_rows(values: Any, rows: slice) -> Any:  # noqa: ANN401  # labels or targets of either kind
+    """The labels or targets of one micro-batch."""
+    if isinstance(values, SparseTargets):
+        return SparseTargets(
+            values.ids[rows], values.log_probs[rows], values.rest[rows], values.classes
+        )
+    if isinstance(values, MixedLabels):
+        return MixedLabels(*(tensor[rows] for tensor in values))
+    return values[rows]
