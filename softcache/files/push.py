@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ from softcache.cache.verify import check_damage
 from softcache.errors import FormatError, RemoteError, SettingsError
 from softcache.files.describe import describe
 from softcache.files.remote import RemoteCache, file_system, open_remote
+from softcache.util.lock import exclusive
 from softcache.util.messages import as_markdown
 from softcache.util.progress import progress
 from softcache.util.urls import is_url, public_url, without_secrets
@@ -53,8 +55,22 @@ def push(path: Path, destination: str, *, overwrite: bool = False) -> str:
     is_local_folder = scheme == "file" and not is_url(destination) and Path(destination).is_dir()
     if destination.endswith("/") or is_local_folder:
         destination = f"{destination.rstrip('/')}/{path.name}"
-    shown = public_url(destination)
     filesystem, target = file_system(destination)
+    with exclusive(Path(target)) if scheme == "file" else nullcontext():
+        return _push_to(destination, filesystem, target, cache, scheme, overwrite=overwrite)
+
+
+def _push_to(
+    destination: str,
+    filesystem: Any,  # noqa: ANN401  # an fsspec.AbstractFileSystem
+    target: str,
+    cache: Cache,
+    scheme: str,
+    *,
+    overwrite: bool,
+) -> str:
+    """Copy a cache to a place whose lock is held, if it is on a disk; see push()."""
+    path, shown = cache.path, public_url(destination)
     try:
         exists = filesystem.exists(target)
     except Exception as error:  # servers and libraries fail in many ways

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from softcache.errors import InUseError
@@ -32,13 +32,15 @@ def exclusive(path: Path, *, wait: bool = False) -> Iterator[None]:
     lock file cannot be created, nothing is locked: writing will say what is wrong.
 
     Args:
-        path: what is written; its parent folder is created.
+        path: what is written; its parent folder is created, and removed if nothing was written to it.
         wait: wait for another holder to finish instead of raising.
 
     Raises:
         InUseError: another process holds the lock; the message names it.
     """
     lock_path = path.absolute().with_name(f".{path.name}.lock")
+    folders = (lock_path.parent, *lock_path.parent.parents)
+    new_folders = [folder for folder in folders if not folder.exists()]
     file = _acquire(lock_path, path, wait=wait)
     try:
         yield
@@ -46,6 +48,9 @@ def exclusive(path: Path, *, wait: bool = False) -> Iterator[None]:
         if file is not None:
             lock_path.unlink(missing_ok=True)  # before it is released: see _acquire()
             os.close(file)
+            for folder in new_folders:
+                with suppress(OSError):  # it holds what was written
+                    folder.rmdir()
 
 
 def _acquire(lock_path: Path, path: Path, *, wait: bool) -> int | None:

@@ -20,6 +20,7 @@ from safetensors.torch import load
 from softcache.cache import Cache, Header, allocate, open_cache
 from softcache.cache.header import PREAMBLE, Array, preamble
 from softcache.cache.reader import digest_of, shared_digest
+from softcache.errors import FormatError
 from softcache.train import checkpoint
 from softcache.train.checkpoint import NAME as CHECKPOINT
 from softcache.train.run_folder import UNFINISHED_METRICS, WEIGHTS
@@ -463,7 +464,10 @@ def wrong_rows(header: Header, arrays: Mapping[str, npt.NDArray[Any]]) -> str | 
                 return "rows do not sum to 1"
         cache = Cache(Path(CACHE), header, b"", arrays)
         for view in range(header.views):
-            rows = cache.rows(view, np.arange(header.samples))
+            try:
+                rows = cache.rows(view, np.arange(header.samples))
+            except FormatError:
+                return "decoded rows are no distributions"
             probabilities = np.exp(rows.astype(np.float64))
             if header.encoding.name != "sampled" and not np.isfinite(rows).all():
                 return "decoded rows not finite"
