@@ -94,7 +94,7 @@ def test_teacher_and_student_of_texts_have_tokenizers_of_their_own(tmp_path: Pat
     )
     # the texts are in the cache, so --data is not needed
     softcache(
-        "train", cache, "--student", student, *data[2:], *common, "--ema", "0.9",
+        "train", cache, "--student", student, *data[2:], *common, "--ema", "0.9", "--temperature", "2",
         "--out", tmp_path / "small",
     )  # fmt: skip
     assert error_rate(tmp_path / "small") < 0.2

@@ -37,6 +37,7 @@ def demo_commands(data: Path, out: Path, seed: int) -> list[list[str]]:
     data_options = ["--data", train_data, "--eval-data", f"{train_data}@test"]
     dump = ["dump", *f"--teacher {TEACHER} --temperature {TEMPERATURE}".split()]
     train = ["train", cache, *f"--student {STUDENT} --epochs {EPOCHS} --seed {seed}".split()]
+    train += ["--temperature", str(TEMPERATURE)]
     run = str(out / f"student-{seed}")
     return [
         [*dump, "--weights", str(weights), *data_options, "--out", cache],

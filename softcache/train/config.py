@@ -50,7 +50,7 @@ class StudentConfig:
         None,
         help="Temperature of the soft targets.",
         group=LOSS,
-        default_text="the cache's",
+        default_text="1, or more if the teacher is nearly certain",
         above=0,
         at_most=MAX_TEMPERATURE,
     )

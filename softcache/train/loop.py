@@ -43,6 +43,7 @@ from softcache.train.record import (
 )
 from softcache.train.run_folder import check_folder
 from softcache.train.student import Student
+from softcache.train.temperature import with_temperatures
 from softcache.train.verdict import impossible_results, verdicts
 from softcache.util.extras import import_extra
 from softcache.util.lock import exclusive
@@ -90,7 +91,10 @@ def train_in_process(config: TrainConfig, accelerator: Accelerator) -> list[Stud
         for cache in caches:
             check_damage(cache)
     accelerator.wait_for_everyone()
+    config, note = with_temperatures(config, caches)
     parts = join_all(config, sources, caches, accelerator.device)
+    if note and accelerator.is_main_process:
+        inform(note)
     try:
         students = fit(config, accelerator, parts, eval_source, checkpoint, resuming=resuming)
     except KeyboardInterrupt:
@@ -206,7 +210,7 @@ def fit(
                 inputs = extra(batch.inputs, None, epoch, sample_ids, first_stream=EXTRA_STREAM)
                 step += 1
                 for student in in_training(students):
-                    targets = batch.targets[student.temperature] if batch.targets else None
+                    targets = batch.targets.get(student.temperature)  # none for hard labels
                     attempt(config, student, student.step, inputs, batch.labels, targets, weight)
                     if step % CHECK_STEPS == 0 and student.stopped is None:
                         attempt(config, student, student.mean_losses, epoch)

@@ -165,7 +165,11 @@ def join_all(
             f"--classes is {config.classes}, but {caches[0].path} has {caches[0].header.classes} "
             "classes; leave it out"
         )
-    temperatures = {student_temperature(plan.config, caches) for plan in planned_students(config)}
+    temperatures = {
+        student_temperature(plan.config, caches)
+        for plan in planned_students(config)
+        if config.soft_weight(plan.config) > 0
+    }
     sources_of_caches = sources if len(sources) == len(caches) else [*sources] * len(caches)
     parts = [
         join(

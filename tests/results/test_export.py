@@ -120,7 +120,7 @@ def test_the_card_says_what_it_is(folder: Path, cache: Cache) -> None:
     for line in (
         "# cnn:4x2, distilled from models.py:teacher",
         f"- soft targets: tiny.h5, content id `{cache.content_id()}`",
-        "- loss: 0.5 of kl at temperature 4, 0.5 of cross-entropy with the labels",
+        "- loss: 0.5 of kl at temperature 1, 0.5 of cross-entropy with the labels",
         f"{facts['errors']} of 100",
         "79 of 100",
     ):

@@ -302,7 +302,7 @@ def test_caches_of_different_encodings_have_the_mean_of_their_losses(
     losses = []
     for number, cache in enumerate([caches[:1], caches[1:], caches]):
         out = tmp_path / f"run{number}"
-        train(replace(config, cache=cache, out=out))
+        train(replace(config, cache=cache, out=out, temperature=4.0))
         losses.append(soft(out))
     np.testing.assert_allclose(losses[2], np.mean(losses[:2], 0), rtol=1e-4)
     assert abs(losses[0][0] - losses[1][0]) > 0.001  # either one alone would fail above
@@ -324,18 +324,19 @@ def test_caches_of_different_classes_are_refused(
     assert not config.out.exists()
 
 
-def test_caches_of_different_temperatures_need_one_for_the_student(
+def test_caches_of_different_temperatures_are_used_at_one(
     config: TrainConfig, make_cache: MakeCache
 ) -> None:
     caches = [make_cache("four.h5"), make_cache("two.h5", temperature=2.0)]
+    sampled = make_cache("draws.h5", temperature=2.0, encoding="sampled:3")
     with pytest.raises(
         SettingsError,
-        match=r"two\.h5 has temperature 2\.0, .*four\.h5 has 4\.0; expected the same in all caches: "
+        match=r"draws\.h5 has temperature 2\.0, .*four\.h5 has 4\.0; expected the same in all caches: "
         "choose one with --temperature$",
     ):
-        train(replace(config, cache=caches))
+        train(replace(config, cache=[caches[0], sampled]))
     assert not config.out.exists()
-    for temperature in (1.0, 2.0, 4.0):
+    for temperature in (None, 1.0, 2.0, 4.0):
         train(replace(config, cache=caches, temperature=temperature, overwrite=True))
         assert max(soft(config.out)) < NOTHING
 

@@ -1,0 +1,102 @@
+"""The temperature that students learn at unless another is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from softcache.cache import Cache
+from softcache.dump.config import DumpConfig
+from softcache.dump.loop import dump
+from softcache.train.config import make_train_config
+from softcache.train.loop import train
+from softcache.train.temperature import default_temperature, entropy_share, with_temperatures
+from tests.configs import replace
+
+SHARP = """
+import torch
+class Sharp(torch.nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+    def forward(self, x):
+        # the same logits for every sample, in an order of its own
+        ranks = (x.flatten(1)[:, :5] * 1000).argsort(1).argsort(1)
+        return self.scale * torch.tensor([4.0, 1.0, 0.5, 0.2, 0.0])[ranks]
+"""
+
+
+def cache_of(scale: float, dump_config: DumpConfig, tmp_path: Path, **changes: Any) -> Cache:
+    """A cache of a teacher whose certainty grows with `scale`."""
+    code = tmp_path / f"sharp{scale}.py"
+    code.write_text(f"{SHARP}\ndef teacher(): return Sharp({scale})\n")
+    config = replace(
+        dump_config,
+        teacher=f"{code}:teacher",
+        eval_data=None,
+        out=tmp_path / f"{scale}.h5",
+        **changes,
+    )
+    return dump(config)
+
+
+@pytest.mark.parametrize(
+    ("scale", "temperature"), [(0.5, 1.0), (1.2, 1.0), (3.0, 2.0), (6.0, 4.0), (40.0, 4.0)]
+)
+def test_a_teacher_that_is_nearly_certain_gets_a_higher_one(
+    dump_config: DumpConfig, tmp_path: Path, scale: float, temperature: float
+) -> None:
+    cache = cache_of(scale, dump_config, tmp_path)
+    chosen, reason = default_temperature([cache])
+    assert chosen == temperature
+    share = entropy_share([cache], temperature)
+    assert f"{share:.1%} of the largest entropy" in reason
+    assert ("and only" in reason) == (temperature > 1)
+    logits = scale * np.array([4.0, 1.0, 0.5, 0.2, 0.0]) / temperature
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    assert share == pytest.approx(-(p * np.log(p)).sum() / np.log(5), rel=1e-2, abs=1e-6)
+
+
+def test_what_is_asked_for_stays_and_the_choice_is_told_and_recorded(
+    dump_config: DumpConfig, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = cache_of(3.0, dump_config, tmp_path)
+    config = make_train_config(
+        students=[{}, {"temperature": 8.0}, {"alpha": 0.0}], student="mlp:4",
+        cache=cache.path, data=f"npz:{data_file}", out=tmp_path / "run", epochs=1, device="cpu",
+        baseline=True,
+    )  # fmt: skip
+    changed, line = with_temperatures(config, [cache])
+    assert [student.temperature for student in changed.students] == [2.0, 8.0, None]
+    assert line.startswith("temperature 2: the soft targets have ")
+    capsys.readouterr()
+    students = train(config)
+    assert capsys.readouterr().out.splitlines()[0] == line
+    assert {student.temperature for student in students if student.alpha} == {2.0, 8.0}
+
+
+def test_draws_have_only_their_own(dump_config: DumpConfig, tmp_path: Path) -> None:
+    cache = cache_of(1.2, dump_config, tmp_path, encoding="sampled:8")
+    assert default_temperature([cache]) == (4.0, "the only one of sampled soft targets")
+
+
+def test_nothing_is_chosen_where_nothing_is_needed(
+    dump_config: DumpConfig, data_file: Path, tmp_path: Path
+) -> None:
+    cache = cache_of(1.2, dump_config, tmp_path)
+    asked: list[dict[str, Any]] = [{"temperature": 3.0}, {"alpha": 0.0}]
+    for changes in asked:
+        config = make_train_config(
+            student="mlp:4",
+            cache=cache.path,
+            data=f"npz:{data_file}",
+            out=tmp_path / "run",
+            **changes,
+        )
+        assert with_temperatures(config, [cache]) == (config, "")
+    config = make_train_config(student="mlp:4", data=f"npz:{data_file}", out=tmp_path / "run")
+    assert with_temperatures(config, []) == (config, "")
