@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,8 +233,8 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         if not 0 < self.temperature < np.inf:
             raise SettingsError(f"temperature is {self.temperature}; expected a number above 0")
         # in shared memory, so that worker processes that live on see every change: the epoch, and the items
-        # that were asked for in it without a ViewSampler
-        self._progress = torch.zeros(2, dtype=torch.int64)
+        # that were asked for in it without a ViewSampler, and whether there was a warning about that
+        self._progress = torch.zeros(3, dtype=torch.int64)
         self._progress.share_memory_()  # type: ignore[no-untyped-call]
         self._joined = join(
             _source_of(dataset, self.cache.cache),
@@ -267,7 +268,7 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
         It reaches worker processes that are running. A ViewSampler makes it unnecessary.
         """
-        self._progress[0], self._progress[1] = epoch, 0
+        self._progress[0], self._progress[1] = operator.index(epoch), 0
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         return self.__getitems__([index])[0]
@@ -301,9 +302,10 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def _count(self, items: int) -> None:
         """Warn once where a second pass over the data has begun, and the epoch is still the same."""
-        before = int(self._progress[1])
         self._progress[1] += items
-        if before <= len(self) < before + items and self.cache.views > 1:
+        # well beyond one pass: a few items may have been looked at before
+        if self._progress[1] > 1.5 * len(self) and self.cache.views > 1 and not self._progress[2]:
+            self._progress[2] = 1
             warn(
                 f"a second pass over {self.cache.cache.path} has begun in epoch {self.epoch}, so it has the "
                 f"same one of {self.cache.views} views of each sample: give the DataLoader "
@@ -323,7 +325,15 @@ class ViewSampler(Sampler[tuple[int, int]]):
 
         Args:
             shuffle: in an order that depends on (seed, epoch) alone; otherwise in that of the data set.
+
+        Raises:
+            SettingsError: `dataset` is something else, such as a Subset.
         """
+        if not isinstance(dataset, SoftLabelDataset):
+            raise SettingsError(
+                f"a ViewSampler of {type(dataset).__name__}; expected a SoftLabelDataset: for a part of "
+                "one, make a SoftLabelDataset of that part of the data"
+            )
         self.dataset, self.shuffle, self.seed = dataset, shuffle, seed
         self.epoch = 0  # of the next pass
 

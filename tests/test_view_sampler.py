@@ -132,3 +132,22 @@ def test_workers_that_are_not_forked_have_the_same_items(views: Cache) -> None:
     here, there = (list(loader) for loader in loaders)
     for one, other in zip(here, there, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_part_of_a_data_set_is_not_sampled(views: Cache) -> None:
+    data = softcache.SoftLabelDataset(None, views.path)
+    with pytest.raises(SettingsError, match="a ViewSampler of Subset; expected a SoftLabelDataset"):
+        softcache.ViewSampler(torch.utils.data.Subset(data, [0, 1]))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="float"):
+        data.set_epoch(1.5)  # type: ignore[arg-type]
+
+
+def test_a_look_at_an_item_is_no_second_pass(
+    views: Cache, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = softcache.SoftLabelDataset(None, views.path)
+    data[0]
+    for epoch in range(2):
+        data.set_epoch(epoch)
+        list(DataLoader(data, 64))
+    assert not caplog.records

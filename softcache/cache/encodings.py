@@ -192,8 +192,13 @@ class TopK:
         sums = _half_probabilities()[stored["log_probs"].view(np.uint16)].sum(-1)
         if not (sums <= 1 + SUM_TOLERANCE).all():
             return f"probabilities that sum to {sums[~(sums <= 1 + SUM_TOLERANCE)][0]:.4g}"
+        if not (sums >= (1 - SUM_TOLERANCE) * self.k / classes).all():
+            return "largest probabilities that are below the average"
         if not np.isfinite(stored["tails"]).all():
             return "tails that are not finite"
+        # no class of the tail is more probable than one of the head
+        if float(stored["tails"].max()) > math.log((classes - self.k) / self.k) + SUM_TOLERANCE:
+            return "tails that are heavier than their heads"
         return _flaw_of_ids(stored["ids"], classes, distinct=True)
 
 

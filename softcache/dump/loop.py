@@ -48,6 +48,7 @@ from softcache.teachers.matrix import Matrix
 from softcache.util.lock import exclusive
 from softcache.util.log import inform, verdict
 from softcache.util.progress import progress
+from softcache.util.signals import deferred_stop
 
 # per process and view: few enough for runs to be long, many enough to balance slow processes
 RUNS_OF_A_PROCESS = 8
@@ -254,8 +255,14 @@ def fill_cache(
     )
     total = header.samples * header.views
     done = total - sum(int(writer.missing(view).sum()) for view in range(header.views))
-    with progress("dump", total, "rows", done) as advance, BackgroundConsumer(store) as disk:
+    with (
+        deferred_stop() as stop,
+        progress("dump", total, "rows", done) as advance,
+        BackgroundConsumer(store) as disk,
+    ):
         for batch in watch.waits("data", prefetch(batches)):
+            if stop.signal:
+                break  # what is done is committed, then deferred_stop() raises KeyboardInterrupt
             task = in_flight.popleft()
             with watch.time("teacher"):
                 sample_ids, view = batch.sample_ids.numpy(), header.first_view + task.view

@@ -60,7 +60,13 @@ def prefetch(items: Iterable[T], depth: int = DEPTH) -> Iterator[T]:
     thread = threading.Thread(target=produce, name="softcache-ahead", daemon=True)
     thread.start()
     try:
-        while not isinstance(item := waiting.get(), _End):
+        while True:
+            try:
+                item = waiting.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                continue
+            if isinstance(item, _End):
+                return
             if isinstance(item, _Failed):
                 raise item.error
             yield item
@@ -121,7 +127,14 @@ class BackgroundConsumer(Generic[T]):
 
     def _work(self) -> None:
         try:
-            while not isinstance(item := self._waiting.get(), _End):
+            while True:
+                try:
+                    # with a timeout, since an interrupted put() may leave a get() that nobody wakes
+                    item = self._waiting.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    continue
+                if isinstance(item, _End):
+                    return
                 self._consume(item)
         except BaseException as error:
             self._error = error

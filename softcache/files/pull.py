@@ -105,7 +105,11 @@ def _pull_into(out: Path, remote: RemoteCache, part: Part, *, overwrite: bool) -
         header = remote.header
         fetch_piece(remote, Piece(part.views.start, *_first_block(header, part), True))
     try:
-        open_unfinished_pull(remote, part, out, overwrite=overwrite)
+        try:
+            open_unfinished_pull(remote, part, out, overwrite=overwrite)
+        finally:
+            if not partial_path(out).exists():
+                _source_file(out).unlink(missing_ok=True)
         with Writer(out) as writer:
             fetch_missing(writer, remote, part)
             finish_pull(writer, remote, part)

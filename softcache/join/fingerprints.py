@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 
 import numpy as np
@@ -64,6 +65,9 @@ def fingerprints(
     rms = np.empty((len(views), len(sample_ids)), np.float32)
     for row, batch in enumerate(loader(source, requests, augmentation=augmentation)):
         inputs = augmented(batch, augmentation, views[row], sample_ids, torch.device("cpu"))
+        inputs = inputs.nan_to_num(
+            0.0, math.inf, -math.inf
+        )  # a missing value is the same in two readings
         prints[row] = fingerprint(inputs, text=bool(getattr(source, "text", False)))
         rms[row] = inputs.double().flatten(1).square().mean(1).sqrt().numpy()
     return prints, rms

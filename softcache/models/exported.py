@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -27,9 +28,13 @@ def build_exported(spec: Spec, input_shape: Sequence[int], classes: int) -> nn.M
     if not path.is_file():
         raise MissingModelError(f"model {path}: no such file")
     try:
-        code = None if spec.trusted else code_in(path)
-        if code is None:
+        if spec.trusted:
             return ExportedModel(_module_of(torch.export.load(path)))
+        checked = io.BytesIO()
+        code = code_in(path, checked)
+        if code is None:
+            checked.seek(0)
+            return ExportedModel(_module_of(torch.export.load(checked)))
     except Exception as error:  # a damaged archive fails in many ways
         raise ModelError(f"model {path} is not an exported program: {first_line(error)}") from error
     raise ModelError(

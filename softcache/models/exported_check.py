@@ -13,12 +13,19 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 MAX_JSON = 256 << 20  # bytes of a JSON file in the archive
 GRAPH = re.compile(r"(^|/)(models/[^/]+|serialized_exported_program)\.json$")
+# names of parts, after that of the archive
+PARTS = re.compile(
+    r"[^/]+/(models/[^/]+\.json|data/(weights|constants|sample_inputs)/[^/]+|archive_format|archive_version"
+    r"|byteorder|version|\.data/(version|serialization_id)|\.format_version|\.storage_alignment)"
+    r"|serialized_(exported_program\.json|state_dict\.(pt|json)|constants\.(pt|json)|example_inputs\.pt)"
+    r"|version"
+)
 TEXT_SUFFIXES = (".json",)
 LIBRARIES = (".so", ".dll", ".dylib", ".pyd", ".cubin", ".o", ".cpp", ".py")
 # operators that only compute; torch's namespace has others, such as torch.hub.load
@@ -43,16 +50,33 @@ FUNCTIONS = (
 )  # fmt: skip
 
 
-def code_in(path: Path) -> str | None:
+def code_in(path: Path, copy: BinaryIO | None = None) -> str | None:
     """The first part of an archive that may run code, in a phrase; None if there is none.
+
+    Args:
+        path: the archive.
+        copy: where a new archive of the parts that were checked is written, if there is no such part. That
+            one is to be loaded: torch reads archives in another way than this function, and might find
+            other contents in the same file.
 
     Raises:
         ValueError, zipfile.BadZipFile, OSError, KeyError: the archive is damaged.
     """
     with zipfile.ZipFile(path) as archive:
-        if not any(GRAPH.search(name) for name in archive.namelist()):
+        names = archive.namelist()
+        if not any(GRAPH.search(name) for name in names):
             raise ValueError("there is no graph in the archive")
-        return next(_parts_with_code(archive), None)
+        if len(set(names)) < len(names):
+            return "two of its parts have the same name"
+        unknown = [name for name in names if not PARTS.fullmatch(name)]
+        if unknown:
+            return f"{unknown[0][:80]} is no part of an exported program"
+        found = next(_parts_with_code(archive), None)
+        if found is None and copy is not None:
+            with zipfile.ZipFile(copy, "w") as checked:
+                for name in names:
+                    checked.writestr(name, archive.read(name))
+        return found
 
 
 def _parts_with_code(archive: zipfile.ZipFile) -> Iterator[str]:

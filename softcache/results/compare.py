@@ -13,7 +13,7 @@ from softcache.cache.reader import open_trainable
 from softcache.cache.verdict import Predictions
 from softcache.data.open import open_source
 from softcache.data.source import Source
-from softcache.errors import DataError, SettingsError
+from softcache.errors import DataError, SettingsError, printable
 from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
 from softcache.join.samples import open_samples
@@ -140,7 +140,7 @@ def compare(
     predictions = {one.name: one.predictions for one in students if one.predictions is not None}
     counts = {run.classes for run in runs.values()}
     if not predictions or len(counts) > 1:
-        return table
+        return printable(table)
     first = next(iter(runs.values()))
     names = first.class_names or [str(number) for number in range(first.classes)]
     by_class = tabulate(
@@ -149,7 +149,7 @@ def compare(
         colalign=("left", *["right"] * len(predictions)),
         disable_numparse=True,
     )
-    return f"{table}\n\n{by_class}"
+    return printable(f"{table}\n\n{by_class}")
 
 
 def measure_all(

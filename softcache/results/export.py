@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import tempfile
 import warnings
@@ -157,10 +158,11 @@ def _export_pt2(model: nn.Module, example: Tensor, path: Path) -> Infer:
         program = torch.export.export(
             model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
         )
-        with path.open("wb") as file:
-            torch.export.save(program, file)
-        with path.open("rb") as file:
-            loaded = torch.export.load(file).module()
+        buffer = io.BytesIO()  # on a full disk, torch would end the process
+        torch.export.save(program, buffer)
+        buffer.seek(0)
+        loaded = torch.export.load(buffer).module()
+    path.write_bytes(buffer.getvalue())
     return lambda inputs: loaded(inputs).detach()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.cache import provenance
-from softcache.cache.fields import JSON, MAX_COUNT, integer, is_text, load_json, shown, text_of
+from softcache.cache.fields import JSON, MAX_COUNT, integer, is_text, load_json, shown
 from softcache.errors import FormatError
 from softcache.util.files import read_regular_file
 
@@ -29,6 +29,9 @@ DTYPES = (
     "int64",
     "uint16",
 )
+LONGEST = 4096  # characters of a text
+LARGEST = 1e30  # of the numbers in a line of metrics
+MAX_EPOCHS = 10**9
 DEPTH = 6  # of nested values
 NUMBERS = ("total", "soft", "hard", "lr", "balanced_accuracy")  # in a line of metrics
 
@@ -44,8 +47,6 @@ def read_facts(path: Path) -> JSON:
         _check_facts(facts)
     except KeyError as error:
         raise FormatError(f"{path.name} lacks {shown(error.args[0])}") from None
-    # people see these names; as a cache shows them
-    facts["class_names"] = [n if n.isprintable() else ascii(n) for n in facts["class_names"]]
     return facts
 
 
@@ -68,13 +69,13 @@ def read_metrics(path: Path) -> list[JSON]:
 def check_line(line: Mapping[str, Any]) -> None:
     """Raise FormatError or KeyError unless a line of metrics, of one epoch, is as softcache writes it."""
     fields = dict(line)
-    integer(fields, "epoch", 1, MAX_COUNT)
+    integer(fields, "epoch", 1, MAX_EPOCHS)
     if "step" in fields:
         integer(fields, "step", 0, MAX_COUNT)
     for name in NUMBERS:
         value = fields.get(name, 0.0)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise FormatError(f"{name} is {shown(value)}; expected a finite number")
+        if type(value) not in (int, float) or not abs(value) <= LARGEST:
+            raise FormatError(f"{name} is {shown(value)}; expected a number of at most {LARGEST:g}")
     if "errors" in fields:
         integer(fields, "errors", 0, integer(fields, "samples", 1, MAX_COUNT))
     by_class = fields.get("class_errors", [])
@@ -90,10 +91,11 @@ def _check_facts(facts: JSON) -> None:
     if not isinstance(settings, dict):
         raise FormatError(f"settings is {shown(settings)}; expected an object")
     for name in ("student", "loss", "optimizer"):
-        text_of(settings, name)
+        if not _is_name(settings[name]):
+            raise FormatError(f"{name} is {shown(settings[name])}; expected a text")
     integer(settings, "seed", 0, MAX_COUNT << 15)
     for name in ("data", "cache"):
-        if not isinstance(settings[name], list) or not all(map(is_text, settings[name])):
+        if not isinstance(settings[name], list) or not all(map(_is_name, settings[name])):
             raise FormatError(
                 f"settings has {name} {shown(settings[name])}; expected a list of texts"
             )
@@ -112,7 +114,7 @@ def _check_facts(facts: JSON) -> None:
         )
     integer(facts, "classes", 2, MAX_CLASSES)
     names = facts.setdefault("class_names", [])
-    if not isinstance(names, list) or not all(isinstance(n, str) and len(n) <= 4096 for n in names):
+    if not isinstance(names, list) or not all(map(_is_name, names)):
         raise FormatError(f"class_names is {shown(names)}; expected a list of texts")
     columns = facts.get("columns", [])
     if not isinstance(columns, list) or not (
@@ -121,6 +123,11 @@ def _check_facts(facts: JSON) -> None:
         raise FormatError(
             f"columns is {shown(columns)}; expected objects with name, and words or mean"
         )
+    words = facts.get("categories") or {}  # of versions before 0.2
+    if not isinstance(words, dict) or not all(
+        isinstance(one, list) and all(map(_is_name, one)) for one in words.values()
+    ):
+        raise FormatError(f"categories is {shown(words)}; expected lists of texts by column")
     contents = facts.get("content_ids", [])
     if not isinstance(contents, list) or not all(one is None or is_text(one) for one in contents):
         raise FormatError(f"content_ids is {shown(contents)}; expected a list of texts")
@@ -132,23 +139,26 @@ def _check_facts(facts: JSON) -> None:
     if "errors" in facts:
         integer(facts, "errors", 0, integer(facts, "samples", 1, MAX_COUNT))
     for name in ("softcache", "name"):
-        if name in facts:
-            text_of(facts, name)
+        if name in facts and not _is_name(facts[name]):
+            raise FormatError(f"{name} is {shown(facts[name])}; expected a text")
     if "parameters" in facts:
         integer(facts, "parameters", 0, MAX_COUNT)
 
 
 def _check_values(value: object, depth: int = 0) -> None:
-    """Raise FormatError for a text that cannot be printed, or for values that are nested too deeply."""
-    if isinstance(value, str) and not is_text(value):
-        raise FormatError(
-            f"a text is {shown(value)}; expected printable text of at most 4096 characters"
-        )
+    """Raise FormatError for a text that is very long, or for values that are nested too deeply."""
+    if isinstance(value, str) and not _is_name(value):
+        raise FormatError(f"a text is {shown(value)}; expected at most {LONGEST:,} characters")
     if isinstance(value, dict | list):
         if depth == DEPTH:
             raise FormatError(f"values are nested in more than {DEPTH} levels")
         for inner in [*value, *value.values()] if isinstance(value, dict) else value:
             _check_values(inner, depth + 1)
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value is a text of a usual length; names of files and classes may hold any characters."""
+    return isinstance(value, str) and len(value) <= LONGEST
 
 
 def _reason(error: Exception) -> str:

@@ -1,10 +1,10 @@
 """The temperature of the soft targets where none is asked for: a rule, and the measurements behind it.
 
-In 41 settings of five tasks, three budgets and two sizes of student (tests/bench/gains.py), temperature 1 never
-lost to hard labels by more than a standard error, whereas 4 lost in 20, wherever training was short: near a
-uniform distribution, gradients are small at first, so a student learns more slowly (Hinton, Vinyals and Dean,
-arXiv 1503.02531, section 2.1, for the limit of high temperatures). But a teacher that is nearly certain at
-temperature 1 says hardly more than the labels, and then a higher one is needed.
+In 41 settings of five tasks, three budgets and two sizes of student (tests/bench/gains.py), temperature 1
+never lost to hard labels by more than a standard error, whereas 4 lost in 20, wherever training was short:
+near a uniform distribution, gradients are small at first, so a student learns more slowly (Hinton, Vinyals
+and Dean, arXiv 1503.02531, section 2.1, for the limit of high temperatures). But a teacher that is nearly
+certain at temperature 1 says hardly more than the labels, and then a higher one is needed.
 """
 
 from __future__ import annotations

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from softcache.errors import InUseError
-from softcache.util.log import inform
+from softcache.util.log import inform, warn
 
 try:
     import fcntl
@@ -38,7 +39,11 @@ def exclusive(path: Path, *, wait: bool = False) -> Iterator[None]:
     Raises:
         InUseError: another process holds the lock; the message names it.
     """
-    lock_path = path.absolute().with_name(f".{path.name}.lock")
+    target = path.resolve()  # one lock for all names of a file
+    if not target.name:  # the root of the file system, which is no run folder either
+        yield
+        return
+    lock_path = target.with_name(f".{target.name}.lock")
     folders = (lock_path.parent, *lock_path.parent.parents)
     new_folders = [folder for folder in folders if not folder.exists()]
     file = _acquire(lock_path, path, wait=wait)
@@ -61,11 +66,13 @@ def _acquire(lock_path: Path, path: Path, *, wait: bool) -> int | None:
     while True:
         try:
             lock_path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            file, how = _open(lock_path)
         except OSError:
+            if os.path.lexists(lock_path):
+                warn(f"{lock_path} is no lock file, so {path} is written without a lock; remove it")
             return None
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, how | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # which of them depends on the system
             holder = _holder(file, patient=True)
             os.close(file)
@@ -83,8 +90,17 @@ def _acquire(lock_path: Path, path: Path, *, wait: bool) -> int | None:
             os.close(file)
             lock_path.unlink(missing_ok=True)
             return None
-        if _is_current(file, lock_path):
+        if _is_current(file, lock_path) and how == fcntl.LOCK_EX:
             break
+        if how == fcntl.LOCK_SH:  # nobody holds the lock of another user's file
+            with suppress(OSError):
+                lock_path.unlink()
+            if os.path.lexists(lock_path):
+                os.close(file)
+                warn(
+                    f"{lock_path} belongs to somebody else, so {path} is written without a lock; remove it"
+                )
+                return None
         os.close(
             file
         )  # the last holder has removed this file: another one may have been locked since
@@ -93,6 +109,25 @@ def _acquire(lock_path: Path, path: Path, *, wait: bool) -> int | None:
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return file
+
+
+def _open(lock_path: Path) -> tuple[int, int]:
+    """Open a lock file, and say which lock it can have: one to write, or to read if it is another user's.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        file, how = os.open(lock_path, flags | os.O_RDWR, 0o666), fcntl.LOCK_EX
+    except PermissionError:
+        if not lock_path.exists():
+            raise
+        file, how = os.open(lock_path, os.O_NOFOLLOW | os.O_RDONLY), fcntl.LOCK_SH
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError("not a regular file")
+    return file, how
 
 
 def _is_current(file: int, lock_path: Path) -> bool:

@@ -117,3 +117,30 @@ def test_other_descriptions_are_refused(columns: object) -> None:
     assert summary(fields | {"columns": [{"name": "a", "mean": 1.5}]})
     with pytest.raises(FormatError, match=r"summary has columns .*; expected objects with name"):
         summary(fields | {"columns": columns})
+
+
+def test_missing_values_are_passed_on_and_are_the_same_in_two_readings(tmp_path: Path) -> None:
+    teacher = TEACHER.replace(
+        "def forward(self, x):", "def forward(self, x):\n        x = x.nan_to_num()"
+    )
+    (tmp_path / "t.py").write_text(teacher)
+    train = write_table(tmp_path / "train.csv", NAMES, [0, 1, 2, 3]).replace("mean", "nan")
+    out = tmp_path / "c.h5"
+    arguments = ["--teacher", f"{tmp_path / 't.py'}:make", "--data", train, "-o", str(out)]
+    result = softcache("dump", *arguments)
+    assert result.exit_code == 0, result.output
+    match = match_samples(open_samples(open_cache(out), train), open_cache(out))
+    assert match.cache_rows.tolist() == [0, 1, 2, 3]
+
+
+def test_a_class_name_may_hold_any_space(tmp_path: Path) -> None:
+    names = ("Rome", "New\u00a0York")
+    rows = "".join(f"{n},{names[n % 2]}\n" for n in range(40))
+    (tmp_path / "d.csv").write_text(f"x,label\n{rows}")
+    data, run = f"csv:{tmp_path / 'd.csv'}", str(tmp_path / "run")
+    options = ["--data", data, "--eval-data", data, "--epochs", "1", "-o", run]
+    trained = softcache("train", "--student", "mlp:4", *options)
+    assert trained.exit_code == 0, trained.output
+    compared = softcache("compare", run, "--eval-data", data)
+    assert compared.exit_code == 0, compared.output
+    assert "New\\xa0York" in compared.stdout

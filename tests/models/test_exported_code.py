@@ -106,6 +106,17 @@ def library(contents: Contents) -> None:
     contents["m/extra/code.so"] = b"\x7fELF"
 
 
+def compiled(contents: Contents) -> None:
+    contents["m/data/weights/code.so"] = b"\x7fELF"
+
+
+def hidden_graph(contents: Contents) -> None:
+    """A graph under a name that torch reads too, since it cuts off five characters, whatever they are."""
+    expression("__import__('os').system('touch attacked')")(contents)
+    contents["m/models/model_json"] = contents.pop("m/models/model.json")
+    contents["m/models/other.json"] = b"{}"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -121,7 +132,9 @@ def library(contents: Contents) -> None:
         (pickled_weight, r"weight_0 is a pickle of more than tensors"),
         (custom_object, r"custom_obj_0 is an object of a class of its own"),
         (sample_inputs, r"sample_inputs/model\.pt is a pickle of more than tensors"),
-        (library, r"code\.so is compiled code"),
+        (library, r"extra/code\.so is no part of an exported program"),
+        (hidden_graph, r"models/model_json is no part of an exported program"),
+        (compiled, r"weights/code\.so is compiled code"),
     ],
 )  # fmt: skip
 def test_what_may_run_code_is_refused_and_not_run(
@@ -152,6 +165,34 @@ def test_with_trust_it_is_loaded(
 )
 def test_sizes_are_expressions(program: Path, tmp_path: Path, text: str) -> None:
     assert code_in(changed(program, tmp_path, expression(text))) is None
+
+
+def test_a_name_that_occurs_twice_is_refused(program: Path, tmp_path: Path) -> None:
+    path = changed(program, tmp_path, lambda contents: None)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("m/models/model.json", "{}")
+    with pytest.raises(ModelError, match="two of its parts have the same name"):
+        build(str(path), input_shape=(3, 8, 8), classes=5)
+
+
+def test_what_was_checked_is_what_is_loaded(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a file may look different to two readers of archives: torch gets a copy of what was checked
+    loaded: list[object] = []
+    load = torch.export.load
+
+    def recorded(source: io.BytesIO) -> object:
+        loaded.append(source)
+        return load(source)
+
+    monkeypatch.setattr(torch.export, "load", recorded)
+    build(str(program), input_shape=(3, 8, 8), classes=5)
+    (copy,) = loaded
+    assert isinstance(copy, io.BytesIO)
+    with zipfile.ZipFile(copy) as archive, zipfile.ZipFile(program) as original:
+        assert archive.namelist() == original.namelist()
+        assert all(archive.read(name) == original.read(name) for name in archive.namelist())
 
 
 def test_programs_that_softcache_writes_need_no_trust(program: Path) -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -165,3 +165,57 @@ def test_a_lock_file_is_no_link_to_something_else(tmp_path: Path) -> None:
     with exclusive(tmp_path / "x"):
         time.sleep(0)
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("other", [".", "link", "../run", "../run/"])
+def test_all_names_of_a_folder_share_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    with (
+        held(folder),
+        pytest.raises(InUseError, match="is being written by process"),
+        exclusive(Path(other)),
+    ):
+        pass
+
+
+def test_the_root_of_the_file_system_has_none() -> None:
+    with exclusive(Path("/")):
+        pass
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("elsewhere")])
+def test_what_is_no_lock_file_is_told(
+    tmp_path: Path, make: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path / ".x.lock")
+    with exclusive(tmp_path / "x"):
+        pass
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "is no lock file, so" in record.message
+    assert "is written without a lock; remove it" in record.message
+
+
+def test_the_lock_of_another_user_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = tmp_path / "x", os.open
+
+    def not_mine(file: str | Path, flags: int, *mode: int) -> int:
+        if flags & os.O_RDWR and Path(file).exists():
+            raise PermissionError(13, "Permission denied")
+        return opened(file, flags, *mode)
+
+    with held(path) as process:
+        monkeypatch.setattr(os, "open", not_mine)
+        with (
+            pytest.raises(InUseError, match=f"is being written by process {process.pid} "),
+            exclusive(path),
+        ):
+            pass
+    with exclusive(path):  # its holder has ended
+        pass
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
