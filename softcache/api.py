@@ -20,7 +20,7 @@ from softcache.data.loader import fetch_batch
 from softcache.data.source import Source
 from softcache.data.user_dataset import DatasetSource
 from softcache.errors import SettingsError
-from softcache.files.pull import local_copy
+from softcache.files.local_copy import local_copy
 from softcache.join.match import join
 from softcache.join.samples import open_samples
 from softcache.targets.decode import to_dense

@@ -49,7 +49,7 @@ def train(cache: tuple[str, ...], **options: Any) -> None:
     The loss is alpha T² KL(teacher ‖ student) + (1 - alpha) cross-entropy with the labels; --loss
     replaces the KL. For the losses and the forms of SPEC, see softcache help specs.
     """
-    from softcache.files.pull import local_copy
+    from softcache.files.local_copy import local_copy
     from softcache.train.grid import make_variants
     from softcache.train.loop import train
 

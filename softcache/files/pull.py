@@ -7,7 +7,6 @@ cache of the requested views and samples.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,11 @@ from softcache.cache.allocate import clone, create
 from softcache.cache.reader import digest_of, partial_path
 from softcache.cache.summary import summarize
 from softcache.cache.writer import Writer
-from softcache.errors import FormatError, Interrupted, SettingsError, SoftcacheError
+from softcache.errors import FormatError, Interrupted, SettingsError
 from softcache.files.remote import PART, RemoteCache, in_parallel, open_remote
-from softcache.util.files import replace_file
 from softcache.util.lock import exclusive
 from softcache.util.log import inform
 from softcache.util.progress import progress
-from softcache.util.urls import is_url
 
 CONTENT_ID = (
     ".content-id"  # suffix of the file that says what was pulled into the local cache folder
@@ -92,10 +89,10 @@ def pull(
         )
     part = select_part(remote, views, samples)
     with exclusive(out):
-        return _pull_into(out, remote, part, overwrite=overwrite)
+        return pull_into(out, remote, part, overwrite=overwrite)
 
 
-def _pull_into(out: Path, remote: RemoteCache, part: Part, *, overwrite: bool) -> Cache:
+def pull_into(out: Path, remote: RemoteCache, part: Part, *, overwrite: bool) -> Cache:
     """Fetch a part of a cache into a file whose lock is held; see pull()."""
     if out.exists() and not overwrite:
         return existing_copy(remote, part, out)
@@ -388,65 +385,6 @@ def size_of(remote: RemoteCache, part: Part) -> int:
     rows = len(part.views) * len(part.samples) * header.bytes_per_row
     samples = sum(a.row_bytes for a in header.arrays if a.axis == "samples") * len(part.samples)
     return rows + samples + sum(a.nbytes for a in header.arrays if a.axis == "shared")
-
-
-def cache_folder() -> Path:
-    """The folder for caches that are trained from a URL: $XDG_CACHE_HOME/softcache or ~/.cache/softcache."""
-    base = os.environ.get("XDG_CACHE_HOME") or ""
-    root = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    return root / "softcache"
-
-
-def local_copy(source: str | Path, *, most_views: int | None = None) -> Path:
-    """The local file of a cache: a path as it is, a URL as a copy in cache_folder(), pulled if necessary.
-
-    Args:
-        source: a path or a URL.
-        most_views: how many views are needed at most; the first ones are pulled.
-
-    Raises:
-        SoftcacheError: the cache cannot be pulled.
-    """
-    if not is_url(source):
-        return Path(source)
-    remote = open_remote(str(source))
-    header = remote.header
-    few = most_views is not None and most_views < header.views
-    views = (header.first_view, most_views) if few and most_views else None
-    part = select_part(remote, views, None)
-    folder = cache_folder() / remote.content_id[:32]
-    whole = folder / "whole" / remote.file.name
-    if _is_copy(whole, remote.content_id):
-        return whole
-    out = folder / f"views-0-{len(part.views)}" / remote.file.name if few else whole
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # all processes of a training run need the same file: one pulls it, the others wait for it
-        with exclusive(out, wait=True):
-            id_file = out.with_name(f"{out.name}{CONTENT_ID}")
-            known_id = id_file.read_text("ascii", "replace").strip() if id_file.is_file() else ""
-            if not _is_copy(out, known_id if few else remote.content_id):
-                if out.exists():
-                    inform(f"{out} is not the copy that was pulled; it is pulled again")
-                inform(
-                    f"pulling {remote.file.shown}: {size_of(remote, part):,} bytes into {out.parent}"
-                )
-                cache = _pull_into(out, remote, part, overwrite=out.exists())
-                replace_file(id_file, lambda path: path.write_text(cache.content_id(), "ascii"))
-    except OSError as error:
-        raise SoftcacheError(
-            f"cannot pull {remote.file.shown} into {out.parent} ({error.strerror}); set XDG_CACHE_HOME to a "
-            "folder with room, or use softcache pull"
-        ) from error
-    return out
-
-
-def _is_copy(path: Path, content_id: str) -> bool:
-    """Whether a file is a cache with this content id."""
-    try:
-        return open_cache(path).content_id() == content_id
-    except FormatError:
-        return False
 
 
 def _source_file(out: Path) -> Path:

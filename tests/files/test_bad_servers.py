@@ -15,7 +15,8 @@ from softcache.cache import Cache, open_cache
 from softcache.errors import FormatError, RemoteError
 from softcache.files import pull as pull_module
 from softcache.files import remote
-from softcache.files.pull import local_copy, pull
+from softcache.files.local_copy import local_copy
+from softcache.files.pull import pull
 from softcache.util.urls import public_url, without_secrets
 from tests.cli.app_cases import softcache
 from tests.servers import Served, http_server

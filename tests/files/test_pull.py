@@ -22,7 +22,8 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError, Interrupted, RemoteError, SettingsError
 from softcache.files import remote
-from softcache.files.pull import Arrays, Piece, cache_folder, fetch_piece, local_copy, pull
+from softcache.files.local_copy import cache_folder, local_copy
+from softcache.files.pull import Arrays, Piece, fetch_piece, pull
 from softcache.files.remote import RemoteCache
 from softcache.train.config import make_train_config
 from softcache.train.loop import train
@@ -79,7 +80,7 @@ def rows_of(served: Served) -> range:
 def test_a_cache_is_opened_and_pulled_without_fcntl(served: Served, tmp_path: Path) -> None:
     program = (
         "import sys; sys.modules['fcntl'] = None\n"
-        "import softcache\nfrom softcache.files.pull import local_copy\n"
+        "import softcache\nfrom softcache.files.local_copy import local_copy\n"
         "print(len(softcache.open(local_copy(sys.argv[1]))))"
     )
     result = subprocess.run(
