@@ -175,7 +175,7 @@ def test_an_error_in_the_first_process_ends_the_others(folder: Path) -> None:
 def test_several_processes_train_as_one_does(folder: Path) -> None:
     reference(folder)
     losses = []
-    for processes in (1, 2, 3):
+    for processes in (1, 2):
         # a checkpoint at every step, and early stopping, which all must decide alike
         options = (
             f"--student models.py:student --data npz:data.npz --epochs 2 --out run{processes} "
@@ -187,7 +187,6 @@ def test_several_processes_train_as_one_does(folder: Path) -> None:
         assert len(lines) == 2
         losses.append([float(line.split('"total": ')[1].split(",")[0]) for line in lines])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
 
 
 def test_a_student_that_fails_in_one_process_leaves_the_others_as_they_are(folder: Path) -> None:
