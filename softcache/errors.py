@@ -6,7 +6,7 @@ prints the message in one line and exits with the error's `exit_code`.
 
 from __future__ import annotations
 
-LONGEST = 1200  # characters of a message; in a longer one, the middle is left out
+LONGEST = 900  # characters of a message; in a longer one, the middle is left out
 
 
 class SoftcacheError(Exception):

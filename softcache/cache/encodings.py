@@ -27,6 +27,7 @@ DTYPES = frozenset({"<f2", "<f4", "|u1", "|i1", "<u2", "<u4", "<i8", "<u8"})
 FLOAT16_LOWEST = -65504.0  # log p is clamped here: exp is 0 anyway, and inf - inf never arises
 QUANTIZED_RANGE = 256.0  # nats below the row's largest entry that `quantized` can represent
 BASIS_RANGE = 100.0  # the same for `basis`, where one very unlikely class blurs the whole row
+BASIS_REACH = 1e6  # nats that the coefficients of `basis` may add up to; encoders stay far below
 MAX_TEMPERATURE = 1e6
 SUM_TOLERANCE = (
     0.02  # of the sum of a row's probabilities, each rounded to float16 as its logarithm
@@ -267,6 +268,11 @@ class Basis:
         shared = ("mean", "directions", "direction_steps")
         if not all(np.isfinite(stored[name]).all() for name in shared):
             return "a basis that is not finite"
+        # what rows can reach at most, if every coefficient had its highest level
+        reach = stored["direction_steps"] * np.abs(stored["directions"]).max(-1).astype(np.float64)
+        reach = 127 * float(np.abs(reach).sum()) * float(stored["steps"].max())
+        if reach + float(np.abs(stored["mean"]).max()) > BASIS_REACH:
+            return "coefficients that are too large for log-probabilities"
         return _flaw_of_ids(stored["ids"], classes, distinct=True)
 
 

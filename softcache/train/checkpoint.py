@@ -247,7 +247,10 @@ def _restore(student: Student, tensors: Mapping[str, Tensor], facts: Mapping[str
     parameters = [p for group in student.optimizer.param_groups for p in group["params"]]
     for index, buffers in state.items():
         shape = parameters[index].shape
-        if not all(buffer.numel() == 1 or buffer.shape == shape for buffer in buffers.values()):
+        if not all(
+            buffer.shape == shape or (name == "step" and buffer.numel() == 1)
+            for name, buffer in buffers.items()
+        ):
             raise ValueError(f"the optimizer's state of parameter {index} has another shape")
         if buffers.keys() != state_names(student.optimizer):
             raise ValueError(f"the optimizer's state of parameter {index} is {', '.join(buffers)}")
@@ -329,5 +332,5 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _shortened(value: object) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, default=str)
     return text if len(text) <= 160 else f"{text[:160]}…"
