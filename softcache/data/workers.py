@@ -49,7 +49,9 @@ class Portable(Dataset[Any]):
 def _received(files: dict[str, str], contents: bytes) -> Portable:
     for name, path in files.items():
         import_again(name, path)
-    return Portable(pickle.loads(contents))
+    return Portable(
+        pickle.loads(contents)
+    )  # written a moment ago by the process that started this one
 
 
 def start_worker(worker: int) -> None:
