@@ -12,12 +12,17 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from softcache.cache.possible_values import (
+    SUM_TOLERANCE,
+    are_steps,
+    flaw_of_ids,
+    half_probabilities,
+)
 from softcache.errors import FormatError, SettingsError
 
 # the leading axes of an array: (views, samples, *positions) for rows, (samples,) for samples; none
@@ -29,9 +34,6 @@ QUANTIZED_RANGE = 256.0  # nats below the row's largest entry that `quantized` c
 BASIS_RANGE = 100.0  # the same for `basis`, where one very unlikely class blurs the whole row
 BASIS_REACH = 1e6  # nats that the coefficients of `basis` may add up to; encoders stay far below
 MAX_TEMPERATURE = 1e6
-SUM_TOLERANCE = (
-    0.02  # of the sum of a row's probabilities, each rounded to float16 as its logarithm
-)
 TAIL_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 
 Floats = npt.NDArray[np.float32]
@@ -104,7 +106,7 @@ class Dense:
         return log_softmax(stored["log_probs"].astype(np.float32) * ratio)
 
     def flaw(self, stored: Arrays, classes: int) -> str | None:
-        sums = _half_probabilities()[stored["log_probs"].view(np.uint16)].sum(-1)
+        sums = half_probabilities()[stored["log_probs"].view(np.uint16)].sum(-1)
         wrong = ~(np.abs(sums - 1) <= SUM_TOLERANCE)
         return f"probabilities that sum to {sums[wrong][0]:.4g}" if wrong.any() else None
 
@@ -135,7 +137,7 @@ class Quantized:
         return log_softmax(-depth * np.float32(temperature / requested_temperature))
 
     def flaw(self, stored: Arrays, classes: int) -> str | None:
-        if not _are_steps(stored["ranges"]):
+        if not are_steps(stored["ranges"]):
             return "ranges that are not finite and positive"
         return "rows without a largest class" if stored["codes"].min(-1).any() else None
 
@@ -190,7 +192,7 @@ class TopK:
         return dense
 
     def flaw(self, stored: Arrays, classes: int) -> str | None:
-        sums = _half_probabilities()[stored["log_probs"].view(np.uint16)].sum(-1)
+        sums = half_probabilities()[stored["log_probs"].view(np.uint16)].sum(-1)
         if not (sums <= 1 + SUM_TOLERANCE).all():
             return f"probabilities that sum to {sums[~(sums <= 1 + SUM_TOLERANCE)][0]:.4g}"
         if not (sums >= (1 - SUM_TOLERANCE) * self.k / classes).all():
@@ -200,7 +202,7 @@ class TopK:
         # no class of the tail is more probable than one of the head
         if float(stored["tails"].max()) > math.log((classes - self.k) / self.k) + SUM_TOLERANCE:
             return "tails that are heavier than their heads"
-        return _flaw_of_ids(stored["ids"], classes, distinct=True)
+        return flaw_of_ids(stored["ids"], classes, distinct=True)
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ class Basis:
         return log_softmax(rows.astype(np.float32) * ratio)
 
     def flaw(self, stored: Arrays, classes: int) -> str | None:
-        if not _are_steps(stored["steps"]):
+        if not are_steps(stored["steps"]):
             return "steps that are not finite and positive"
         shared = ("mean", "directions", "direction_steps")
         if not all(np.isfinite(stored[name]).all() for name in shared):
@@ -273,7 +275,7 @@ class Basis:
         reach = 127 * float(np.abs(reach).sum()) * float(stored["steps"].max())
         if reach + float(np.abs(stored["mean"]).max()) > BASIS_REACH:
             return "coefficients that are too large for log-probabilities"
-        return _flaw_of_ids(stored["ids"], classes, distinct=True)
+        return flaw_of_ids(stored["ids"], classes, distinct=True)
 
 
 @dataclass(frozen=True)
@@ -312,38 +314,12 @@ class Sampled:
         return log_probs.reshape(*ids.shape[:-1], classes)
 
     def flaw(self, stored: Arrays, classes: int) -> str | None:
-        return _flaw_of_ids(stored["ids"], classes, distinct=False)
+        return flaw_of_ids(stored["ids"], classes, distinct=False)
 
 
 ENCODINGS: dict[str, Callable[..., Encoding]] = {
     kind.name: kind for kind in (Dense, Quantized, TopK, Basis, Sampled)
 }
-
-
-@cache
-def _half_probabilities() -> Floats:
-    """exp of every float16 by its bits, (65536,): one lookup is faster than converting and exponentiating.
-
-    NaN for what is no log-probability: NaN, infinities, and numbers above 0 by more than rounding.
-    """
-    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
-    with np.errstate(invalid="ignore", over="ignore"):
-        return np.where(np.isfinite(values) & (values <= SUM_TOLERANCE), np.exp(values), np.nan)
-
-
-def _are_steps(values: npt.NDArray[Any]) -> bool:
-    """Whether all values are finite and above 0."""
-    return bool((np.isfinite(values) & (values > 0)).all())
-
-
-def _flaw_of_ids(ids: npt.NDArray[Any], classes: int, *, distinct: bool) -> str | None:
-    """What is wrong with class ids (..., k); None if all are classes, and distinct within a row if asked."""
-    if ids.size and int(ids.max()) >= classes:
-        return "class ids beyond the last class"
-    if not distinct:
-        return None
-    ordered = np.sort(ids, -1)
-    return "class ids twice in a row" if (ordered[..., 1:] == ordered[..., :-1]).any() else None
 
 
 def log_softmax(logits: Floats) -> Floats:
