@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -23,6 +24,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two may write at once
     try:
+        _remove_stale(path)
         write(unfinished)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
@@ -35,6 +37,27 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
                 "another path, then run the same command again"
             ) from error
         raise
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what processes of this host that were killed have left of a file."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,9}})\.partial")
+    for entry in os.scandir(path.parent):
+        found = name.fullmatch(entry.name)
+        if found and not _is_running(int(found[1])):
+            Path(entry).unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if process == os.getpid() or os.name == "nt":  # there, signal 0 would be Ctrl-C
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
 
 
 def _free(path: Path) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -240,6 +243,22 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     ]  # in the same folder, so that it is renamed rather than copied
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f".config.json.{ended.pid}.partial"
+    others = [
+        tmp_path / f".config.json.{os.getppid()}.partial",
+        tmp_path / ".config.json.x.partial",
+    ]
+    for path in (left, *others):
+        path.write_text("half")
+    replace_file(tmp_path / "config.json", lambda path: path.write_text("new"))
+    assert (tmp_path / "config.json").read_text() == "new"
+    assert not left.exists()
+    assert all(path.exists() for path in others)
 
 
 def test_a_file_stays_as_it_was_if_its_writer_fails(tmp_path: Path) -> None:
