@@ -49,9 +49,8 @@ class Portable(Dataset[Any]):
 def _received(files: dict[str, str], contents: bytes) -> Portable:
     for name, path in files.items():
         import_again(name, path)
-    return Portable(
-        pickle.loads(contents)
-    )  # written a moment ago by the process that started this one
+    # pickle runs code, but these bytes come from the process that started this one, and from no file
+    return Portable(pickle.loads(contents))
 
 
 def start_worker(worker: int) -> None:
