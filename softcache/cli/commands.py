@@ -16,7 +16,7 @@ from softcache.cli.params import BatchSize, Shard, ViewRange
 from softcache.errors import Interrupted, SoftcacheError, printable
 from softcache.util.bus_error import bus_errors_explained
 from softcache.util.settings import Setting, option_name, settings_of
-from softcache.util.signals import stop_signals
+from softcache.util.signals import forget_interrupt, stop_signals
 from softcache.util.urls import is_url, public_url, without_secrets
 
 
@@ -111,6 +111,7 @@ class Commands(click.Group):
                 with show_log():
                     return super().invoke(ctx)
             except KeyboardInterrupt:
+                forget_interrupt()
                 click.echo("Error: stopped before any work was done", err=True)
                 raise click.exceptions.Exit(stop.exit_code) from None
             except (SoftcacheError, OSError) as error:
@@ -118,6 +119,7 @@ class Commands(click.Group):
                     raise
                 click.echo(f"Error: {printable(without_secrets(str(error)))}", err=True)
                 stopped = isinstance(error, Interrupted)
+                forget_interrupt()
                 code = stop.exit_code if stopped else getattr(error, "exit_code", 1)
                 raise click.exceptions.Exit(code) from error
 

@@ -106,11 +106,12 @@ def train_in_process(config: TrainConfig, accelerator: Accelerator) -> list[Stud
     if accelerator.is_main_process:
         finished = [student for student in students if not student.failed]
         teacher = teacher_evaluation(caches, eval_source, config.workers)
-        for student in finished:
-            student.restore_best()
-            facts = student.save(run_facts(config, student, parts, eval_source, teacher))
-            write_card(student.folder, facts)
-        checkpoint.remove()
+        with deferred_stop(resend=False):  # after this there is nothing left to stop
+            for student in finished:
+                student.restore_best()
+                facts = student.save(run_facts(config, student, parts, eval_source, teacher))
+                write_card(student.folder, facts)
+            checkpoint.remove()
         inform(final_table(finished, caches, eval_source, teacher))
         for text in cache_warnings:
             verdict(text)

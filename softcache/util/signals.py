@@ -49,16 +49,27 @@ def stop_signals() -> Iterator[Stop]:
         yield stop
 
 
+def forget_interrupt() -> None:
+    """Let the process end with its own exit code after a KeyboardInterrupt that was handled.
+
+    If one is raised within exec() of a string, as in the import of a module that defines dataclasses, CPython
+    notes it, and ends `python -m` by SIGINT whatever the exit code is. Another exec() clears the note.
+    """
+    exec("pass")
+
+
 @contextmanager
-def deferred_stop() -> Iterator[Stop]:
+def deferred_stop(*, resend: bool = True) -> Iterator[Stop]:
     """Note a signal to stop instead of acting on it, until the block ends.
 
     The block looks at `signal` where it can stop with everything in order, and leaves. The signal is then
     sent again, to whatever handled it before. A second signal acts at once, and so does the first after
     GRACE seconds: a batch may take very long, or hang.
-    """
-    stop = Stop()
 
+    Args:
+        resend: whether to send the signal again if the block ends; not where nothing is left to stop.
+    """
+    stop, ended = Stop(), False
     timers: list[threading.Timer] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -74,11 +85,12 @@ def deferred_stop() -> Iterator[Stop]:
         with _handled(on_signal):
             try:
                 yield stop
+                ended = True
             finally:
                 for timer in timers:
                     timer.cancel()
     finally:
-        if stop.signal is not None:
+        if stop.signal is not None and (resend or not ended):
             signal.raise_signal(stop.signal)
 
 

@@ -9,7 +9,12 @@ line of a setting shows the mean number of test errors over the seeds, and its s
     glyphs      characters of the fonts that matplotlib ships, turned and scaled (needs pillow)
     sources     which package a piece of Python source is from, by counts of hashed trigrams
     table       clusters in 30 columns, made by scikit-learn
-    cifar       --cifar npz:FILE, any arrays x_train, y_train, x_test, y_test of colour images
+    names       which language a name of a country, language or currency is from, by counts of hashed
+                trigrams; `pip install babel` has the names
+    cifar       --cifar SPEC, colour images with the splits train and test
+
+With --live there are also students of the live teacher, on new views in every epoch. The losses
+`standardized` and `dist` exist only here: they did not earn a place in softcache.
 
 Results are appended to --out as JSON lines, from which a rerun continues and --report makes the tables.
 """
@@ -32,12 +37,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tabulate import tabulate
+from torch import Tensor
+from torch.nn import functional
 
 import softcache
+from softcache.cache import open_cache
+from softcache.data.augment import Augmentation
 from softcache.data.open import open_source
+from softcache.divergences import LOSSES, LossKind, kl
+from softcache.dump.config import DumpConfig
+from softcache.dump.prepare import load_teachers
+from softcache.join.joined_data import hard_label_data
+from softcache.targets.decode import to_dense
 from softcache.train.config import StudentConfig, TrainConfig
-from softcache.train.loop import train
+from softcache.train.loop import fit, train
+from softcache.train.prepare import make_accelerator
+from softcache.train.student import Student
+from softcache.train.temperature import default_temperature, with_temperatures
+from softcache.types import Labels, Targets
 from tests.bench import machine, work_folder
+from tests.bench.live_teacher import LiveData
 
 Arrays = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]  # inputs (N, *shape) and labels (N,)
 PACKAGES = (
@@ -50,7 +69,10 @@ PACKAGES = (
     "jinja2",
     "botocore",
 )
-TRIGRAMS = 512  # columns of `sources`
+LANGUAGES = (
+    "fi en sv tr fr cs nl lt de nb et pl it ca vi hr sk da pt hu es cy id br sl gd az ro lv eu"
+)
+TRIGRAMS = 512  # columns of `sources` and `names`
 LINES = 12  # of a piece of source
 
 
@@ -86,8 +108,8 @@ def mnist(options: argparse.Namespace) -> tuple[Arrays, Arrays]:
 def cifar(options: argparse.Namespace) -> tuple[Arrays, Arrays]:
     parts = []
     for split in ("train", "test"):
-        source = open_source(f"{options.cifar}@{split}")
-        inputs, labels = source.fetch(range(min(len(source), 10_000)))
+        source = open_source(f"{options.cifar}@{split}?shuffle=0&samples=5000")
+        inputs, labels = source.fetch(range(len(source)))
         parts.append((inputs.numpy(), labels))
     return parts[0], parts[1]
 
@@ -122,16 +144,37 @@ def sources(options: argparse.Namespace) -> tuple[Arrays, Arrays]:
             if len(pieces) >= 1500:
                 break
         for piece in pieces[:1500]:
-            grams = [piece[i : i + 3] for i in range(len(piece) - 2)]
-            counts = np.bincount(
-                [zlib.crc32(gram.encode()) % TRIGRAMS for gram in grams], minlength=TRIGRAMS
-            )
-            rows.append(np.log1p(counts).astype(np.float32))
+            rows.append(trigrams(piece))
             labels.append(label)
     order = random.permutation(len(rows))
     inputs, targets = np.stack(rows)[order], np.array(labels, np.int64)[order]
     half = len(rows) // 2
     return (inputs[:half], targets[:half]), (inputs[half:], targets[half:])
+
+
+def names(options: argparse.Namespace) -> tuple[Arrays, Arrays]:
+    babel = import_module("babel")
+    rows, labels = [], []
+    random = np.random.default_rng(0)
+    for label, language in enumerate(LANGUAGES.split()):
+        locale = babel.Locale.parse(language)
+        kinds = locale.territories, locale.languages, locale.currencies
+        texts = sorted({text for kind in kinds for text in kind.values() if len(text) > 3})
+        for text in random.permutation(texts)[:450]:
+            rows.append(trigrams(f" {text} "))
+            labels.append(label)
+    order = random.permutation(len(rows))
+    inputs, targets = np.stack(rows)[order], np.array(labels, np.int64)[order]
+    return (inputs[:6000], targets[:6000]), (inputs[6000:], targets[6000:])
+
+
+def trigrams(text: str) -> npt.NDArray[np.float32]:
+    """The logarithms of 1 + how often each of TRIGRAMS groups of hashed trigrams occurs in a text."""
+    grams = [text[i : i + 3] for i in range(len(text) - 2)]
+    counts = np.bincount(
+        [zlib.crc32(gram.encode()) % TRIGRAMS for gram in grams], minlength=TRIGRAMS
+    )
+    return np.log1p(counts).astype(np.float32)
 
 
 def glyphs(options: argparse.Namespace) -> tuple[Arrays, Arrays]:
@@ -174,8 +217,9 @@ TASKS: Mapping[str, Task] = {
     "table": Task(table, "mlp:300,300", 15, ("mlp:64", "mlp:64,64"), None, (2, 8, 32)),
     "sources": Task(sources, "mlp:256,128", 12, ("mlp:16", "mlp:64"), None, (2, 8, 32)),
     "glyphs": Task(glyphs, "cnn:16,32,64,128", 12, ("cnn:8,12,24", "cnn:12,24,48"), "shift:2", (2, 8, 32)),
+    "names": Task(names, "mlp:256,128", 10, ("mlp:12", "mlp:64"), None, (2, 8, 32)),
     "cifar": Task(
-        cifar, "cnn:32,64x2,128x2", 12, ("cnn:8,16x2,32", "cnn:16,32x2,64"), "crop:0.6,flip", (2, 8, 32)
+        cifar, "cnn:32,64x2,128x2", 24, ("cnn:8,16,32", "cnn:16,32,64"), "crop:0.6,flip", (2, 8, 32)
     ),
 }  # fmt: skip
 
@@ -191,6 +235,14 @@ def main() -> None:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.5, 1, 2, 4, 8])
     parser.add_argument("--alphas", nargs="+", type=float, default=[0.5, 0.9])
     parser.add_argument("--losses", nargs="+", default=["kl"])
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[2e-3], help="peak learning rates"
+    )
+    parser.add_argument("--warmups", nargs="+", type=float, default=[0.05])
+    parser.add_argument(
+        "--default", action="store_true", help="the defaults of softcache train too"
+    )
+    parser.add_argument("--live", action="store_true", help="the same from the live teacher")
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
@@ -204,6 +256,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     done = read(options.out)
+    LOSSES.update(OTHER_LOSSES)
     if not options.report:
         with work_folder(options.folder) as folder:
             for name in options.tasks:
@@ -252,6 +305,8 @@ def run_task(
                 if any(all(row[k] == v for k, v in key.items()) for row in done):
                     continue
                 rows = students_of(task, options, key, part, cache, data, folder)
+                if options.live:
+                    rows += live_students(task, options, key, part, cache, data, folder)
                 teacher = {"teacher": facts["errors"], "samples": facts["samples"]}
                 with options.out.open("a") as file:
                     file.writelines(json.dumps(key | teacher | row) + "\n" for row in rows)
@@ -274,38 +329,117 @@ def students_of(
     """The test errors of all students of a run, and of their baselines where there are labels."""
     spec = task.students[int(key["size"])]
     alphas = options.alphas if key["labels"] else [1.0]
-    settings = [
-        (temperature, alpha, loss, seed)
-        for temperature in options.temperatures
+    students = [
+        StudentConfig(
+            student=spec, temperature=t, alpha=alpha, loss=loss, learning_rate=rate, warmup=warmup,
+            seed=seed,
+        )
+        for t in options.temperatures
         for alpha in alphas
         for loss in options.losses
+        for rate in options.rates
+        for warmup in options.warmups
         for seed in range(options.seeds)
-    ]
-    students = [
-        StudentConfig(student=spec, temperature=t, alpha=alpha, loss=loss, seed=seed)
-        for t, alpha, loss, seed in settings
-    ]
+    ]  # fmt: skip
+    if options.default:
+        temperature, _ = default_temperature([open_cache(cache)])
+        defaults = [
+            StudentConfig(
+                student=spec,
+                temperature=temperature,
+                alpha=alphas[-1],
+                learning_rate=2e-3,
+                seed=seed,
+            )
+            for seed in range(options.seeds)
+        ]
+        students += [student for student in defaults if student not in students]
     config = TrainConfig(
         students=students, caches=[cache], data=[f"npz:{part}"], eval_data=f"npz:{data}@test",
         epochs=task.budgets[int(key["budget"])], baseline=bool(key["labels"]), out=folder / "run",
         overwrite=True, device="cpu", verify=False,
     )  # fmt: skip
-    rows = []
-    for student in train(config):
-        evaluation = student.evaluation
-        if evaluation is None:
-            raise SystemExit(f"{student.name} was not evaluated")
-        baseline = student.alpha == 0
-        rows.append(
-            {
-                "temperature": 0.0 if baseline else student.temperature,
-                "alpha": student.alpha,
-                "loss": "hard" if baseline else student.config.loss,
-                "seed": student.config.seed,
-                "errors": evaluation.errors,
-            }
-        )
-    return rows
+    return [result(student, "cache") for student in train(config)]
+
+
+def live_students(
+    task: Task, options: argparse.Namespace, key: Mapping[str, Any], part: Path, cache: Path,
+    data: Path, folder: Path,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The same for students with the default settings, taught by the live teacher."""
+    spec = task.students[int(key["size"])]
+    config, _ = with_temperatures(
+        TrainConfig(
+            students=[StudentConfig(student=spec, seed=seed) for seed in range(options.seeds)],
+            caches=[cache], data=[f"npz:{part}"], eval_data=f"npz:{data}@test",
+            epochs=task.budgets[int(key["budget"])], out=folder / "live", overwrite=True, device="cpu",
+        ),
+        [open_cache(cache)],
+    )  # fmt: skip
+    source, eval_source = open_source(config.data[0]), open_source(str(config.eval_data))
+    weights = folder / "teacher" / "student.safetensors"
+    teacher = load_teachers(
+        DumpConfig(
+            teacher=task.teacher, weights=weights, data=config.data[0], temperature=1.0, out=cache,
+            device="cpu",
+        ),
+        source,
+        Augmentation(None, 0),
+    )  # fmt: skip
+    classes = open_cache(cache).header.classes
+    parts = LiveData(
+        **vars(hard_label_data(source, task.augment, 1, classes)),
+        teacher=teacher,
+        temperatures=(float(config.students[0].temperature or 1),),
+    )
+    students = fit(config, make_accelerator("cpu", "fp32"), [parts], eval_source)
+    return [result(student, "live") for student in students]
+
+
+def result(student: Student, kind: str) -> dict[str, Any]:
+    """What is kept of a student."""
+    if student.evaluation is None:
+        raise SystemExit(f"{student.name} was not evaluated")
+    baseline = student.alpha == 0
+    return {
+        "kind": "hard" if baseline else kind,
+        "temperature": 0.0 if baseline else student.temperature,
+        "alpha": student.alpha,
+        "loss": "hard" if baseline else student.config.loss,
+        "rate": student.config.peak_learning_rate,
+        "warmup": student.config.warmup,
+        "seed": student.config.seed,
+        "errors": student.evaluation.errors,
+    }
+
+
+def standardized(
+    log_q: Tensor, targets: Targets, labels: Labels | None, temperature: float
+) -> Tensor:
+    """T² KL of the logits divided by their standard deviations: Sun et al., arXiv 2403.01427."""
+
+    def scaled(rows: Tensor) -> Tensor:
+        rows = rows - rows.mean(-1, keepdim=True)
+        return functional.log_softmax(rows / rows.std(-1, keepdim=True) / temperature, -1)
+
+    return temperature**2 * kl(scaled(log_q), scaled(to_dense(targets)))
+
+
+def dist(log_q: Tensor, targets: Targets, labels: Labels | None, weight: float) -> Tensor:
+    """1 - the correlations within rows and within classes: Huang et al., arXiv 2205.10536."""
+
+    def distance(a: Tensor, b: Tensor, dim: int) -> Tensor:
+        a, b = (values - values.mean(dim, keepdim=True) for values in (a, b))
+        return 1 - functional.cosine_similarity(a, b, dim)
+
+    q, p = log_q.exp(), to_dense(targets).exp()
+    return weight * (distance(q, p, 1) + distance(q, p, 0).mean())
+
+
+OTHER_LOSSES = {
+    "standardized": LossKind("standardized:T", "", standardized, 2.0),
+    "dist": LossKind("dist:WEIGHT", "", dist, 1.0),
+}
 
 
 def tables(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[dict[str, str]]]]:
@@ -316,10 +450,12 @@ def tables(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[dic
     for (task, share), rows in groups.items():
         runs: dict[tuple[int, int], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
-            name = (
-                "hard" if row["loss"] == "hard" else f"T={row['temperature']:g} a={row['alpha']:g}"
-            )
+            name = row["kind"]
+            if name == "cache":
+                name = f"T={row['temperature']:g} a={row['alpha']:g}"
             name += "" if row["loss"] in ("hard", "kl") else f" {row['loss']}"
+            name += "" if row["rate"] == 2e-3 else f" lr={row['rate']:g}"
+            name += "" if row["warmup"] == 0.05 else f" warmup={row['warmup']:g}"
             runs[row["budget"], row["size"]][name].append(row["errors"])
         lines = []
         for (budget, size), settings in sorted(runs.items()):

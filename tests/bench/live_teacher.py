@@ -129,24 +129,30 @@ class LiveData(JoinedData):
     """Soft targets from the teacher, which runs on the inputs that the student sees."""
 
     teacher: Ensemble | None = None
-    temperature: float = 1.0
+    temperatures: tuple[float, ...] = ()
     noise: float = 0.0
 
     def training_batch(self, batch: Batch, epoch: int, device: torch.device) -> TrainingBatch:
         training_batch = super().training_batch(batch, epoch, device)
+        targets = {t: self._log_probs(training_batch.inputs, t) for t in self.temperatures}
+        return training_batch._replace(targets=targets)
+
+    def _log_probs(self, inputs: Tensor, temperature: float) -> Tensor:
         assert self.teacher is not None
-        log_probs = self.teacher.log_probs(training_batch.inputs, self.temperature).clone()
+        with torch.inference_mode():
+            log_probs = self.teacher.log_probs(inputs, temperature)
+        log_probs = log_probs.clone()
         if self.noise:
             noise = self.noise * torch.randn_like(log_probs)
             log_probs = torch.log_softmax(log_probs + noise, dim=-1)
-        return training_batch._replace(targets={self.temperature: log_probs})
+        return log_probs
 
 
 def make_variants(source: Source, cache: Cache, teacher: Ensemble) -> dict[str, JoinedData]:
     """The same samples with soft targets from the cache, the live teacher, and the teacher with noise."""
     temperature = cache.header.temperature
     joined = join(source, cache, augment=None, temperatures=[temperature], device=teacher.device)
-    live = vars(joined) | {"targets": None, "teacher": teacher, "temperature": temperature}
+    live = vars(joined) | {"targets": None, "teacher": teacher, "temperatures": (temperature,)}
     return {
         "cache": joined,
         "live": LiveData(**live),

@@ -35,26 +35,12 @@ from softcache.train.student import Student
 from softcache.util.tensors import to_float
 from tests.bench import first_samples, machine, work_folder
 from tests.bench.frontier import pyplot
+from tests.bench.live_teacher import LiveData
 from tests.bench.pool import Outcome, mean_and_error, run_jobs
 from tests.configs import replace
 
 FORMS = {"errors": ".0f", "kl": ".4f"}
 Results = dict[str, dict[str, tuple[float, float]]]  # variant -> metric -> mean and standard error
-
-
-@dataclass(frozen=True)
-class LiveData(JoinedData):
-    """Every epoch is a view of its own, on which the teacher is run."""
-
-    teacher: Ensemble | None = None
-    temperature: float = 1.0
-
-    def training_batch(self, batch: Batch, epoch: int, device: torch.device) -> TrainingBatch:
-        training_batch = super().training_batch(batch, epoch, device)
-        assert self.teacher is not None
-        with torch.inference_mode():
-            log_probs = self.teacher.log_probs(training_batch.inputs, self.temperature)
-        return training_batch._replace(targets={self.temperature: log_probs.clone()})
 
 
 @dataclass(frozen=True)
@@ -192,7 +178,7 @@ def student(
     else:
         hard_labels = hard_label_data(source, options.augment, 1000 + seed, cache.header.classes)
         data = (
-            LiveData(**vars(hard_labels), teacher=teacher, temperature=temperature)
+            LiveData(**vars(hard_labels), teacher=teacher, temperatures=(temperature,))
             if variant == "live teacher"
             else InconsistentData(
                 **vars(hard_labels), plain=open_cache(folder / "plain.h5"), temperature=temperature
