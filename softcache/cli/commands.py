@@ -230,6 +230,8 @@ def _option(
         common["default"] = WRITTEN_DEFAULTS.get(field.name, field.default)
     if multiple:
         common["show_default"] = setting.default_text or False
+    if setting.flag_value is not None:
+        common |= {"is_flag": False, "flag_value": setting.flag_value, "show_default": False}
     names = [*([SHORT[field.name]] if field.name in SHORT else []), f"--{name}", field.name]
     return option(
         *names,

@@ -20,6 +20,7 @@ SCHEDULES = ("cosine", "constant")
 SAMPLINGS = ("uniform", "balanced")
 LABELS = ("data", "cache")
 PRECISIONS = ("fp32", "bf16", "fp16")
+MAX_TRIED = 1024  # settings of a student, with --tune
 MAX_NAME_PART = 40  # characters of one setting in the name of a folder
 
 STUDENT, DATA, LOSS, OPTIMIZATION = "Students", "Data", "Loss", "Optimization"
@@ -54,11 +55,12 @@ class StudentConfig:
         above=0,
         at_most=MAX_TEMPERATURE,
     )
-    loss: str = setting(
-        "kl",
+    loss: str | None = setting(
+        None,
         help="Loss on the soft targets: kl, reverse_kl, js, mse or dkd:BETA.",
         group=LOSS,
         metavar="NAME",
+        default_text="kl",
     )
     label_smoothing: float = setting(
         0.0,
@@ -131,7 +133,12 @@ class StudentConfig:
         from softcache.losses import parse_loss  # importing torch takes seconds
 
         check_range(self)
-        parse_loss(self.loss)
+        parse_loss(self.soft_loss)
+
+    @property
+    def soft_loss(self) -> str:
+        """The loss on the soft targets; the default if none is set."""
+        return "kl" if self.loss is None else self.loss
 
     @property
     def peak_learning_rate(self) -> float:
@@ -145,7 +152,7 @@ class StudentConfig:
 
     def baseline(self) -> StudentConfig:
         """The same student, trained on hard labels alone."""
-        return dataclasses.replace(self, alpha=0.0, temperature=None, loss="kl")
+        return dataclasses.replace(self, alpha=0.0, temperature=None, loss=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +163,23 @@ class TrainConfig:
         students: settings of each student.
         caches: caches to train from, either one per data set or several of the same data set.
         seed: seed for the order of the samples.
+        given_names: names of the students; made of their settings if empty.
     """
 
     students: Sequence[StudentConfig]
     caches: Sequence[Path] = ()
     seed: int = 0
+    given_names: Sequence[str] = ()
+    tune: int | None = setting(
+        None,
+        help="Try N settings of each student on held-out training samples, by default 16, and train with the "
+        "best: temperature, alpha, loss and peak learning rate, as far as they are not given.",
+        group=STUDENT,
+        metavar="[N]",
+        at_least=2,
+        at_most=MAX_TRIED,
+        flag_value=16,
+    )
     baseline: bool = setting(
         False,
         help="Also train a hard-label baseline of each student, for comparison.",
@@ -301,6 +320,8 @@ class TrainConfig:
             raise SettingsError("--patience counts errors after each epoch; add --eval-data")
         if not self.data and not self.caches:
             raise SettingsError("no data; name it with --data")
+        if self.tune and not self.caches:
+            raise SettingsError("--tune needs a CACHE of soft targets; name one, or leave it out")
         if self.data and len(self.data) not in (1, len(self.caches)):
             raise SettingsError(
                 f"{len(self.data)} --data for {len(self.caches)} CACHE; expected one for each, in the same "
@@ -325,12 +346,15 @@ class TrainConfig:
         Raises:
             SettingsError: two students would have the same name.
         """
+        if self.given_names:
+            return list(self.given_names)
         if len(self.students) == 1:
             return [""]
         resolved = [
             dataclasses.asdict(student)
             | {
                 "alpha": self.soft_weight(student),
+                "loss": student.soft_loss,
                 "learning_rate": student.peak_learning_rate,
                 "weight_decay": student.effective_weight_decay,
                 "class_weights": student.class_weights and Path(student.class_weights).name,

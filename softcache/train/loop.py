@@ -44,6 +44,7 @@ from softcache.train.record import (
 from softcache.train.run_folder import check_folder
 from softcache.train.student import Student
 from softcache.train.temperature import with_temperatures
+from softcache.train.tune import tuned
 from softcache.train.verdict import impossible_results, verdicts
 from softcache.util.extras import import_extra
 from softcache.util.lock import exclusive
@@ -91,10 +92,13 @@ def train_in_process(config: TrainConfig, accelerator: Accelerator) -> list[Stud
         for cache in caches:
             check_damage(cache)
     accelerator.wait_for_everyone()
+    asked = config
     config, note = with_temperatures(config, caches)
     parts = join_all(config, sources, caches, accelerator.device)
     if note and accelerator.is_main_process:
         inform(note)
+    if config.tune:
+        config, parts = tuned(asked, config, accelerator, parts, settings, fit)
     try:
         students = fit(config, accelerator, parts, eval_source, checkpoint, resuming=resuming)
     except KeyboardInterrupt:

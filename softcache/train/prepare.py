@@ -129,7 +129,7 @@ def check_losses(config: TrainConfig, caches: Sequence[Cache]) -> None:
     for student in config.students:
         if student.class_weights not in (None, BALANCED):
             read_weights(Path(str(student.class_weights)))
-        name, _ = parse_loss(student.loss)
+        name, _ = parse_loss(student.soft_loss)
         for cache in caches:
             is_sparse = isinstance(cache.header.encoding, TopK | Sampled)
             encoding = cache.header.encoding.name

@@ -69,6 +69,7 @@ def public_settings(student: StudentConfig) -> dict[str, Any]:
     """The settings of a student with file names instead of paths."""
     return dataclasses.asdict(student) | {
         "student": parse_model(student.student).public_name,
+        "loss": student.soft_loss,
         "init": student.init and student.init.name,
         "class_weights": student.class_weights and Path(student.class_weights).name,
     }

@@ -316,7 +316,7 @@ class Student:
             labels,
             temperature=self.temperature,
             alpha=self.alpha,
-            loss=self.config.loss,
+            loss=self.config.soft_loss,
             label_smoothing=self.config.label_smoothing,
             class_weights=self.class_weights,
         )

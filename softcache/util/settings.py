@@ -33,6 +33,7 @@ class Setting:
         above: the lower bound, exclusive.
         at_most: the upper bound, inclusive.
         below: the upper bound, exclusive.
+        flag_value: the value of the option if it is given without one; None if it needs a value.
         affects_result: whether another value can change the result; a stopped run continues only with the
             same values of these settings.
     """
@@ -47,6 +48,7 @@ class Setting:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    flag_value: int | None = None
     affects_result: bool = True
 
     def problem(self, value: object) -> str | None:

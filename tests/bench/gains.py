@@ -436,7 +436,16 @@ def dist(log_q: Tensor, targets: Targets, labels: Labels | None, weight: float) 
     return weight * (distance(q, p, 1) + distance(q, p, 0).mean())
 
 
+def correlation(log_q: Tensor, targets: Targets, labels: Labels | None, weight: float) -> Tensor:
+    q, p = log_q.exp(), to_dense(targets).exp()
+    even = 1 / q.shape[1]
+    covariance = (p * q).sum(1) - even
+    variances = (p.square().sum(1) - even) * (q.square().sum(1) - even)
+    return weight * (1 - covariance / variances.clamp(min=1e-12).sqrt())
+
+
 OTHER_LOSSES = {
+    "correlation": LossKind("correlation:WEIGHT", "", correlation, 1.0),
     "standardized": LossKind("standardized:T", "", standardized, 2.0),
     "dist": LossKind("dist:WEIGHT", "", dist, 1.0),
 }

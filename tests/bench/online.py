@@ -31,7 +31,7 @@ from softcache.train.prepare import make_accelerator, make_students
 from softcache.util.tensors import to_float
 from tests.bench import alternate, first, machine, open_arrays, ratios, spread, work_folder
 from tests.bench.dump_overhead import augmentation_of, make_weights
-from tests.bench.views_curve import LiveData
+from tests.bench.live_teacher import LiveData
 from tests.configs import replace
 
 
@@ -87,7 +87,7 @@ def measure(spec: str, source: ArraySource, options: argparse.Namespace, folder:
     joined = join(
         source, cache, augment=None, temperatures=[config.temperature], device=accelerator.device
     )
-    live = LiveData(**vars(joined) | {"targets": None}, teacher=teacher, temperature=4.0)
+    live = LiveData(**vars(joined) | {"targets": None}, teacher=teacher, temperatures=(4.0,))
     training = make_train_config(
         student=options.student,
         data=source.name,

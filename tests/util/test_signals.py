@@ -50,7 +50,10 @@ def test_ctrl_c_while_modules_are_imported_shows_no_traceback() -> None:
     main()
     """
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == -signal.SIGINT
     assert run.stderr == ""
@@ -65,6 +68,10 @@ def test_a_stop_is_forgotten_where_nothing_is_left_to_stop() -> None:
 
 
 def test_a_stop_is_not_forgotten_if_the_block_fails() -> None:
-    with pytest.raises(KeyboardInterrupt), deferred_stop(resend=False):
-        signal.raise_signal(signal.SIGINT)
-        raise OSError("disk full")
+    def fail() -> None:
+        with deferred_stop(resend=False):
+            signal.raise_signal(signal.SIGINT)
+            raise OSError("disk full")
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
