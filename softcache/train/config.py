@@ -43,7 +43,7 @@ class StudentConfig:
         None,
         help="Weight of the soft targets in the loss, 0 to 1.",
         group=LOSS,
-        default_text="0.9",
+        default_text="1; 0.9 with --class-weights or --label-smoothing",
         at_least=0,
         at_most=1,
     )
@@ -51,7 +51,7 @@ class StudentConfig:
         None,
         help="Temperature of the soft targets.",
         group=LOSS,
-        default_text="1, or more if the teacher is nearly certain",
+        default_text="0.5 to 4, by the entropy of the soft targets",
         above=0,
         at_most=MAX_TEMPERATURE,
     )
@@ -336,9 +336,16 @@ class TrainConfig:
                 )
 
     def soft_weight(self, student: StudentConfig) -> float:
-        """The alpha of a student: by default 0.9 with a cache, and 0 without."""
-        default = 0.9 if self.caches else 0.0
-        return default if student.alpha is None else student.alpha
+        """The alpha of a student: by default 1 with a cache, and 0 without.
+
+        Next to soft targets for every sample, the labels of the same samples add nothing (Beyer et al., arXiv
+        2106.05237, section 3; tests/bench/gains.py). Options of the hard loss ask for one.
+        """
+        if student.alpha is not None:
+            return student.alpha
+        if not self.caches:
+            return 0.0
+        return 0.9 if student.class_weights or student.label_smoothing else 1.0
 
     def names(self) -> list[str]:
         """Names of the students, made of the settings in which they differ; "" for a single student.

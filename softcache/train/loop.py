@@ -21,6 +21,7 @@ from softcache.errors import DataError, Interrupted, ModelError
 from softcache.join.joined_data import JoinedData, concatenate_batches
 from softcache.train.checkpoint import NAME, Checkpoint, Position, check_checkpoint
 from softcache.train.config import TrainConfig
+from softcache.train.defaults import with_defaults
 from softcache.train.prepare import (
     check_losses,
     extra_augmentation,
@@ -43,7 +44,6 @@ from softcache.train.record import (
 )
 from softcache.train.run_folder import check_folder
 from softcache.train.student import Student
-from softcache.train.temperature import with_temperatures
 from softcache.train.tune import tuned
 from softcache.train.verdict import impossible_results, verdicts
 from softcache.util.extras import import_extra
@@ -93,7 +93,7 @@ def train_in_process(config: TrainConfig, accelerator: Accelerator) -> list[Stud
             check_damage(cache)
     accelerator.wait_for_everyone()
     asked = config
-    config, note = with_temperatures(config, caches)
+    config, note = with_defaults(config, caches)
     parts = join_all(config, sources, caches, accelerator.device)
     if note and accelerator.is_main_process:
         inform(note)
@@ -113,7 +113,8 @@ def train_in_process(config: TrainConfig, accelerator: Accelerator) -> list[Stud
         with deferred_stop(resend=False):  # after this there is nothing left to stop
             for student in finished:
                 student.restore_best()
-                facts = student.save(run_facts(config, student, parts, eval_source, teacher))
+                facts = run_facts(config, student, parts, eval_source, teacher)
+                facts = student.save(facts | {"chosen": note})
                 write_card(student.folder, facts)
             checkpoint.remove()
         inform(final_table(finished, caches, eval_source, teacher))

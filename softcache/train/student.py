@@ -217,7 +217,10 @@ class Student:
                 errors += self.evaluation.errors
         if self.accelerator.is_main_process:
             line: dict[str, Any] = {"epoch": epoch + 1, "step": self.steps}
-            line |= dict(zip(Loss._fields, losses.double().mean(0).tolist(), strict=True))
+            means = dict(zip(Loss._fields, losses.double().mean(0).tolist(), strict=True))
+            if self.alpha in (0, 1):
+                del means["soft" if self.alpha == 0 else "hard"]  # it was not computed
+            line |= means
             line["lr"] = self.schedule.get_last_lr()[0]
             if self.evaluation is not None and eval_source is not None:
                 line |= evaluation_line(self.evaluation, self.classes)

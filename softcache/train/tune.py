@@ -249,7 +249,7 @@ def run_round(
     ]  # fmt: skip
     config = dataclasses.replace(
         config, students=students, epochs=whole, baseline=False, patience=None, eval_data=None,
-        tensorboard=False, out=config.out / FOLDER,
+        tensorboard=False, given_names=(), out=config.out / FOLDER,
     )  # fmt: skip
     try:
         trained = fit(config, accelerator, with_targets(some, config, accelerator.device), None)

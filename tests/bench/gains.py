@@ -22,6 +22,7 @@ Results are appended to --out as JSON lines, from which a rerun continues and --
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -48,12 +49,14 @@ from softcache.divergences import LOSSES, LossKind, kl
 from softcache.dump.config import DumpConfig
 from softcache.dump.prepare import load_teachers
 from softcache.join.joined_data import hard_label_data
+from softcache.models.evaluate import Evaluation
+from softcache.results.metrics import calibration_of
 from softcache.targets.decode import to_dense
 from softcache.train.config import StudentConfig, TrainConfig
+from softcache.train.defaults import with_defaults
 from softcache.train.loop import fit, train
 from softcache.train.prepare import make_accelerator
 from softcache.train.student import Student
-from softcache.train.temperature import default_temperature, with_temperatures
 from softcache.types import Labels, Targets
 from tests.bench import machine, work_folder
 from tests.bench.live_teacher import LiveData
@@ -213,13 +216,13 @@ def glyphs(options: argparse.Namespace) -> tuple[Arrays, Arrays]:
 
 TASKS: Mapping[str, Task] = {
     "mnist": Task(mnist, "mlp:400,400", 20, ("mlp:32", "mlp:128"), "shift:2", (2, 8, 32)),
-    "digits": Task(digits, "mlp:200,200", 60, ("mlp:24", "mlp:96"), "shift:1", (8, 32, 128)),
-    "table": Task(table, "mlp:300,300", 15, ("mlp:64", "mlp:64,64"), None, (2, 8, 32)),
+    "digits": Task(digits, "mlp:200,200", 60, ("mlp:36", "mlp:160"), "shift:1", (8, 32, 128)),
+    "table": Task(table, "mlp:300,300", 15, ("mlp:128", "mlp:128,128"), None, (2, 8, 32)),
     "sources": Task(sources, "mlp:256,128", 12, ("mlp:16", "mlp:64"), None, (2, 8, 32)),
     "glyphs": Task(glyphs, "cnn:16,32,64,128", 12, ("cnn:8,12,24", "cnn:12,24,48"), "shift:2", (2, 8, 32)),
-    "names": Task(names, "mlp:256,128", 10, ("mlp:12", "mlp:64"), None, (2, 8, 32)),
+    "names": Task(names, "mlp:256,128", 10, ("mlp:16", "mlp:64"), None, (2, 8, 32)),
     "cifar": Task(
-        cifar, "cnn:32,64x2,128x2", 24, ("cnn:8,16,32", "cnn:16,32,64"), "crop:0.6,flip", (2, 8, 32)
+        cifar, "cnn:16,32x2,64x2", 24, ("cnn:6,12,24", "cnn:14,28,56"), "crop:0.6,flip", (2, 8, 32)
     ),
 }  # fmt: skip
 
@@ -305,7 +308,7 @@ def run_task(
                 if any(all(row[k] == v for k, v in key.items()) for row in done):
                     continue
                 rows = students_of(task, options, key, part, cache, data, folder)
-                if options.live:
+                if options.live and key["labels"] == 1:
                     rows += live_students(task, options, key, part, cache, data, folder)
                 teacher = {"teacher": facts["errors"], "samples": facts["samples"]}
                 with options.out.open("a") as file:
@@ -342,15 +345,8 @@ def students_of(
         for seed in range(options.seeds)
     ]  # fmt: skip
     if options.default:
-        temperature, _ = default_temperature([open_cache(cache)])
         defaults = [
-            StudentConfig(
-                student=spec,
-                temperature=temperature,
-                alpha=alphas[-1],
-                learning_rate=2e-3,
-                seed=seed,
-            )
+            dataclasses.replace(default_student(task, key, cache), seed=seed)
             for seed in range(options.seeds)
         ]
         students += [student for student in defaults if student not in students]
@@ -359,7 +355,26 @@ def students_of(
         epochs=task.budgets[int(key["budget"])], baseline=bool(key["labels"]), out=folder / "run",
         overwrite=True, device="cpu", verify=False,
     )  # fmt: skip
-    return [result(student, "cache") for student in train(config)]
+    default = default_student(task, key, cache)
+    return [
+        result(
+            student,
+            "default" if dataclasses.replace(student.config, seed=0) == default else "cache",
+        )
+        for student in train(config)
+    ]
+
+
+def default_student(task: Task, key: Mapping[str, Any], cache: Path) -> StudentConfig:
+    """The student of a setting, with the defaults of softcache train filled in."""
+    config = TrainConfig(
+        students=[StudentConfig(student=task.students[int(key["size"])])],
+        caches=[cache], data=["npz:unused"], epochs=task.budgets[int(key["budget"])], out=cache,
+    )  # fmt: skip
+    (student,) = with_defaults(config, [open_cache(cache)])[0].students
+    return dataclasses.replace(
+        student, alpha=1.0, loss="kl", learning_rate=student.peak_learning_rate
+    )
 
 
 def live_students(
@@ -367,14 +382,11 @@ def live_students(
     data: Path, folder: Path,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The same for students with the default settings, taught by the live teacher."""
-    spec = task.students[int(key["size"])]
-    config, _ = with_temperatures(
-        TrainConfig(
-            students=[StudentConfig(student=spec, seed=seed) for seed in range(options.seeds)],
-            caches=[cache], data=[f"npz:{part}"], eval_data=f"npz:{data}@test",
-            epochs=task.budgets[int(key["budget"])], out=folder / "live", overwrite=True, device="cpu",
-        ),
-        [open_cache(cache)],
+    student = default_student(task, key, cache)
+    config = TrainConfig(
+        students=[dataclasses.replace(student, seed=seed) for seed in range(options.seeds)],
+        caches=[cache], data=[f"npz:{part}"], eval_data=f"npz:{data}@test",
+        epochs=task.budgets[int(key["budget"])], out=folder / "live", overwrite=True, device="cpu",
     )  # fmt: skip
     source, eval_source = open_source(config.data[0]), open_source(str(config.eval_data))
     weights = folder / "teacher" / "student.safetensors"
@@ -390,7 +402,7 @@ def live_students(
     parts = LiveData(
         **vars(hard_label_data(source, task.augment, 1, classes)),
         teacher=teacher,
-        temperatures=(float(config.students[0].temperature or 1),),
+        temperatures=(float(student.temperature or 1),),
     )
     students = fit(config, make_accelerator("cpu", "fp32"), [parts], eval_source)
     return [result(student, "live") for student in students]
@@ -410,7 +422,15 @@ def result(student: Student, kind: str) -> dict[str, Any]:
         "warmup": student.config.warmup,
         "seed": student.config.seed,
         "errors": student.evaluation.errors,
+        "ece": calibration_error(student.evaluation),
     }
+
+
+def calibration_error(evaluation: Evaluation) -> float:
+    """The expected calibration error at temperature 1."""
+    assert evaluation.confidence is not None
+    correct = evaluation.predictions == evaluation.labels
+    return calibration_of(evaluation.confidence.astype(float), np.asarray(correct, float)).error
 
 
 def standardized(
@@ -444,7 +464,14 @@ def correlation(log_q: Tensor, targets: Targets, labels: Labels | None, weight: 
     return weight * (1 - covariance / variances.clamp(min=1e-12).sqrt())
 
 
+def correlation_and_kl(
+    log_q: Tensor, targets: Targets, labels: Labels | None, weight: float
+) -> Tensor:
+    return weight * correlation(log_q, targets, labels, 1.0) + kl(log_q, to_dense(targets))
+
+
 OTHER_LOSSES = {
+    "corkl": LossKind("corkl:WEIGHT", "", correlation_and_kl, 1.0),
     "correlation": LossKind("correlation:WEIGHT", "", correlation, 1.0),
     "standardized": LossKind("standardized:T", "", standardized, 2.0),
     "dist": LossKind("dist:WEIGHT", "", dist, 1.0),

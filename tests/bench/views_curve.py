@@ -2,7 +2,9 @@
 
 One student and one augmentation are trained with 1, 2, 4, … cached views, with the live teacher on new
 views in every epoch, and with an inconsistent cache, whose soft targets belong to the original images while
-the student sees augmented ones (with mixup, soft targets are mixed like the images). Reported are test
+the student sees augmented ones (with mixup, soft targets are mixed like the images). --tricks tries what may
+do for more views: `flip` mirrors half of the cached views, whose soft targets stay; `mixup` mixes cached
+views of a batch, with their soft targets; `ema` averages the weights. Reported are test
 errors and KL(teacher ‖ student) on test images, mean and standard error over the seeds.
 """
 
@@ -26,6 +28,7 @@ from softcache.dump.prepare import load_teachers
 from softcache.join.joined_data import JoinedData, TrainingBatch, hard_label_data
 from softcache.join.match import join
 from softcache.losses import soft_loss
+from softcache.targets.decode import to_dense
 from softcache.targets.fetch import soft_targets
 from softcache.teachers.ensemble import Ensemble
 from softcache.train.config import make_train_config
@@ -69,6 +72,29 @@ class InconsistentData(JoinedData):
         return training_batch._replace(targets={self.temperature: log_probs})
 
 
+@dataclass(frozen=True)
+class MixedData(JoinedData):
+    """Cached views mixed with others of the same batch, like their soft targets: uniform mixup."""
+
+    def training_batch(self, batch: Batch, epoch: int, device: torch.device) -> TrainingBatch:
+        training_batch = super().training_batch(batch, epoch, device)
+        inputs, count = training_batch.inputs, len(training_batch.inputs)
+        generator = torch.Generator().manual_seed(int(batch.sample_ids[0]) * 10_000 + epoch)
+        partners = torch.randperm(count, generator=generator)
+        weights = torch.rand(count, generator=generator)  # (B,)
+        mixed = inputs.lerp(inputs[partners], weights.view(-1, *[1] * (inputs.ndim - 1)))
+        targets = {
+            temperature: to_dense(log_probs).exp().lerp(
+                to_dense(log_probs).exp()[partners], weights[:, None]
+            ).log()
+            for temperature, log_probs in training_batch.targets.items()
+        }  # fmt: skip
+        return training_batch._replace(inputs=mixed, targets=targets)
+
+
+TRICKS = ("flip", "mixup", "ema")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -88,7 +114,15 @@ def main() -> None:
         default=[4],
         help="numbers of views for which all samples also share one view in each epoch",
     )
+    parser.add_argument(
+        "--tricks",
+        nargs="*",
+        default=[],
+        help=f"joined by +: {', '.join(TRICKS)}, such as flip+ema",
+    )
+    parser.add_argument("--trick-views", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=64)
+    parser.add_argument("--inconsistent", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="parallel students, one thread each")
@@ -104,8 +138,12 @@ def main() -> None:
         variants = [
             *((cached(v), v) for v in options.views),
             *((f"in step, {v} views", v) for v in options.in_step),
+            *(
+                (f"{trick}, {options.trick_views} views", options.trick_views)
+                for trick in options.tricks
+            ),
             ("live teacher", 0),
-            ("inconsistent", 0),
+            *([("inconsistent", 0)] if options.inconsistent else []),
         ]
         jobs = {
             f"{variant}, seed {seed}": (variant, views, seed, options, folder)
@@ -153,6 +191,7 @@ def student(
         Augmentation(None, 0),
     )
     temperature = options.temperature
+    tricks = variant.partition(",")[0].split("+")
     config = make_train_config(
         student=options.student,
         data=options.train,
@@ -164,6 +203,8 @@ def student(
         temperature=temperature,
         seed=seed,
         device="cpu",
+        extra_augment="flip" if "flip" in tricks else None,
+        ema=0.999 if "ema" in tricks else None,
     )
     data: JoinedData
     if views:
@@ -175,6 +216,7 @@ def student(
             device=accelerator.device,
             rotate=not variant.startswith("in step"),
         )
+        data = MixedData(**vars(data)) if "mixup" in tricks else data
     else:
         hard_labels = hard_label_data(source, options.augment, 1000 + seed, cache.header.classes)
         data = (
@@ -190,12 +232,12 @@ def student(
 
 def evaluate(trained: Student, teacher: Ensemble, test: Source, temperature: float) -> Outcome:
     """Errors and KL(teacher ‖ student) on test images without augmentation."""
-    trained.model.eval()
+    model = trained.final_model.eval()
     errors, kl = 0, 0.0
     with torch.inference_mode():
         for batch in loader(test, sequential_batches(len(test), 500)):
             inputs = to_float(batch.inputs)
-            logits = trained.model(inputs)
+            logits = model(inputs)
             errors += int((logits.argmax(-1) != batch.labels).sum())
             log_probs = teacher.log_probs(inputs, temperature)
             kl += float(soft_loss(logits, log_probs, temperature)) * len(inputs)
@@ -247,7 +289,10 @@ def draw(results: Results, options: argparse.Namespace) -> None:
         values = [results[cached(views)][metric] for views in options.views]
         means, errors = zip(*values, strict=True)
         panel.errorbar(options.views, means, errors, marker="o", label="cached views")
-        for variant, colour in (("live teacher", "tab:green"), ("inconsistent", "tab:red")):
+        lines = {"live teacher": "tab:green", "inconsistent": "tab:red"}
+        for variant, colour in lines.items():
+            if variant not in results:
+                continue
             mean, error = results[variant][metric]
             panel.axhline(mean, color=colour, label=variant)
             panel.axhspan(mean - error, mean + error, color=colour, alpha=0.2)

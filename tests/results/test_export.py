@@ -40,7 +40,7 @@ def branching():
 def folder(cache: Cache, data_file: Path, tmp_path: Path) -> Path:
     config = make_train_config(
         student="cnn:4x2", cache=cache.path, data=f"npz:{data_file}", out=tmp_path / "run",
-        eval_data=f"npz:{data_file}@test", epochs=1, device="cpu", alpha=0.5, ema=0.9,
+        eval_data=f"npz:{data_file}@test", epochs=1, device="cpu", alpha=0.5, temperature=1.0, ema=0.9,
     )  # fmt: skip
     train(config)
     return config.out

@@ -73,7 +73,7 @@ def test_any_other_setting_makes_another_student(
     assert students[1].label == label
 
 
-@pytest.mark.parametrize("alpha", [0.9, 0.5])
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_alpha_tells_students_apart_but_not_their_baselines(
     alpha: float, grid: Path, tmp_path: Path
 ) -> None:
@@ -84,10 +84,10 @@ def test_alpha_tells_students_apart_but_not_their_baselines(
     }
     students = group_runs(runs)
     labels = [student.label for student in students]
-    if alpha == 0.9:
+    if alpha == 1.0:
         assert labels == ["mlp:8", "mlp:8, hard labels"]
     else:
-        assert labels == ["mlp:8, alpha=0.9", "mlp:8, alpha=0.5", "mlp:8, hard labels"]
+        assert labels == ["mlp:8, alpha=1", "mlp:8, alpha=0.5", "mlp:8, hard labels"]
     assert all(student.baseline is students[-1] for student in students[:-1])
     assert pair_numbers(students)[id(students[-1])] == 0
 

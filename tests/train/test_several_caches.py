@@ -192,6 +192,7 @@ def test_unlabelled_data_take_no_part_in_the_cross_entropy(
         cache=[make_cache(f"{name}.h5", name) for name in names],
         data=[f"npz:{tmp_path}/{name}.npz" for name in names],
         batch_size=SAMPLES,
+        alpha=0.9,
     )
     train(config)
     images, labels = make_arrays(SAMPLES)

@@ -144,7 +144,7 @@ def test_the_folder_holds_all_that_is_needed_to_use_the_student(
     assert facts["content_ids"] == [cache.content_id()]
     assert facts["settings"]["cache"] == ["tiny.h5"]
     assert facts["settings"]["data"] == ["npz:tiny.npz@train"]
-    assert (facts["name"], facts["alpha"], facts["parameters"]) == ("distilled", 0.9, 1125)
+    assert (facts["name"], facts["alpha"], facts["parameters"]) == ("distilled", 1.0, 1125)
     assert facts["settings"]["temperature"] == 2.0
     model = build(
         facts["settings"]["student"], input_shape=facts["input_shape"], classes=facts["classes"]

@@ -117,7 +117,7 @@ def settings_tried(config: TrainConfig, *caches: Cache, **given: Any) -> list[di
 
 def test_the_defaults_are_tried_first_and_nothing_twice(config: TrainConfig, cache: Cache) -> None:
     tried = settings_tried(config, cache)
-    assert tried[0] == {"temperature": 1.0, "alpha": 0.9, "loss": "kl", "learning_rate": 2e-3}
+    assert tried[0] == {"temperature": 1.0, "alpha": 1.0, "loss": "kl", "learning_rate": 2e-3}
     assert len(tried) == 64
     assert len({json.dumps(point) for point in tried}) == 64
     assert {point["loss"] for point in tried} == set(tune.LOSSES)

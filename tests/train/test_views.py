@@ -286,7 +286,7 @@ def test_a_mixed_sample_without_both_labels_takes_no_part_in_the_cross_entropy(
     data = save_data(tmp_path, images, labels)
     cache = views_of(dump_config, recorders, "mixup", data=data)
     config = as_recorder(config, recorders, cache, data=data, batch_size=FEW)
-    train(replace(config, epochs=1))
+    train(replace(config, epochs=1, alpha=0.9))
     mix, sample_ids = parse_augment("mixup", seed=5, total=FEW), np.arange(FEW)
     partners, partner_weights = mix.partners(0, sample_ids), mix.partner_weights(0, sample_ids)
     assert partners is not None
@@ -471,6 +471,7 @@ def test_unlabelled_samples_take_no_part_in_the_cross_entropy(
         data=save_data(tmp_path, images, labels),
         batch_size=SAMPLES,
         epochs=1,
+        alpha=0.9,
     )
     train(config)
     teacher = import_callable(f"{teacher_file}:teacher", what="teacher")()

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from softcache.train.defaults import default_temperature, entropy_share, with_defaults
 
 from softcache.cache import Cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.train.config import make_train_config
 from softcache.train.loop import train
-from softcache.train.temperature import default_temperature, entropy_share, with_temperatures
 from tests.configs import replace
 
 SHARP = """
@@ -44,17 +44,26 @@ def cache_of(scale: float, dump_config: DumpConfig, tmp_path: Path, **changes: A
 
 
 @pytest.mark.parametrize(
-    ("scale", "temperature"), [(0.5, 1.0), (1.2, 1.0), (3.0, 2.0), (6.0, 4.0), (40.0, 4.0)]
+    ("scale", "temperature", "short"),
+    [
+        (0.5, 0.5, 0.5),
+        (1.2, 1.0, 1.0),
+        (2.0, 2.0, 1.0),
+        (3.0, 2.0, 2.0),
+        (6.0, 4.0, 4.0),
+        (40.0, 4.0, 4.0),
+    ],
 )
 def test_a_teacher_that_is_nearly_certain_gets_a_higher_one(
-    dump_config: DumpConfig, tmp_path: Path, scale: float, temperature: float
+    dump_config: DumpConfig, tmp_path: Path, scale: float, temperature: float, short: float
 ) -> None:
     cache = cache_of(scale, dump_config, tmp_path)
-    chosen, reason = default_temperature([cache])
+    chosen, reason = default_temperature([cache], 20)
     assert chosen == temperature
+    assert default_temperature([cache], 19)[0] == short
     share = entropy_share([cache], temperature)
     assert f"{share:.1%} of the largest entropy" in reason
-    assert ("and only" in reason) == (temperature > 1)
+    assert ("and only" in reason) == (temperature > 0.5)
     logits = scale * np.array([4.0, 1.0, 0.5, 0.2, 0.0]) / temperature
     p = np.exp(logits - logits.max())
     p /= p.sum()
@@ -70,7 +79,7 @@ def test_what_is_asked_for_stays_and_the_choice_is_told_and_recorded(
         cache=cache.path, data=f"npz:{data_file}", out=tmp_path / "run", epochs=1, device="cpu",
         baseline=True,
     )  # fmt: skip
-    changed, line = with_temperatures(config, [cache])
+    changed, line = with_defaults(config, [cache])
     assert [student.temperature for student in changed.students] == [2.0, 8.0, None]
     assert line.startswith("temperature 2: the soft targets have ")
     capsys.readouterr()
@@ -81,7 +90,7 @@ def test_what_is_asked_for_stays_and_the_choice_is_told_and_recorded(
 
 def test_draws_have_only_their_own(dump_config: DumpConfig, tmp_path: Path) -> None:
     cache = cache_of(1.2, dump_config, tmp_path, encoding="sampled:8")
-    assert default_temperature([cache]) == (4.0, "the only one of sampled soft targets")
+    assert default_temperature([cache], 20) == (4.0, "the only one of sampled soft targets")
 
 
 def test_nothing_is_chosen_where_nothing_is_needed(
@@ -97,6 +106,6 @@ def test_nothing_is_chosen_where_nothing_is_needed(
             out=tmp_path / "run",
             **changes,
         )
-        assert with_temperatures(config, [cache]) == (config, "")
+        assert with_defaults(config, [cache]) == (config, "")
     config = make_train_config(student="mlp:4", data=f"npz:{data_file}", out=tmp_path / "run")
-    assert with_temperatures(config, []) == (config, "")
+    assert with_defaults(config, []) == (config, "")

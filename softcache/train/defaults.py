@@ -1,10 +1,11 @@
-"""The temperature of the soft targets where none is asked for: a rule, and the measurements behind it.
+"""The temperature of the soft targets where none is asked for: a rule, from measurements.
 
-In 41 settings of five tasks, three budgets and two sizes of student (tests/bench/gains.py), temperature 1
-never lost to hard labels by more than a standard error, whereas 4 lost in 20, wherever training was short:
-near a uniform distribution, gradients are small at first, so a student learns more slowly (Hinton, Vinyals
-and Dean, arXiv 1503.02531, section 2.1, for the limit of high temperatures). But a teacher that is nearly
-certain at temperature 1 says hardly more than the labels, and then a higher one is needed.
+In tests/bench/gains.py, the lowest temperatures won wherever training was short.
+
+Soft targets near a uniform distribution have small gradients at first, so a student learns more slowly from
+high temperatures (Hinton, Vinyals and Dean, arXiv 1503.02531, section 2.1, for the limit), which costs more
+than the finer differences between classes bring unless training is long. But soft targets that are nearly
+certain say hardly more than the labels. So the temperature is the lowest at which they have some entropy.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import numpy as np
 from softcache.cache import Cache, Sampled
 from softcache.train.config import TrainConfig
 
-CANDIDATES = (1.0, 2.0, 4.0)
-ENOUGH = 0.02  # of log C: the entropy of soft targets that say more than the labels
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
+SHORT = 20  # epochs: fewer are a short training
+ENTROPY, SHORT_ENTROPY = 0.02, 0.01  # of log C: enough, for a long and for a short training
 ROWS = 2000  # of the first view, on which entropy is measured
 VALUES = 1 << 24  # probabilities that are decoded for it, at most
 
 
-def with_temperatures(config: TrainConfig, caches: Sequence[Cache]) -> tuple[TrainConfig, str]:
+def with_defaults(config: TrainConfig, caches: Sequence[Cache]) -> tuple[TrainConfig, str]:
     """The settings, with a temperature for every student that is to learn from soft targets.
 
     Returns:
@@ -38,28 +40,34 @@ def with_temperatures(config: TrainConfig, caches: Sequence[Cache]) -> tuple[Tra
     different = len({cache.header.temperature for cache in caches}) > 1
     if not caches or not needed or (any(_is_sampled(cache) for cache in caches) and different):
         return config, ""  # or an error that names the caches is raised later
-    temperature, reason = default_temperature(caches)
+    temperature, reason = default_temperature(caches, config.epochs)
     students = [
         dataclasses.replace(student, temperature=temperature) if student in needed else student
         for student in config.students
     ]
     line = f"temperature {temperature:g}: {reason}; --temperature sets another"
-    return dataclasses.replace(config, students=students), line
+    config = dataclasses.replace(config, students=students, given_names=config.names())
+    return config, line
 
 
-def default_temperature(caches: Sequence[Cache]) -> tuple[float, str]:
+def default_temperature(caches: Sequence[Cache], epochs: int) -> tuple[float, str]:
     """The temperature for the soft targets of some caches, and why, in a phrase.
 
-    The lowest of CANDIDATES at which the entropy of the soft targets is at least ENOUGH of that of a uniform
-    distribution; draws of a `sampled` cache have only the temperature that they were made at.
+    The lowest of TEMPERATURES at which the entropy of the soft targets is a large enough share of that of a
+    uniform distribution; draws of a `sampled` cache have only the temperature that they were made at.
     """
     if any(_is_sampled(cache) for cache in caches):
         return caches[0].header.temperature, "the only one of sampled soft targets"
-    shares = {t: entropy_share(caches, t) for t in CANDIDATES}
-    chosen = next((t for t, share in shares.items() if share >= ENOUGH), CANDIDATES[-1])
+    enough = SHORT_ENTROPY if epochs < SHORT else ENTROPY
+    shares: dict[float, float] = {}
+    for temperature in TEMPERATURES:
+        shares[temperature] = entropy_share(caches, temperature)
+        if shares[temperature] >= enough:
+            break
+    *lower, chosen = shares
     text = f"the soft targets have {shares[chosen]:.1%} of the largest entropy"
-    if chosen > CANDIDATES[0]:
-        text += f", and only {shares[CANDIDATES[0]]:.1%} at {CANDIDATES[0]:g}"
+    if lower:
+        text += f", and only {shares[lower[-1]]:.1%} at {lower[-1]:g}"
     return chosen, text
 
 
