@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from softcache.train.defaults import default_temperature, entropy_share, with_defaults
 
 from softcache.cache import Cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.train.config import make_train_config
+from softcache.train.defaults import default_temperature, entropy_share, with_defaults
 from softcache.train.loop import train
 from tests.configs import replace
 

@@ -485,7 +485,7 @@ def test_data_without_any_label_train_on_the_soft_targets(
 ) -> None:
     train(replace(config, data=save_data(tmp_path, make_arrays()[0], None), epochs=15))
     lines = metrics(config.out)
-    assert {line["hard"] for line in lines} == {0.0}
+    assert not any("hard" in line for line in lines)
     assert lines[-1]["soft"] < 0.8 * lines[0]["soft"]
 
 
