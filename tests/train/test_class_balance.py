@@ -271,7 +271,7 @@ def test_errors_of_very_many_classes_are_not_listed(skewed_config: TrainConfig) 
 
 def test_a_run_without_evaluation_has_none_of_it(skewed_config: TrainConfig) -> None:
     train(replace(skewed_config, eval_data=None))
-    names = {"epoch", "step", "total", "soft", "lr"}
+    names = {"epoch", "step", "total", "hard", "lr"}
     assert [set(line) for line in metrics(skewed_config.out)] == [names, names]
 
 

@@ -207,10 +207,10 @@ def test_mixed_and_plain_samples_are_learned_together(
     config: TrainConfig, make_cache: MakeCache, tmp_path: Path
 ) -> None:
     plain, mixed = make_cache("plain.h5"), make_cache("mixed.h5", augment="mixup", views=2)
-    config = replace(config, batch_size=2 * SAMPLES, rotate=False, alpha=0.9)
+    config = replace(config, batch_size=2 * SAMPLES, rotate=False)
     lines = []
     for cache in ([plain], [mixed], [mixed, plain]):
-        train(replace(config, cache=cache, overwrite=True))
+        train(replace(config, cache=cache, overwrite=True, alpha=0.9))
         lines.append(metrics(config.out))
     for plain_line, mixed_line, both in zip(*lines, strict=True):
         mean = (plain_line["hard"] + mixed_line["hard"]) / 2
