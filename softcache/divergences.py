@@ -193,6 +193,28 @@ def decoupled(log_q: Tensor, targets: Targets, labels: Labels | None, beta: floa
     return target + beta * non_target
 
 
+def bernoulli(odds_q: Tensor, targets: Targets) -> Tensor:
+    """KL(teacher ‖ student) of each row, summed over classes that apply or not on their own.
+
+    With p = sigmoid(a) and q = sigmoid(b), KL(p ‖ q) = p (a - b) + softplus(b) - softplus(a).
+
+    Args:
+        odds_q: (B, C), the student's log-odds.
+        targets: (B, C), the teacher's log-odds.
+
+    Returns:
+        (B,) in nats.
+
+    Raises:
+        SettingsError: the targets are sparse.
+    """
+    if isinstance(targets, SparseTargets):
+        raise SettingsError("loss bernoulli needs the log-odds of all classes; use kl")
+    softplus = functional.softplus
+    difference = targets.sigmoid() * (targets - odds_q) + softplus(odds_q) - softplus(targets)
+    return difference.sum(-1)
+
+
 @dataclass(frozen=True)
 class LossKind:
     """An entry in the table of losses.
@@ -203,12 +225,15 @@ class LossKind:
         rows: the loss of each row (B,), from the student's log-probabilities at the temperature (B, C),
             the targets, the labels and the parameter.
         parameter: the default of the number after the colon; None if the loss takes no number.
+        multi_label: whether it compares log-odds of classes that apply or not on their own; `rows` then gets
+            the student's logits divided by the temperature.
     """
 
     form: str
     meaning: str
     rows: Callable[[Tensor, Targets, Labels | None, float], Tensor]
     parameter: float | None = None
+    multi_label: bool = False
 
 
 LOSSES = {
@@ -233,6 +258,12 @@ LOSSES = {
         "decoupled KD: KL of label against the rest + BETA times KL among the rest",
         lambda *arguments: decoupled(*arguments),
         DKD_BETA,
+    ),
+    "bernoulli": LossKind(
+        "bernoulli",
+        "KL(teacher ‖ student) of each class on its own; only and always for --targets sigmoid",
+        lambda odds_q, targets, *_: bernoulli(odds_q, targets),
+        multi_label=True,
     ),
 }
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from softcache.divergences import LOSSES, LOWEST, parse_loss
 from softcache.errors import SettingsError
-from softcache.types import Labels, MixedLabels, Targets
+from softcache.types import Labels, LabelSets, MixedLabels, Targets
 
 __all__ = [
     "LOSSES",
@@ -192,6 +192,8 @@ def _soft_rows(
 ) -> Tensor:
     """The soft loss of each row, (B,)."""
     name, parameter = parse_loss(loss)
+    if LOSSES[name].multi_label:
+        return LOSSES[name].rows(_wide(logits) / temperature, targets, labels, parameter)
     log_q = functional.log_softmax(_wide(logits) / temperature, dim=-1)  # (B, C)
     return LOSSES[name].rows(log_q, targets, labels, parameter)
 
@@ -238,6 +240,8 @@ def label_weights(labels: Labels, class_weights: Tensor | None = None) -> Tensor
     Returns:
         (B,) float32, or the dtype of the class weights.
     """
+    if isinstance(labels, LabelSets):
+        return labels.known.float()
     own = labels.own if isinstance(labels, MixedLabels) else labels
     labelled = own >= 0
     if isinstance(labels, MixedLabels):
@@ -259,6 +263,8 @@ def _hard_rows(
     if class_weights is not None:
         class_weights = class_weights.to(logits)
     weights = label_weights(labels, class_weights)
+    if isinstance(labels, LabelSets):
+        return _binary_cross_entropy(logits, labels, smoothing), weights
     if not isinstance(labels, MixedLabels):
         return _cross_entropy(logits, labels, smoothing, class_weights), weights
     own = _cross_entropy(logits, labels.own, smoothing, class_weights)
@@ -266,6 +272,15 @@ def _hard_rows(
     partners = _cross_entropy(logits, labels.partners, smoothing, class_weights)
     losses = losses + partners * labels.partner_weights
     return losses * ((labels.own >= 0) & (labels.partners >= 0)), weights
+
+
+def _binary_cross_entropy(logits: Tensor, labels: LabelSets, smoothing: float) -> Tensor:
+    """The cross-entropies of all classes of each sample, summed, (B,); 0 where unlabelled."""
+    applies = labels.applies * (1 - smoothing) + smoothing / 2
+    losses = functional.binary_cross_entropy_with_logits(
+        logits, applies.to(logits), reduction="none"
+    )
+    return losses.sum(-1) * labels.known
 
 
 def _cross_entropy(

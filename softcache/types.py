@@ -37,7 +37,16 @@ class MixedLabels(NamedTuple):
     partner_weights: Tensor  # (B,) float32: 1 - lambda, the weight of each partner
 
 
-Labels = Tensor | MixedLabels  # a tensor: (B,) int64, negative where unlabelled
-Targets = Tensor | SparseTargets  # a tensor: (B, C) float32 log-probabilities
+class LabelSets(NamedTuple):
+    """The classes of samples that may have several, or none."""
+
+    applies: Tensor  # (B, C) float32: 1 where a class applies; between 0 and 1 if mixup has mixed samples
+    known: Tensor  # (B,) bool: False for an unlabelled sample
+
+
+Labels = Tensor | MixedLabels | LabelSets  # a tensor: (B,) int64, negative where unlabelled
+Targets = (
+    Tensor | SparseTargets
+)  # a tensor: (B, C) float32 log-probabilities, or log-odds of each class
 SampleIds = npt.NDArray[np.int64]  # (B,) numbers of samples in the augmentation's draws
 Views = int | npt.NDArray[np.int64]  # one view for the whole batch, or (B,) one for each sample

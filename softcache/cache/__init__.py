@@ -2,6 +2,7 @@
 
 from softcache.cache.encodings import (
     Basis,
+    Bernoulli,
     Dense,
     Encoding,
     Quantized,
@@ -15,6 +16,7 @@ from softcache.cache.reader import Cache, open_cache
 __all__ = [
     "Array",
     "Basis",
+    "Bernoulli",
     "Cache",
     "Dense",
     "Encoding",

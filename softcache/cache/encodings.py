@@ -34,6 +34,7 @@ QUANTIZED_RANGE = 256.0  # nats below the row's largest entry that `quantized` c
 BASIS_RANGE = 100.0  # the same for `basis`, where one very unlikely class blurs the whole row
 BASIS_REACH = 1e6  # nats that the coefficients of `basis` may add up to; encoders stay far below
 MAX_TEMPERATURE = 1e6
+LABEL_SETS = "label_sets"  # the array of the classes of each sample, a bit for each
 TAIL_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 
 Floats = npt.NDArray[np.float32]
@@ -317,8 +318,40 @@ class Sampled:
         return flaw_of_ids(stored["ids"], classes, distinct=False)
 
 
+@dataclass(frozen=True)
+class Bernoulli:
+    """Several labels a sample: float16 log-odds of each class on its own, 2C bytes per row.
+
+    Class c applies with probability sigmoid(z_c / T), whatever the others do. Log-odds z / T scale with the
+    temperature, so any other follows exactly. Each sample has a set of classes instead of one label, a bit
+    for each class; its entry in `labels` is 0, or -1 if it is unlabelled.
+    """
+
+    name: ClassVar[str] = "bernoulli"
+    form: ClassVar[str] = "bernoulli"
+    meaning: ClassVar[str] = (
+        "float16 log-odds, 2 bytes per class; only and always with --targets sigmoid"
+    )
+
+    def arrays(self, classes: int) -> list[ArraySpec]:
+        return [
+            ArraySpec("log_odds", "<f2", "rows", (classes,)),
+            ArraySpec(LABEL_SETS, "|u1", "samples", (-(-classes // 8),)),
+        ]
+
+    def decode(
+        self, stored: Arrays, temperature: float, requested_temperature: float, classes: int
+    ) -> Floats:
+        ratio = np.float32(temperature / requested_temperature)
+        log_odds: Floats = stored["log_odds"].astype(np.float32) * ratio
+        return log_odds
+
+    def flaw(self, stored: Arrays, classes: int) -> str | None:
+        return None if np.isfinite(stored["log_odds"]).all() else "log-odds that are not finite"
+
+
 ENCODINGS: dict[str, Callable[..., Encoding]] = {
-    kind.name: kind for kind in (Dense, Quantized, TopK, Basis, Sampled)
+    kind.name: kind for kind in (Dense, Quantized, TopK, Basis, Sampled, Bernoulli)
 }
 
 
@@ -376,7 +409,7 @@ def parse_encoding(spec: str, temperature: float) -> Encoding:
         SettingsError: the encoding is unknown, or its parameter is out of range.
     """
     name, _, size = spec.partition(":")
-    if name in ("dense", "quantized") and not size:
+    if name in ("dense", "quantized", "bernoulli") and not size:
         return ENCODINGS[name]()
     if not re.fullmatch(r"\d{0,9}", size, re.ASCII):
         name = ""

@@ -24,6 +24,7 @@ from softcache.cache.encodings import (
     MAX_TEMPERATURE,
     ArraySpec,
     Axis,
+    Bernoulli,
     Encoding,
     encoding_from_json,
     encoding_to_json,
@@ -108,6 +109,11 @@ class Header:
     def embeds_inputs(self) -> bool:
         """Whether the file contains the samples themselves."""
         return INPUTS in self.must_understand
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether each class applies or not on its own, so that a sample may have several labels."""
+        return isinstance(self.encoding, Bernoulli)
 
     @property
     def view_range(self) -> range:

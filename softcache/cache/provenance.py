@@ -7,6 +7,9 @@ from softcache.errors import FormatError
 
 SUMMARY = ("entropy", "agreement", "rows")
 
+# of an evaluation where samples have any number of labels
+SCORES = ("mean_average_precision", "micro_f1", "macro_f1")
+
 
 def teachers(value: object) -> tuple[JSON, ...]:
     """What the teachers were: of each at least its name, parameters and weight."""
@@ -44,12 +47,16 @@ def evaluation(value: object) -> JSON | None:
     """The teacher's errors on evaluation data; None if it was not evaluated."""
     if value is None:
         return None
-    if not isinstance(value, dict) or set(value) != {"data", "digest", "errors", "samples"}:
+    expected = {"data", "digest", "errors", "samples"}
+    if not isinstance(value, dict) or set(value) - set(SCORES) != expected:
         raise FormatError(
             f"evaluation is {shown(value)}; expected data, digest, errors and samples"
         )
     text_of(value, "data"), text_of(value, "digest")
     integer(value, "errors", 0, integer(value, "samples", 1, MAX_COUNT))
+    for name in set(value) & set(SCORES):
+        if type(value[name]) not in (int, float) or not 0 <= value[name] <= 1:
+            raise FormatError(f"{name} is {shown(value[name])}; expected a number from 0 to 1")
     return value
 
 

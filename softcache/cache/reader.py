@@ -16,7 +16,7 @@ import numpy.typing as npt
 import xxhash
 
 from softcache.cache.disk import pread
-from softcache.cache.encodings import Floats
+from softcache.cache.encodings import LABEL_SETS, Floats
 from softcache.cache.header import PREAMBLE, Array, Header, parse_header, parse_preamble
 from softcache.errors import FormatError, MissingCacheError, SettingsError
 
@@ -48,6 +48,11 @@ class Cache:
     @property
     def labels(self) -> npt.NDArray[np.int64]:
         return self.arrays["labels"]
+
+    def label_sets(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """The classes of some samples of a multi-label cache, (B, C): 1 where a class applies."""
+        bits = self.arrays[LABEL_SETS][samples]
+        return np.unpackbits(bits, axis=-1, count=self.header.classes)
 
     @property
     def keys(self) -> npt.NDArray[np.uint64]:

@@ -77,6 +77,8 @@ def measure_rows(cache: Cache, advance: Callable[[int], None] = lambda _: None) 
         advance: called with the number of rows done.
     """
     header = cache.header
+    if header.multi_label:
+        return _measure_multi_label(cache, advance)
     total, count = header.views * header.samples, summary_row_count(cache)
     run = _run(count)
     starts = (np.arange(0, count, run) * (total / count)).astype(np.int64)
@@ -119,6 +121,58 @@ def measure_rows(cache: Cache, advance: Callable[[int], None] = lambda _: None) 
     )
 
 
+def _measure_multi_label(cache: Cache, advance: Callable[[int], None]) -> RowStatistics:
+    """The same where each class applies or not on its own.
+
+    Entropy is the mean over the classes, agreement and confidence are those of all decisions, of which each
+    says of one class whether it applies.
+    """
+    header = cache.header
+    total, count = header.views * header.samples, summary_row_count(cache)
+    rows = (np.arange(count) * (total / count)).astype(np.int64)
+    entropies = [0.0, 0.0]
+    right = decisions = 0
+    labels, classes, confidence = [], [], []
+    chunk = max(1, CHUNK_VALUES // header.classes)
+    for start in range(0, count, chunk):
+        views, cache_rows = np.divmod(rows[start : start + chunk], header.samples)
+        for view in np.unique(views):
+            rows_of_view = cache_rows[views == view]
+            for place, temperature in enumerate((header.temperature, 1.0)):
+                odds = cache.rows(int(view), rows_of_view, temperature).astype(np.float64)  # (B, C)
+                entropies[place] += float(binary_entropy(odds).mean(-1).sum())
+            known = cache.labels[rows_of_view] >= 0
+            applies = cache.label_sets(rows_of_view)[known]
+            agrees = (odds[known] > 0) == (applies > 0)
+            right, decisions = right + int(agrees.sum()), decisions + agrees.size
+            # one decision of each row, since there may be very many classes
+            picked = np.arange(int(known.sum())), rows_of_view[known] % header.classes
+            labels.append(applies[picked].astype(np.int64))
+            classes.append((odds[known][picked] > 0).astype(np.int64))
+            confidence.append(1 / (1 + np.exp(-np.abs(odds[known][picked]))))
+        advance(len(cache_rows))
+    judged = 0 if mixes_samples(header) else None
+    return RowStatistics(
+        rows=count,
+        entropy=entropies[0] / count,
+        entropy_at_1=entropies[1] / count,
+        predictions=Predictions(
+            np.concatenate(labels)[:judged],
+            np.concatenate(classes)[:judged],
+            np.concatenate(confidence)[:judged],
+        ),
+        agreement=right / decisions if decisions else None,
+    )
+
+
+def binary_entropy(log_odds: Floats64) -> Floats64:
+    """The entropy in nats of whether each class applies, of the shape of the log-odds."""
+    size = np.abs(log_odds)
+    rest = np.exp(-size)  # p of the less likely is rest / (1 + rest)
+    entropy: Floats64 = np.log1p(rest) + size * rest / (1 + rest)
+    return entropy
+
+
 def mixes_samples(header: Header) -> bool:
     """Whether samples are mixed in pairs, so that no row has one label."""
     return "mixup" in (header.augment or "").split(",")
@@ -135,6 +189,15 @@ def warnings_of(
     """
     header = cache.header
     names = [name.decode("utf-8", "replace") for name in cache.arrays["class_names"]]
+    if header.multi_label:
+        return judge(
+            "the teacher, of whether a class applies,",
+            statistics.predictions,
+            ["does not apply", "applies"],
+            repeats=header.views,
+            by_row=by_row,
+            inputs=inputs,
+        )
     found = judge(
         "the teacher",
         statistics.predictions,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from softcache.cache import Cache
-from softcache.data.source import UNLABELLED, Source, WrappedSource
+from softcache.data.source import UNLABELLED, Source, WrappedSource, has_label_sets
 from softcache.errors import DataError
 from softcache.util.log import inform
 
@@ -31,11 +31,18 @@ class MappedSource(WrappedSource):
     def labels(self) -> npt.NDArray[np.int64] | None:
         """(N,) all labels, if the source knows them without being read."""
         labels = getattr(self.source, "labels", None)
-        return None if labels is None else self._mapped(labels)
+        if labels is None or has_label_sets(self.source):
+            return labels
+        return self._mapped(labels)
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """Raw inputs (B, *shape) and labels (B,) of the samples at `indices`."""
         inputs, labels = self.source.fetch(indices)
+        if labels.ndim == 2:
+            sets = np.zeros((len(labels), len(self.class_names)), np.int64)
+            sets[:, list(self.mapping)] = labels
+            sets[labels[:, 0] < 0] = UNLABELLED
+            return inputs, sets
         return inputs, self._mapped(labels)
 
     def _mapped(self, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

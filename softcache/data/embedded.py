@@ -15,6 +15,7 @@ from softcache.cache.header import INPUTS
 from softcache.cache.reader import open_trainable
 from softcache.data.class_names import all_class_names
 from softcache.data.keys import sample_keys
+from softcache.data.source import UNLABELLED
 from softcache.errors import SettingsError
 
 
@@ -43,7 +44,11 @@ class CacheSource:
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
         rows = np.asarray(indices, np.int64)
-        return torch.from_numpy(self.cache.arrays[INPUTS][rows]), self.cache.labels[rows]
+        inputs, labels = torch.from_numpy(self.cache.arrays[INPUTS][rows]), self.cache.labels[rows]
+        if self.cache.header.multi_label:
+            sets = self.cache.label_sets(rows).astype(np.int64)
+            labels = np.where(labels[:, None] < 0, UNLABELLED, sets)
+        return inputs, labels
 
 
 def _are_texts(cache: Cache) -> bool:

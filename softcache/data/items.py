@@ -73,8 +73,8 @@ def as_values(sample: object) -> npt.NDArray[Any]:
     return array
 
 
-def as_label(label: object) -> int:
-    """The number of a class; UNLABELLED for None and NaN.
+def as_label(label: object) -> int | npt.NDArray[np.int64]:
+    """The number of a class; UNLABELLED for None and NaN; (C,) for a 0 or 1 for each class.
 
     Raises:
         TypeError: it is not a number.
@@ -83,6 +83,10 @@ def as_label(label: object) -> int:
     """
     if isinstance(label, Tensor | np.ndarray) and math.prod(label.shape) == 1:
         label = label.item()
+    if isinstance(label, Tensor | np.ndarray) and label.ndim == 1 and len(label) > 1:
+        applies = np.asarray(label)
+        if ((applies == 0) | (applies == 1)).all():
+            return applies.astype(np.int64)
     if label is None or (isinstance(label, float | np.floating) and math.isnan(label)):
         return UNLABELLED
     number = int(label)  # type: ignore[call-overload]  # anything that int() accepts

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from softcache.data.augment import Augmentation
 from softcache.data.keys import sample_keys
-from softcache.data.source import Source
+from softcache.data.source import UNLABELLED, Source, label_sets
 from softcache.data.workers import Portable, start_worker
 from softcache.errors import SoftcacheError
 from softcache.types import Views
@@ -55,6 +55,10 @@ class Batch(NamedTuple):
     partners: Tensor  # (B, *shape), inputs of the partners; empty without mixup
     partner_labels: Tensor  # (B,) int64, labels of the partners; empty without mixup
     raw: Tensor  # (B, *shape), inputs before the user's transform; empty unless requested
+    sets: Tensor = torch.empty(
+        0
+    )  # (B, C) uint8, the classes of samples with any number; else empty
+    partner_sets: Tensor = torch.empty(0)  # (B, C) uint8, the same of the partners
 
 
 def loader(
@@ -267,9 +271,14 @@ class _Batches(Dataset[Batch]):
         keys = np.empty(0, np.uint64)
         if self.keys:
             keys = sample_keys(inputs, text=bool(getattr(self.source, "text", False)))
+        sets = partner_sets = torch.empty(0)
+        if labels.ndim == 2:
+            labels, sets = _split_sets(labels)
         partners, partner_labels = torch.empty(0), np.empty(0, np.int64)
         if len(request.partner_indices):
             partners, partner_labels = self.source.fetch(request.partner_indices)
+            if partner_labels.ndim == 2:
+                partner_labels, partner_sets = _split_sets(partner_labels)
             partners = transformed(partners, request.view, sample_ids, partner=True)
         return Batch(
             torch.from_numpy(source_indices),
@@ -280,7 +289,14 @@ class _Batches(Dataset[Batch]):
             partners,
             torch.from_numpy(partner_labels),
             inputs if request.raw else torch.empty(0),
+            sets,
+            partner_sets,
         )
+
+
+def _split_sets(labels: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], Tensor]:
+    """From labels (B, C): 0 or UNLABELLED (B,), and the classes that apply (B, C) uint8."""
+    return np.where(labels[:, 0] < 0, UNLABELLED, 0), torch.from_numpy(label_sets(labels, 0))
 
 
 class _JointBatches(Dataset[dict[int, Batch]]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -31,7 +31,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        """Raw inputs (B, *shape) and labels (B,) int64 of the samples at `indices` of the source."""
+        """Raw inputs (B, *shape) and labels (B,) int64 of the samples at `indices` of the source.
+
+        Where samples may have several labels, these are (B, C): 1 for each class that applies, 0 for the
+        others, and UNLABELLED in the whole row of a sample without labels.
+        """
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,48 @@ class ArraySource:
     def take(self, indices: npt.NDArray[np.int64]) -> Self:
         """The samples at `indices`, copied."""
         return replace(self, inputs=self.inputs[indices], labels=self.labels[indices])
+
+
+@dataclass(frozen=True)
+class MultiLabelSource(ArraySource):
+    """Samples with any number of labels; `labels` (N,) is 0, or UNLABELLED.
+
+    Attributes:
+        sets: (N, C) 1 where a class applies.
+    """
+
+    sets: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), np.int64))
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        rows = np.asarray(indices, np.int64)
+        return super().fetch(indices)[0], self.sets[rows]
+
+    def take(self, indices: npt.NDArray[np.int64]) -> Self:
+        return replace(super().take(indices), sets=self.sets[indices])
+
+
+def label_sets(labels: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.uint8]:
+    """The classes of samples, (B, C) uint8, from what Source.fetch() returns; none for an unlabelled one."""
+    if labels.ndim == 2:
+        return (labels > 0).astype(np.uint8)
+    sets = np.zeros((len(labels), classes), np.uint8)
+    labelled = np.flatnonzero(labels >= 0)
+    sets[labelled, labels[labelled]] = 1
+    return sets
+
+
+def has_label_sets(source: Source) -> bool:
+    """Whether samples may have several labels."""
+    return len(source) > 0 and source.fetch([0])[1].ndim == 2
+
+
+def check_kind_of_labels(source: Source, *, multi_label: bool) -> None:
+    """Raise DataError if samples may have several labels where one is expected."""
+    if not multi_label and has_label_sets(source):
+        raise DataError(
+            f"{source.name}: samples have any number of labels, a 0 or 1 for each class; expected one label "
+            "each: add --targets sigmoid to the dump"
+        )
 
 
 @dataclass(frozen=True)
@@ -82,8 +128,9 @@ def array_source(
 
     Args:
         inputs: (N, *shape), integers or floats.
-        labels: (N,) or (N, 1) whole numbers, booleans or words, where NaN is a missing label; or one-hot
-            rows (N, classes); None if all are missing. Words are numbered in sorted order.
+        labels: (N,) or (N, 1) whole numbers, booleans or words, where NaN is a missing label; or (N, classes)
+            a 1 for each class that applies, and 0 or NaN elsewhere; None if all are missing. Words are
+            numbered in sorted order.
 
     Raises:
         DataError: an array has another shape or dtype.
@@ -104,6 +151,9 @@ def array_source(
         labels = labels.astype(np.int64)
     elif _is_one_hot(labels):
         labels = labels.argmax(1)
+    sets = _label_sets(labels)
+    if sets is not None:
+        labels = np.where((sets >= 0).any(1), 0, UNLABELLED)
     if labels.shape != (len(inputs),) or labels.dtype.kind not in "uif":
         raise DataError(
             f"{name}: labels are {labels.dtype} of shape {labels.shape}; expected integers or words "
@@ -116,7 +166,20 @@ def array_source(
     if inputs.dtype.kind == "f" and inputs.dtype.itemsize > 8:
         inputs = inputs.astype(np.float64)
     inputs = inputs.astype(inputs.dtype.newbyteorder("="), copy=False)
+    if sets is not None:
+        return MultiLabelSource(name, inputs, labels.astype(np.int64), class_names, sets)
     return ArraySource(name, inputs, labels.astype(np.int64), class_names)
+
+
+def _label_sets(labels: npt.NDArray[Any]) -> npt.NDArray[np.int64] | None:
+    """Rows (N, classes) of 0 and 1 as sets of labels, a row of NaN or -1 as UNLABELLED; None for others."""
+    if labels.ndim != 2 or labels.shape[1] < 2 or labels.dtype.kind not in "buif":
+        return None
+    values = np.where(np.isnan(labels), UNLABELLED, labels) if labels.dtype.kind == "f" else labels
+    unlabelled = (values == UNLABELLED).all(1)
+    if not (((values == 0) | (values == 1)).all(1) | unlabelled).all():
+        return None
+    return values.astype(np.int64)
 
 
 def _is_one_hot(labels: npt.NDArray[Any]) -> bool:

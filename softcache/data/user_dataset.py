@@ -49,10 +49,17 @@ class DatasetSource:
                 f"{self.name}: inputs of one batch have different shapes or dtypes, {sorted(layouts)}; "
                 "the Dataset must return the same shape and dtype for every sample"
             )
-        return torch.stack(samples), np.array([item[1] for item in items], np.int64)
+        labels = [item[1] for item in items]
+        if len({np.shape(label) for label in labels}) > 1:
+            raise DataError(
+                f"{self.name}: labels of one batch have different shapes, "
+                f"{sorted({np.shape(label) for label in labels})}; the Dataset must return a class number "
+                "for every sample, or a 0 or 1 for each class"
+            )
+        return torch.stack(samples), np.array(labels, np.int64)
 
-    def _item(self, index: int) -> tuple[Any, int]:
-        """The input of an item, as a PIL image or an array (...), and its label."""
+    def _item(self, index: int) -> tuple[Any, int | npt.NDArray[np.int64]]:
+        """The input of an item, as a PIL image or an array (...), and its label or labels."""
         try:
             item = self.dataset[index]
         except Exception as error:  # a user's code can fail in any way

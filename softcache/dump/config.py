@@ -111,6 +111,12 @@ class DumpConfig:
         at_most=MAX_TEMPERATURE,
     )
     encoding: str = setting("dense", help="How each row is stored.", group=ENCODING, metavar="SPEC")
+    targets: str = setting(
+        "softmax",
+        help="Whether each sample has one class (softmax), or any number of them (sigmoid).",
+        group=ENCODING,
+        choices=("softmax", "sigmoid"),
+    )
     max_kl: float = setting(
         DEFAULT_MAX_KL,
         help="Largest KL in nats that --encoding auto accepts, at T, 1, 2, 4 and 8.",
@@ -180,12 +186,29 @@ class DumpConfig:
                 f"{len(self.weight_files)} --weights for {len(self.teachers)} --teacher; expected one for "
                 "each teacher, in the same order, or none"
             )
+        if (self.encoding == "bernoulli" and not self.multi_label) or (
+            self.multi_label and self.encoding not in ("dense", "bernoulli")
+        ):
+            raise SettingsError(
+                f"--targets {self.targets} with --encoding {self.encoding}: log-odds of several labels are "
+                "stored as float16 and in no other way; leave --encoding out"
+            )
         matrices = [text for text in self.teachers if parse_teacher(text).kind in MATRIX_KINDS]
         if matrices and (self.views > 1 or self.eval_data):
             raise SettingsError(
                 f"teacher {matrices[0]} is a matrix with one row of outputs for each of these samples; leave "
                 "out --views and --eval-data"
             )
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether each class applies or not on its own."""
+        return self.targets == "sigmoid"
+
+    @property
+    def encoding_spec(self) -> str:
+        """The specification of the encoding: log-odds have one of their own."""
+        return "bernoulli" if self.multi_label else self.encoding
 
     @property
     def teachers(self) -> list[str]:

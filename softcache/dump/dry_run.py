@@ -49,7 +49,7 @@ def dry_run(config: DumpConfig) -> str:
     log_probs = draw_teacher_rows(draft, source, teacher, augmentation, config.workers)
     rate = len(log_probs) / (time.perf_counter() - start)
     encoding, shared, table = encoding_to_try(config, draft, log_probs)
-    if config.encoding != AUTO and draft.classes <= MOST_CLASSES:
+    if config.encoding_spec != AUTO and not config.multi_label and draft.classes <= MOST_CLASSES:
         others = candidates(log_probs, temperature=draft.temperature, seed=draft.seed)
         table += [other for other in others if other.encoding != encoding]
         table.sort(key=lambda candidate: candidate.bytes_per_row)
@@ -88,7 +88,7 @@ def encoding_to_try(
         table: list[Candidate] = []
     else:
         encoding, shared, table = select(
-            config.encoding,
+            config.encoding_spec,
             log_probs,
             temperature=draft.temperature,
             seed=draft.seed,

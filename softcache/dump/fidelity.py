@@ -14,6 +14,7 @@ from softcache.cache import Cache, Sampled
 from softcache.data.augment import Augmentation
 from softcache.data.loader import augmented, loader, make_request
 from softcache.data.source import Source
+from softcache.divergences import bernoulli
 from softcache.targets.decode import class_ids, decode, to_dense
 from softcache.targets.encode import make_encoder
 from softcache.targets.fetch import shared_tensors, soft_targets
@@ -78,7 +79,7 @@ def teacher_rows(
     return torch.cat(outputs)
 
 
-def divergence(log_probs: Tensor, targets: Targets) -> Tensor:
+def divergence(log_probs: Tensor, targets: Targets, *, multi_label: bool = False) -> Tensor:
     """KL(teacher ‖ stored) of each row, in nats.
 
     For sampled targets it is KL(stored ‖ teacher), since classes that were not drawn have
@@ -87,19 +88,26 @@ def divergence(log_probs: Tensor, targets: Targets) -> Tensor:
     Args:
         log_probs: (B, C), the teacher's.
         targets: the stored rows, at the same temperature.
+        multi_label: whether both are log-odds of classes that apply or not on their own.
 
     Returns:
         (B,)
     """
     stored = to_dense(targets)
+    if multi_label:
+        return bernoulli(stored, log_probs)
     if isinstance(targets, SparseTargets) and bool(torch.isneginf(targets.rest).any()):
         log_probs, stored = stored, log_probs
     difference = (log_probs - stored).masked_fill(torch.isneginf(log_probs), 0)
     return (log_probs.exp() * difference).sum(-1)
 
 
-def retemper(log_probs: Tensor, temperature: float, target_temperature: float) -> Tensor:
-    """Log-probabilities (B, C) at `target_temperature`, from those at `temperature`."""
+def retemper(
+    log_probs: Tensor, temperature: float, target_temperature: float, *, multi_label: bool = False
+) -> Tensor:
+    """Log-probabilities (B, C) at `target_temperature`, from those at `temperature`; or log-odds."""
+    if multi_label:
+        return log_probs * (temperature / target_temperature)
     return torch.log_softmax(log_probs * (temperature / target_temperature), dim=-1)
 
 
@@ -147,7 +155,7 @@ def measure_fidelity(
     )
     means = {}
     kl_at_own = np.zeros(0)
-    sampled = isinstance(header.encoding, Sampled)
+    sampled, multi_label = isinstance(header.encoding, Sampled), header.multi_label
     for temperature in temperatures_of(header.temperature, sampled):
         kl = _stored_divergence(cache, pairs, log_probs, temperature)
         means[f"{temperature:g}"] = float(kl.mean())
@@ -162,7 +170,7 @@ def measure_fidelity(
             )
             for ensemble in (exact_teachers, teachers)
         )
-        cost = {"precision": float(divergence(exact, reduced).mean())}
+        cost = {"precision": float(divergence(exact, reduced, multi_label=multi_label).mean())}
     return cost | {
         "rows": len(pairs),
         "mean": float(kl_at_own.mean()),
@@ -181,8 +189,13 @@ def _stored_divergence(
     divergences, done = [], 0
     for view, cache_rows in _batches(pairs):
         batch = log_probs[done : done + len(cache_rows)]
-        exact = retemper(batch, cache.header.temperature, target_temperature)
-        divergences.append(divergence(exact, fetch(view, cache_rows)).double().cpu().numpy())
+        multi_label = cache.header.multi_label
+        exact = retemper(
+            batch, cache.header.temperature, target_temperature, multi_label=multi_label
+        )
+        stored = fetch(view, cache_rows)
+        kl = divergence(exact, stored, multi_label=multi_label)
+        divergences.append(kl.double().cpu().numpy())
         done += len(cache_rows)
     return np.concatenate(divergences)
 
@@ -215,8 +228,13 @@ def _moved(cache: Cache, pairs: Pairs, log_probs: Tensor) -> float:
             wanted=header.temperature,
             classes=header.classes,
         )
-        difference = to_dense(again).exp() - to_dense(fetch(view, cache_rows)).exp()
-        total += float(difference.abs().sum()) / 2
+        rows = to_dense(again), to_dense(fetch(view, cache_rows))
+        if header.multi_label:
+            difference = rows[0].sigmoid() - rows[1].sigmoid()
+            total += float(difference.abs().mean(-1).sum())
+        else:
+            difference = rows[0].exp() - rows[1].exp()
+            total += float(difference.abs().sum()) / 2
         done += len(cache_rows)
     return total / len(pairs)
 

@@ -18,9 +18,10 @@ from softcache.cache.summary import measure_rows, summary_row_count, warning_fie
 from softcache.cache.writer import Writer
 from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.class_names import align_classes
+from softcache.data.label_sets import check_batch_labels, stored_labels
 from softcache.data.loader import Batch, Request, augmented, loader, make_request
 from softcache.data.open import open_source
-from softcache.data.source import Source, check_labels
+from softcache.data.source import Source
 from softcache.data.table_columns import columns_field
 from softcache.data.tables import columns_of
 from softcache.data.workers import worker_failures
@@ -240,7 +241,9 @@ def fill_cache(
         start, stop = task.rows.start - first, task.rows.stop - first
         rows = {name: values[start:stop] for name, values in as_arrays(copy.wait()).items()}
         keys = batch.keys.numpy().view(np.uint64)
-        samples = {"labels": batch.labels.numpy()[start:stop], "keys": keys[start:stop]}
+        labels = stored_labels(batch, header)
+        samples = {name: values[start:stop] for name, values in labels.items()}
+        samples["keys"] = keys[start:stop]
         if len(batch.raw):
             samples[INPUTS] = batch.raw.numpy()[start:stop]
         writer.write(task.view, task.rows.start, rows, samples)
@@ -266,7 +269,7 @@ def fill_cache(
             task = in_flight.popleft()
             with watch.time("teacher"):
                 sample_ids, view = batch.sample_ids.numpy(), header.first_view + task.view
-                check_labels(batch.labels.numpy(), sample_ids, header.classes, source)
+                check_batch_labels(batch, header.classes, source)
                 inputs = augmented(batch, augmentation, view, sample_ids, device)
                 log_probs = teacher.log_probs(inputs, header.temperature, sample_ids)  # (B, C)
                 copy = HostCopy.of(encode(log_probs, view, sample_ids))

@@ -18,7 +18,7 @@ from softcache.data.augment import Augmentation, split_augment
 from softcache.data.class_names import align_classes
 from softcache.data.kinds import check_same_kind
 from softcache.data.open import open_source
-from softcache.data.source import Source
+from softcache.data.source import Source, check_kind_of_labels
 from softcache.data.table_columns import columns_field
 from softcache.data.tables import align_columns, columns_of
 from softcache.dump.check_resume import check_same
@@ -48,7 +48,8 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         SettingsError: the encoding is invalid for these classes, or there are more shards than
             samples.
     """
-    check_spec(config.encoding, config.temperature, teacher.classes)
+    check_spec(config.encoding_spec, config.temperature, teacher.classes)
+    check_kind_of_labels(source, multi_label=config.multi_label)
     total, (shard, shards) = len(source), config.shard
     if shards > total:
         raise SettingsError(
@@ -71,8 +72,8 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         data=source.name,
         choice=open_cache(config.like).header.choice
         if config.like
-        else {"asked": config.encoding}
-        | ({"max_kl": config.max_kl} if config.encoding == "auto" else {}),
+        else {"asked": config.encoding_spec}
+        | ({"max_kl": config.max_kl} if config.encoding_spec == "auto" else {}),
         teachers=teacher.provenance,
         must_understand=(INPUTS,) if config.embed_inputs else (),
         version=VERSION if config.embed_inputs else BASE_VERSION,
@@ -134,6 +135,7 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
             output=config.teacher_output,
             softened=config.teacher_temperature,
             select=config.teacher_classes,
+            multi_label=config.multi_label,
             trust_code=config.trust_code,
             text=bool(getattr(source, "text", False)),
         )
@@ -289,7 +291,10 @@ def evaluate_teacher(
         teacher.classes,
         teacher.device,
         workers,
+        multi_label=config.multi_label,
     )
+    if evaluation.scores is not None:
+        inform(f"teacher: {evaluation.scores} on {source.name}")
     inform(
         f"teacher: {evaluation.errors:,} errors of {evaluation.samples:,} on {source.name} "
         f"({evaluation.accuracy:.2%})"
@@ -306,4 +311,5 @@ def evaluate_teacher(
         "digest": data_digest(source, workers),
         "errors": evaluation.errors,
         "samples": evaluation.samples,
+        **(evaluation.scores.line() if evaluation.scores else {}),
     }

@@ -11,6 +11,7 @@ from softcache.cache import Cache, Header, Sampled, open_cache
 from softcache.cache.header import INPUTS
 from softcache.cache.reader import partial_path
 from softcache.cache.writer import Writer
+from softcache.data.label_sets import stored_labels
 from softcache.data.loader import loader, sequential_batches
 from softcache.data.source import Source
 from softcache.dump.check_resume import differing_settings
@@ -89,9 +90,10 @@ def copy_known_rows(cache: Cache, writer: Writer, source: Source, workers: int =
             found = keys[at] == own if len(keys) else np.zeros(len(own), np.bool_)
             for run in runs_of(found):
                 rows = known[at[run.start : run.stop]]
+                labels = stored_labels(batch, writer.header)
                 samples = {
-                    "labels": batch.labels.numpy()[run.start : run.stop],
-                    "keys": own[run.start : run.stop],
+                    name: values[run.start : run.stop]
+                    for name, values in (labels | {"keys": own}).items()
                 }
                 if writer.header.embeds_inputs:
                     samples[INPUTS] = np.array(cache.arrays[INPUTS][rows])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from softcache.cache import (
     Basis,
+    Bernoulli,
     Cache,
     Dense,
     Encoding,
@@ -266,8 +267,9 @@ def _measured(
             wanted=target_temperature,
             classes=classes,
         )
-        exact = retemper(held_out, temperature, target_temperature)
-        kl[target_temperature] = float(divergence(exact, targets).mean())
+        multi_label = isinstance(encoding, Bernoulli)
+        exact = retemper(held_out, temperature, target_temperature, multi_label=multi_label)
+        kl[target_temperature] = float(divergence(exact, targets, multi_label=multi_label).mean())
     return Candidate(spec, encoding, shared, size, kl)
 
 
@@ -303,10 +305,10 @@ def encoding_for_dump(
         The header with the encoding and how it was chosen, and the arrays that all rows share.
     """
     rows = None
-    if needs_rows(config.encoding):
+    if needs_rows(config.encoding_spec):
         rows = draw_teacher_rows(draft, source, teacher, augmentation, config.workers)
     encoding, shared, candidates = select(
-        config.encoding,
+        config.encoding_spec,
         rows,
         temperature=draft.temperature,
         seed=draft.seed,
@@ -328,7 +330,7 @@ def encoding_of(draft: Header, like: Cache) -> tuple[Header, Stored]:
     Raises:
         SettingsError: the other cache has a different number of classes or temperature.
     """
-    for name in ("classes", "temperature"):
+    for name in ("classes", "temperature", "multi_label"):
         expected, actual = getattr(draft, name), getattr(like.header, name)
         if actual != expected:
             raise SettingsError(f"--like {like.path} has {name} {actual}; this dump has {expected}")

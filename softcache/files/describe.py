@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from softcache.cache import Cache
+from softcache.cache import Cache, Header
 
 
 def facts(cache: Cache) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def describe(cache: Cache, name: str | None = None) -> str:
         entropy, agreement = header.summary["entropy"], header.summary["agreement"]
         lines["entropy"] = f"{entropy:.3f} nats, mean of the soft targets"
         lines["agreement"] = (
-            "no labels" if agreement is None else f"{agreement:.2%} have the label as top class"
+            "no labels" if agreement is None else f"{agreement:.2%} {agreement_of(header)}"
         )
         if "confidence" in header.summary:
             lines["confidence"] = (
@@ -71,6 +71,13 @@ def describe(cache: Cache, name: str | None = None) -> str:
             )
     lines["software"] = ", ".join(f"{name} {version}" for name, version in header.software.items())
     return "\n".join(f"{title:12} {value}" for title, value in lines.items())
+
+
+def agreement_of(header: Header) -> str:
+    """What the agreement of a cache is a share of, after the number."""
+    if header.multi_label:
+        return "of all classes of all samples apply as labelled"
+    return "have the label as top class"
 
 
 def _first_names(names: list[str], limit: int = 10) -> str:
@@ -83,6 +90,8 @@ def cache_line(cache: Cache) -> str:
     summary = header.summary or {}
     agreement = summary.get("agreement")
     top_class = "" if agreement is None else f", top class is the label in {agreement:.2%}"
+    if header.multi_label and agreement is not None:
+        top_class = f" per class, {agreement:.2%} {agreement_of(header)}"
     return (
         f"{cache.path}: {header.samples:,} samples x {header.views} view(s), {header.classes:,} "
         f"classes, {header.encoding.name}, {header.file_bytes:,} bytes; entropy "

@@ -63,6 +63,8 @@ def export_labels(
             for start in range(0, header.samples, chunk):
                 cache_rows = np.arange(start, min(start + chunk, header.samples))
                 log_probs = cache.rows(view, cache_rows, temperature)  # (B, C)
+                if header.multi_label:  # log-odds: log sigmoid(z) = -log(1 + exp(-z))
+                    log_probs = -np.logaddexp(np.float32(0), -log_probs)
                 yield cache_rows, log_probs if log_probabilities else np.exp(log_probs)
                 advance(len(cache_rows))
 

@@ -72,6 +72,7 @@ def recheck_rows(
         temperature=header.temperature,
         out=path,
         classes=header.classes,
+        targets="sigmoid" if header.multi_label else "softmax",
         teacher_classes=teacher_classes,
         trust_code=trust_code,
         same_classes=same_classes,

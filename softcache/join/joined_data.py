@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softcache.cache import Cache
 from softcache.data.augment import ROTATION_STREAM, Augmentation, parse_augment
+from softcache.data.label_sets import check_batch_labels, training_sets
 from softcache.data.loader import (
     Batch,
     Request,
@@ -21,11 +22,11 @@ from softcache.data.loader import (
     make_request,
     sequential_batches,
 )
-from softcache.data.source import Source, check_labels
+from softcache.data.source import Source, check_labels, has_label_sets
 from softcache.errors import DataError
 from softcache.losses import LOWEST
 from softcache.targets.decode import to_dense
-from softcache.types import Labels, MixedLabels, SparseTargets, Targets, Views
+from softcache.types import Labels, LabelSets, MixedLabels, SparseTargets, Targets, Views
 from softcache.util.counter_rng import uniform
 from softcache.util.tensors import to_float
 
@@ -57,6 +58,7 @@ class JoinedData:
         classes: the number of classes.
         cache: the cache with the soft targets; None for hard labels alone.
         targets: fetches soft targets by view and cache row, at each temperature.
+        multi_label: whether samples have any number of labels.
         rotate: whether each sample starts with a view of its own, so that an epoch mixes all views.
     """
 
@@ -69,6 +71,7 @@ class JoinedData:
     cache: Cache | None = None
     targets: Callable[[Views, Indices], Mapping[float, Targets]] | None = None
     rotate: bool = True
+    multi_label: bool = False
 
     def __len__(self) -> int:
         return len(self.source_indices)
@@ -102,7 +105,8 @@ class JoinedData:
             for rows, batch in zip(batches, loader(self.source, indices), strict=True):
                 labels[rows.start : rows.stop] = batch.labels.numpy()
         labels = np.asarray(labels, np.int64)
-        check_labels(labels, self.source_indices, self.classes, self.source)
+        if not self.multi_label:
+            check_labels(labels, self.source_indices, self.classes, self.source)
         return labels
 
     def views(self, epoch: int, sample_ids: Indices) -> Views:
@@ -135,14 +139,18 @@ class JoinedData:
         """
         sample_ids = batch.sample_ids.numpy()
         view = self.views(epoch, sample_ids)
-        check_labels(batch.labels.numpy(), batch.source_indices.numpy(), self.classes, self.source)
+        check_batch_labels(batch, self.classes, self.source)
         inputs = augmented(batch, self.augmentation, view, sample_ids, device)
         own_labels = batch.labels.to(device)
         labels: Labels = own_labels
+        weights = None
         if self.augmentation.mixup:
-            weights = torch.from_numpy(self.augmentation.partner_weights(view, sample_ids))
-            partner_labels = batch.partner_labels.to(device)
-            labels = MixedLabels(own_labels, partner_labels, weights.to(device).float())
+            drawn = self.augmentation.partner_weights(view, sample_ids)
+            weights = torch.from_numpy(drawn).to(device).float()
+        if self.multi_label:
+            labels = training_sets(batch, self.classes, weights, device)
+        elif weights is not None:
+            labels = MixedLabels(own_labels, batch.partner_labels.to(device), weights)
         if self.cache is None or self.targets is None:
             return TrainingBatch(inputs, labels, {})
         header = self.cache.header
@@ -189,6 +197,9 @@ def concatenate_targets(targets: Sequence[Targets]) -> Targets:
 
 def concatenate_labels(labels: Sequence[Labels]) -> Labels:
     """Concatenate labels; if any are mixed, plain labels become mixed ones with partners of weight 0."""
+    sets = [part for part in labels if isinstance(part, LabelSets)]
+    if sets:
+        return LabelSets(*(torch.cat(parts) for parts in zip(*sets, strict=True)))
     plain = [part for part in labels if isinstance(part, Tensor)]
     if len(plain) == len(labels):
         return torch.cat(plain)
@@ -197,6 +208,7 @@ def concatenate_labels(labels: Sequence[Labels]) -> Labels:
         if isinstance(part, Tensor)
         else part
         for part in labels
+        if not isinstance(part, LabelSets)
     ]
     return MixedLabels(*(torch.cat(parts) for parts in zip(*mixed, strict=True)))
 
@@ -216,7 +228,10 @@ def hard_label_data(source: Source, augment: str | None, seed: int, classes: int
     """
     indices = np.arange(len(source))
     labels = getattr(source, "labels", None)  # a Dataset has none; its labels are checked by batch
-    if labels is not None:
+    multi_label = has_label_sets(source)
+    if labels is not None and not multi_label:
         check_labels(labels, indices, classes, source)
     augmentation = parse_augment(augment, seed=seed, total=len(source))
-    return JoinedData(source, indices, indices, indices, augmentation, classes)
+    return JoinedData(
+        source, indices, indices, indices, augmentation, classes, multi_label=multi_label
+    )

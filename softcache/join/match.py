@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Cache
+from softcache.data.label_sets import batch_sets, set_codes
 from softcache.data.loader import loader, sequential_batches
-from softcache.data.source import Source, WrappedSource, check_labels
+from softcache.data.source import (
+    UNLABELLED,
+    Source,
+    WrappedSource,
+    check_kind_of_labels,
+    check_labels,
+)
 from softcache.errors import DataError, SettingsError
 from softcache.join.fingerprints import check_replay, replayed
 from softcache.join.joined_data import Indices, JoinedData
@@ -92,6 +99,11 @@ def join(
     header = cache.header
     targets = tempered_targets(cache, temperatures, device)
     match = match_samples(source, cache, workers, known_only=known_only, labels=labels)
+    if labels is not None and header.multi_label:
+        raise SettingsError(
+            f"--labels {labels}: {cache.path} has any number of labels per sample, of which only equal ones "
+            "can be joined; leave it out and correct the labels of the data"
+        )
     if labels == "cache":
         relabelled = match.labels.copy()
         relabelled[match.source_indices] = cache.labels[match.cache_rows]
@@ -117,6 +129,7 @@ def join(
         cache,
         targets,
         rotate,
+        header.multi_label,
     )
 
 
@@ -156,11 +169,16 @@ def match_samples(
         DataError: the cache does not know a sample, or knows it by another label; the first is named.
     """
     header = cache.header
-    keys, given = read_keys(source, workers)
-    check_labels(given, np.arange(len(source)), header.classes, source)
+    stored = np.array(cache.labels)
+    if header.multi_label:
+        sets = cache.label_sets(np.arange(header.samples))
+        stored = np.where(stored < 0, UNLABELLED, set_codes(sets))
+    keys, given = read_keys(source, workers, header.classes if header.multi_label else None)
+    if not header.multi_label:
+        check_labels(given, np.arange(len(source)), header.classes, source)
     match = _in_order(keys, given, cache)
     if match is None:
-        match = _by_key(keys, given, cache)
+        match = _by_key(keys, given, cache, stored)
         unknown = np.setdiff1d(np.arange(len(source)), match.source_indices)
         if len(unknown) and (not known_only or len(unknown) == len(source)):
             raise DataError(_unknown_samples(source, cache, unknown))
@@ -178,14 +196,23 @@ def match_samples(
             how = f"is not in the order of the cache{first}"
         inform(f"note: {source.name} {how}; joined by content")
     if labels is None:
-        _check_labels(cache, match, source)
+        _check_labels(cache, match, source, stored)
     return match
 
 
 def read_keys(
-    source: Source, workers: int = 0
+    source: Source, workers: int = 0, multi_label_classes: int | None = None
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-    """The content keys (N,) and labels (N,) of all samples."""
+    """The content keys (N,) and labels (N,) of all samples.
+
+    Args:
+        multi_label_classes: the number of classes, if the labels are to be codes of sets of classes.
+
+    Raises:
+        DataError: samples have any number of labels, and one is expected.
+    """
+    if multi_label_classes is None:
+        check_kind_of_labels(source, multi_label=False)
     keys = np.empty(len(source), np.uint64)
     labels = np.empty(len(source), np.int64)
     batches = sequential_batches(len(source), BATCH)
@@ -194,6 +221,10 @@ def read_keys(
             source_indices = batch.source_indices.numpy()
             keys[source_indices] = batch.keys.numpy().view(np.uint64)
             labels[source_indices] = batch.labels.numpy()
+            if multi_label_classes is not None:
+                sets = batch_sets(batch, multi_label_classes)
+                codes = np.where(batch.labels.numpy() < 0, UNLABELLED, set_codes(sets))
+                labels[source_indices] = codes
             advance(len(source_indices))
     return keys, labels
 
@@ -210,9 +241,9 @@ def _in_order(keys: npt.NDArray[np.uint64], labels: Indices, cache: Cache) -> Ma
     return Match(source_indices, np.arange(header.samples), labels)
 
 
-def _by_key(keys: npt.NDArray[np.uint64], labels: Indices, cache: Cache) -> Match:
+def _by_key(keys: npt.NDArray[np.uint64], labels: Indices, cache: Cache, stored: Indices) -> Match:
     """The match by content; samples of equal content are matched by label first, then in order."""
-    cached_keys, cached_labels = np.array(cache.keys), np.array(cache.labels)
+    cached_keys, cached_labels = np.array(cache.keys), stored
     source_indices, cache_rows = _pairs(
         np.stack([keys.view(np.int64), labels], -1),
         np.stack([cached_keys.view(np.int64), cached_labels], -1),
@@ -265,11 +296,16 @@ def _unknown_samples(source: Source, cache: Cache, unknown: Indices) -> str:
     )
 
 
-def _check_labels(cache: Cache, match: Match, source: Source) -> None:
-    given, stored = match.labels[match.source_indices], cache.labels[match.cache_rows]
+def _check_labels(cache: Cache, match: Match, source: Source, stored: Indices) -> None:
+    given, stored = match.labels[match.source_indices], stored[match.cache_rows]
     differs = np.flatnonzero((given != stored) & (given >= 0) & (stored >= 0))
     if len(differs):
         first = differs[int(match.source_indices[differs].argmin())]
+        if cache.header.multi_label:
+            raise DataError(
+                f"sample {match.source_indices[first]} of {source.name} has other labels than in "
+                f"{cache.path} ({len(differs):,} samples differ); give the data the cache was made from"
+            )
         raise DataError(
             f"sample {match.source_indices[first]} of {source.name} has label {given[first]}, but "
             f"{stored[first]} in {cache.path} ({len(differs):,} labels differ); give the data the cache was "

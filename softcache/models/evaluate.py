@@ -13,10 +13,12 @@ from torch import Tensor
 
 from softcache.cache.verdict import Predictions, judge
 from softcache.data.keys import sample_keys
+from softcache.data.label_sets import batch_sets, check_batch_labels
 from softcache.data.loader import loader, sequential_batches
-from softcache.data.source import Source, check_labels
+from softcache.data.source import Source, check_kind_of_labels
 from softcache.data.workers import is_worker_failure
 from softcache.errors import DataError, ModelError
+from softcache.models.multi_label import MultiLabelScores, score
 from softcache.models.outputs import logits_of
 from softcache.util.tensors import to_float
 
@@ -39,6 +41,8 @@ class Evaluation:
         labels: (n,) int32, the classes that the samples have.
         predictions: (n,) int32, the classes of the largest logits.
         confidence: (n,) float32, the softmax probabilities of the predictions at temperature 1.
+        scores: of samples with any number of labels, whose error is any class that is taken wrongly; None for
+            samples with one label.
     """
 
     errors: int
@@ -46,6 +50,7 @@ class Evaluation:
     labels: Classes | None = field(default=None, repr=False, compare=False)
     predictions: Classes | None = field(default=None, repr=False, compare=False)
     confidence: npt.NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
+    scores: MultiLabelScores | None = None
 
     @property
     def accuracy(self) -> float:
@@ -85,6 +90,8 @@ def evaluate(
     classes: int,
     device: torch.device,
     workers: int = 0,
+    *,
+    multi_label: bool = False,
 ) -> Evaluation:
     """Evaluate `model`, already in eval mode, on every sample of `source`.
 
@@ -93,6 +100,7 @@ def evaluate(
             or an object with such `.logits`.
         classes: number of classes C; labels must be below it.
         workers: number of data loader processes.
+        multi_label: whether each class applies or not on its own, if the logit is above 0.
 
     Raises:
         DataError: a sample has no label, or one out of range.
@@ -100,6 +108,7 @@ def evaluate(
     """
     labels, predictions = np.empty((2, len(source)), np.int32)
     confidence = np.empty(len(source), np.float32)
+    all_sets, all_logits = [], []  # of samples with any number of labels
     with torch.inference_mode():
         for batch in loader(source, sequential_batches(len(source), BATCH), workers=workers):
             if bool((batch.labels < 0).any()):
@@ -107,7 +116,9 @@ def evaluate(
                 raise DataError(
                     f"{source.name}: sample {source_index} has no label; evaluation needs labels"
                 )
-            check_labels(batch.labels.numpy(), batch.source_indices.numpy(), classes, source)
+            if len(batch.sets) and not multi_label:
+                check_kind_of_labels(source, multi_label=False)
+            check_batch_labels(batch, classes, source)
             inputs = to_float(batch.inputs.to(device))
             try:
                 logits = logits_of(model(inputs))  # (B, C)
@@ -127,11 +138,18 @@ def evaluate(
                     f"the model returned {shape} for a batch of {len(inputs)} of {source.name}; expected "
                     f"logits of shape ({len(inputs)}, {classes})"
                 )
+            if multi_label:
+                all_sets.append(batch_sets(batch, classes))
+                all_logits.append(logits.float().cpu().numpy())
+                continue
             rows = batch.source_indices.numpy()
             labels[rows] = batch.labels.numpy()
             predictions[rows] = logits.argmax(-1).cpu().numpy()
             # log_softmax leaves log-probabilities as they are
             confidence[rows] = logits.float().log_softmax(-1).amax(-1).exp().cpu().numpy()
+    if multi_label:
+        scores, wrong = score(np.concatenate(all_sets), np.concatenate(all_logits))
+        return Evaluation(wrong, len(source), scores=scores)
     errors = int((labels != predictions).sum())
     return Evaluation(errors, len(source), labels, predictions, confidence)
 
@@ -142,6 +160,7 @@ def data_digest(source: Source, workers: int = 0) -> str:
     for batch in loader(source, sequential_batches(len(source), BATCH), workers=workers):
         digest.update(sample_keys(batch.inputs, text=text).astype("<u8").tobytes())
         digest.update(batch.labels.numpy().astype("<i8").tobytes())
+        digest.update(batch.sets.numpy().astype(np.uint8).tobytes())
     return digest.hexdigest()
 
 

@@ -20,6 +20,7 @@ from softcache.results.knowledge import (
     measure_knowledge,
     measure_views,
 )
+from softcache.results.multi_label_section import multi_label_section
 from softcache.results.page import Picture, Section, Thumbnails
 from softcache.results.verdict import (
     Verdict,
@@ -44,6 +45,8 @@ def cache_sections(
         several: whether the report is about more than one cache.
     """
     header = cache.header
+    if header.multi_label:
+        return [multi_label_section(cache, verdict)]
     public = replace(cache, path=Path(cache.path.name))
     knowledge, views = measure_knowledge(public), measure_views(public)
     name = f": {public.path}" if several else ""

@@ -17,6 +17,8 @@ from softcache.errors import DataError, SettingsError, printable
 from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
 from softcache.join.samples import open_samples
+from softcache.models.evaluate import evaluate
+from softcache.models.multi_label import HEADERS, MultiLabelScores, scores_from
 from softcache.models.weights import parameter_count
 from softcache.results.by_class import errors_by_class
 from softcache.results.eval_data import eval_data_for, judge_predictions
@@ -59,6 +61,7 @@ class StudentMetrics:
     ece: float | None
     kl: float | None
     predictions: Predictions | None = None
+    scores: MultiLabelScores | None = None
 
     def beats(self, other: StudentMetrics) -> bool:
         """Whether it is at least as good in error, parameters and latency, and better in one of them.
@@ -116,6 +119,7 @@ def compare(
     students = measure_all(
         runs, source, joined, student=student, same_classes=same_classes, strict=strict
     )
+    scored = any(metrics.scores for metrics in students)
     rows = [
         (
             ("  " if any(other.beats(metrics) for other in students) else "* ") + metrics.name,
@@ -126,12 +130,17 @@ def compare(
             "-" if metrics.error is None else f"{metrics.error:.2%}",
             "-" if metrics.kl is None else f"{metrics.kl:.4f}",
             "-" if metrics.ece is None else f"{metrics.ece:.4f}",
+            *(
+                (metrics.scores.cells() if metrics.scores else ["-"] * len(HEADERS))
+                if scored
+                else ()
+            ),
         )
         for metrics in students
     ]
     headers = (
         "student", "parameters", "MACs", "bytes", *(f"ms, batch {batch}" for batch in BATCHES),
-        "test error", "KL to teacher", "ECE",
+        "test error", "KL to teacher", "ECE", *(HEADERS if scored else ()),
     )  # fmt: skip
     align = ("left", *["right"] * (len(headers) - 1))
     table = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
@@ -178,7 +187,12 @@ def measure_all(
         facts, model = run.facts, models[name]
         error = facts["errors"] / facts["samples"] if "errors" in facts else None
         ece, kl, predictions = None, None, None
-        if source is not None:
+        scores = scores_from(facts)
+        if source is not None and run.multi_label:
+            aligned = eval_data_for(run, source, same_classes=same_classes)
+            result = evaluate(model, aligned, run.classes, torch.device("cpu"), multi_label=True)
+            error, scores = 1 - result.accuracy, result.scores
+        elif source is not None:
             aligned = eval_data_for(run, source, same_classes=same_classes)
             quality = measure_quality(model, aligned, run.classes)
             for warning in judge_predictions(run, quality.predictions):
@@ -200,6 +214,7 @@ def measure_all(
                 ece,
                 kl,
                 predictions,
+                scores,
             )
         )
     return students

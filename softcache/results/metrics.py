@@ -174,7 +174,8 @@ def divergence_from_teacher(
             rows = np.arange(start, min(start + BATCH, count))
             (batch,) = loader(part.source, [part.request(rows, 0)], augmentation=part.augmentation)
             inputs, _, targets = part.training_batch(batch, 0, CPU)
-            loss = soft_loss(model(inputs), targets[temperature], temperature)
+            kind = "bernoulli" if part.multi_label else "kl"
+            loss = soft_loss(model(inputs), targets[temperature], temperature, kind)
             total += float(loss) * len(rows)
     return total / count
 

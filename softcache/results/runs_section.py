@@ -15,6 +15,7 @@ from softcache.results import student_figures
 from softcache.results.by_class import errors_by_class
 from softcache.results.compare import open_joined
 from softcache.results.metrics import gradient_similarity
+from softcache.results.multi_label_section import scores_table
 from softcache.results.page import Section, Table
 from softcache.results.students import Student, group_runs, measure_students
 from softcache.results.verdict import Verdict, students_verdict, teacher_from_runs, teacher_name
@@ -84,12 +85,16 @@ def runs_section(
             ),
         )
     section.blocks.append(students_table(students, facts, teacher))
+    scores = scores_table(students)
+    if scores is not None:
+        section.blocks.append(scores)
     by_class = class_table(students)
     if by_class is not None:
         section.blocks.append(by_class)
     if sum(len(student.runs) for student in students) > len(students):
         section.blocks.append(runs_table(students, facts, teacher))
-    _add_gradients(section, students, caches, data, specs)
+    if scores is None:
+        _add_gradients(section, students, caches, data, specs)
     return section
 
 

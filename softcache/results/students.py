@@ -10,9 +10,11 @@ from typing import Any
 
 from softcache.cache.verdict import judge
 from softcache.data.source import Source
+from softcache.models.evaluate import evaluate
+from softcache.models.multi_label import MultiLabelScores, scores_from
 from softcache.models.weights import parameter_count
 from softcache.results.eval_data import eval_data_for
-from softcache.results.metrics import Quality, count_macs, measure_quality, time_runs
+from softcache.results.metrics import CPU, Quality, count_macs, measure_quality, time_runs
 from softcache.train.config import TrainConfig, train_settings
 from softcache.train.run_folder import Run
 from softcache.util.settings import option_name, settings_of
@@ -45,6 +47,7 @@ class Measurement:
     test_samples: int
     quality: Quality | None = None
     warnings: Sequence[str] = ()
+    scores: MultiLabelScores | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,12 @@ def measure_students(
         for name, run in student.runs.items():
             quality, error, samples = None, None, 0
             warnings: list[str] = []
-            if evaluation is not None:
+            scores = scores_from(run.facts)
+            if evaluation is not None and run.multi_label:
+                aligned = eval_data_for(run, evaluation, same_classes=same_classes)
+                result = evaluate(models[name], aligned, run.classes, CPU, multi_label=True)
+                error, samples, scores = 1 - result.accuracy, result.samples, result.scores
+            elif evaluation is not None:
                 aligned = eval_data_for(run, evaluation, same_classes=same_classes)
                 quality = measure_quality(models[name], aligned, run.classes)
                 error, samples = quality.error, quality.samples
@@ -244,6 +252,7 @@ def measure_students(
                 samples,
                 quality,
                 warnings,
+                scores,
             )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from softcache.cache import Basis, Dense, Encoding, Quantized, Sampled, TopK
+from softcache.cache import Basis, Bernoulli, Dense, Encoding, Quantized, Sampled, TopK
 from softcache.cache.encodings import check_sampled, tail_weights
 from softcache.errors import FormatError
 from softcache.types import SparseTargets, Targets
@@ -39,6 +39,8 @@ def decode(
     match encoding:
         case Dense():
             return _retempered(stored["log_probs"].float(), ratio)
+        case Bernoulli():
+            return stored["log_odds"].float().mul_(ratio)
         case Quantized():
             depth = stored["codes"].float().div_(-255).square_() * -stored["ranges"].float()
             return _retempered(depth, ratio)

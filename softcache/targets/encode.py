@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache.cache import Basis, Dense, Encoding, Quantized, Sampled, TopK
+from softcache.cache import Basis, Bernoulli, Dense, Encoding, Quantized, Sampled, TopK
 from softcache.cache.encodings import BASIS_RANGE, FLOAT16_LOWEST, QUANTIZED_RANGE, id_dtype
 from softcache.util.counter_rng import uniform
 
@@ -22,6 +22,7 @@ Stored = dict[str, Tensor]  # an encoded batch of rows: tensors by array name, o
 # (log-probabilities (B, C) float32, view, sample ids (B,)) -> the encoded rows
 Encoder = Callable[[Tensor, int, Indices], Stored]
 
+LARGEST_ODDS = 65504.0  # the largest finite float16
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the row's largest coefficient tried as its range
 SAMPLED_STREAM = 1 << 32  # random number stream, separate from those of the augmentation
 PART_ELEMENTS = 1 << 19  # log-probabilities encoded at a time on a CPU: 2 MB of float32
@@ -31,6 +32,11 @@ _NARROW_LEVELS = 16  # values of a 4-bit coefficient; two share a byte
 def soften(logits: Tensor, temperature: float) -> Tensor:
     """log softmax(z / T) of logits (B, C), in float32; Hinton et al. (arXiv 1503.02531), equation 1."""
     return torch.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def as_odds(logits: Tensor, temperature: float) -> Tensor:
+    """z / T of logits (B, C), in float32: the log-odds of each class, if each applies or not on its own."""
+    return logits.float() / temperature
 
 
 def make_encoder(
@@ -53,7 +59,8 @@ def make_encoder(
     """
     moved = {name: tensor.to(device) for name, tensor in shared.items()}
     encode = _make_encoder(encoding, moved, temperature, seed)
-    whole_batches = device.type != "cpu" or isinstance(encoding, Dense)  # dense has no temporaries
+    has_temporaries = not isinstance(encoding, Dense | Bernoulli)
+    whole_batches = device.type != "cpu" or not has_temporaries
     return encode if whole_batches else _in_cache_sized_parts(encode)
 
 
@@ -82,6 +89,8 @@ def _make_encoder(
     match encoding:
         case Dense():
             return lambda log_probs, view, sample_ids: _encode_dense(log_probs)
+        case Bernoulli():
+            return lambda log_odds, view, sample_ids: _encode_bernoulli(log_odds)
         case Quantized():
             return lambda log_probs, view, sample_ids: _encode_quantized(log_probs)
         case TopK():
@@ -142,6 +151,10 @@ def as_arrays(stored: Stored) -> dict[str, npt.NDArray[Any]]:
 
 def _encode_dense(log_probs: Tensor) -> Stored:
     return {"log_probs": _half(log_probs)}
+
+
+def _encode_bernoulli(log_odds: Tensor) -> Stored:
+    return {"log_odds": log_odds.clamp(-LARGEST_ODDS, LARGEST_ODDS).half()}
 
 
 def _encode_quantized(log_probs: Tensor) -> Stored:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from softcache.errors import ModelError, SettingsError
-from softcache.targets.encode import soften
+from softcache.targets.encode import as_odds, soften
+from softcache.teachers.outputs import SURE
 from softcache.teachers.teacher import Teacher
 
 
@@ -35,6 +36,11 @@ class Ensemble:
     def device(self) -> torch.device:
         """The device that all teachers are on."""
         return self.teachers[0].device
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether each class applies or not on its own."""
+        return self.teachers[0].multi_label
 
     @property
     def classes(self) -> int:
@@ -67,6 +73,8 @@ class Ensemble:
     ) -> Tensor:
         """Log-probabilities (B, C) float32 at `temperature` of float inputs (B, *shape).
 
+        If each class applies or not on its own, they are log-odds.
+
         Args:
             samples: (B,) sample ids, for messages and to look up the rows of a matrix; by default
                 0 to B - 1.
@@ -74,6 +82,15 @@ class Ensemble:
         Raises:
             ModelError: a teacher raises, or its output is not finite logits (B, C).
         """
+        if self.multi_label:
+            odds = [as_odds(t.logits(inputs, samples), temperature) for t in self.teachers]
+            if len(odds) == 1:
+                return odds[0]
+            mean = torch.zeros_like(odds[0], dtype=torch.float64)
+            for weight, part in zip(self.weights, odds, strict=True):
+                mean += weight * part.double().sigmoid()
+            averaged: Tensor = torch.special.logit(mean, eps=SURE)
+            return averaged.float()
         log_probs = [soften(t.logits(inputs, samples), temperature) for t in self.teachers]
         if len(log_probs) == 1:
             return log_probs[0]

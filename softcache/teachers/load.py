@@ -39,6 +39,7 @@ def load_teacher(
     select: str | None = None,
     text: bool = False,
     trust_code: bool = False,
+    multi_label: bool = False,
 ) -> Teacher:
     """Build the teacher, load its weights, and try it on one sample.
 
@@ -55,6 +56,7 @@ def load_teacher(
             for all.
         text: whether the samples are texts; a user's function then gets a list of them.
         trust_code: load a .pt2 file even if it may run code.
+        multi_label: whether each class applies or not on its own.
 
     Raises:
         SettingsError: the specification is unknown, a built-in architecture has no weights, the
@@ -111,7 +113,9 @@ def load_teacher(
     }
     if compiled:
         model.compile()
-    teacher = Teacher(spec, model, width, device, precision, provenance, output, softened, stated)
+    teacher = Teacher(
+        spec, model, width, device, precision, provenance, output, softened, stated, multi_label
+    )
     output_width = teacher.logits(sample).shape[1]
     if output_width < 2:
         raise ModelError(

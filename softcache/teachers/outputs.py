@@ -14,6 +14,7 @@ from torch import Tensor
 from softcache.errors import ModelError
 from softcache.util.log import inform
 
+SURE = 1e-7  # distance of a probability from 0 and 1, at least, so that its log-odds are finite
 TINY = 1e-38  # replaces a probability of 0, so that its logarithm is finite in float32
 TOLERANCE = 0.0201  # for a sum of probabilities: 2 %, as after rounding to two decimals
 ROUNDED = 0.005  # a sum that is further from 1 than float16 would put it
@@ -56,6 +57,34 @@ def as_logits(
     if output == "probabilities":
         return values.clamp(min=TINY).log()
     return values.clamp(min=float(np.log(TINY)))
+
+
+def as_odds(values: Tensor, output: str, spec: str) -> Tensor:
+    """Turn a teacher's outputs (B, C), each class on its own, into log-odds at T = 1, (B, C).
+
+    Args:
+        output: what the values are, one of OUTPUTS.
+        spec: the teacher's specification, for messages.
+
+    Raises:
+        ModelError: the values are not what `output` says, or are probabilities declared as logits.
+    """
+    if output == "logits":
+        if len(values) >= ENOUGH_ROWS and _look_like_probabilities(values):
+            raise ModelError(
+                f"teacher {spec} returns only values between 0 and 1: probabilities, not logits; add "
+                "--teacher-output probabilities, or return the values before the sigmoid"
+            )
+        return values
+    probabilities = values.double().exp() if output == "log_probabilities" else values.double()
+    invalid = ~((probabilities >= 0) & (probabilities <= 1 + 1e-6))
+    if bool(invalid.any()):
+        raise ModelError(
+            f"teacher {spec} returns {float(values[invalid][0]):.4g}, which is no {output[:-3]}y; say what "
+            "the teacher returns with --teacher-output"
+        )
+    odds: Tensor = torch.special.logit(probabilities, eps=SURE)
+    return odds.float()
 
 
 def two_columns(values: Tensor, output: str, spec: str) -> Tensor:
@@ -110,7 +139,8 @@ def _refuse_probabilities(values: Tensor, spec: str) -> None:
     raise ModelError(
         f"teacher {spec} returns only values between 0 and 1, in rows that do not sum to 1: outputs of a "
         "sigmoid, not logits; if each sample has one class, return the values before the sigmoid (where rows "
-        "sum to 1, add --teacher-output probabilities); several labels per sample are not supported yet"
+        "sum to 1, add --teacher-output probabilities); if a sample may have several, add --targets sigmoid "
+        "--teacher-output probabilities"
     )
 
 

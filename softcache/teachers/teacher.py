@@ -19,7 +19,7 @@ from softcache.models.normalize import unnormalized
 from softcache.models.outputs import logits_of
 from softcache.teachers.matrix import Matrix
 from softcache.teachers.numpy_function import NumpyTeacher
-from softcache.teachers.outputs import as_logits, describe_single, two_columns
+from softcache.teachers.outputs import as_logits, as_odds, describe_single, two_columns
 from softcache.util.device import is_out_of_memory
 from softcache.util.log import inform
 
@@ -38,6 +38,7 @@ class Teacher:
         output: what the model returns, one of OUTPUTS.
         softened: temperature at which the model's output was already softened.
         stated_names: the names of its classes as the user stated them; empty for those of the model.
+        multi_label: whether each class applies or not on its own, so that its outputs are log-odds.
         notes: what was logged about the outputs, so that it is logged once and not for every batch.
     """
 
@@ -50,6 +51,7 @@ class Teacher:
     output: str = "logits"
     softened: float = 1.0
     stated_names: tuple[str, ...] = ()
+    multi_label: bool = False
     notes: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def logits(self, inputs: Tensor, samples: npt.NDArray[np.int64] | None = None) -> Tensor:
@@ -113,7 +115,7 @@ class Teacher:
                 f"teacher {self.spec} returns one integer per sample for {where}: labels, not logits; "
                 "return its probabilities or its logits, as predict_proba does"
             )
-        if _is_single(output, batch) and width in (None, 2):
+        if _is_single(output, batch) and width in (None, 2) and not self.multi_label:
             values = two_columns(values, self.output, self.spec)
             self._say(
                 "one output",
@@ -125,7 +127,10 @@ class Teacher:
                 f"teacher {self.spec} returns shape {tuple(output.shape)} for {where}; {expected}"
             )
         # p = softmax(z / T), so z = T log p up to a constant
-        logits = as_logits(values, self.output, self.spec, self._say_rounded) * self.softened
+        if self.multi_label:
+            logits = as_odds(values, self.output, self.spec) * self.softened
+        else:
+            logits = as_logits(values, self.output, self.spec, self._say_rounded) * self.softened
         if not bool(logits.isfinite().all()):
             row = int((~logits.isfinite()).any(-1).nonzero()[0, 0])
             column = int((~logits[row].isfinite()).nonzero()[0, 0])

@@ -121,8 +121,9 @@ def _provenance(facts: Mapping[str, Any], *, distilled: bool) -> list[str]:
             lines.append(
                 f"- soft targets: {as_markdown(name)}, content id `{content_id or 'unfinished'}`"
             )
+        kind = "kl of each class on its own" if facts.get("multi_label") else settings["loss"]
         lines.append(
-            f"- loss: {facts['alpha']:g} of {settings['loss']} at temperature "
+            f"- loss: {facts['alpha']:g} of {kind} at temperature "
             f"{facts['temperature']:g}, {1 - facts['alpha']:g} of cross-entropy with the labels"
         )
     else:

@@ -24,6 +24,7 @@ from softcache.cache.fields import MAX_COUNT, integer, load_json
 from softcache.errors import FormatError, SettingsError
 from softcache.losses import Loss
 from softcache.models.evaluate import Evaluation
+from softcache.models.multi_label import scores_from
 from softcache.train.config import StudentConfig, TrainConfig
 from softcache.train.run_facts import check_line
 from softcache.train.student import Student
@@ -282,7 +283,8 @@ def _restore(student: Student, tensors: Mapping[str, Tensor], facts: Mapping[str
     if counts:
         samples = integer({"samples": counts[1]}, "samples", 1, MAX_COUNT)
         errors = integer({"errors": counts[0]}, "errors", 0, samples)
-        student.evaluation = Evaluation(errors, samples)
+        scores = scores_from(student.history[-1]) if student.history else None
+        student.evaluation = Evaluation(errors, samples, scores=scores)
     if not isinstance(facts["stopped"], str | None) or type(facts["failed"]) is not bool:
         raise ValueError(f"stopped is {facts['stopped']!r} and failed is {facts['failed']!r}")
     student.stopped, student.failed = facts["stopped"], facts["failed"]

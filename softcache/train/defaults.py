@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from softcache.cache import Cache, Sampled
+from softcache.cache.summary import binary_entropy
 from softcache.train.config import TrainConfig
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
@@ -80,6 +81,9 @@ def entropy_share(caches: Sequence[Cache], temperature: float) -> float:
         rows = np.unique(np.linspace(0, samples - 1, count).astype(np.int64))
         for part in np.array_split(rows, -(-len(rows) * classes // (1 << 22))):
             log_probs = cache.rows(0, part, temperature).astype(np.float64)  # (B, C)
+            if cache.header.multi_label:
+                entropies += (binary_entropy(log_probs).mean(-1) / math.log(2)).tolist()
+                continue
             entropies += (-(np.exp(log_probs) * log_probs).sum(-1) / math.log(classes)).tolist()
     return float(np.mean(entropies))
 

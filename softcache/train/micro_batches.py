@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from softcache.types import MixedLabels, SparseTargets
+from softcache.types import LabelSets, MixedLabels, SparseTargets
 
 
 def micro_batches(samples: int, count: int) -> Iterator[slice]:
@@ -25,6 +25,6 @@ def take_rows(values: Any, rows: slice) -> Any:  # noqa: ANN401  # labels or tar
         return SparseTargets(
             values.ids[rows], values.log_probs[rows], values.rest[rows], values.classes
         )
-    if isinstance(values, MixedLabels):
-        return MixedLabels(*(tensor[rows] for tensor in values))
+    if isinstance(values, MixedLabels | LabelSets):
+        return type(values)(*(tensor[rows] for tensor in values))
     return values[rows]

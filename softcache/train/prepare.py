@@ -126,7 +126,11 @@ def student_temperature(student: StudentConfig, caches: Sequence[Cache]) -> floa
 
 def check_losses(config: TrainConfig, caches: Sequence[Cache]) -> None:
     """Raise SettingsError if a loss needs something that is not there, rather than at the first step."""
+    if any(cache.header.multi_label for cache in caches):
+        check_multi_label(config, caches)
     for student in config.students:
+        if student.loss == "bernoulli" and not any(cache.header.multi_label for cache in caches):
+            raise SettingsError("loss bernoulli needs a CACHE of --targets sigmoid; use --loss kl")
         if student.class_weights not in (None, BALANCED):
             read_weights(Path(str(student.class_weights)))
         name, _ = parse_loss(student.soft_loss)
@@ -144,6 +148,25 @@ def check_losses(config: TrainConfig, caches: Sequence[Cache]) -> None:
                     f"loss dkd needs one label per sample, and {cache.path} has "
                     f"{'mixed samples' if mixed else 'samples without a label'}; use --loss kl"
                 )
+
+
+def check_multi_label(config: TrainConfig, caches: Sequence[Cache]) -> None:
+    """Raise SettingsError if a setting needs one label per sample, and a cache has any number."""
+    refused = {
+        "--sampling balanced": config.sampling == BALANCED,
+        "--class-weights": any(student.class_weights for student in config.students),
+        "--loss": any(student.loss not in (None, "kl", "bernoulli") for student in config.students),
+        "--tune": config.tune is not None,
+    }
+    for option, given in refused.items():
+        if given:
+            raise SettingsError(
+                f"{option} needs one label per sample, and {caches[0].path} has any number; leave it out"
+            )
+    if not all(cache.header.multi_label for cache in caches):
+        raise SettingsError(
+            "some caches have one label per sample and some any number; train a student from each kind"
+        )
 
 
 def join_all(
@@ -273,6 +296,7 @@ def make_students(
                 classes=classes,
                 steps=steps,
                 class_weights=weights,
+                multi_label=parts[0].multi_label,
             )
         )
     return students

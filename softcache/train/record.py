@@ -20,6 +20,7 @@ from softcache.data.table_columns import columns_field
 from softcache.data.tables import columns_of
 from softcache.join.joined_data import JoinedData
 from softcache.models.evaluate import Evaluation, data_digest
+from softcache.models.multi_label import HEADERS, scores_from
 from softcache.models.spec import parse_model
 from softcache.models.weights import file_sha256, split_key
 from softcache.train.card import model_card
@@ -110,6 +111,7 @@ def run_facts(
         "input_shape": list(parts[0].input_shape()),
         "input_dtype": str(parts[0].first_input().dtype).removeprefix("torch."),
         "classes": parts[0].classes,
+        **({"multi_label": True} if parts[0].multi_label else {}),
         "class_names": list(class_names(parts)),
         **table_facts(parts[0].source),
         "embedded": not config.data,  # the samples came from the cache itself
@@ -171,9 +173,14 @@ def final_table(
     ]
     if not caches:
         return models_table(rows)
-    evaluation = Evaluation(teacher["errors"], teacher["samples"]) if teacher else None
+    evaluation = stored_evaluation(teacher) if teacher else None
     parameters = sum(teacher["parameters"] for teacher in caches[0].header.teachers)
     return models_table([Row("teacher", parameters, evaluation), *rows])
+
+
+def stored_evaluation(facts: Mapping[str, Any]) -> Evaluation:
+    """An evaluation from the counts and scores that a header or a run folder holds."""
+    return Evaluation(facts["errors"], facts["samples"], scores=scores_from(facts))
 
 
 def evaluation_labels(
@@ -208,6 +215,7 @@ def models_table(rows: Sequence[Row]) -> str:
     """Parameters, their share of the first row's, and test errors of each model, as text."""
     first = rows[0].parameters
     balanced = any(row.balanced_accuracy is not None for row in rows)
+    scored = any(row.evaluation and row.evaluation.scores for row in rows)
     headers = ["model", "parameters", f"share of {rows[0].name}'s", "test errors", "accuracy"]
     lines = [
         [
@@ -217,15 +225,24 @@ def models_table(rows: Sequence[Row]) -> str:
             f"{row.evaluation.errors:,} of {row.evaluation.samples:,}" if row.evaluation else "-",
             f"{row.evaluation.accuracy:.2%}" if row.evaluation else "-",
             *([_percent(row.balanced_accuracy)] if balanced else []),
+            *(_scores(row.evaluation) if scored else []),
         ]
         for row in rows
     ]
     return tabulate(
         lines,
-        headers=[*headers, *(["balanced accuracy"] if balanced else [])],
+        headers=[
+            *headers,
+            *(["balanced accuracy"] if balanced else []),
+            *(HEADERS if scored else []),
+        ],
         colalign=("left", *["right"] * (len(lines[0]) - 1)),
         disable_numparse=True,
     )
+
+
+def _scores(evaluation: Evaluation | None) -> list[str]:
+    return evaluation.scores.cells() if evaluation and evaluation.scores else ["-"] * len(HEADERS)
 
 
 def _percent(share: float | None) -> str:

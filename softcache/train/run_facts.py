@@ -33,7 +33,14 @@ LONGEST = 4096  # characters of a text
 LARGEST = 1e30  # of the numbers in a line of metrics
 MAX_EPOCHS = 10**9
 DEPTH = 6  # of nested values
-NUMBERS = ("total", "soft", "hard", "lr", "balanced_accuracy")  # in a line of metrics
+NUMBERS = (
+    "total",
+    "soft",
+    "hard",
+    "lr",
+    "balanced_accuracy",
+    *provenance.SCORES,
+)  # in a line of metrics
 
 
 def read_facts(path: Path) -> JSON:

@@ -56,6 +56,11 @@ class Run:
         return int(self.facts["classes"])
 
     @property
+    def multi_label(self) -> bool:
+        """Whether samples have any number of labels."""
+        return self.facts.get("multi_label") is True
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Names of its classes in order; empty if it does not name them all."""
         names = tuple(self.facts.get("class_names") or ())

@@ -22,6 +22,7 @@ from softcache.data.workers import is_worker_failure
 from softcache.errors import ModelError
 from softcache.losses import Loss, label_weights, reduce_losses, row_losses
 from softcache.models.evaluate import Evaluation, evaluate
+from softcache.models.multi_label import scores_from
 from softcache.models.outputs import logits_of
 from softcache.models.weights import parameter_count
 from softcache.train.config import StudentConfig
@@ -51,6 +52,7 @@ class Student:
         history: a line of metrics for each finished epoch.
         best: the weights with the fewest errors so far, with --patience.
         best_evaluation: their evaluation; None if it was counted before a stop.
+        multi_label: whether samples have any number of labels.
         stopped: why it takes no more steps; None while it trains.
         failed: whether it stopped because of an error.
         board: TensorBoard's SummaryWriter, with --tensorboard.
@@ -78,6 +80,7 @@ class Student:
     stopped: str | None = None
     failed: bool = False
     board: Any = None
+    multi_label: bool = False
 
     @property
     def parameters(self) -> int:
@@ -265,7 +268,7 @@ class Student:
             self.final_model.load_state_dict(self.best)
             line = self.final_line
             if "samples" in line:
-                counts = Evaluation(line["errors"], line["samples"])
+                counts = Evaluation(line["errors"], line["samples"], scores=scores_from(line))
                 self.evaluation = self.best_evaluation or counts
 
     def save(self, facts: dict[str, Any]) -> dict[str, Any]:
@@ -285,6 +288,8 @@ class Student:
         facts = facts | {"name": self.name, "alpha": self.alpha, "parameters": self.parameters}
         if self.evaluation:
             facts |= {"errors": self.evaluation.errors, "samples": self.evaluation.samples}
+            if self.evaluation.scores is not None:
+                facts |= self.evaluation.scores.line()
         text = json.dumps(facts, indent=2) + "\n"
         replace_file(self.folder / "config.json", lambda path: path.write_text(text))
         (self.folder / UNFINISHED_METRICS).replace(self.folder / "metrics.jsonl")
@@ -319,7 +324,7 @@ class Student:
             labels,
             temperature=self.temperature,
             alpha=self.alpha,
-            loss=self.config.soft_loss,
+            loss="bernoulli" if self.multi_label else self.config.soft_loss,
             label_smoothing=self.config.label_smoothing,
             class_weights=self.class_weights,
         )
@@ -348,7 +353,12 @@ class Student:
 
     def _evaluate(self, source: Source, workers: int) -> Evaluation:
         return evaluate(
-            self.final_model.eval(), source, self.classes, self.accelerator.device, workers
+            self.final_model.eval(),
+            source,
+            self.classes,
+            self.accelerator.device,
+            workers,
+            multi_label=self.multi_label,
         )
 
     @contextmanager
@@ -375,6 +385,7 @@ def make_student(
     classes: int,
     steps: int,
     class_weights: Tensor | None = None,
+    multi_label: bool = False,
 ) -> Student:
     """A student ready to train.
 
@@ -387,6 +398,7 @@ def make_student(
         classes: number of logits that the model has to return.
         steps: length of the learning rate schedule.
         class_weights: (C,) weights of the classes in the hard loss; None for 1 each.
+        multi_label: whether samples have any number of labels.
     """
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, steps)
@@ -408,12 +420,15 @@ def make_student(
         random=random_state(accelerator.device),
         class_weights=None if class_weights is None else class_weights.to(accelerator.device),
         average=average,
+        multi_label=multi_label,
     )
 
 
 def evaluation_line(evaluation: Evaluation, classes: int) -> dict[str, Any]:
     """What a line of metrics holds of an evaluation."""
     line: dict[str, Any] = {"errors": evaluation.errors, "samples": evaluation.samples}
+    if evaluation.scores is not None:
+        line |= evaluation.scores.line()
     if evaluation.labels is None:
         return line
     line["balanced_accuracy"] = evaluation.balanced_accuracy
