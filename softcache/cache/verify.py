@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from softcache.cache.encodings import LABEL_SETS
 from softcache.cache.header import PREAMBLE, parse_preamble
 from softcache.cache.reader import PARTIAL, Cache, hdf5_digest, shared_digest
 from softcache.errors import FormatError
@@ -72,6 +73,12 @@ def block_damage(cache: Cache, view: int | None, block: int) -> str | None:
         if cache.sample_digest(block) != cache.arrays["sample_digests"][block]:
             return _sample_arrays(cache)
         labels = cache.labels[rows.start : rows.stop]
+        if header.multi_label:
+            spare = -header.classes % 8  # bits beyond the last class
+            sets = cache.arrays[LABEL_SETS][rows.start : rows.stop]
+            if _outside(labels, 1) or (sets[:, -1] & ((1 << spare) - 1)).any():
+                return "sets of labels with other than the classes"
+            return None
         return "labels that are no classes" if _outside(labels, header.classes) else None
     if cache.block_digest(view, block) != cache.arrays["digests"][view, block]:
         return "soft targets"

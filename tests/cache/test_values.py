@@ -85,11 +85,18 @@ CASES: dict[str, list[tuple[str, Callable[[Values], None], str]]] = {
         ("steps", put(0, np.nan), "steps that are not finite and positive"),
         ("steps", put(1, -1), "steps that are not finite and positive"),
     ],
+    "bernoulli": [
+        ("log_odds", put(0, np.nan), "log-odds that are not finite"),
+        ("log_odds", put(2, -np.inf), "log-odds that are not finite"),
+        ("label_sets", put(0, 0b1000_0001), "sets of labels with other than the classes"),
+        ("labels", put(0, 3), "sets of labels with other than the classes"),
+        ("labels", put(0, -2), "sets of labels with other than the classes"),
+    ],
     "sampled:8": [("ids", put(3, 6), "class ids beyond the last class")],
 }  # fmt: skip
 
 
-@pytest.mark.must("F43", "F47")
+@pytest.mark.must("F43", "F47", "F48")
 @pytest.mark.parametrize(
     ("encoding", "array", "change", "what"),
     [(encoding, *case) for encoding, cases in CASES.items() for case in cases],
@@ -98,7 +105,10 @@ def test_what_cannot_be_is_damage_of_its_block(
     dump_config: DumpConfig, encoding: str, array: str, change: Callable[[Values], None], what: str
 ) -> None:
     temperature = 1.0 if encoding.startswith("sampled") else 4.0
-    config = replace(dump_config, encoding=encoding, temperature=temperature, embed_inputs=True)
+    targets = "sigmoid" if encoding == "bernoulli" else "softmax"
+    config = replace(
+        dump_config, encoding=encoding, targets=targets, temperature=temperature, embed_inputs=True
+    )
     path = dump(config).path
     assert not find_damage(open_cache(path))
     forged(path, array, change)
