@@ -25,7 +25,7 @@ from softcache.join.match import join
 from softcache.join.samples import open_samples
 from softcache.targets.decode import to_dense
 from softcache.targets.fetch import soft_targets, tempered_targets
-from softcache.types import MixedLabels, Targets
+from softcache.types import LabelSets, MixedLabels, Targets
 from softcache.util.log import warn
 
 if TYPE_CHECKING:
@@ -196,7 +196,8 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     An item is a tuple (input, label, log-probabilities):
 
     - the input, float, as the teacher saw it in this epoch's view;
-    - the label, int64; -1 if the sample is unlabelled or mixed with a sample of another label;
+    - the label, int64; -1 if the sample is unlabelled or mixed with a sample of another label; with
+      --targets sigmoid (C,) float32, 1 where a class applies, and all -1 if the sample is unlabelled;
     - (C,) float32 log softmax(z / temperature).
 
     Samples are matched to the cache by content, once, at construction. Item i is sample i of the data
@@ -297,6 +298,8 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         inputs, labels, targets = joined.training_batch(batch, epoch, CPU)
         if isinstance(labels, MixedLabels):
             labels = torch.where(labels.own == labels.partners, labels.own, -1)
+        if isinstance(labels, LabelSets):
+            labels = labels.applies.masked_fill(~labels.known[:, None], -1)
         dense = to_dense(targets[self.temperature])
         return list(zip(inputs, labels, dense, strict=True))
 

@@ -61,8 +61,10 @@ def distillation_loss(
 
     Args:
         logits: (B, C) float, the student's logits at temperature 1.
-        targets: log softmax(z_teacher / T), (B, C) or sparse; may be None if alpha is 0.
-        labels: (B,) int64, or mixed labels; negative labels are left out of the cross-entropy.
+        targets: log softmax(z_teacher / T), (B, C) or sparse; may be None if alpha is 0. With the loss
+            `bernoulli`, z_teacher / T.
+        labels: (B,) int64, or mixed labels; negative labels are left out of the cross-entropy. For samples
+            with any number of labels (B, C), 1 where a class applies, a row of -1 without labels.
         temperature: T > 0.
         alpha: weight of the soft targets, in [0, 1].
         loss: the loss to use instead of KL: a name in LOSSES, with a parameter if it takes one (`dkd:8`).
@@ -123,6 +125,8 @@ def row_losses(
     Raises:
         SettingsError: the loss is unknown, or not defined for these targets or labels.
     """
+    if isinstance(labels, Tensor) and labels.ndim == 2:
+        labels = LabelSets(labels.clamp(min=0).float(), labels[:, 0] >= 0)
     zeros = logits.new_zeros(len(logits), dtype=torch.float32)
     soft, hard, weights = zeros, zeros, zeros
     if targets is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from softcache.api import SoftLabelDataset
 from softcache.cache import Cache, open_cache
 from softcache.cache.merge import merge
 from softcache.data.open import open_source
@@ -180,9 +181,11 @@ def test_the_loss_is_the_kl_of_each_class(folder: Path) -> None:
     assert bernoulli(teacher, teacher).abs().max() < 1e-5
     applies = (teacher > 0).float()
     known = torch.tensor([True, True, False, True, True, True])
-    loss = distillation_loss(
-        logits, teacher / 2, LabelSets(applies, known), temperature=2.0, alpha=0.7, loss="bernoulli"
+    loss, same = (
+        distillation_loss(logits, teacher / 2, labels, temperature=2.0, alpha=0.7, loss="bernoulli")
+        for labels in (LabelSets(applies, known), applies.masked_fill(~known[:, None], -1))
     )
+    assert loss == same  # as a SoftLabelDataset gives them
     hard = torch.nn.functional.binary_cross_entropy_with_logits(logits, applies, reduction="none")
     hard = hard.sum(-1)[known].mean()
     torch.testing.assert_close(loss.soft, kl.mean())
@@ -335,3 +338,12 @@ def test_compare_report_info_and_export_show_it(folder: Path) -> None:
     p = 1 / (1 + np.exp(-teacher_odds(folder, 2.0)))
     np.testing.assert_allclose(np.load(out), p, atol=1e-3)
     assert open_source(data).fetch([0])[1].shape == (1, CLASSES)
+
+
+def test_the_python_dataset_gives_sets_and_log_odds(folder: Path) -> None:
+    cache = dump(config_of(folder))
+    dataset = SoftLabelDataset(f"npz:{folder}/data.npz", cache.path, temperature=1.0)
+    inputs, applies, log_odds = dataset[3]
+    assert inputs.shape == (1, 6, 6)
+    assert applies.tolist() == np.load(folder / "data.npz")["y_train"][3].tolist()
+    np.testing.assert_allclose(log_odds, teacher_odds(folder, 1.0)[3], rtol=2e-3, atol=2e-3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -23,6 +23,7 @@ from softcache.cache.possible_values import (
     flaw_of_ids,
     half_probabilities,
 )
+from softcache.cache.tails import tail_weights
 from softcache.errors import FormatError, SettingsError
 
 # the leading axes of an array: (views, samples, *positions) for rows, (samples,) for samples; none
@@ -365,29 +366,6 @@ def log_softmax(logits: Floats) -> Floats:
 def id_dtype(classes: int) -> str:
     """The dtype of class ids: uint16 for up to 65,536 classes, otherwise uint32."""
     return "<u2" if classes <= 1 << 16 else "<u4"
-
-
-def tail_weights(
-    temperatures: Sequence[float], requested_temperature: float
-) -> tuple[int | None, int | None, float]:
-    """Weights that interpolate the log-odds of the tail between the stored temperatures.
-
-    The log-odds are linear in 1 / T between neighbours, and extrapolated below the lowest
-    temperature. At infinite temperature all classes are equal: the log-odds are log((C - k) / k).
-
-    Args:
-        temperatures: those that the tails are stored at, ascending.
-
-    Returns:
-        Indices (low, high) into `temperatures`, None for infinite temperature, and the share of
-        high: log-odds = (1 - share) · tails[low] + share · tails[high].
-    """
-    inverse = [0.0, *(1 / t for t in reversed(temperatures))]  # ascending
-    indices: list[int | None] = [None, *reversed(range(len(temperatures)))]
-    x = 1 / requested_temperature
-    above = next((i for i, value in enumerate(inverse) if i and value >= x), len(inverse) - 1)
-    share = (x - inverse[above - 1]) / (inverse[above] - inverse[above - 1])
-    return indices[above - 1], indices[above], share
 
 
 def check_sampled(temperature: float, requested_temperature: float) -> None:

@@ -50,7 +50,7 @@ class Evaluation:
     labels: Classes | None = field(default=None, repr=False, compare=False)
     predictions: Classes | None = field(default=None, repr=False, compare=False)
     confidence: npt.NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
-    scores: MultiLabelScores | None = None
+    scores: MultiLabelScores | None = field(default=None, repr=False)
 
     @property
     def accuracy(self) -> float:

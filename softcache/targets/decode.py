@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Basis, Bernoulli, Dense, Encoding, Quantized, Sampled, TopK
-from softcache.cache.encodings import check_sampled, tail_weights
+from softcache.cache.encodings import check_sampled
+from softcache.cache.tails import tail_weights
 from softcache.errors import FormatError
 from softcache.types import SparseTargets, Targets
 

@@ -115,7 +115,7 @@ mapping = garbage({"pixels": 1})
 triple = garbage((PIXELS[0], 0, 0))
 ragged = garbage(([[1, 2], [3]], 0))
 text_label = garbage((PIXELS[0], "cat"))
-one_hot_label = garbage((PIXELS[0], torch.tensor([0.0, 1.0])))
+two_labels = garbage((PIXELS[0], torch.tensor([0.5, 1.0])))
 infinite_label = garbage((PIXELS[0], float("inf")))
 vast_label = garbage((PIXELS[0], 1 << 70))
 half_label = garbage((PIXELS[0], 1.5))
@@ -323,7 +323,7 @@ def test_an_empty_dataset_is_refused(datasets: Path) -> None:
         "triple",
         "ragged",
         "text_label",
-        "one_hot_label",
+        "two_labels",
         "infinite_label",
         "vast_label",
         "half_label",

@@ -50,7 +50,7 @@ def test_torch_and_numpy_give_the_same_probabilities(name: str, data: st.DataObj
     np.testing.assert_allclose(trip.torch[finite], trip.numpy[finite], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("name", [name for name in ENCODINGS if name != "bernoulli"])
 @few
 @given(data=st.data())
 def test_probabilities_sum_to_one_and_none_is_negative(name: str, data: st.DataObject) -> None:

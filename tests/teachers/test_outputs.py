@@ -168,7 +168,7 @@ def test_the_advice_for_sigmoids_names_what_is_missing(models: Path) -> None:
     with pytest.raises(
         ModelError,
         match=r"return the values before the sigmoid \(where rows sum to 1, add --teacher-output "
-        r"probabilities\); several labels per sample are not supported yet",
+        r"probabilities\); if a sample may have several, add --targets sigmoid --teacher-output prob",
     ):
         load(f"{models}:sigmoid").logits(INPUTS)
 
