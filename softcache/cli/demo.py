@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from softcache.cli.commands import PATH, Command, option, out_option
-from softcache.cli.demo_commands import demo_commands
+from softcache.cli.demo_commands import FEW_LABELS, demo_commands
 
 
 @click.command(cls=Command)
@@ -32,3 +32,7 @@ def demo(ctx: click.Context, data_dir: Path, out: Path, seed: int) -> None:
         code = main.main(arguments, prog_name="softcache", standalone_mode=False)
         if code:
             raise click.exceptions.Exit(code)
+    click.echo(
+        f"\nThe student of the last run had {FEW_LABELS} labelled images; the distilled student has learned "
+        "from soft targets alone, without a single label."
+    )

@@ -14,9 +14,15 @@ TEMPERATURE = 4
 
 EPOCHS = 5
 
+FEW_LABELS = 600
+
+FEW_EPOCHS = 50
+
 
 def demo_commands(data: Path, out: Path, seed: int) -> list[list[str]]:
-    """The arguments of `softcache dump`, `info` and `train`, in this order.
+    """The arguments of `softcache dump`, `info`, `train`, and `train` on a few labels alone, in this order.
+
+    The students of the cache need no labels, so the last one shows what a hundredth of them would be worth.
 
     Args:
         data: the folder with `mnist/` and `teacher.safetensors`.
@@ -37,10 +43,14 @@ def demo_commands(data: Path, out: Path, seed: int) -> list[list[str]]:
     data_options = ["--data", train_data, "--eval-data", f"{train_data}@test"]
     dump = ["dump", *f"--teacher {TEACHER} --temperature {TEMPERATURE}".split()]
     train = ["train", cache, *f"--student {STUDENT} --epochs {EPOCHS} --seed {seed}".split()]
-    train += ["--temperature", str(TEMPERATURE)]
     run = str(out / f"student-{seed}")
     return [
         [*dump, "--weights", str(weights), *data_options, "--out", cache],
         ["info", cache],
         [*train, *data_options, "--baseline", "--out", run, "--overwrite"],
+        [
+            *f"train --student {STUDENT} --epochs {FEW_EPOCHS} --seed {seed}".split(),
+            *["--data", f"{train_data}?shuffle=0&samples={FEW_LABELS}", *data_options[2:]],
+            *["--out", str(out / f"few-labels-{seed}"), "--overwrite"],
+        ],
     ]

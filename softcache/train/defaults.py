@@ -1,11 +1,11 @@
 """The temperature of the soft targets where none is asked for: a rule, from measurements.
 
-In tests/bench/gains.py, the lowest temperatures won wherever training was short.
-
 Soft targets near a uniform distribution have small gradients at first, so a student learns more slowly from
 high temperatures (Hinton, Vinyals and Dean, arXiv 1503.02531, section 2.1, for the limit), which costs more
 than the finer differences between classes bring unless training is long. But soft targets that are nearly
-certain say hardly more than the labels. So the temperature is the lowest at which they have some entropy.
+certain say hardly more than the labels. So the temperature is the lowest at which they have some entropy. Of
+a teacher that gives nearly all samples their label, it takes more: at low temperatures, its soft targets are
+the labels. The thresholds are those that tests/bench/gains.py found best.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from softcache.train.config import TrainConfig
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 SHORT = 20  # epochs: fewer are a short training
 ENTROPY, SHORT_ENTROPY = 0.02, 0.01  # of log C: enough, for a long and for a short training
+MEMORIZED, MEMORIZED_ENTROPY = (
+    0.999,
+    0.1,
+)  # agreement with the labels, and the entropy that it calls for
 ROWS = 2000  # of the first view, on which entropy is measured
 VALUES = 1 << 24  # probabilities that are decoded for it, at most
 
@@ -60,6 +64,9 @@ def default_temperature(caches: Sequence[Cache], epochs: int) -> tuple[float, st
     if any(_is_sampled(cache) for cache in caches):
         return caches[0].header.temperature, "the only one of sampled soft targets"
     enough = SHORT_ENTROPY if epochs < SHORT else ENTROPY
+    known = all(_knows_all_labels(cache) for cache in caches)
+    if known:
+        enough = MEMORIZED_ENTROPY
     shares: dict[float, float] = {}
     for temperature in TEMPERATURES:
         shares[temperature] = entropy_share(caches, temperature)
@@ -69,6 +76,8 @@ def default_temperature(caches: Sequence[Cache], epochs: int) -> tuple[float, st
     text = f"the soft targets have {shares[chosen]:.1%} of the largest entropy"
     if lower:
         text += f", and only {shares[lower[-1]]:.1%} at {lower[-1]:g}"
+    if known:
+        text += ", from a teacher that knows all labels"
     return chosen, text
 
 
@@ -86,6 +95,11 @@ def entropy_share(caches: Sequence[Cache], temperature: float) -> float:
                 continue
             entropies += (-(np.exp(log_probs) * log_probs).sum(-1) / math.log(classes)).tolist()
     return float(np.mean(entropies))
+
+
+def _knows_all_labels(cache: Cache) -> bool:
+    """Whether the teacher's top class is nearly always the label, as on samples learned by heart."""
+    return ((cache.header.summary or {}).get("agreement") or 0.0) >= MEMORIZED
 
 
 def _is_sampled(cache: Cache) -> bool:

@@ -36,8 +36,8 @@ def parse(arguments: list[str]) -> click.Context:
 
 def test_the_command_lines_are_those_of_the_whole_job(data: Path, tmp_path: Path) -> None:
     commands = demo_commands(data, tmp_path / "runs", seed=3)
-    dump, info, train = (parse(command).params for command in commands)
-    assert [command[0] for command in commands] == ["dump", "info", "train"]
+    dump, info, train, few = (parse(command).params for command in commands)
+    assert [command[0] for command in commands] == ["dump", "info", "train", "train"]
     assert dump["out"] == Path(info["cache"]) == tmp_path / "runs" / "mnist.h5"
     assert train["cache"] == (str(dump["out"]),)
     assert (dump["data"],) == train["data"] == (f"idx:{data}/mnist",)
@@ -45,6 +45,12 @@ def test_the_command_lines_are_those_of_the_whole_job(data: Path, tmp_path: Path
     assert train["seed"] == 3
     assert train["baseline"]
     assert train_config(train).names() == [""]
+    assert not few["cache"]
+    assert few["student"] == train["student"]
+    assert few["data"] == (f"idx:{data}/mnist?shuffle=0&samples=600",)
+    assert few["eval_data"] == train["eval_data"]
+    config = train_config(few)
+    assert config.soft_weight(config.students[0]) == 0
 
 
 def train_config(options: dict[str, Any]) -> TrainConfig:
@@ -64,7 +70,7 @@ def test_each_seed_has_its_own_folder(data: Path, tmp_path: Path) -> None:
 
 
 def test_the_student_has_a_tenth_of_the_teachers_parameters(data: Path, tmp_path: Path) -> None:
-    dump, _, train = (parse(command).params for command in demo_commands(data, tmp_path, 0))
+    dump, _, train, _ = (parse(command).params for command in demo_commands(data, tmp_path, 0))
     teacher = dump["teacher"] if isinstance(dump["teacher"], str) else dump["teacher"][0]
     sizes = [
         parameter_count(build(spec, input_shape=(1, 28, 28), classes=10))

@@ -109,3 +109,17 @@ def test_nothing_is_chosen_where_nothing_is_needed(
         assert with_defaults(config, [cache]) == (config, "")
     config = make_train_config(student="mlp:4", data=f"npz:{data_file}", out=tmp_path / "run")
     assert with_defaults(config, []) == (config, "")
+
+
+@pytest.mark.parametrize("agreement", [0.9989, 0.999, None])
+def test_a_teacher_that_knows_all_labels_gets_a_higher_one(
+    dump_config: DumpConfig, tmp_path: Path, agreement: float | None
+) -> None:
+    cache = cache_of(3.0, dump_config, tmp_path)
+    summary = {**(cache.header.summary or {}), "agreement": agreement}
+    cache = replace(cache, header=replace(cache.header, summary=summary))
+    shares = [entropy_share([cache], temperature) for temperature in (2.0, 4.0)]
+    assert 0.02 < shares[0] < 0.1 < shares[1]
+    chosen, reason = default_temperature([cache], 20)
+    assert chosen == (4.0 if agreement == 0.999 else 2.0)
+    assert ("from a teacher that knows all labels" in reason) == (agreement == 0.999)
