@@ -44,9 +44,9 @@ def test_the_command_lines_are_those_of_the_whole_job(data: Path, tmp_path: Path
     assert dump["eval_data"] == train["eval_data"] == f"idx:{data}/mnist@test"
     assert train["seed"] == 3
     assert train["baseline"]
-    assert train_config(train).names() == [""]
     assert not few["cache"]
     assert few["student"] == train["student"]
+    assert train_config(train).names() == [""]
     assert few["data"] == (f"idx:{data}/mnist?shuffle=0&samples=600",)
     assert few["eval_data"] == train["eval_data"]
     config = train_config(few)
