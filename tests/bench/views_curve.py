@@ -3,7 +3,8 @@
 One student and one augmentation are trained with 1, 2, 4, … cached views, with the live teacher on new
 views in every epoch, and with an inconsistent cache, whose soft targets belong to the original images while
 the student sees augmented ones (with mixup, soft targets are mixed like the images). --tricks tries what may
-do for more views: `flip` mirrors half of the cached views, whose soft targets stay; `mixup` mixes cached
+do for more views: `flip` mirrors half of the cached views and `shift` moves them by a pixel, while their
+soft targets stay; `mixup` mixes cached
 views of a batch, with their soft targets; `ema` averages the weights. Reported are test
 errors and KL(teacher ‖ student) on test images, mean and standard error over the seeds.
 """
@@ -92,7 +93,12 @@ class MixedData(JoinedData):
         return training_batch._replace(inputs=mixed, targets=targets)
 
 
-TRICKS = ("flip", "mixup", "ema")
+TRICKS = {
+    "flip": "flip",
+    "shift": "shift:1",
+    "mixup": None,
+    "ema": None,
+}  # with an extra augmentation
 
 
 def main() -> None:
@@ -203,7 +209,7 @@ def student(
         temperature=temperature,
         seed=seed,
         device="cpu",
-        extra_augment="flip" if "flip" in tricks else None,
+        extra_augment=",".join(filter(None, map(TRICKS.get, tricks))) or None,
         ema=0.999 if "ema" in tricks else None,
     )
     data: JoinedData
