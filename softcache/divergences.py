@@ -14,6 +14,7 @@ from softcache.errors import SettingsError
 from softcache.types import Labels, SparseTargets, Targets
 
 DKD_BETA = 8.0  # the value that Zhao et al. use for CIFAR-100
+TINY = 1e-20  # a variance to divide by in the place of 0
 LOWEST = -1e5  # a finite log-probability with an exp of 0, used instead of -inf
 
 
@@ -193,6 +194,35 @@ def decoupled(log_q: Tensor, targets: Targets, labels: Labels | None, beta: floa
     return target + beta * non_target
 
 
+def correlation(log_q: Tensor, targets: Targets) -> Tensor:
+    """1 - Pearson's correlation of the probabilities of teacher and student over the classes, of each row.
+
+    The relation between classes of Huang et al., "Knowledge distillation from a stronger teacher" (arXiv
+    2205.10536), equation 9; their relation within classes compares the samples of a whole batch. It does not
+    depend on how sure the student is, only on how it shares its certainty out.
+
+    Args:
+        log_q: (B, C), the student's log-probabilities.
+        targets: the teacher's log-probabilities, (B, C) or sparse.
+
+    Returns:
+        (B,), from 0 to 2.
+    """
+    q = log_q.exp()
+    even = 1 / log_q.shape[1]  # the mean of both, since they sum to 1
+    if isinstance(targets, SparseTargets):
+        named = _named(targets)
+        head, rest = targets.log_probs.exp(), targets.rest.exp()  # (B, k), (B,)
+        head_q = q.gather(1, targets.ids).masked_fill(~named, 0)
+        products = (head * head_q).sum(1) + rest * (1 - head_q.sum(1))
+        squares = head.square().sum(1) + rest.square() * (targets.classes - named.sum(1))
+    else:
+        p = targets.exp()
+        products, squares = (p * q).sum(1), p.square().sum(1)
+    variances = (squares - even) * (q.square().sum(1) - even)
+    return 1 - (products - even) / variances.clamp(min=TINY).sqrt()
+
+
 def bernoulli(odds_q: Tensor, targets: Targets) -> Tensor:
     """KL(teacher ‖ student) of each row, summed over classes that apply or not on their own.
 
@@ -252,6 +282,11 @@ LOSSES = {
         "mse",
         "half the mean squared error of the centred logits",
         lambda log_q, targets, *_: mean_squared_error(log_q, targets),
+    ),
+    "correlation": LossKind(
+        "correlation",
+        "1 - the correlation of both over the classes; learns fast, and is not calibrated",
+        lambda log_q, targets, *_: correlation(log_q, targets),
     ),
     "dkd": LossKind(
         "dkd:BETA",

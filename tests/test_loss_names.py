@@ -56,6 +56,9 @@ ORACLES: dict[str, Callable[[Array, Array], Array]] = {
     "reverse_kl": lambda p, q: kl(q, p),
     "js": lambda p, q: (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2,
     "mse": lambda p, q: squared(np.log(p), np.log(q)),
+    "correlation": lambda p, q: np.array(
+        [1 - np.corrcoef(*pair)[0, 1] for pair in zip(p, q, strict=True)]
+    ),
     "dkd": lambda p, q: decoupled(p, q, 8.0),
     "dkd:0.5": lambda p, q: decoupled(p, q, 0.5),
 }

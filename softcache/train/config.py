@@ -57,7 +57,7 @@ class StudentConfig:
     )
     loss: str | None = setting(
         None,
-        help="Loss on the soft targets: kl, reverse_kl, js, mse or dkd:BETA.",
+        help="Loss on the soft targets: kl, reverse_kl, js, mse, correlation or dkd:BETA.",
         group=LOSS,
         metavar="NAME",
         default_text="kl",

@@ -137,7 +137,9 @@ def check_losses(config: TrainConfig, caches: Sequence[Cache]) -> None:
         for cache in caches:
             is_sparse = isinstance(cache.header.encoding, TopK | Sampled)
             encoding = cache.header.encoding.name
-            if (name == "mse" and is_sparse) or (name == "reverse_kl" and encoding == "sampled"):
+            if (name == "mse" and is_sparse) or (
+                name in ("reverse_kl", "correlation") and encoding == "sampled"
+            ):
                 raise SettingsError(
                     f"loss {name} needs the probabilities of all classes, and {cache.path} is {encoding}; "
                     "use --loss kl"

@@ -47,7 +47,7 @@ BATCH = 1000  # held-out samples that are evaluated at once
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0)
 ALPHAS = (0.5, 0.9, 1.0)
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the default peak learning rate
-LOSSES = ("kl", "js", "mse")
+LOSSES = ("kl", "js", "mse", "correlation")
 
 Fit = Callable[[TrainConfig, Accelerator, Sequence[JoinedData], None], list[Student]]
 Indices = npt.NDArray[np.int64]
@@ -167,8 +167,10 @@ def candidates(
     if student.alpha is None and any(bool((part.labels() >= 0).any()) for part in parts):
         axes["alpha"] = ALPHAS
     if student.loss is None:
-        sparse = any(isinstance(cache.header.encoding, Sampled | TopK) for cache in caches)
-        axes["loss"] = [loss for loss in LOSSES if not (sparse and loss == "mse")]
+        kinds = {type(cache.header.encoding) for cache in caches}
+        without = {"mse"} if kinds & {Sampled, TopK} else set()
+        without |= {"correlation"} if Sampled in kinds else set()
+        axes["loss"] = [loss for loss in LOSSES if loss not in without]
     if student.learning_rate is None:
         axes["learning_rate"] = [rate * default.peak_learning_rate for rate in RATES]
     defaults = {

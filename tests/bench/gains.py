@@ -456,23 +456,7 @@ def dist(log_q: Tensor, targets: Targets, labels: Labels | None, weight: float) 
     return weight * (distance(q, p, 1) + distance(q, p, 0).mean())
 
 
-def correlation(log_q: Tensor, targets: Targets, labels: Labels | None, weight: float) -> Tensor:
-    q, p = log_q.exp(), to_dense(targets).exp()
-    even = 1 / q.shape[1]
-    covariance = (p * q).sum(1) - even
-    variances = (p.square().sum(1) - even) * (q.square().sum(1) - even)
-    return weight * (1 - covariance / variances.clamp(min=1e-12).sqrt())
-
-
-def correlation_and_kl(
-    log_q: Tensor, targets: Targets, labels: Labels | None, weight: float
-) -> Tensor:
-    return weight * correlation(log_q, targets, labels, 1.0) + kl(log_q, to_dense(targets))
-
-
 OTHER_LOSSES = {
-    "corkl": LossKind("corkl:WEIGHT", "", correlation_and_kl, 1.0),
-    "correlation": LossKind("correlation:WEIGHT", "", correlation, 1.0),
     "standardized": LossKind("standardized:T", "", standardized, 2.0),
     "dist": LossKind("dist:WEIGHT", "", dist, 1.0),
 }

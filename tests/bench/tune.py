@@ -1,7 +1,7 @@
 """What `train --tune` costs and gains: each task of gains.py, with its medium budget, over several seeds.
 
-For each seed, the same student is trained with the defaults and with --tune, in turns. The ratio of their times
-is that of the whole commands; test errors have no part in the choice.
+For each seed, the same student is trained with the defaults and with --tune, in turns. The ratio of their
+times is that of the whole commands; test errors have no part in the choice.
 """
 
 from __future__ import annotations

@@ -140,6 +140,7 @@ def test_no_student_is_told(cache: Cache, run: Run) -> None:
             r"loss mse needs the probabilities of all classes, and .* is topk; use",
         ),
         ("sampled:9", None, "reverse_kl", r"loss reverse_kl needs .* is sampled; use --loss kl"),
+        ("sampled:9", None, "correlation", r"loss correlation needs .* is sampled; use --loss kl"),
         (
             "dense",
             "mixup",
@@ -164,7 +165,7 @@ def test_a_loss_that_the_cache_cannot_serve_is_refused_before_a_folder_is_made(
     assert not config.out.exists()
 
 
-@pytest.mark.parametrize("loss", ["reverse_kl", "js", "dkd"])
+@pytest.mark.parametrize("loss", ["reverse_kl", "js", "dkd", "correlation"])
 def test_losses_train_from_topk(
     loss: str, config: TrainConfig, dump_config: DumpConfig, tmp_path: Path
 ) -> None:
