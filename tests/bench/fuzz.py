@@ -45,6 +45,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -118,6 +119,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--index", type=int, help="make only this input, kept in --folder")
     parser.add_argument("--folder", type=Path, help="folder for files [default: a temporary one]")
+    parser.add_argument(
+        "--log", type=Path, help="reports as JSON lines, from which a rerun continues"
+    )
     parser.add_argument("--work", type=int, nargs=3, help=argparse.SUPPRESS)  # first, step, stop
     options = parser.parse_args()
     if options.work:
@@ -133,7 +137,7 @@ def main() -> None:
         with Attacker(folder, options.seed) as attacker:
             self_check(attacker)
         start = time.monotonic()
-        reports = campaign(folder, options.inputs, options.jobs, options.seed)
+        reports = campaign(folder, options.inputs, options.jobs, options.seed, options.log)
         rate = options.inputs / (time.monotonic() - start)
         print(f"{options.inputs:,} inputs, seed {options.seed}, {rate:.1f} inputs/s; {machine()}\n")
     if summary(reports):
@@ -143,11 +147,18 @@ def main() -> None:
 # the parent
 
 
-def campaign(folder: Path, inputs: int, jobs: int, seed: int) -> list[Report]:
+def campaign(
+    folder: Path, inputs: int, jobs: int, seed: int, log: Path | None = None
+) -> list[Report]:
     """The reports on all inputs, from `jobs` workers that share them."""
     reports: list[list[Report]] = [[] for _ in range(jobs)]
+    for line in log.read_text().splitlines() if log and log.exists() else []:
+        report = report_from(json.loads(line))
+        reports[report.index % jobs].append(report)
     threads = [
-        threading.Thread(target=attend, args=(folder, first, jobs, inputs, seed, reports[first]))
+        threading.Thread(
+            target=attend, args=(folder, first, jobs, inputs, seed, reports[first], log)
+        )
         for first in range(jobs)
     ]
     for thread in threads:
@@ -161,10 +172,23 @@ def campaign(folder: Path, inputs: int, jobs: int, seed: int) -> list[Report]:
 
 
 def attend(
-    folder: Path, first: int, step: int, inputs: int, seed: int, reports: list[Report]
+    folder: Path,
+    first: int,
+    step: int,
+    inputs: int,
+    seed: int,
+    reports: list[Report],
+    log: Path | None,
 ) -> None:
     """Run workers on every `step`-th input; one that dies is replaced, after the input that killed it."""
-    index = first
+    index = reports[-1].index + step if reports else first
+
+    def add(report: Report) -> None:
+        reports.append(report)
+        if log:
+            with log.open("a") as file:
+                file.write(json.dumps(dataclasses.asdict(report)) + "\n")
+
     place = folder / f"worker-{first}"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     while index < inputs:
@@ -183,9 +207,7 @@ def attend(
         assert process.stdout is not None
         with process.stdout:
             for line in process.stdout:
-                fields = json.loads(line)
-                problems = [(str(rule), str(what)) for rule, what in fields.pop("problems")]
-                reports.append(Report(**fields, problems=problems))
+                add(report_from(json.loads(line)))
                 index = reports[-1].index + step
                 if index % 1000 < step:
                     print(f"{index:,} of {inputs:,} inputs", file=sys.stderr, flush=True)
@@ -197,8 +219,14 @@ def attend(
                 # in a thread, SystemExit would go unnoticed
                 print(f"a worker failed:\n{text[-2000:]}", file=sys.stderr)
                 return
-            reports.append(obituary(place, index, code, text))
+            add(obituary(place, index, code, text))
             index += step
+
+
+def report_from(fields: dict[str, Any]) -> Report:
+    """A report from a line that a worker or an earlier campaign has written."""
+    problems = [(str(rule), str(what)) for rule, what in fields.pop("problems")]
+    return Report(**fields, problems=problems)
 
 
 def obituary(place: Path, index: int, code: int, errors: str) -> Report:
