@@ -11,19 +11,20 @@ import pytest
 import torch
 
 from softcache.api import SoftLabelDataset
-from softcache.cache import Cache, open_cache
+from softcache.cache import Cache, header, open_cache
 from softcache.cache.merge import merge
 from softcache.data.open import open_source
 from softcache.divergences import bernoulli
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
-from softcache.errors import DataError, Interrupted, ModelError, SettingsError
+from softcache.errors import DataError, FormatError, Interrupted, ModelError, SettingsError
 from softcache.files.verify import verify_cache
 from softcache.losses import distillation_loss
 from softcache.train.config import make_train_config
 from softcache.train.loop import train
 from softcache.train.student import Student
 from softcache.types import LabelSets
+from tests.cache.header_cases import with_values
 from tests.cli.app_cases import softcache
 from tests.train.loop_cases import metrics, same_weights
 
@@ -88,6 +89,42 @@ def teacher_odds(folder: Path, temperature: float) -> np.ndarray:
 
 
 # the file
+def test_older_readers_are_told_what_they_lack(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = dump(config_of(folder))
+    assert cache.header.version == (1, 2)
+    assert cache.header.must_understand == ("label_sets",)
+    monkeypatch.setattr(header, "FEATURES", {"inputs": (1, 1)})
+    with pytest.raises(
+        FormatError, match=r"needs features .* not know: 'label_sets'; update softcache"
+    ):
+        open_cache(cache.path)
+
+
+@pytest.mark.must("F48")
+@pytest.mark.parametrize(("targets", "features"), [("sigmoid", []), ("softmax", ["label_sets"])])
+def test_the_feature_is_listed_with_this_encoding_alone(
+    folder: Path, targets: str, features: list[str]
+) -> None:
+    arrays = np.load(folder / "data.npz")
+    np.savez(folder / "one.npz", x=arrays["x_train"], y=arrays["y_train"].argmax(1))
+    cache = dump(config_of(folder, targets=targets, data=f"npz:{folder}/one.npz"))
+    cache.path.write_bytes(with_values(cache.path.read_bytes(), {("must_understand",): features}))
+    with pytest.raises(
+        FormatError, match="expected label_sets there with bernoulli, and with nothing"
+    ):
+        open_cache(cache.path)
+
+
+def test_a_dump_of_the_other_kind_is_not_resumed(folder: Path) -> None:
+    arrays = np.load(folder / "data.npz")
+    np.savez(folder / "one.npz", x=arrays["x_train"], y=arrays["y_train"].argmax(1))
+    dump(config_of(folder, data=f"npz:{folder}/one.npz"))
+    with pytest.raises(SettingsError, match="started with encoding 'bernoulli', now it is 'dense'"):
+        dump(config_of(folder, data=f"npz:{folder}/one.npz", targets="softmax"))
+
+
 @pytest.mark.must("F48")
 def test_log_odds_are_stored_and_retempered(folder: Path) -> None:
     cache = dump(config_of(folder))

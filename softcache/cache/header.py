@@ -21,6 +21,7 @@ import xxhash
 from softcache.cache import provenance
 from softcache.cache.encodings import (
     DTYPES,
+    LABEL_SETS,
     MAX_TEMPERATURE,
     ArraySpec,
     Axis,
@@ -34,10 +35,11 @@ from softcache.errors import FormatError, SettingsError
 
 MAGIC = b"\x89SFTC\r\n\x1a"
 PREAMBLE = struct.Struct("<8sQQQ")  # magic, offset, length, digest of the JSON
-VERSION = (1, 1)  # the newest that this reader knows
+VERSION = (1, 2)  # the newest that this reader knows
 BASE_VERSION = (1, 0)  # of a cache without features, so that older readers open it
 INPUTS = "inputs"  # the feature of embedded samples, and the array that holds them
-KNOWN_FEATURES = frozenset({INPUTS})
+# the features that a cache may need, with the version that added each
+FEATURES = {INPUTS: (1, 1), LABEL_SETS: (1, 2)}
 MAX_HEADER = 1 << 20  # bytes of JSON
 MAX_USER_BLOCK = 8 << 20  # bytes
 MAX_FILE = 1 << 60  # bytes
@@ -226,6 +228,11 @@ def parse_header(text: bytes, digest: int, file_bytes: int) -> Header:
     if unknown and version[1] <= VERSION[1]:
         raise FormatError(f"the header has unknown fields: {shown(', '.join(unknown))}")
     header = _build({name: fields[name] for name in expected}, version)
+    if header.multi_label != (LABEL_SETS in header.must_understand):
+        raise FormatError(
+            f"encoding is {header.encoding.name} and must_understand is {list(header.must_understand)}; "
+            f"expected {LABEL_SETS} there with bernoulli, and with nothing else"
+        )
     _check_layout(header, file_bytes)
     return header
 
@@ -242,7 +249,7 @@ def _version(fields: JSON) -> tuple[int, int]:
     features = fields.get("must_understand")
     if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
         raise FormatError(f"must_understand is {shown(features)}; expected a list of names")
-    unknown = sorted(set(features) - KNOWN_FEATURES)
+    unknown = sorted(set(features) - set(FEATURES))
     if unknown:
         raise FormatError(
             f"the cache needs features that this softcache does not know: {shown(', '.join(unknown))}; "

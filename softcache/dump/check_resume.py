@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from softcache.cache import Cache, Header, open_cache
+from softcache.cache.header import INPUTS
 from softcache.data.loader import loader
 from softcache.data.open import open_source
 from softcache.data.source import Source
@@ -127,7 +128,7 @@ def _difference(name: str, stored: Any, requested: Any) -> str:  # noqa: ANN401 
         return f"another teacher ({'; '.join(changed)})"
     if name == "must_understand":
         return (
-            f"{'inputs' if stored else 'nothing'} embedded, now "
-            f"{'inputs' if requested else 'nothing'}"
+            f"{'inputs' if INPUTS in stored else 'nothing'} embedded, now "
+            f"{'inputs' if INPUTS in requested else 'nothing'}"
         )
     return f"{name} {stored!r}, now it is {requested!r}"

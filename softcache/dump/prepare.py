@@ -11,8 +11,8 @@ import numpy as np
 
 from softcache.cache import Cache, Dense, Header, open_cache
 from softcache.cache.allocate import create
-from softcache.cache.encodings import DTYPES, ArraySpec
-from softcache.cache.header import BASE_VERSION, INPUTS, VERSION
+from softcache.cache.encodings import DTYPES, LABEL_SETS, ArraySpec
+from softcache.cache.header import BASE_VERSION, FEATURES, INPUTS
 from softcache.cache.reader import partial_path
 from softcache.data.augment import Augmentation, split_augment
 from softcache.data.class_names import align_classes
@@ -50,6 +50,7 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
     """
     check_spec(config.encoding_spec, config.temperature, teacher.classes)
     check_kind_of_labels(source, multi_label=config.multi_label)
+    features = [INPUTS] * config.embed_inputs + [LABEL_SETS] * config.multi_label
     total, (shard, shards) = len(source), config.shard
     if shards > total:
         raise SettingsError(
@@ -75,8 +76,8 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         else {"asked": config.encoding_spec}
         | ({"max_kl": config.max_kl} if config.encoding_spec == "auto" else {}),
         teachers=teacher.provenance,
-        must_understand=(INPUTS,) if config.embed_inputs else (),
-        version=VERSION if config.embed_inputs else BASE_VERSION,
+        must_understand=tuple(features),
+        version=max([BASE_VERSION, *(FEATURES[feature] for feature in features)]),
         evaluation=None,
         software=software(),
         block_rows=1,

@@ -111,7 +111,7 @@ def mnist(options: argparse.Namespace) -> tuple[Arrays, Arrays]:
 def cifar(options: argparse.Namespace) -> tuple[Arrays, Arrays]:
     parts = []
     for split in ("train", "test"):
-        source = open_source(f"{options.cifar}@{split}?shuffle=0&samples=5000")
+        source = open_source(f"{options.cifar}?shuffle=0&samples=5000@{split}")
         inputs, labels = source.fetch(range(len(source)))
         parts.append((inputs.numpy(), labels))
     return parts[0], parts[1]

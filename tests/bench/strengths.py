@@ -29,6 +29,7 @@ from softcache.cache import open_cache
 from softcache.cli.demo_commands import TEACHER
 from softcache.data.loader import loader, sequential_batches
 from softcache.data.open import open_source
+from softcache.models.evaluate import evaluate
 from softcache.train.config import StudentConfig, TrainConfig
 from softcache.train.loop import train
 from softcache.train.student import Student
@@ -200,18 +201,19 @@ def students(
             StudentConfig(student=STUDENT, seed=seed, temperature=temperature)
             for seed in range(options.seeds)
         ],
-        caches=[cache] if cache else [], data=[data], eval_data=f"{options.data}@test", epochs=epochs,
+        caches=[cache] if cache else [], data=[data], epochs=epochs,
         augment=None if cache else AUGMENT, classes=10, out=folder / "run", overwrite=True, device="cpu",
     )  # fmt: skip
     return train(config)
 
 
-def errors(*arguments: Any, **choices: Any) -> list[int]:
+def errors(options: argparse.Namespace, *arguments: Any, **choices: Any) -> list[int]:
     """The test errors of the same students."""
+    test = open_source(f"{options.data}@test")
+    device = torch.device("cpu")
     return [
-        student.evaluation.errors
-        for student in students(*arguments, **choices)
-        if student.evaluation
+        evaluate(student.final_model.eval(), test, 10, device).errors
+        for student in students(options, *arguments, **choices)
     ]
 
 

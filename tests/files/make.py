@@ -1,6 +1,7 @@
 """Write caches with this release, and the values they decode to, to be checked in.
 
-`python -m tests.files.make`, run in the root of the project with softcache 0.1.0, wrote 1.0/ and 1.1/.
+`python -m tests.files.make`, run in the root of the project with softcache 0.1.0, wrote 1.0/ and 1.1/, and
+with 0.2.0 it wrote 1.2/.
 Existing files are never rewritten: a release that changes the format adds a folder of its own.
 """
 
@@ -68,6 +69,7 @@ def main() -> None:
             "unlabelled": unlabelled,
         },
         "1.1": {"embedded": replace(plain, embed_inputs=True)},
+        "1.2": {"label-sets": replace(plain, targets="sigmoid", embed_inputs=True)},
     }
     # in a temporary folder with relative paths, so that headers hold no paths of this machine
     with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):
