@@ -2,10 +2,10 @@
 
 Soft targets near a uniform distribution have small gradients at first, so a student learns more slowly from
 high temperatures (Hinton, Vinyals and Dean, arXiv 1503.02531, section 2.1, for the limit), which costs more
-than the finer differences between classes bring unless training is long. But soft targets that are nearly
-certain say hardly more than the labels. So the temperature is the lowest at which they have some entropy. Of
-a teacher that gives nearly all samples their label, it takes more: at low temperatures, its soft targets are
-the labels. The thresholds are those that tests/bench/gains.py found best.
+than the finer differences between classes bring. So the temperature is the lowest at which the soft targets
+say more than the labels do: on augmented views always, since labels know nothing of them; on the samples
+themselves, where they have some entropy. Of a teacher that gives nearly all samples their label, as of those
+that it has learned by heart, it takes more. The thresholds are those that tests/bench/gains.py found best.
 """
 
 from __future__ import annotations
@@ -58,11 +58,16 @@ def with_defaults(config: TrainConfig, caches: Sequence[Cache]) -> tuple[TrainCo
 def default_temperature(caches: Sequence[Cache], epochs: int) -> tuple[float, str]:
     """The temperature for the soft targets of some caches, and why, in a phrase.
 
-    The lowest of TEMPERATURES at which the entropy of the soft targets is a large enough share of that of a
-    uniform distribution; draws of a `sampled` cache have only the temperature that they were made at.
+    The lowest of TEMPERATURES, and without augmentation the lowest at which the entropy of the soft targets is
+    a large enough share of that of a uniform distribution. Draws of a `sampled` cache have only the temperature
+    that they were made at.
     """
     if any(_is_sampled(cache) for cache in caches):
         return caches[0].header.temperature, "the only one of sampled soft targets"
+    if all(cache.header.augment for cache in caches):
+        return TEMPERATURES[
+            0
+        ], "of augmented views, even certain soft targets say more than the labels"
     enough = SHORT_ENTROPY if epochs < SHORT else ENTROPY
     known = all(_knows_all_labels(cache) for cache in caches)
     if known:

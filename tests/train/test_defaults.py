@@ -123,3 +123,14 @@ def test_a_teacher_that_knows_all_labels_gets_a_higher_one(
     chosen, reason = default_temperature([cache], 20)
     assert chosen == (4.0 if agreement == 0.999 else 2.0)
     assert ("from a teacher that knows all labels" in reason) == (agreement == 0.999)
+
+
+def test_augmented_views_get_the_lowest_one(dump_config: DumpConfig, tmp_path: Path) -> None:
+    plain = cache_of(6.0, dump_config, tmp_path)
+    views = cache_of(6.0, dump_config, tmp_path, views=2, augment="shift:1", overwrite=True)
+    assert default_temperature([plain], 20)[0] == 4.0
+    assert default_temperature([views], 20) == (
+        0.5,
+        "of augmented views, even certain soft targets say more than the labels",
+    )
+    assert default_temperature([views, plain], 20)[0] == 4.0  # not all of the targets are of views
