@@ -58,9 +58,9 @@ def with_defaults(config: TrainConfig, caches: Sequence[Cache]) -> tuple[TrainCo
 def default_temperature(caches: Sequence[Cache], epochs: int) -> tuple[float, str]:
     """The temperature for the soft targets of some caches, and why, in a phrase.
 
-    The lowest of TEMPERATURES, and without augmentation the lowest at which the entropy of the soft targets is
-    a large enough share of that of a uniform distribution. Draws of a `sampled` cache have only the temperature
-    that they were made at.
+    The lowest of TEMPERATURES, and without augmentation the lowest at which the entropy of the soft targets
+    is a large enough share of that of a uniform distribution. Draws of a `sampled` cache have only the
+    temperature that they were made at.
     """
     if any(_is_sampled(cache) for cache in caches):
         return caches[0].header.temperature, "the only one of sampled soft targets"
