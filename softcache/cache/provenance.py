@@ -30,6 +30,16 @@ def _is_teacher(value: object) -> bool:
         and 0 <= value["parameters"] <= MAX_COUNT
         and type(value.get("weight")) in (int, float)
         and 0 < value["weight"] <= 1
+        and _is_selection(value.get("selected"))
+    )
+
+
+def _is_selection(value: object) -> bool:
+    """Whether a value says how many classes of how many were kept; None for all."""
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(
+        type(value.get(name)) is int and 0 <= value[name] <= MAX_COUNT for name in ("classes", "of")
     )
 
 
@@ -88,8 +98,11 @@ def summary(value: object) -> JSON | None:
         raise FormatError(f"summary has agreement {shown(agreement)}; expected 0 to 1, or null")
     integer(value, "rows", 1, MAX_COUNT)
     fidelity = value.get("fidelity", {})
-    if not isinstance(fidelity, dict) or any(
-        type(number) not in (int, float) for name, number in fidelity.items() if name != "at"
+    if (
+        not isinstance(fidelity, dict)
+        or not isinstance(fidelity.get("at", {}), dict)
+        or not all(map(_is_number, fidelity.get("at", {}).values()))
+        or not all(_is_number(number) for name, number in fidelity.items() if name != "at")
     ):
         raise FormatError(f"summary has fidelity {shown(fidelity)}; expected numbers by name")
     confidence = value.get("confidence", 0.0)
@@ -106,6 +119,10 @@ def summary(value: object) -> JSON | None:
             f"summary has warnings {shown(warnings)}; expected at most 8 printable texts"
         )
     return value
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[arg-type]
 
 
 def is_column(value: object) -> bool:

@@ -25,7 +25,7 @@ from softcache.errors import FormatError, SettingsError
 from softcache.losses import Loss
 from softcache.models.evaluate import Evaluation
 from softcache.models.multi_label import scores_from
-from softcache.train.config import StudentConfig, TrainConfig
+from softcache.train.config import MAX_LEARNING_RATE, StudentConfig, TrainConfig
 from softcache.train.run_facts import check_line
 from softcache.train.student import Student
 from softcache.util.files import replace_file
@@ -255,13 +255,21 @@ def _restore(student: Student, tensors: Mapping[str, Tensor], facts: Mapping[str
             raise ValueError(f"the optimizer's state of parameter {index} has another shape")
         if buffers.keys() != state_names(student.optimizer):
             raise ValueError(f"the optimizer's state of parameter {index} is {', '.join(buffers)}")
+        for name, buffer in buffers.items():
+            never_negative = name in ("step", "exp_avg_sq")
+            if not bool(buffer.isfinite().all()) or (never_negative and bool((buffer < 0).any())):
+                raise ValueError(f"{name} of parameter {index} is not finite, or negative")
+            if name == "step" and float(buffer) > MAX_COUNT:
+                raise ValueError(f"step of parameter {index} is {float(buffer):g}")
     student.optimizer.load_state_dict({"state": state, "param_groups": groups})
     schedule = dict(facts["schedule"]) | {"lr_lambdas": [None] * len(groups)}
     for name, own in student.schedule.state_dict().items():
-        if _form(schedule[name]) != _form(own):
+        if _form(schedule[name]) != _form(own) or not _is_moderate(schedule[name]):
             raise ValueError(f"{name} of the schedule is {schedule[name]}")
     student.schedule.load_state_dict(schedule)
     for group, rate in zip(student.optimizer.param_groups, facts["rates"], strict=True):
+        if type(rate) not in (int, float) or not 0 <= rate <= MAX_LEARNING_RATE:
+            raise ValueError(f"a learning rate is {rate!r}")
         group["lr"] = rate
     states = [tensors[f"random.{i}"] for i in range(len(student.random))]
     for own, stored in zip(student.random, states, strict=True):
@@ -280,6 +288,8 @@ def _restore(student: Student, tensors: Mapping[str, Tensor], facts: Mapping[str
     student.history = list(facts["history"])
     counts = facts["evaluation"]
     student.evaluation = None
+    if counts and not all("errors" in line for line in student.history):
+        raise ValueError("a line of the metrics has no errors")
     if counts:
         samples = integer({"samples": counts[1]}, "samples", 1, MAX_COUNT)
         errors = integer({"errors": counts[0]}, "errors", 0, samples)
@@ -318,6 +328,13 @@ def _form(value: object) -> object:
         return [_form(item) for item in value]
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return "number" if number else type(value).__name__
+
+
+def _is_moderate(value: object) -> bool:
+    """Whether the numbers in a value of a schedule are of a size that steps and learning rates can have."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_moderate, value))
+    return not isinstance(value, int | float) or abs(value) <= MAX_COUNT
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

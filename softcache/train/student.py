@@ -30,6 +30,7 @@ from softcache.train.micro_batches import micro_batches, take_rows
 from softcache.train.optimizer import make_average, make_optimizer, make_schedule
 from softcache.train.run_folder import UNFINISHED_METRICS, WEIGHTS
 from softcache.types import Labels, Targets
+from softcache.util.device import random_state, set_random_state
 from softcache.util.files import replace_file
 
 CLASS_ERRORS = "class_errors"  # in a line of metrics: the errors of each class
@@ -245,6 +246,11 @@ class Student:
             self._keep_best(patience)
 
     def _keep_best(self, patience: int) -> None:
+        if not all("errors" in line for line in self.history):
+            raise ModelError(
+                f"{self.name}: its earlier metrics have no errors to compare with; start the run again with "
+                "--overwrite"
+            )
         errors = [line["errors"] for line in self.history]
         best = errors.index(min(errors))
         if best == len(errors) - 1:
@@ -435,16 +441,3 @@ def evaluation_line(evaluation: Evaluation, classes: int) -> dict[str, Any]:
     if classes <= MOST_CLASSES:
         line[CLASS_ERRORS] = evaluation.errors_by_class(classes)[0].tolist()
     return line
-
-
-def random_state(device: torch.device) -> list[Tensor]:
-    """The state of torch's CPU generator, and of the GPU's if `device` is one."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def set_random_state(device: torch.device, states: list[Tensor]) -> None:
-    """Restore what random_state() returned."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
