@@ -51,7 +51,7 @@ class StudentConfig:
         None,
         help="Temperature of the soft targets.",
         group=LOSS,
-        default_text="0.5 to 4, by the entropy of the soft targets",
+        default_text="0.5 for augmented views; else 0.5 to 4, by the entropy of the soft targets",
         above=0,
         at_most=MAX_TEMPERATURE,
     )
