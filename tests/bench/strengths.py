@@ -6,8 +6,8 @@
     missing     images without any 3; soft targets at T = 8, and the bias for 3 corrected for all students
     noise       0, 20 and 40 % wrong labels, from which the teacher has learned too
 
-The student has 5 % of the parameters of the teacher of `ensembles` and `noise`, a network that is trained
-here; the others use the teacher in data/. Test errors of 10,000 images, mean and standard error over the
+The teachers of `ensembles` and `noise` are networks that are trained here; the others use the one in data/.
+The student has 5 % of their parameters, and in `ensembles` as many as each of them. Test errors of 10,000 images, mean and standard error over the
 seeds. --plots draws one figure for each experiment.
 """
 
@@ -103,14 +103,14 @@ def ensembles(options: argparse.Namespace, folder: Path) -> list[Point]:
     weights = [
         trained_teacher(options, options.train, folder / f"teacher-{n}", n) for n in range(4)
     ]
-    hard = errors(options, folder, options.train)
+    hard = errors(options, folder, options.train, student=NETWORK)
     points = []
     for count in (1, 2, 4):
         cache = dumped(
             options, options.train, folder, name=f"{count}.h5", teacher=[NETWORK] * count,
             weights=weights[:count],
         )  # fmt: skip
-        soft = errors(options, folder, options.train, cache)
+        soft = errors(options, folder, options.train, cache, student=NETWORK)
         points.append(
             {"networks": count, "teacher": [teacher_errors(cache)], HARD: hard, SOFT: soft}
         )
@@ -171,6 +171,8 @@ def save(path: Path, images: npt.NDArray[Any], classes: npt.NDArray[Any]) -> str
 
 
 def trained_teacher(options: argparse.Namespace, data: str, folder: Path, seed: int) -> Path:
+    if (folder / "student.safetensors").exists():
+        return folder / "student.safetensors"
     softcache.train(
         student=NETWORK, data=data, eval_data=f"{options.data}@test", augment=AUGMENT, epochs=24,
         classes=10, seed=seed, out=folder, device="cpu", overwrite=True,
@@ -193,12 +195,12 @@ def dumped(
 
 def students(
     options: argparse.Namespace, folder: Path, data: str, cache: Path | None = None, *,
-    epochs: int = EPOCHS, temperature: float | None = None,
+    epochs: int = EPOCHS, temperature: float | None = None, student: str = STUDENT,
 ) -> list[Student]:  # fmt: skip
     """Students of all seeds, with the default settings; of labels alone without a cache."""
     config = TrainConfig(
         students=[
-            StudentConfig(student=STUDENT, seed=seed, temperature=temperature)
+            StudentConfig(student=student, seed=seed, temperature=temperature)
             for seed in range(options.seeds)
         ],
         caches=[cache] if cache else [], data=[data], epochs=epochs,
