@@ -18,7 +18,7 @@ import numpy as np
 
 from softcache.cache import Cache, Sampled
 from softcache.cache.summary import binary_entropy
-from softcache.train.config import TrainConfig
+from softcache.train.config import StudentConfig, TrainConfig
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 SHORT = 20  # epochs: fewer are a short training
@@ -50,9 +50,25 @@ def with_defaults(config: TrainConfig, caches: Sequence[Cache]) -> tuple[TrainCo
         dataclasses.replace(student, temperature=temperature) if student in needed else student
         for student in config.students
     ]
-    line = f"temperature {temperature:g}: {reason}; --temperature sets another"
+    line = f"temperature {temperature:g}: {reason}; {other_defaults(config, needed)}"
     config = dataclasses.replace(config, students=students, given_names=config.names())
     return config, line
+
+
+def other_defaults(config: TrainConfig, students: Sequence[StudentConfig]) -> str:
+    """What else is a default for some students, why, and which options set other values, in a phrase."""
+    chosen, options = [], ["--temperature"]
+    if any(student.alpha is None for student in students):
+        weights = {config.soft_weight(student) for student in students if student.alpha is None}
+        reasons = {1.0: "the labels add nothing to them", 0.9: "for the options of the hard loss"}
+        chosen += [f"alpha {weight:g}: {reasons[weight]}" for weight in sorted(weights)]
+        options.append("--alpha")
+    if any(student.loss is None for student in students):
+        chosen.append("loss kl")
+        options.append("--loss")
+    sets = "sets another" if len(options) == 1 else "set others"
+    listed = " and ".join([", ".join(options[:-1]), options[-1]] if options[1:] else options)
+    return "; ".join([*chosen, f"{listed} {sets}"])
 
 
 def default_temperature(caches: Sequence[Cache], epochs: int) -> tuple[float, str]:

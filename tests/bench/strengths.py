@@ -7,8 +7,8 @@
     noise       0, 20 and 40 % wrong labels, from which the teacher has learned too
 
 The teachers of `ensembles` and `noise` are networks that are trained here; the others use the one in data/.
-The student has 5 % of their parameters, and in `ensembles` as many as each of them. Test errors of 10,000 images, mean and standard error over the
-seeds. --plots draws one figure for each experiment.
+The student has 5 % of their parameters, and in `ensembles` as many as each of them. Test errors of 10,000
+images, mean and standard error over the seeds. --plots draws one figure for each experiment.
 """
 
 from __future__ import annotations

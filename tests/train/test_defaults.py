@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,28 @@ def test_augmented_views_get_the_lowest_one(dump_config: DumpConfig, tmp_path: P
         "of augmented views, even certain soft targets say more than the labels",
     )
     assert default_temperature([views, plain], 20)[0] == 4.0  # not all of the targets are of views
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {},
+            "alpha 1: the labels add nothing to them; loss kl; --temperature, --alpha and --loss set",
+        ),
+        ({"alpha": 0.5}, "loss kl; --temperature and --loss set others"),
+        ({"label_smoothing": 0.1}, "alpha 0.9: for the options of the hard loss; loss kl; --temp"),
+        ({"alpha": 0.5, "loss": "js"}, "--temperature sets another"),
+    ],
+)
+def test_all_defaults_are_told_with_the_options_that_change_them(
+    dump_config: DumpConfig, data_file: Path, tmp_path: Path, given: dict[str, Any], told: str
+) -> None:
+    cache = cache_of(3.0, dump_config, tmp_path)
+    config = make_train_config(
+        student="mlp:4", cache=cache.path, data=f"npz:{data_file}", out=tmp_path / "run", **given
+    )
+    assert f" at 1; {told}" in with_defaults(config, [cache])[1]
+    train(replace(config, epochs=1, device="cpu"))
+    facts = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert facts["chosen"] == with_defaults(replace(config, epochs=1), [cache])[1]
