@@ -318,7 +318,7 @@ class Attacker:
         for attempt in ("", " again", " and again"):
             draw = random.Random(f"{self.seed} {index}{attempt}")
             # two changes may put a value into itself, or a tensor beyond the end of the data
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 return make_input(self.seeds, draw, self.folder, self._home / "code")
         raise SystemExit(f"input {index} cannot be made; fix this benchmark")
 
