@@ -160,13 +160,13 @@ def candidates(
     """
     caches = [part.cache for part in parts if part.cache]
     axes: dict[str, Sequence[Any]] = {}
-    if student.temperature is None and not any(
-        isinstance(cache.header.encoding, Sampled) for cache in caches
-    ):
+    soft = asked.soft_weight(student) > 0
+    sampled = any(isinstance(cache.header.encoding, Sampled) for cache in caches)
+    if soft and student.temperature is None and not sampled:
         axes["temperature"] = TEMPERATURES
     if student.alpha is None and any(bool((part.labels() >= 0).any()) for part in parts):
         axes["alpha"] = ALPHAS
-    if student.loss is None:
+    if soft and student.loss is None:
         kinds = {type(cache.header.encoding) for cache in caches}
         without = {"mse"} if kinds & {Sampled, TopK} else set()
         without |= {"correlation"} if Sampled in kinds else set()

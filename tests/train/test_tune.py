@@ -130,6 +130,11 @@ def test_what_is_given_is_not_tried(config: TrainConfig, cache: Cache) -> None:
         settings_tried(config, cache, temperature=3.0, loss="js", alpha=0.3, learning_rate=0.1)
 
 
+def test_of_hard_labels_only_the_learning_rate_is_tried(config: TrainConfig, cache: Cache) -> None:
+    tried = settings_tried(config, cache, alpha=0.0)
+    assert [list(point) for point in tried] == [["learning_rate"]] * 5
+
+
 @pytest.mark.parametrize("encoding", ["sampled", "topk"])
 def test_only_what_the_cache_allows_is_tried(
     encoding: str, config: TrainConfig, dump_config: DumpConfig, tmp_path: Path
