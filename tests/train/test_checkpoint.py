@@ -377,6 +377,7 @@ def tensor(
         tensor(".step", lambda t: -t), tensor(".step", lambda t: t * 1e30),
         tensor(".exp_avg_sq", lambda t: t - 1), tensor(".exp_avg", lambda t: t * torch.nan),
         fact("schedule", []), fact("steps", 1.5), fact("evaluation", [7]), fact("evaluation", [9, 5]),
+        fact("history", [{"epoch": 1, "total": 1.0}]),
         fact("stopped", 1), fact("failed", "no"), fact("tensors", []), fact("settings", []),
     ],
 )  # fmt: skip
