@@ -26,9 +26,6 @@ from softcache.util.lock import exclusive
 from softcache.util.log import inform
 from softcache.util.progress import progress
 
-CONTENT_ID = (
-    ".content-id"  # suffix of the file that says what was pulled into the local cache folder
-)
 SOURCE = ".source"  # suffix of the file that says what an unfinished pull is fetching
 
 Range = tuple[int, int]  # first and count

@@ -29,6 +29,7 @@ class Data(Dataset):
 def tensors(): return Data(torch.tensor([[1., 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]]))
 def bools(): return Data(np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]], bool))
 def ragged(): return Data([np.array([1, 0, 1]), np.array([1, 0]), 2, 1])
+def partly(): return Data(torch.tensor([[1., 0, 1], [torch.nan] * 3, [-1, -1, -1], [0, 0, 0]]))
 def scores(): return Data(torch.tensor([[.5, 0, 1]] * 4))
 """
 
@@ -76,6 +77,13 @@ def test_a_dataset_may_return_sets(tmp_path: Path, name: str) -> None:
     (batch,) = loader(source, sequential_batches(4, 4))
     assert (batch.sets.numpy() == SETS).all()
     assert batch.sets.dtype == torch.uint8
+
+
+def test_a_dataset_may_leave_samples_without_labels(tmp_path: Path) -> None:
+    (tmp_path / "d.py").write_text(DATASET)
+    (batch,) = loader(open_source(f"{tmp_path}/d.py:partly"), sequential_batches(4, 4))
+    assert batch.labels.tolist() == [0, -1, -1, 0]
+    assert batch_sets(batch, 3).tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_a_dataset_must_be_consistent(tmp_path: Path) -> None:
