@@ -18,6 +18,7 @@ from softcache.divergences import bernoulli
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import DataError, FormatError, Interrupted, ModelError, SettingsError
+from softcache.files.pull import pull
 from softcache.files.verify import verify_cache
 from softcache.losses import distillation_loss
 from softcache.train.config import make_train_config
@@ -26,6 +27,7 @@ from softcache.train.student import Student
 from softcache.types import LabelSets
 from tests.cache.header_cases import with_values
 from tests.cli.app_cases import softcache
+from tests.servers import http_server
 from tests.train.loop_cases import metrics, same_weights
 
 CLASSES, SAMPLES = 11, 240  # sets of 11 classes take two bytes, with bits to spare
@@ -384,3 +386,20 @@ def test_the_python_dataset_gives_sets_and_log_odds(folder: Path) -> None:
     assert inputs.shape == (1, 6, 6)
     assert applies.tolist() == np.load(folder / "data.npz")["y_train"][3].tolist()
     np.testing.assert_allclose(log_odds, teacher_odds(folder, 1.0)[3], rtol=2e-3, atol=2e-3)
+
+
+def test_a_part_is_pulled_and_damage_is_repaired(folder: Path) -> None:
+    cache = dump(config_of(folder))
+    with http_server(folder) as server:
+        part = pull(f"{server.url}/cache.h5", folder / "part.h5", samples=(50, 60))
+    rows = np.arange(60)
+    assert (part.label_sets(rows) == cache.label_sets(50 + rows)).all()
+    assert (part.rows(0, rows) == cache.rows(0, 50 + rows)).all()
+    raw = bytearray(cache.path.read_bytes())
+    raw[cache.header.array("label_sets").offset + 3] ^= 0x80
+    cache.path.write_bytes(raw)
+    assert softcache("verify", str(cache.path)).exit_code != 0
+    assert softcache("repair", str(cache.path)).exit_code == 0
+    again = dump(config_of(folder))
+    labels = np.load(folder / "data.npz")["y_train"]
+    assert (again.label_sets(np.arange(SAMPLES)) == labels).all()

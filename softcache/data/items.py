@@ -84,9 +84,9 @@ def as_label(label: object) -> int | npt.NDArray[np.int64]:
     if isinstance(label, Tensor | np.ndarray) and math.prod(label.shape) == 1:
         label = label.item()
     if isinstance(label, Tensor | np.ndarray) and label.ndim == 1 and len(label) > 1:
-        applies = np.nan_to_num(np.asarray(label), nan=UNLABELLED)
+        applies: npt.NDArray[Any] = np.nan_to_num(np.asarray(label), nan=UNLABELLED)
         if ((applies == 0) | (applies == 1)).all() or (applies == UNLABELLED).all():
-            return applies.astype(np.int64)
+            return np.asarray(applies, np.int64)
     if label is None or (isinstance(label, float | np.floating) and math.isnan(label)):
         return UNLABELLED
     number = int(label)  # type: ignore[call-overload]  # anything that int() accepts
