@@ -63,7 +63,7 @@ def test_a_stop_is_forgotten_where_nothing_is_left_to_stop() -> None:
     with deferred_stop(resend=False) as stop:
         signal.raise_signal(signal.SIGINT)
     assert stop.signal == signal.SIGINT
-    with pytest.raises(KeyboardInterrupt, match="^$"), deferred_stop():
+    with pytest.raises(KeyboardInterrupt, match=r"^$"), deferred_stop():
         signal.raise_signal(signal.SIGINT)
 
 
@@ -73,5 +73,5 @@ def test_a_stop_is_not_forgotten_if_the_block_fails() -> None:
             signal.raise_signal(signal.SIGINT)
             raise OSError("disk full")
 
-    with pytest.raises(KeyboardInterrupt, match="^$"):
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
         fail()
