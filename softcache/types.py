@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +46,42 @@ class LabelSets(NamedTuple):
 
 
 Labels = Tensor | MixedLabels | LabelSets  # a tensor: (B,) int64, negative where unlabelled
-Targets = (
-    Tensor | SparseTargets
-)  # a tensor: (B, C) float32 log-probabilities, or log-odds of each class
+# a tensor: (B, C) float32 log-probabilities, or log-odds of each class
+Targets = Tensor | SparseTargets
 SampleIds = npt.NDArray[np.int64]  # (B,) numbers of samples in the augmentation's draws
 Views = int | npt.NDArray[np.int64]  # one view for the whole batch, or (B,) one for each sample
+
+
+class RowIndex(NamedTuple):
+    """Which rows of a batch are meant, where samples have many."""
+
+    samples: Tensor  # (R,) int64, the sample of the batch that each row belongs to, ascending
+    positions: Tensor  # (R,) int64, where in that sample it stands
+
+    def flat(self, positions: int) -> Tensor:
+        """Their numbers (R,) among all `positions` of all samples."""
+        return self.samples * positions + self.positions
+
+
+@dataclass(frozen=True)
+class StoredTargets:
+    """Soft targets as a cache stores them, which are decoded a few rows at a time."""
+
+    stored: Mapping[str, Tensor]  # (R, ...) by array name
+    decode: Callable[[Mapping[str, Tensor]], Tensor | SparseTargets]
+    count: int
+    classes: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the same targets as a dense tensor, (R, C)."""
+        return torch.Size((self.count, self.classes))
+
+    def rows(self, rows: slice) -> StoredTargets:
+        """Some of the rows, still stored."""
+        stored = {name: tensor[rows] for name, tensor in self.stored.items()}
+        return replace(self, stored=stored, count=len(range(self.count)[rows]))
+
+    def decoded(self) -> Tensor | SparseTargets:
+        """All rows as log-probabilities."""
+        return self.decode(self.stored)

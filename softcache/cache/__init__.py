@@ -1,5 +1,6 @@
 """The file format: what a cache is on disk. It needs numpy, h5py and xxhash, never torch."""
 
+from softcache.cache.arrays import Array
 from softcache.cache.encodings import (
     Basis,
     Bernoulli,
@@ -10,7 +11,7 @@ from softcache.cache.encodings import (
     TopK,
     parse_encoding,
 )
-from softcache.cache.header import Array, Header
+from softcache.cache.header import Header
 from softcache.cache.reader import Cache, open_cache
 
 __all__ = [

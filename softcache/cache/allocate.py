@@ -18,17 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from softcache.cache.arrays import Array, digest_arrays, expected_arrays
 from softcache.cache.disk import disk_errors, pwrite, sync_folder
 from softcache.cache.encodings import ArraySpec
-from softcache.cache.header import (
-    MAX_BLOCKS,
-    Array,
-    Header,
-    digest_arrays,
-    expected_arrays,
-    parse_header,
-    preamble,
-)
+from softcache.cache.header import MAX_BLOCKS, Header, parse_header, preamble
+from softcache.cache.layout import RUN_ROWS
 from softcache.cache.reader import hdf5_digest, partial_path, raw_bytes, shared_digest
 from softcache.errors import FormatError
 
@@ -44,9 +38,7 @@ Stored = dict[str, npt.NDArray[Any]]
 Values = Mapping[str, npt.NDArray[Any]]
 
 
-def block_rows(
-    views: int, samples: int, row_bytes: int, batch: int = 1, input_bytes: int = 0
-) -> int:
+def block_rows(views: int, total: int, row_bytes: int, batch: int = 1, input_bytes: int = 0) -> int:
     """Rows of a block: about 1 MiB of them.
 
     A block has fewer rows if a small file would otherwise have too few blocks to share out among
@@ -54,19 +46,20 @@ def block_rows(
     It is a multiple of the batch, or the batch of it, so that the two do not straddle each other.
 
     Args:
-        row_bytes: bytes of one sample in one view.
+        total: rows of one view.
+        row_bytes: bytes of one row in one view.
         batch: rows that are written at a time.
         input_bytes: bytes of one embedded input; 0 if inputs are not embedded.
     """
-    min_rows = -(-views * samples // (MAX_BLOCKS // 2))
-    rows_to_share = max(MIN_BLOCK_ROWS, samples // BLOCKS_PER_VIEW)
+    min_rows = -(-views * total // (MAX_BLOCKS // 2))
+    rows_to_share = max(MIN_BLOCK_ROWS, total // BLOCKS_PER_VIEW)
     rows_by_inputs = BLOCK_INPUT_BYTES // max(1, input_bytes)
     rows = max(1, min_rows, min(BLOCK_BYTES // row_bytes, rows_to_share, rows_by_inputs))
     if rows >= batch:
         rows -= rows % batch if rows - rows % batch >= min_rows else 0
     else:
         rows = next(divisor for divisor in range(rows, batch + 1) if batch % divisor == 0)
-    return min(samples, rows)
+    return min(total, rows)
 
 
 def create(
@@ -79,7 +72,8 @@ def create(
         shared: the arrays that all rows share, among them class_names |S (C,),
             fingerprinted int64 (F,) and fingerprints float32 (views, F, FINGERPRINT).
         batch: rows that will be written at a time.
-        inputs: dtype and shape of one sample, if the draft says that inputs are embedded.
+        inputs: dtype and shape of one sample, or of all tokens together, if the draft says that inputs are
+            embedded.
 
     Raises:
         SoftcacheError: the file cannot be created, for lack of space or of permission.
@@ -170,14 +164,11 @@ def _allocate(
     from h5py import h5d, h5f, h5p, h5s, h5t
 
     layout = expected_arrays(
-        draft.encoding,
-        views=draft.views,
-        samples=draft.samples,
-        positions=draft.positions,
-        classes=draft.classes,
+        draft,
         name_bytes=shared["class_names"].dtype.itemsize,
         fingerprinted=len(shared["fingerprinted"]),
         inputs=inputs,
+        runs=len(shared.get(RUN_ROWS, ())),
     )
     row_bytes, input_bytes = (
         sum(
@@ -187,7 +178,7 @@ def _allocate(
         )
         for axis, leading in (("rows", 2), ("samples", 1))
     )
-    rows = block_rows(draft.views, draft.samples, row_bytes, batch, input_bytes)
+    rows = block_rows(draft.views, draft.row_count, row_bytes, batch, input_bytes)
     header = dataclasses.replace(draft, block_rows=rows)
     layout += digest_arrays(header.views, header.blocks).values()
     user_block = USER_BLOCK

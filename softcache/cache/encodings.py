@@ -26,10 +26,10 @@ from softcache.cache.possible_values import (
 from softcache.cache.tails import tail_weights
 from softcache.errors import FormatError, SettingsError
 
-# the leading axes of an array: (views, samples, *positions) for rows, (samples,) for samples; none
-# for the arrays that all rows share and for the digests that commit blocks
-Axis = Literal["rows", "samples", "shared", "commits"]
-DTYPES = frozenset({"<f2", "<f4", "|u1", "|i1", "<u2", "<u4", "<i8", "<u8"})
+# the leading axes of an array: (views, rows) for rows, (rows,) for labels of rows, (samples,) for samples;
+# none for the arrays that all rows share and for the digests that commit blocks
+Axis = Literal["rows", "labels", "samples", "shared", "commits"]
+DTYPES = frozenset({"<f2", "<f4", "|u1", "|i1", "<u2", "<u4", "<i4", "<i8", "<u8"})
 FLOAT16_LOWEST = -65504.0  # log p is clamped here: exp is 0 anyway, and inf - inf never arises
 QUANTIZED_RANGE = 256.0  # nats below the row's largest entry that `quantized` can represent
 BASIS_RANGE = 100.0  # the same for `basis`, where one very unlikely class blurs the whole row

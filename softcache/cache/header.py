@@ -8,68 +8,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
 
-import numpy as np
 import xxhash
 
 from softcache.cache import provenance
+from softcache.cache.arrays import INPUTS, MAX_FILE, Array, check_arrays, parse_array
 from softcache.cache.encodings import (
-    DTYPES,
     LABEL_SETS,
     MAX_TEMPERATURE,
     ArraySpec,
-    Axis,
     Bernoulli,
     Encoding,
     encoding_from_json,
     encoding_to_json,
 )
 from softcache.cache.fields import JSON, MAX_COUNT, integer, integers, load_json, shown, text_of
-from softcache.errors import FormatError, SettingsError
+from softcache.errors import FormatError
 
 MAGIC = b"\x89SFTC\r\n\x1a"
 PREAMBLE = struct.Struct("<8sQQQ")  # magic, offset, length, digest of the JSON
-VERSION = (1, 2)  # the newest that this reader knows
+VERSION = (1, 3)  # the newest that this reader knows
 BASE_VERSION = (1, 0)  # of a cache without features, so that older readers open it
-INPUTS = "inputs"  # the feature of embedded samples, and the array that holds them
+ROWS = "rows"  # the feature of samples with many rows, and the field that describes them
 # the features that a cache may need, with the version that added each
-FEATURES = {INPUTS: (1, 1), LABEL_SETS: (1, 2)}
+FEATURES = {INPUTS: (1, 1), LABEL_SETS: (1, 2), ROWS: (1, 3)}
 MAX_HEADER = 1 << 20  # bytes of JSON
 MAX_USER_BLOCK = 8 << 20  # bytes
-MAX_FILE = 1 << 60  # bytes
 MAX_CLASSES = 1 << 24
 MAX_BLOCKS = 1 << 22  # in all views together
-FINGERPRINT = 8  # numbers in the fingerprint of one augmented sample
-OFFSET_UNIT = 8  # bytes, so that every value of every array is aligned
-MAX_NAME = 1024  # bytes of a class name
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-
-
-@dataclass(frozen=True)
-class Array:
-    """One array of the file: raw little-endian values, `offset` bytes from the file's start."""
-
-    name: str
-    dtype: str  # numpy's notation, with byte order
-    shape: tuple[int, ...]
-    axis: Axis
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one sample; in arrays of rows, in one view."""
-        leading = {"rows": 2, "samples": 1, "shared": 0, "commits": 0}[self.axis]
-        return np.dtype(self.dtype).itemsize * math.prod(self.shape[leading:])
 
 
 @dataclass(frozen=True)
@@ -106,6 +75,7 @@ class Header:
     summary: JSON | None = None
     must_understand: tuple[str, ...] = ()
     version: tuple[int, int] = BASE_VERSION
+    rows: JSON | None = None  # of samples with many: count, unit, and how texts became tokens
 
     @property
     def embeds_inputs(self) -> bool:
@@ -116,6 +86,16 @@ class Header:
     def multi_label(self) -> bool:
         """Whether each class applies or not on its own, so that a sample may have several labels."""
         return isinstance(self.encoding, Bernoulli)
+
+    @property
+    def row_count(self) -> int:
+        """Rows of one view: one for each sample, or those of all its tokens, frames or pixels."""
+        return self.samples if self.rows is None else int(self.rows["count"])
+
+    @property
+    def unit(self) -> str:
+        """What a row is: a token, word, frame or pixel; or a sample."""
+        return "sample" if self.rows is None else str(self.rows["unit"])
 
     @property
     def view_range(self) -> range:
@@ -133,24 +113,26 @@ class Header:
         if not self.embeds_inputs:
             return None
         array = self.array(INPUTS)
+        if self.rows is not None:
+            return ArraySpec(INPUTS, array.dtype, "shared", array.shape)
         return ArraySpec(INPUTS, array.dtype, "samples", array.shape[1:])
 
     @property
     def blocks(self) -> int:
         """Blocks of one view."""
-        return -(-self.samples // self.block_rows)
+        return -(-self.row_count // self.block_rows)
 
     def array(self, name: str) -> Array:
         return next(array for array in self.arrays if array.name == name)
 
     def block_range(self, block: int) -> range:
-        """The cache_rows of one block."""
+        """The rows of one block."""
         start = block * self.block_rows
-        return range(start, min(start + self.block_rows, self.samples))
+        return range(start, min(start + self.block_rows, self.row_count))
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes of one sample in one view, over all arrays."""
+        """Bytes of the soft targets of one row in one view, over all arrays."""
         return sum(array.row_bytes for array in self.arrays if array.axis == "rows")
 
     def to_json(self) -> JSON:
@@ -158,6 +140,8 @@ class Header:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["encoding"] = encoding_to_json(self.encoding)
         fields["arrays"] = [dataclasses.asdict(array) for array in self.arrays]
+        if self.rows is None:
+            del fields[ROWS]  # files without the feature stay as older versions wrote them
         return {"format": "softcache", **fields}
 
     def to_bytes(self) -> bytes:
@@ -222,6 +206,8 @@ def parse_header(text: bytes, digest: int, file_bytes: int) -> Header:
         raise FormatError(f"format is {shown(name)}; expected 'softcache': this is not a cache")
     version = _version(fields)
     expected = {field.name for field in dataclasses.fields(Header)}
+    if ROWS not in fields["must_understand"]:
+        expected.remove(ROWS)
     missing, unknown = sorted(expected - set(fields)), sorted(set(fields) - expected)
     if missing:
         raise FormatError(f"the header lacks {', '.join(missing)}")
@@ -233,7 +219,7 @@ def parse_header(text: bytes, digest: int, file_bytes: int) -> Header:
             f"encoding is {header.encoding.name} and must_understand is {list(header.must_understand)}; "
             f"expected {LABEL_SETS} there with bernoulli, and with nothing else"
         )
-    _check_layout(header, file_bytes)
+    check_arrays(header, file_bytes)
     return header
 
 
@@ -261,9 +247,11 @@ def _version(fields: JSON) -> tuple[int, int]:
 def _build(fields: JSON, version: tuple[int, int]) -> Header:
     samples = integer(fields, "samples", 1, MAX_COUNT)
     data_samples = integer(fields, "data_samples", samples, MAX_COUNT)
-    views = integer(fields, "views", 1, MAX_COUNT // samples)
-    block_rows = integer(fields, "block_rows", 1, samples)
-    blocks = views * -(-samples // block_rows)
+    rows = provenance.rows(fields.get(ROWS))
+    row_count = samples if rows is None else int(rows["count"])
+    views = integer(fields, "views", 1, MAX_COUNT // max(samples, row_count))
+    block_rows = integer(fields, "block_rows", 1, row_count)
+    blocks = views * -(-row_count // block_rows)
     if blocks > MAX_BLOCKS:
         raise FormatError(
             f"block_rows is {block_rows}, which makes {blocks:,} blocks; expected at most {MAX_BLOCKS:,}"
@@ -284,7 +272,7 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
         first_view=integer(fields, "first_view", 0, MAX_COUNT),
         first_sample=integer(fields, "first_sample", 0, data_samples - samples),
         data_samples=data_samples,
-        positions=integers(fields, "positions", 1, MAX_COUNT),
+        positions=integers(fields, "positions", 1, MAX_COUNT if rows is None else 0),
         classes=integer(fields, "classes", 2, MAX_CLASSES),
         temperature=float(temperature),
         encoding=encoding_from_json(fields["encoding"]),
@@ -301,149 +289,9 @@ def _build(fields: JSON, version: tuple[int, int]) -> Header:
         file_bytes=integer(fields, "file_bytes", 1, MAX_FILE),
         hdf5_digest=text_of(fields, "hdf5_digest"),
         shared_digest=text_of(fields, "shared_digest"),
-        arrays=tuple(_array(array) for array in arrays),
+        arrays=tuple(parse_array(array) for array in arrays),
         summary=provenance.summary(fields["summary"]),
         must_understand=tuple(fields["must_understand"]),
         version=version,
+        rows=rows,
     )
-
-
-def expected_arrays(
-    encoding: Encoding,
-    *,
-    views: int,
-    samples: int,
-    positions: tuple[int, ...],
-    classes: int,
-    name_bytes: int,
-    fingerprinted: int,
-    inputs: ArraySpec | None = None,
-) -> list[tuple[ArraySpec, tuple[int, ...]]]:
-    """Every array of a cache but the digests, with its whole shape.
-
-    Args:
-        name_bytes: bytes of one class name.
-        fingerprinted: number of samples with fingerprints, F.
-        inputs: dtype and shape of one embedded sample, if samples are embedded.
-    """
-    specs = [
-        *encoding.arrays(classes),
-        ArraySpec("labels", "<i8", "samples", positions),
-        ArraySpec("keys", "<u8", "samples", ()),
-        *([inputs] if inputs else []),
-        ArraySpec("class_names", f"|S{name_bytes}", "shared", (classes,)),
-        ArraySpec("fingerprinted", "<i8", "shared", (fingerprinted,)),
-        ArraySpec("fingerprints", "<f4", "shared", (views, fingerprinted, FINGERPRINT)),
-    ]
-    leading: Mapping[Axis, tuple[int, ...]] = {
-        "rows": (views, samples, *positions),
-        "samples": (samples,),
-        "shared": (),
-        "commits": (),
-    }
-    return [(spec, (*leading[spec.axis], *spec.shape)) for spec in specs]
-
-
-def _check_layout(header: Header, file_bytes: int) -> None:
-    """Check that the arrays are the expected ones, lie inside the file and do not overlap."""
-    if header.file_bytes != file_bytes:
-        raise FormatError(
-            f"the file has {file_bytes:,} bytes, its header says {header.file_bytes:,}; it was truncated "
-            "or appended to: copy it again"
-        )
-    if header.user_block & (header.user_block - 1) or header.user_block >= file_bytes:
-        raise FormatError(
-            f"user block of {header.user_block:,} bytes; expected a power of 2 that fits"
-        )
-    arrays = {array.name: array for array in header.arrays}
-    if len(arrays) < len(header.arrays):
-        raise FormatError("two arrays have the same name")
-    names, fingerprinted = arrays.get("class_names"), arrays.get("fingerprinted")
-    try:
-        specs = expected_arrays(
-            header.encoding,
-            views=header.views,
-            samples=header.samples,
-            positions=header.positions,
-            classes=header.classes,
-            name_bytes=np.dtype(names.dtype).itemsize if names else 1,
-            fingerprinted=fingerprinted.shape[0] if fingerprinted and fingerprinted.shape else 1,
-            inputs=_inputs_spec(header, arrays),
-        )
-    except SettingsError as error:
-        raise FormatError(str(error)) from error
-    expected = {spec.name: (spec, shape) for spec, shape in specs}
-    expected |= digest_arrays(header.views, header.blocks)
-    if set(arrays) != set(expected):
-        missing, unknown = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
-        raise FormatError(
-            f"a {header.encoding.name} cache has arrays {sorted(expected)}; missing here: "
-            f"{', '.join(missing) or 'none'}, unknown: {shown(', '.join(unknown)) if unknown else 'none'}"
-        )
-    for name, (spec, shape) in expected.items():
-        array = arrays[name]
-        if (array.dtype, array.shape, array.axis) != (spec.dtype, shape, spec.axis):
-            raise FormatError(
-                f"array {name} is {array.dtype} {list(array.shape)} by {array.axis}; expected "
-                f"{spec.dtype} {list(shape)} by {spec.axis}"
-            )
-    end, previous = header.user_block, "the user block"
-    for array in sorted(header.arrays, key=lambda array: array.offset):
-        if array.offset < end:
-            raise FormatError(
-                f"array {array.name} begins at {array.offset:,}, inside {previous}, which ends at {end:,}"
-            )
-        if array.offset % OFFSET_UNIT:
-            raise FormatError(
-                f"array {array.name} begins at {array.offset:,}; expected a multiple of {OFFSET_UNIT}"
-            )
-        end, previous = array.offset + array.nbytes, f"array {array.name}"
-        if end > file_bytes:
-            raise FormatError(
-                f"array {array.name} ends at {end:,}, past the file's end at {file_bytes:,}"
-            )
-
-
-def _inputs_spec(header: Header, arrays: Mapping[str, Array]) -> ArraySpec | None:
-    """What the array of embedded samples must be: any numeric dtype, and any shape of a sample."""
-    array = arrays.get(INPUTS)
-    if not header.embeds_inputs:
-        return None
-    if array is None or array.dtype not in DTYPES:
-        problem = "is missing" if array is None else f"is {array.dtype}"
-        raise FormatError(
-            f"array {INPUTS} {problem}; expected numbers, since must_understand names it"
-        )
-    return ArraySpec(INPUTS, array.dtype, "samples", array.shape[1:])
-
-
-def digest_arrays(views: int, blocks: int) -> dict[str, tuple[ArraySpec, tuple[int, ...]]]:
-    """The digests that commit blocks: of each block of rows, and of each block of samples."""
-    rows = ArraySpec("digests", "<u8", "commits", (views, blocks))
-    samples = ArraySpec("sample_digests", "<u8", "commits", (blocks,))
-    return {spec.name: (spec, spec.shape) for spec in (rows, samples)}
-
-
-def _array(fields: object) -> Array:
-    if not isinstance(fields, dict) or set(fields) != {"name", "dtype", "shape", "axis", "offset"}:
-        raise FormatError(
-            f"an array is described as {shown(fields)}; expected name, dtype, shape, axis, offset"
-        )
-    name, dtype, axis = text_of(fields, "name"), text_of(fields, "dtype"), fields["axis"]
-    if not name.isidentifier():
-        raise FormatError(f"array name is {shown(name)}; expected a plain word")
-    text = re.fullmatch(r"\|S([1-9][0-9]{0,3})", dtype, re.ASCII)
-    text_bytes = int(text[1]) if text else 0
-    if dtype not in DTYPES and not 1 <= text_bytes <= MAX_NAME:
-        raise FormatError(
-            f"array {name} has type {shown(dtype)}; expected one of {', '.join(sorted(DTYPES))}, or "
-            f"text |S1 to |S{MAX_NAME}"
-        )
-    if axis not in get_args(Axis):
-        raise FormatError(
-            f"array {name} has axis {shown(axis)}; expected {', '.join(get_args(Axis))}"
-        )
-    shape = integers(fields, "shape", 1, MAX_COUNT)
-    if np.dtype(dtype).itemsize * math.prod(shape) > MAX_FILE:
-        raise FormatError(f"array {name} of shape {list(shape)} is larger than any file")
-    return Array(name, dtype, shape, axis, integer(fields, "offset", 0, MAX_FILE))

@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from softcache.cache.allocate import Values, create
+from softcache.cache.arrays import INPUT_OFFSETS, INPUTS
 from softcache.cache.header import Header
-from softcache.cache.reader import Cache, open_cache, partial_path, raw_bytes, shared_digest
+from softcache.cache.layout import LAYOUT_ARRAYS, concatenate_layouts
+from softcache.cache.reader import ONCE, Cache, open_cache, partial_path, raw_bytes, shared_digest
 from softcache.cache.summary import columns_field, pooled_fidelity, summarize
 from softcache.cache.verify import Damage, block_damage
 from softcache.cache.writer import Writer
@@ -26,6 +28,10 @@ SETTINGS = (
     "data", "data_samples", "classes", "positions", "teachers", "temperature", "precision",
     "encoding", "augment", "seed", "must_understand",
 )  # fmt: skip
+
+# shared arrays that describe the samples of a part, and not what all parts have in common
+OF_SAMPLES = ("fingerprinted", "fingerprints", "keys", *LAYOUT_ARRAYS, INPUTS, INPUT_OFFSETS)
+ROW_COUNTS = ("count", "tokens", "bytes")  # in a header's `rows`: sums over the samples
 
 Advance = Callable[[int], None]
 
@@ -87,7 +93,7 @@ def _finished_merge(out: Path, header: Header, shared: Values, parts: Sequence[C
 
 def _holds(cache: Cache, part: Cache) -> bool:
     """Whether a cache has all rows of a part of it, byte for byte."""
-    offset = part.header.first_sample - cache.header.first_sample
+    offset = row_offset(part, cache)
     view_offset = part.header.first_view - cache.header.first_view
     for block in range(part.header.blocks):
         cache_rows = part.header.block_range(block)
@@ -97,7 +103,7 @@ def _holds(cache: Cache, part: Cache) -> bool:
             own, other = part.arrays[array.name], cache.arrays[array.name]
             if array.axis == "rows":
                 own, other = own[:, inside], other[view_offset:, stored][: part.header.views]
-            elif array.axis == "samples":
+            elif array.axis in ONCE:
                 own, other = own[inside], other[stored]
             else:
                 continue
@@ -122,8 +128,8 @@ def copy_view(part: Cache, writer: Writer, view: int, advance: Advance = _ignore
     part_view = view + target.first_view - header.first_view
     if not 0 <= part_view < header.views:
         return
-    offset = header.first_sample - target.first_sample
-    missing = writer.missing(view)[offset : offset + header.samples]
+    offset = row_offset(part, writer.cache)
+    missing = writer.missing(view)[offset : offset + header.row_count]
     for block in range(header.blocks):
         cache_rows = header.block_range(block)
         inside = slice(cache_rows.start, cache_rows.stop)
@@ -136,11 +142,15 @@ def copy_view(part: Cache, writer: Writer, view: int, advance: Advance = _ignore
                 for a in header.arrays
                 if a.axis == "rows"
             }
-            samples = {
-                a.name: part.arrays[a.name][inside] for a in header.arrays if a.axis == "samples"
-            }
+            samples = {a.name: part.arrays[a.name][inside] for a in header.arrays if a.axis in ONCE}
             writer.write(view, cache_rows.start + offset, rows, samples)
         advance(len(cache_rows))
+
+
+def row_offset(part: Cache, target: Cache) -> int:
+    """The row of `target`, which holds the samples of `part` and others, at which those of `part` begin."""
+    samples = part.header.first_sample - target.header.first_sample
+    return samples if target.layout is None else int(target.layout.offsets[samples])
 
 
 def plan(parts: Sequence[Cache]) -> tuple[Header, dict[str, npt.NDArray[Any]]]:
@@ -178,9 +188,35 @@ def plan(parts: Sequence[Cache]) -> tuple[Header, dict[str, npt.NDArray[Any]]]:
         evaluation=next((p.header.evaluation for p in parts if p.header.evaluation), None),
         summary=columns_field(parts) or None,  # room is kept for it
         version=max(part.header.version for part in parts),
+        rows=first.rows
+        and first.rows
+        | {
+            name: sum((shard[0].header.rows or {})[name] for shard in shards)
+            for name in ROW_COUNTS
+            if name in first.rows
+        },
     )
     shared = {a.name: shards[0][0].arrays[a.name] for a in first.arrays if a.axis == "shared"}
-    return header, shared | {"fingerprinted": fingerprinted, "fingerprints": fingerprints}
+    shared |= {"fingerprinted": fingerprinted, "fingerprints": fingerprints}
+    return header, shared | _samples_of_shards([shard[0] for shard in shards])
+
+
+def _samples_of_shards(parts: Sequence[Cache]) -> dict[str, npt.NDArray[Any]]:
+    """The shared arrays that describe samples with many rows, of shards that follow each other."""
+    layouts = [part.layout for part in parts if part.layout is not None]
+    if not layouts:
+        return {}
+    arrays: dict[str, npt.NDArray[Any]] = {**concatenate_layouts(layouts).arrays()}
+    arrays["keys"] = np.concatenate([part.keys for part in parts])
+    if parts[0].header.embeds_inputs:
+        arrays[INPUTS] = np.concatenate([part.arrays[INPUTS] for part in parts])
+        starts = np.cumsum([0, *(len(part.arrays[INPUTS]) for part in parts)])
+        offsets = [
+            part.arrays[INPUT_OFFSETS][1:] + start
+            for part, start in zip(parts, starts, strict=False)
+        ]
+        arrays[INPUT_OFFSETS] = np.concatenate([[0], *offsets])
+    return arrays
 
 
 def _check_settings(first: Cache, other: Cache) -> None:
@@ -192,11 +228,17 @@ def _check_settings(first: Cache, other: Cache) -> None:
                 f"{other.path} has {name} {_short(other_value)}, {first.path} has {_short(first_value)}; "
                 "only parts of one dump can be merged"
             )
-    per_part = {"fingerprinted", "fingerprints"}
+    for name in set(first.header.rows or {}) - set(ROW_COUNTS):
+        stored, others = (first.header.rows or {})[name], (other.header.rows or {}).get(name)
+        if stored != others:
+            raise SettingsError(
+                f"{other.path} has {name} {_short(others)}, {first.path} has {_short(stored)}; only parts of "
+                "one dump can be merged"
+            )
     for array in first.header.arrays:
         if (
             array.axis == "shared"
-            and array.name not in per_part
+            and array.name not in OF_SAMPLES
             and not np.array_equal(first.arrays[array.name], other.arrays[array.name])
         ):
             raise SettingsError(
@@ -253,8 +295,11 @@ def _check_adjacent(
 def _check_same_samples(shard: Sequence[Cache]) -> None:
     """Raise SettingsError unless all parts of a shard have the same samples."""
     for part in shard[1:]:
-        for name in ("keys", "labels", "fingerprinted"):
+        layout = () if part.layout is None else LAYOUT_ARRAYS
+        for name in (*layout, "keys", "labels", "fingerprinted"):
             expected, values = shard[0].arrays[name], part.arrays[name]
+            if name in layout and len(expected) != len(values):
+                raise SettingsError(_other_rows(part, shard[0]))
             if np.array_equal(expected, values):
                 continue
             if name == "fingerprinted":
@@ -263,13 +308,24 @@ def _check_same_samples(shard: Sequence[Cache]) -> None:
                     "shards do; merge the views of each shard first, then the shards"
                 )
             differs = (expected != values).reshape(len(expected), -1).any(1)
+            if name in layout:
+                raise SettingsError(_other_rows(part, shard[0]))
             cache_row = int(np.flatnonzero(differs)[0])
-            for cache in (shard[0], part):
+            if part.layout is not None and name == "labels":
+                cache_row = int(part.layout.samples_of(np.array([cache_row]))[0])
+            for cache in (shard[0], part) if part.layout is None else ():
                 _check_block(cache, None, cache_row // cache.header.block_rows)
             raise SettingsError(
                 f"{part.path} and {shard[0].path} differ in the {name} of sample "
                 f"{cache_row + part.header.first_sample}; they were dumped from different data"
             )
+
+
+def _other_rows(part: Cache, first: Cache) -> str:
+    return (
+        f"{part.path} and {first.path} have other {part.header.unit}s of the same samples; they were dumped "
+        "from different data"
+    )
 
 
 def _open_unfinished(out: Path, header: Header, shared: Values, part_block_rows: int) -> None:
@@ -292,9 +348,8 @@ def _open_unfinished(out: Path, header: Header, shared: Values, part_block_rows:
 def _is_of_merge(cache: Cache, header: Header, shared: Values) -> bool:
     """Whether a cache, finished or not, has the settings and the shared arrays of a merge."""
     fields = (*SETTINGS, "views", "samples", "first_view", "first_sample")
-    return all(getattr(cache.header, name) == getattr(header, name) for name in fields) and all(
-        np.array_equal(cache.arrays[name], shared[name]) for name in shared
-    )
+    same = all(getattr(cache.header, name) == getattr(header, name) for name in fields)
+    return same and all(np.array_equal(cache.arrays[name], shared[name]) for name in shared)
 
 
 def _check_block(part: Cache, view: int | None, block: int) -> None:
@@ -311,14 +366,14 @@ def _check_block(part: Cache, view: int | None, block: int) -> None:
 def _check_written(part: Cache, part_view: int, block: int, writer: Writer, view: int) -> None:
     """Raise SettingsError if rows that are written already differ from those of an intact part."""
     cache_rows = part.header.block_range(block)
-    offset = part.header.first_sample - writer.header.first_sample
+    offset = row_offset(part, writer.cache)
     inside = slice(cache_rows.start, cache_rows.stop)
     written = slice(cache_rows.start + offset, cache_rows.stop + offset)
     for array in part.header.arrays:
         values, stored = part.arrays[array.name], writer.cache.arrays[array.name]
         if array.axis == "rows":
             values, stored = values[part_view, inside], stored[view, written]
-        elif array.axis == "samples":
+        elif array.axis in ONCE:
             values, stored = values[inside], stored[written]
         else:
             continue
@@ -326,7 +381,7 @@ def _check_written(part: Cache, part_view: int, block: int, writer: Writer, view
             if any(block_damage(part, checked_view, block) for checked_view in (None, part_view)):
                 return  # it was copied while the part was still intact
             raise SettingsError(
-                f"{partial_path(writer.path)} has other {array.name} of samples {written.start} to "
+                f"{partial_path(writer.path)} has other {array.name} of rows {written.start} to "
                 f"{written.stop - 1} than {part.path}: it was started from another file; remove it"
             )
 

@@ -70,6 +70,28 @@ def evaluation(value: object) -> JSON | None:
     return value
 
 
+UNITS = ("token", "word", "frame", "pixel")  # what a row of a sample with many rows is
+ROW_TEXTS = ("tokenizer", "template", "loss_on")
+ROW_COUNTS = ("tokens", "vocabulary", "bytes", "length", "stride")
+
+
+def rows(value: object) -> JSON | None:
+    """What the rows of samples with many rows are: their count and unit, and how texts became tokens."""
+    if value is None:
+        return None
+    expected = {"count", "unit", *ROW_TEXTS, *ROW_COUNTS}
+    if not isinstance(value, dict) or not {"count", "unit"} <= set(value) <= expected:
+        raise FormatError(f"rows is {shown(value)}; expected count and unit")
+    integer(value, "count", 1, MAX_COUNT)
+    if value["unit"] not in UNITS:
+        raise FormatError(f"rows has unit {shown(value['unit'])}; expected {', '.join(UNITS)}")
+    for name in set(value) & set(ROW_TEXTS):
+        text_of(value, name)
+    for name in set(value) & set(ROW_COUNTS):
+        integer(value, name, 0, MAX_COUNT)
+    return value
+
+
 def choice(value: object) -> JSON | None:
     """How the encoding was chosen; None if that is not recorded."""
     if value is not None and (not isinstance(value, dict) or "asked" not in value):

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from softcache.cache.arrays import Array
 from softcache.cache.disk import pread
 from softcache.cache.encodings import LABEL_SETS, Floats
-from softcache.cache.header import PREAMBLE, Array, Header, parse_header, parse_preamble
+from softcache.cache.header import PREAMBLE, Header, parse_header, parse_preamble
+from softcache.cache.layout import RowLayout, read_layout
 from softcache.errors import FormatError, MissingCacheError, SettingsError
 
 PARTIAL = ".partial"
+ONCE = ("samples", "labels")  # axes of the arrays that are stored once for all views, in blocks
 SHOWN_CLASSES = 1 << 12  # class names that are decoded, since people read them
 
 
@@ -47,7 +51,19 @@ class Cache:
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
+        """(rows,), of one view."""
         return self.arrays["labels"]
+
+    @cached_property
+    def layout(self) -> RowLayout | None:
+        """Which rows belong to which sample; None if each sample has one row.
+
+        Raises:
+            FormatError: the file describes rows that it does not have.
+        """
+        if self.header.rows is None:
+            return None
+        return read_layout(dict(self.arrays), self.header.row_count, self.path)
 
     def label_sets(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """The classes of some samples of a multi-label cache, (B, C): 1 where a class applies."""
@@ -74,7 +90,7 @@ class Cache:
     def rows(
         self, view: int, cache_rows: npt.NDArray[np.int64], temperature: float | None = None
     ) -> Floats:
-        """Log-probabilities of samples in one view.
+        """Log-probabilities of rows in one view.
 
         Args:
             view: 0 to views - 1, counted within the file.
@@ -137,8 +153,8 @@ class Cache:
         return self._digest(parts, block)
 
     def sample_digest(self, block: int) -> int:
-        """The digest of a block of samples (labels, keys and inputs), computed from its bytes."""
-        parts = (self.arrays[a.name] for a in self.header.arrays if a.axis == "samples")
+        """The digest of what all views share of a block (labels, keys and inputs), from its bytes."""
+        parts = (self.arrays[a.name] for a in self.header.arrays if a.axis in ONCE)
         return self._digest(parts, block)
 
     def _digest(self, parts: Iterator[npt.NDArray[Any]], block: int) -> int:

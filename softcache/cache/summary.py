@@ -24,7 +24,7 @@ RUN = 32  # adjacent rows: in a file larger than memory, each isolated row costs
 def summary_row_count(cache: Cache) -> int:
     """How many rows summarize() will decode."""
     header = cache.header
-    count = max(1, min(header.views * header.samples, SUMMARY_VALUES // header.classes))
+    count = max(1, min(header.views * header.row_count, SUMMARY_VALUES // header.classes))
     return count - count % _run(count)
 
 
@@ -79,7 +79,7 @@ def measure_rows(cache: Cache, advance: Callable[[int], None] = lambda _: None) 
     header = cache.header
     if header.multi_label:
         return _measure_multi_label(cache, advance)
-    total, count = header.views * header.samples, summary_row_count(cache)
+    total, count = header.views * header.row_count, summary_row_count(cache)
     run = _run(count)
     starts = (np.arange(0, count, run) * (total / count)).astype(np.int64)
     rows = (starts[:, None] + np.arange(run)).reshape(-1)
@@ -93,7 +93,7 @@ def measure_rows(cache: Cache, advance: Callable[[int], None] = lambda _: None) 
             for array in header.arrays:
                 if array.axis == "rows":
                     cache.prefetch_rows(array, chunk_rows)
-        views, cache_rows = np.divmod(chunk_rows, header.samples)
+        views, cache_rows = np.divmod(chunk_rows, header.row_count)
         for view in np.unique(views):
             rows_of_view = cache_rows[views == view]
             log_probs = cache.rows(int(view), rows_of_view).astype(np.float64)  # (B, C)
@@ -105,7 +105,7 @@ def measure_rows(cache: Cache, advance: Callable[[int], None] = lambda _: None) 
                     log_probs -= np.logaddexp.reduce(log_probs, -1, keepdims=True)
                 entropies[1] += _entropy(log_probs)
             confidence.append(np.exp(log_probs.max(-1)) if retempers else classes[-1] * np.nan)
-            labels.append(np.array(cache.labels[rows_of_view]))
+            labels.append(cache.labels[rows_of_view].astype(np.int64))
         advance(len(chunk_rows))
     predictions = Predictions(
         np.concatenate(labels), np.concatenate(classes), np.concatenate(confidence)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from softcache.cache.encodings import LABEL_SETS
 from softcache.cache.header import PREAMBLE, parse_preamble
+from softcache.cache.layout import LAYOUT_ARRAYS, RowLayout
 from softcache.cache.reader import PARTIAL, Cache, hdf5_digest, shared_digest
 from softcache.errors import FormatError
 from softcache.util.progress import progress
@@ -21,14 +22,15 @@ class Damage:
 
     what: str
     view: int | None = None
-    samples: range | None = None  # cache_rows
+    samples: range | None = None  # of rows; of samples, where each has one
     missing: bool = False  # never written, rather than wrong
+    unit: str = "sample"  # what there are `samples` of
 
     def __str__(self) -> str:
         if self.samples is None:
             return self.what
         view = "" if self.view is None else f" in view {self.view}"
-        return f"{self.what} of samples {self.samples.start} to {self.samples.stop - 1}{view}"
+        return f"{self.what} of {self.unit}s {self.samples.start} to {self.samples.stop - 1}{view}"
 
 
 def find_damage(cache: Cache, advance: Callable[[int], None] = lambda _: None) -> list[Damage]:
@@ -38,6 +40,7 @@ def find_damage(cache: Cache, advance: Callable[[int], None] = lambda _: None) -
         advance: called with the number of bytes of soft targets done.
     """
     header, damage = cache.header, []
+    unit = "sample" if header.rows is None else "row"
     with cache.path.open("rb") as file:
         raw = file.read(header.user_block)
         offset, length, _ = parse_preamble(raw, header.file_bytes)
@@ -49,15 +52,18 @@ def find_damage(cache: Cache, advance: Callable[[int], None] = lambda _: None) -
             damage.append(Damage("the HDF5 structure"))
     if shared_digest(cache.arrays, header) != header.shared_digest:
         damage.append(Damage("the arrays shared by all rows"))
+    elif header.rows is not None:
+        flaw = RowLayout(*(cache.arrays[name] for name in LAYOUT_ARRAYS)).flaw(header.row_count)
+        damage += [Damage(flaw)] if flaw else []
     for view in (None, *range(header.views)):
         digests = cache.arrays["sample_digests"] if view is None else cache.arrays["digests"][view]
         for first, last in _runs(digests == 0):
             samples = range(header.block_range(first).start, header.block_range(last).stop)
-            damage.append(Damage("missing: the block", view, samples, missing=True))
+            damage.append(Damage("missing: the block", view, samples, missing=True, unit=unit))
         for block in map(int, np.flatnonzero(digests)):
             what = block_damage(cache, view, block)
             if what:
-                damage.append(Damage(what, view, header.block_range(block)))
+                damage.append(Damage(what, view, header.block_range(block), unit=unit))
             if view is not None:
                 advance(len(header.block_range(block)) * header.bytes_per_row)
     return damage
@@ -98,6 +104,8 @@ def _outside(labels: npt.NDArray[np.int64], classes: int) -> bool:
 
 
 def _sample_arrays(cache: Cache) -> str:
+    if cache.header.rows is not None:
+        return "labels"
     return "labels, keys and inputs" if cache.header.embeds_inputs else "labels and keys"
 
 
@@ -124,7 +132,7 @@ def check_damage(cache: Cache) -> None:
 def damage_with_progress(cache: Cache) -> list[Damage]:
     """find_damage() with a progress bar."""
     header = cache.header
-    total = header.views * header.samples * header.bytes_per_row
+    total = header.views * header.row_count * header.bytes_per_row
     with progress("verify", total, "bytes") as advance:
         return find_damage(cache, advance)
 

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from softcache.cache.allocate import Stored, Values
+from softcache.cache.arrays import Array
 from softcache.cache.disk import disk_errors, pwrite, sync_data, sync_folder
-from softcache.cache.encodings import Axis
-from softcache.cache.header import PREAMBLE, Array, Header, parse_preamble, preamble
-from softcache.cache.reader import Cache, digest_of, open_cache, partial_path, raw_bytes
+from softcache.cache.header import PREAMBLE, Header, parse_preamble, preamble
+from softcache.cache.reader import ONCE, Cache, digest_of, open_cache, partial_path, raw_bytes
 from softcache.errors import DataError, SoftcacheError
 
 COMMIT_BYTES = 64 << 20  # bytes that can wait for one sync,
@@ -87,7 +87,7 @@ class Writer:
             start: the first cache_row.
             stop: the cache_row after the last; by default the end of the file.
         """
-        cache_rows, block_rows = range(self.header.samples)[start:stop], self.header.block_rows
+        cache_rows, block_rows = range(self.header.row_count)[start:stop], self.header.block_rows
         first, last = cache_rows.start // block_rows, -(-cache_rows.stop // block_rows)
         written = {
             part: np.repeat(self._committed[part][first:last], block_rows)
@@ -109,8 +109,9 @@ class Writer:
         Args:
             start: cache_row of the first.
             rows: the encoding's arrays, each (B, …) in the file's dtype.
-            samples: labels (B, *positions) int64, keys (B,) uint64 and any embedded inputs. They are
-                stored with view 0; with any other view they are compared with the stored ones.
+            samples: labels (B, *positions) int64, keys (B,) uint64 and any embedded inputs; of samples with
+                many rows, labels alone. They are stored with view 0; with any other view they are compared
+                with the stored ones.
 
         Raises:
             DataError: the samples differ from those of view 0.
@@ -183,12 +184,13 @@ class Writer:
                     committed[block] = False
                     pwrite(self._file, bytes(8), digest_offset(self.header, view, block))
 
-    def _arrays(self, axis: Axis) -> list[Array]:
-        return [array for array in self.header.arrays if array.axis == axis]
+    def _arrays(self, view: int | None) -> list[Array]:
+        axes = ONCE if view is None else ("rows",)
+        return [array for array in self.header.arrays if array.axis in axes]
 
     def _fill(self, view: int | None, start: int, values: Values) -> None:
         """Copy values into the buffers of their blocks, and write the blocks that become full."""
-        arrays = self._arrays("samples" if view is None else "rows")
+        arrays = self._arrays(view)
         count = len(values[arrays[0].name])
         per_block = self.header.block_rows
         for block in range(start // per_block, (start + count - 1) // per_block + 1):
@@ -210,7 +212,7 @@ class Writer:
     def _buffers(self, arrays: list[Array], rows: int) -> Stored:
         return {
             array.name: np.empty(
-                (rows, *array.shape[1 if array.axis == "samples" else 2 :]), array.dtype
+                (rows, *array.shape[2 if array.axis == "rows" else 1 :]), array.dtype
             )
             for array in arrays
         }
@@ -219,7 +221,7 @@ class Writer:
         self, view: int | None, block: int, arrays: list[Array], buffers: Stored
     ) -> None:
         first = self.header.block_range(block).start
-        row = first if view is None else view * self.header.samples + first
+        row = first if view is None else view * self.header.row_count + first
         for array in arrays:
             values = raw_bytes(buffers[array.name])
             pwrite(self._file, values, array.offset + row * array.row_bytes)
@@ -241,9 +243,18 @@ class Writer:
             if len(differs):
                 first = int(differs[0])
                 raise DataError(
-                    f"sample {start + first}: its {name} are {values[first]}, but were {stored[first]} in "
-                    "view 0; the data changed during the dump: give it data that stay the same"
+                    f"{self._sample_of(start + first)}: its {name} are {values[first]}, but were "
+                    f"{stored[first]} in view 0; the data changed during the dump: give it data that stay "
+                    "the same"
                 )
+
+    def _sample_of(self, row: int) -> str:
+        """What a row belongs to, for messages."""
+        layout = self.cache.layout
+        if layout is None:
+            return f"sample {row}"
+        where = np.array([row])
+        return f"sample {layout.samples_of(where)[0]}, {self.header.unit} {layout.positions_of(where)[0]}"
 
 
 def mark_missing(partial: Path, blocks: Iterable[tuple[int | None, int]]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Cache
-from softcache.cache.header import INPUTS
+from softcache.cache.arrays import INPUTS
 from softcache.cache.reader import open_trainable
 from softcache.data.class_names import all_class_names
 from softcache.data.keys import sample_keys

@@ -7,9 +7,34 @@ import numpy.typing as npt
 import xxhash
 from torch import Tensor
 
+from softcache.data.rows import PADDING, has_tokens
+from softcache.data.source import Source
 from softcache.data.text import text_lengths
 
+TOKEN_LAYOUT = "<u4 tokens"
 TEXT_LAYOUT = "<u4 text"  # instead of dtype and shape: a text's key does not depend on its padding
+
+
+def keys_of(inputs: Tensor, source: Source) -> npt.NDArray[np.uint64]:
+    """The keys of raw inputs (B, *shape) of a source, (B,); padding is not part of a text or of tokens."""
+    if has_tokens(source):
+        return token_keys(inputs)
+    return sample_keys(inputs, text=bool(getattr(source, "text", False)))
+
+
+def token_keys(inputs: Tensor) -> npt.NDArray[np.uint64]:
+    """The keys of token ids (B, length), padded with PADDING, (B,): hashes of the ids alone.
+
+    They do not depend on how a tokenizer is called, so ids that were made elsewhere have them too.
+    """
+    rows = inputs.numpy()
+    seed, digest = _seed(TOKEN_LAYOUT), xxhash.xxh3_64_intdigest
+    lengths = (rows != PADDING).sum(1).tolist()
+    keys = (
+        digest(row[:length].astype("<u4").tobytes(), seed)
+        for row, length in zip(rows, lengths, strict=True)
+    )
+    return np.fromiter(keys, np.uint64, len(rows))
 
 
 def sample_keys(inputs: Tensor, *, text: bool = False) -> npt.NDArray[np.uint64]:

@@ -26,7 +26,10 @@ def batch_sets(batch: Batch, classes: int) -> npt.NDArray[np.uint8]:
 def check_batch_labels(batch: Batch, classes: int, source: Source) -> None:
     """Raise DataError if a label is no class, or a set is of another number of classes."""
     if not len(batch.sets):
-        check_labels(batch.labels.numpy(), batch.source_indices.numpy(), classes, source)
+        samples = batch.source_indices
+        if len(batch.row_samples):
+            samples = samples[batch.row_samples]
+        check_labels(batch.labels.numpy(), samples.numpy(), classes, source)
     elif batch.sets.shape[1] != classes:
         raise DataError(
             f"{source.name}: samples have a 0 or 1 for each of {batch.sets.shape[1]} classes; expected "

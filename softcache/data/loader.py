@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from softcache.data.augment import Augmentation
-from softcache.data.keys import sample_keys
+from softcache.data.keys import keys_of
+from softcache.data.rows import layout_of_source
 from softcache.data.source import UNLABELLED, Source, label_sets
 from softcache.data.workers import Portable, start_worker
 from softcache.errors import SoftcacheError
@@ -59,6 +60,11 @@ class Batch(NamedTuple):
         0
     )  # (B, C) uint8, the classes of samples with any number; else empty
     partner_sets: Tensor = torch.empty(0)  # (B, C) uint8, the same of the partners
+    # of samples with many rows, whose labels are those of the rows, (R,)
+    row_samples: Tensor = torch.empty(
+        0
+    )  # (R,) int64, which sample of the batch each row belongs to
+    row_positions: Tensor = torch.empty(0)  # (R,) int64, where in that sample it stands
 
 
 def loader(
@@ -245,7 +251,7 @@ class _Batches(Dataset[Batch]):
     """A source as a Dataset whose __getitems__ is called once per batch by torch's fetcher."""
 
     def __init__(self, source: Source, keys: bool, augmentation: Augmentation | None) -> None:
-        self.source, self.keys = source, keys
+        self.source, self.keys, self.layout = source, keys, layout_of_source(source)
         self.augmentation = augmentation or Augmentation(None, 0)
 
     def __len__(self) -> int:
@@ -270,7 +276,7 @@ class _Batches(Dataset[Batch]):
         inputs, labels = self.source.fetch(request.source_indices)
         keys = np.empty(0, np.uint64)
         if self.keys:
-            keys = sample_keys(inputs, text=bool(getattr(self.source, "text", False)))
+            keys = keys_of(inputs, self.source)
         sets = partner_sets = torch.empty(0)
         if labels.ndim == 2:
             labels, sets = _split_sets(labels)
@@ -291,7 +297,16 @@ class _Batches(Dataset[Batch]):
             inputs if request.raw else torch.empty(0),
             sets,
             partner_sets,
+            *self._rows(source_indices),
         )
+
+    def _rows(self, source_indices: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Which sample of the batch each row belongs to, and its position there; empty for one row each."""
+        if self.layout is None:
+            return torch.empty(0), torch.empty(0)
+        samples = np.repeat(np.arange(len(source_indices)), self.layout.counts(source_indices))
+        positions = self.layout.positions_of(self.layout.rows_of(source_indices))
+        return torch.from_numpy(samples), torch.from_numpy(positions)
 
 
 def _split_sets(labels: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], Tensor]:

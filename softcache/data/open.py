@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from softcache.data.user_dataset import DatasetSource
 
 
-def open_source(text: str, *, skip_unreadable: bool = False) -> Source:
+def open_source(
+    text: str, *, skip_unreadable: bool = False, defaults: Mapping[str, str] | None = None
+) -> Source:
     """Open a data specification; `softcache help specs` lists the forms.
 
     Options of every kind: classes=A,B (the names of labels 0, 1, …), shuffle=SEED (a random order) and
@@ -23,12 +26,14 @@ def open_source(text: str, *, skip_unreadable: bool = False) -> Source:
 
     Args:
         skip_unreadable: leave out image files that cannot be read; the same as `?unreadable=skip`.
+        defaults: options of texts that count where the specification does not give them, such as the
+            tokenizer of the model.
 
     Raises:
         SettingsError: the specification has no known form, or an invalid option.
         DataError: the files are missing or invalid, or hold no samples.
     """
-    spec = parse_data(text)
+    spec = replace(parse_data(text), defaults=defaults or {})
     if skip_unreadable:
         if "unreadable" not in (KINDS[spec.kind].options or ()):
             raise SettingsError(
@@ -44,6 +49,12 @@ def open_source(text: str, *, skip_unreadable: bool = False) -> Source:
     if names:
         source = _with_classes(source, names)  # type: ignore[arg-type]  # those not in NAMING_KINDS
     return subset(source, shuffle, samples)
+
+
+def name_of(text: str) -> str:
+    """The name of a data set, which its options are part of; texts are not tokenized for it."""
+    spec = parse_data(text)
+    return spec.public_name if spec.kind in ("text", "jsonl", "ids") else open_source(text).name
 
 
 def _with_classes(source: ArraySource | DatasetSource, names: tuple[str, ...]) -> Source:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from softcache.cache.layout import RowLayout
 from softcache.errors import DataError
 
 DEFAULT_SPLIT = "train"
@@ -116,6 +117,23 @@ class WrappedSource:
     def text(self) -> bool:
         """Whether the samples are texts, whose keys do not depend on their padding."""
         return bool(getattr(self.source, "text", False))
+
+    @property
+    def layout(self) -> RowLayout | None:
+        """Which rows belong to which sample; None if each has one."""
+        layout: RowLayout | None = getattr(self.source, "layout", None)
+        return layout
+
+    @property
+    def unit(self) -> str | None:
+        """What a row is, if samples have many."""
+        unit: str | None = getattr(self.source, "unit", None)
+        return unit
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a header says of the rows, besides their number and unit."""
+        return dict(getattr(self.source, "facts", {}))
 
     def __len__(self) -> int:
         return len(self.source)

@@ -19,7 +19,11 @@ from softcache.util.spec import (
 
 COMMON_OPTIONS = ("classes", "shuffle", "samples")  # of every kind
 FOLDER_OPTIONS = (*IMAGE_OPTIONS, "unreadable", *COMMON_OPTIONS)
-HUB_OPTIONS = ("input", "label", "name", "length", "classes", *IMAGE_OPTIONS, "shuffle", "samples")
+HUB_OPTIONS = (
+    "input", "label", "name", "length", "classes", *IMAGE_OPTIONS, "shuffle", "samples", "tokenizer",
+    "stride", "loss_on", "text", "messages", "words", "tags",
+)  # fmt: skip
+TOKEN_OPTIONS = ("tokenizer", "length", "stride", "loss_on", "shuffle", "samples")
 TABLE_OPTIONS = ("label", "inputs", "classes", "missing", "shuffle", "samples")
 # kinds whose sources take the names of classes themselves, where names also give the order of labels
 NAMING_KINDS = ("folder", "hfds", "csv", "parquet")
@@ -63,6 +67,27 @@ KINDS = {
         "a table of numbers and words (data extra)",
         "softcache.data.tables:open_table",
         TABLE_OPTIONS,
+        file=True,
+    ),
+    "text": Kind(
+        "text:FILE_OR_FOLDER",
+        "texts for a language model, a document per file (hf extra)",
+        "softcache.data.documents:open_text",
+        ("documents", *TOKEN_OPTIONS),
+        file=True,
+    ),
+    "jsonl": Kind(
+        "jsonl:FILE?text=FIELD",
+        "texts, chats (messages=) or labelled words (words= and tags=), one per line (hf extra)",
+        "softcache.data.documents:open_jsonl",
+        ("text", "messages", "words", "tags", *TOKEN_OPTIONS),
+        file=True,
+    ),
+    "ids": Kind(
+        "ids:FILE",
+        "token ids in npy, jsonl or Parquet",
+        "softcache.data.documents:open_ids",
+        TOKEN_OPTIONS,
         file=True,
     ),
     CODE: Kind(

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from softcache.cache.layout import RowLayout
+from softcache.data.rows import TokenSource
 from softcache.data.source import ArraySource, Source, WrappedSource
 from softcache.errors import DataError, SettingsError
 
@@ -30,6 +32,12 @@ class SubsetSource(WrappedSource):
         """(N,) all labels, if the source knows them without being read."""
         labels = getattr(self.source, "labels", None)
         return None if labels is None else labels[self.indices]
+
+    @property
+    def layout(self) -> RowLayout | None:
+        """Which rows belong to which sample; None if each has one."""
+        layout = super().layout
+        return None if layout is None else layout.take(self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -77,6 +85,6 @@ def subset(source: Source, shuffle: int | None, samples: int | None) -> Source:
     if shuffle is not None:
         order = np.random.default_rng(shuffle).permutation(len(source))
     indices = order[:samples].astype(np.int64)
-    if isinstance(source, ArraySource):
+    if isinstance(source, ArraySource | TokenSource):
         return source.take(indices)
     return SubsetSource(source, indices)

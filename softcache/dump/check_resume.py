@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from softcache.cache import Cache, Header, open_cache
-from softcache.cache.header import INPUTS
+from softcache.cache.arrays import INPUTS
+from softcache.cache.merge import OF_SAMPLES
 from softcache.data.loader import loader
-from softcache.data.open import open_source
+from softcache.data.open import name_of
+from softcache.data.rows import layout_of_source
 from softcache.data.source import Source
+from softcache.dump.rows import read_keys
 from softcache.errors import SettingsError
 
 RESUME_SAMPLES = 256  # how many stored samples a resumed dump compares with the data
@@ -42,7 +45,7 @@ def check_same(
     advice = "use the same, give another --out, or --overwrite to start again"
     if eval_data:
         stored_name = (cache.header.evaluation or {}).get("data")
-        requested_name = open_source(eval_data).name
+        requested_name = name_of(eval_data)
         if stored_name != requested_name:
             raise SettingsError(
                 f"{cache.path} was started with evaluation data {stored_name or 'none'}, now it is "
@@ -51,7 +54,7 @@ def check_same(
     _check_like(cache, like, advice)
     for difference in differing_settings(cache.header, draft, ignored):
         raise SettingsError(f"{cache.path} was started with {difference}; {advice}")
-    _check_samples(cache, source, advice)
+    _check_samples(cache, draft, source, advice)
 
 
 def differing_settings(header: Header, draft: Header, ignored: Sequence[str] = ()) -> list[str]:
@@ -72,8 +75,11 @@ def differing_settings(header: Header, draft: Header, ignored: Sequence[str] = (
     return differences
 
 
-def _check_samples(cache: Cache, source: Source, advice: str) -> None:
+def _check_samples(cache: Cache, draft: Header, source: Source, advice: str) -> None:
     """Compare keys and labels of up to RESUME_SAMPLES stored samples with the data."""
+    if cache.layout is not None:
+        _check_rows(cache, draft, source, advice)
+        return
     intact = [
         cache.sample_digest(block) == digest
         for block, digest in enumerate(cache.arrays["sample_digests"])
@@ -93,12 +99,52 @@ def _check_samples(cache: Cache, source: Source, advice: str) -> None:
             )
 
 
+def _check_rows(cache: Cache, draft: Header, source: Source, advice: str) -> None:
+    """Compare keys of up to RESUME_SAMPLES samples with many rows, and the layout of all, with the data."""
+    header, layout = cache.header, layout_of_source(source)
+    stored_facts, requested_facts = header.rows or {}, draft.rows or {}
+    for name in sorted({*stored_facts, *requested_facts}):
+        stored_fact, requested_fact = stored_facts.get(name), requested_facts.get(name)
+        if stored_fact != requested_fact:
+            raise SettingsError(
+                f"{cache.path} was started with {name} {stored_fact!r} of its {header.unit}s, now it is "
+                f"{requested_fact!r}; {advice}"
+            )
+    spread = np.linspace(0, header.samples - 1, min(header.samples, RESUME_SAMPLES)).astype(
+        np.int64
+    )
+    indices = header.first_sample + spread
+    differs = np.flatnonzero(read_keys(source, indices) != cache.keys[spread])
+    if len(differs):
+        raise SettingsError(
+            f"{cache.path} was started with other data: sample {indices[differs[0]]} of {source.name} "
+            f"differs; {advice}"
+        )
+    own = (
+        layout.take(np.arange(header.sample_range.start, header.sample_range.stop))
+        if layout
+        else None
+    )
+    stored = cache.layout
+    if (
+        own is None
+        or stored is None
+        or not all(
+            np.array_equal(own.arrays()[name], values) for name, values in stored.arrays().items()
+        )
+    ):
+        raise SettingsError(
+            f"{cache.path} was started with other {header.unit}s of the samples; {advice}"
+        )
+
+
 def _check_like(cache: Cache, like: Path | None, advice: str) -> None:
     if like is None:
         return
     model = open_cache(like)
     same_parameters = cache.header.encoding == model.header.encoding
-    data_arrays = {"class_names", "fingerprinted", "fingerprints"}  # shared, but not the encoding's
+    # shared, but not the encoding's
+    data_arrays = {"class_names", "fingerprinted", "fingerprints", *OF_SAMPLES}
     fitted = {array.name for array in model.header.arrays if array.axis == "shared"} - data_arrays
     if not same_parameters or any(
         not np.array_equal(cache.arrays[name], model.arrays[name]) for name in fitted

@@ -12,6 +12,7 @@ from softcache.teachers.options import OUTPUTS, PRECISIONS
 from softcache.teachers.spec import MATRIX_KINDS, parse_teacher
 from softcache.util.settings import check_range, setting
 
+BATCH_SIZE = 256  # the default
 AUTO = 0  # the batch size that stands for `auto`
 DEFAULT_MAX_KL = 1e-3  # nats; the limit of --encoding auto
 MAX_VIEWS = 1 << 20
@@ -82,6 +83,13 @@ class DumpConfig:
         group=DATA,
         affects_result=False,
     )
+    loss_on: str | None = setting(
+        None,
+        help="Tokens of chats to dump: all, those of the assistant, or the completion, its last turn.",
+        group=DATA,
+        choices=("all", "assistant", "completion"),
+        default_text="assistant",
+    )
     skip_unreadable: bool = setting(
         False, help="Leave out image files that cannot be read.", group=DATA, affects_result=False
     )
@@ -130,11 +138,17 @@ class DumpConfig:
         metavar="CACHE",
     )
     batch_size: int = setting(
-        256,
+        BATCH_SIZE,
         help="Samples per forward pass; auto takes the fastest size that fits in memory.",
         group=RESOURCES,
         metavar="N|auto",
         at_least=AUTO,
+    )
+    batch_tokens: int = setting(
+        16384,
+        help="Tokens per forward pass, with padding, where samples are texts as tokens.",
+        group=RESOURCES,
+        at_least=1,
     )
     device: str = setting(
         "auto", help="Device: auto, cpu, cuda, cuda:1, mps.", group=RESOURCES, affects_result=False
@@ -204,6 +218,11 @@ class DumpConfig:
     def multi_label(self) -> bool:
         """Whether each class applies or not on its own."""
         return self.targets == "sigmoid"
+
+    @property
+    def tokens_of_batch(self) -> int | None:
+        """The most tokens of a batch of documents; None if --batch-size says how many documents it has."""
+        return self.batch_tokens if self.batch_size == BATCH_SIZE else None
 
     @property
     def encoding_spec(self) -> str:

@@ -11,22 +11,30 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Cache, Sampled
+from softcache.cache.layout import RowLayout
 from softcache.data.augment import Augmentation
 from softcache.data.loader import augmented, loader, make_request
+from softcache.data.rows import layout_of_source
 from softcache.data.source import Source
 from softcache.divergences import bernoulli
 from softcache.targets.decode import class_ids, decode, to_dense
 from softcache.targets.encode import make_encoder
 from softcache.targets.fetch import shared_tensors, soft_targets
 from softcache.teachers.ensemble import Ensemble
-from softcache.types import SparseTargets, Targets
+from softcache.types import RowIndex, SparseTargets, Targets
 from softcache.util.progress import progress
 
 ROWS = 1024  # drawn to measure a cache
 PRECISION_ROWS = 256  # of these, computed again in float32
 BATCH = 256
+BATCH_VALUES = 1 << 22  # log-probabilities of a batch, where a row has very many
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)  # at which stored rows are measured, besides the cache's own
 VALUES = 1 << 27  # the most log-probabilities held in memory at once
+VALUES_OF_ROWS = (
+    1 << 25
+)  # the same where samples have many rows, of which there is memory for a part
+SAMPLES = 128  # of which rows are drawn where samples have many
+SAMPLES_AT_ONCE = 16
 
 Pairs = npt.NDArray[np.int64]  # (n, 2): view, and cache row or sample id
 
@@ -47,6 +55,71 @@ def draw_rows(views: int, samples: int, count: int, seed: int) -> Pairs:
     return np.stack(np.divmod(np.sort(rows), samples), -1)
 
 
+def draw_rows_of_samples(
+    layout: RowLayout, views: int, samples: range, count: int, seed: int
+) -> Pairs:
+    """Draw about `count` rows of samples that have many, some of each of up to SAMPLES of them.
+
+    The teacher has to run on a whole sample for any of its rows.
+
+    Args:
+        layout: of the whole data set.
+        samples: those to draw from.
+
+    Returns:
+        (n, 2) int64, view and row, both counted from 0, sorted; rows are those of the data set.
+    """
+    random = np.random.default_rng(seed)
+    with_rows = np.arange(samples.start, samples.stop)
+    with_rows = with_rows[layout.counts(with_rows) > 0]
+    drawn = np.sort(random.choice(with_rows, min(SAMPLES, len(with_rows)), replace=False))
+    each = max(1, count // len(drawn))
+    pairs = []
+    for sample, view in zip(drawn, random.integers(0, views, len(drawn)), strict=True):
+        rows = np.arange(layout.offsets[sample], layout.offsets[sample + 1])
+        kept = np.sort(random.choice(rows, min(each, len(rows)), replace=False))
+        pairs.append(np.stack([np.full(len(kept), view), kept], -1))
+    joined = np.concatenate(pairs)[:count]
+    return joined[np.lexsort((joined[:, 1], joined[:, 0]))]
+
+
+def _rows_of_samples(
+    teachers: Ensemble,
+    source: Source,
+    layout: RowLayout,
+    pairs: Pairs,
+    *,
+    temperature: float,
+    augmentation: Augmentation,
+    workers: int,
+) -> Tensor:
+    """The same as teacher_rows() for samples that have many rows; pairs (n, 2) hold view and row."""
+    samples = layout.samples_of(pairs[:, 1])
+    groups: list[tuple[int, Pairs]] = []  # of each batch: its view, and its pairs of sample and row
+    for view in map(int, np.unique(pairs[:, 0])):
+        of_view = np.stack([samples, pairs[:, 1]], -1)[pairs[:, 0] == view]
+        distinct = np.unique(of_view[:, 0])
+        for part in np.split(distinct, range(SAMPLES_AT_ONCE, len(distinct), SAMPLES_AT_ONCE)):
+            groups.append((view, of_view[np.isin(of_view[:, 0], part)]))
+    requests = [
+        make_request(augmentation, (ids := np.unique(group[:, 0])).tolist(), view, ids)
+        for view, group in groups
+    ]
+    batches = loader(source, requests, augmentation=augmentation, workers=workers)
+    outputs: list[Tensor] = []
+    with progress("try rows", len(pairs), "rows") as advance:
+        for (view, group), batch in zip(groups, batches, strict=True):
+            ids = batch.source_indices.numpy()
+            inputs = augmented(batch, augmentation, view, ids, teachers.device)
+            wanted = RowIndex(
+                torch.from_numpy(np.searchsorted(ids, group[:, 0])),
+                torch.from_numpy(layout.positions_of(group[:, 1])),
+            )
+            outputs += teachers.row_log_probs(inputs, wanted, temperature, ids)
+            advance(len(group))
+    return torch.cat(outputs)
+
+
 def teacher_rows(
     teachers: Ensemble,
     source: Source,
@@ -59,11 +132,22 @@ def teacher_rows(
     """Run the teacher on the rows in `pairs`.
 
     Args:
-        pairs: (n, 2), view and sample id.
+        pairs: (n, 2), view and sample id; or view and row, where samples have many.
 
     Returns:
         (n, C) float32 log-probabilities at `temperature`, on the teacher's device.
     """
+    layout = layout_of_source(source)
+    if layout is not None:
+        return _rows_of_samples(
+            teachers,
+            source,
+            layout,
+            pairs,
+            temperature=temperature,
+            augmentation=augmentation,
+            workers=workers,
+        )
     outputs = []
     requests = [
         make_request(augmentation, sample_ids.tolist(), view, sample_ids)
@@ -143,8 +227,15 @@ def measure_fidelity(
     """
     header = cache.header
     rows = max(1, min(rows, VALUES // header.classes))
-    pairs = draw_rows(header.views, header.samples, rows, header.seed)
-    first = np.array([header.first_view, header.first_sample])
+    layout = layout_of_source(source)
+    if layout is None:
+        pairs = draw_rows(header.views, header.samples, rows, header.seed)
+        first = np.array([header.first_view, header.first_sample])
+    else:
+        first = np.array([header.first_view, layout.offsets[header.first_sample]])
+        rows = max(1, min(rows, VALUES_OF_ROWS // header.classes))
+        pairs = draw_rows_of_samples(layout, header.views, header.sample_range, rows, header.seed)
+        pairs[:, 1] -= first[1]
     log_probs = teacher_rows(
         teachers,
         source,
@@ -187,7 +278,7 @@ def _stored_divergence(
     """KL (n,) between the teacher's rows (n, C) and the stored ones, at `target_temperature`."""
     fetch = soft_targets(cache, target_temperature, log_probs.device)
     divergences, done = [], 0
-    for view, cache_rows in _batches(pairs):
+    for view, cache_rows in _batches(pairs, max(1, min(BATCH, BATCH_VALUES // log_probs.shape[1]))):
         batch = log_probs[done : done + len(cache_rows)]
         multi_label = cache.header.multi_label
         exact = retemper(
@@ -212,12 +303,14 @@ def _moved(cache: Cache, pairs: Pairs, log_probs: Tensor) -> float:
         device=log_probs.device,
     )
     fetch = soft_targets(cache, header.temperature, log_probs.device)
-    total, done = 0.0, 0
-    for view, cache_rows in _batches(pairs):
+    total, done, layout = 0.0, 0, cache.layout
+    for view, cache_rows in _batches(pairs, max(1, min(BATCH, BATCH_VALUES // log_probs.shape[1]))):
+        samples = cache_rows if layout is None else layout.samples_of(cache_rows)
         encoded = encode(
             log_probs[done : done + len(cache_rows)],
             header.first_view + view,
-            header.first_sample + cache_rows,
+            header.first_sample + samples,
+            None if layout is None else layout.positions_of(cache_rows),
         )
         if "ids" in encoded:
             encoded["ids"] = class_ids(encoded["ids"], header.classes)
@@ -239,11 +332,11 @@ def _moved(cache: Cache, pairs: Pairs, log_probs: Tensor) -> float:
     return total / len(pairs)
 
 
-def _batches(pairs: Pairs) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """Split sorted pairs into a view and at most BATCH of its samples at a time."""
+def _batches(pairs: Pairs, size: int = BATCH) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Split sorted pairs into a view and at most `size` of its samples at a time."""
     for view in map(int, np.unique(pairs[:, 0])):
         samples = pairs[pairs[:, 0] == view, 1]
-        for batch in np.split(samples, range(BATCH, len(samples), BATCH)):
+        for batch in np.split(samples, range(size, len(samples), size)):
             yield view, batch
 
 

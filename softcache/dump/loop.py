@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from softcache.cache import Cache, Header, Sampled, open_cache
-from softcache.cache.header import INPUTS
+from softcache.cache.allocate import Stored
+from softcache.cache.arrays import INPUTS
 from softcache.cache.merge import copy_view
 from softcache.cache.reader import partial_path
 from softcache.cache.summary import measure_rows, summary_row_count, warning_field, warnings_of
@@ -40,6 +42,15 @@ from softcache.dump.prepare import (
 )
 from softcache.dump.processes import ProcessGroup, join_processes
 from softcache.dump.reuse import aside_path, can_reuse, take_over
+from softcache.dump.rows import (
+    RowBatches,
+    encode_rows,
+    row_index,
+    sample_batches,
+    segments,
+    text_defaults,
+    with_rows,
+)
 from softcache.errors import DataError, Interrupted, SettingsError
 from softcache.join.fingerprints import check_replay
 from softcache.targets.encode import HostCopy, as_arrays, make_encoder
@@ -81,9 +92,14 @@ def dump(config: DumpConfig) -> Cache:
 
 def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
     """One process's part of a dump; the first process also creates the file and finishes it."""
-    source = open_source(config.data, skip_unreadable=config.skip_unreadable)
+    source = open_source(
+        config.data,
+        skip_unreadable=config.skip_unreadable,
+        defaults=text_defaults(config.teachers, config.loss_on),
+    )
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     teacher = load_teachers(config, source, augmentation)
+    source = with_rows(source, teacher)
     source = align_classes(
         source, teacher.class_names, "the teacher", same_classes=config.same_classes
     )
@@ -195,7 +211,10 @@ def copy_views(finished: Cache, out: Path) -> None:
     """Copy the views of a finished cache into the unfinished file of `out`, which holds more."""
     header = finished.header
     inform(f"adding views to {finished.path}, which already has {header.views}")
-    with Writer(out) as writer, progress("copy", header.samples * header.views, "rows") as advance:
+    with (
+        Writer(out) as writer,
+        progress("copy", header.row_count * header.views, "rows") as advance,
+    ):
         for view in range(header.views):
             copy_view(finished, writer, view, advance)
 
@@ -227,9 +246,9 @@ def fill_cache(
     in_flight: deque[Task] = deque()
 
     def requests() -> Iterator[Request]:
-        for task in missing_batches(writer, config.batch_size, group):
+        for task in missing_batches(writer, config, source, group):
             in_flight.append(task)
-            sample_ids = header.first_sample + np.arange(task.batch.start, task.batch.stop)
+            sample_ids = header.first_sample + task.samples
             view = header.first_view + task.view
             request = make_request(augmentation, sample_ids.tolist(), view, sample_ids)
             # raw inputs are stored once, with view 0, like labels and keys
@@ -237,7 +256,10 @@ def fill_cache(
 
     def store(item: tuple[Task, Batch, HostCopy]) -> None:
         task, batch, copy = item
-        first = task.batch.start
+        if writer.cache.layout is not None:
+            write_rows(writer, task, batch, as_arrays(copy.wait()))
+            return
+        first = int(task.samples[0])
         start, stop = task.rows.start - first, task.rows.stop - first
         rows = {name: values[start:stop] for name, values in as_arrays(copy.wait()).items()}
         keys = batch.keys.numpy().view(np.uint64)
@@ -256,7 +278,7 @@ def fill_cache(
         keys=True,
         pin_memory=device.type == "cuda",
     )
-    total = header.samples * header.views
+    total = header.row_count * header.views
     done = total - sum(int(writer.missing(view).sum()) for view in range(header.views))
     with (
         deferred_stop() as stop,
@@ -271,8 +293,15 @@ def fill_cache(
                 sample_ids, view = batch.sample_ids.numpy(), header.first_view + task.view
                 check_batch_labels(batch, header.classes, source)
                 inputs = augmented(batch, augmentation, view, sample_ids, device)
-                log_probs = teacher.log_probs(inputs, header.temperature, sample_ids)  # (B, C)
-                copy = HostCopy.of(encode(log_probs, view, sample_ids))
+                if header.rows is None:
+                    log_probs = teacher.log_probs(inputs, header.temperature, sample_ids)  # (B, C)
+                    encoded = encode(log_probs, view, sample_ids)
+                else:
+                    rows = row_index(batch)
+                    encoded = encode_rows(
+                        encode, teacher, inputs, rows, header.temperature, view, sample_ids
+                    )
+                copy = HostCopy.of(encoded)
             with watch.time("disk"):
                 disk.put((task, batch, copy))
             advance(group.add_rows(task.missing), watch.note())
@@ -286,18 +315,43 @@ class Task:
     """A batch to compute. Ranges are cache rows; views are counted from the cache's first."""
 
     view: int
-    batch: range  # all rows to compute together
-    rows: range  # the part of them that this process writes
+    samples: npt.NDArray[np.int64]  # (B,) the samples of the cache to compute together
+    rows: range  # those of their rows that this process writes
     missing: int  # how many of `rows` are not in the file yet
 
 
-def missing_batches(writer: Writer, batch_size: int, group: ProcessGroup) -> Iterator[Task]:
+def write_rows(writer: Writer, task: Task, batch: Batch, encoded: Stored) -> None:
+    """Write the rows of samples that have many; their keys are in the file already.
+
+    Raises:
+        DataError: a sample is another one than it was when the dump began.
+    """
+    layout = writer.cache.layout
+    keys, labels = batch.keys.numpy().view(np.uint64), batch.labels.numpy()
+    differs = np.flatnonzero(keys != writer.cache.keys[task.samples])
+    if len(differs):
+        raise DataError(
+            f"sample {int(batch.source_indices[differs[0]])} is another one than when the dump began; give "
+            "it data that stay the same"
+        )
+    for first, part in segments(layout, task.samples, task.rows) if layout else ():
+        rows = {name: values[part] for name, values in encoded.items()}
+        writer.write(task.view, first, rows, {"labels": labels[part]})
+
+
+def missing_batches(
+    writer: Writer, config: DumpConfig, source: Source, group: ProcessGroup
+) -> Iterator[Task]:
     """The batches with missing rows, view by view.
 
     Several processes take turns: each takes the next run of blocks when it has finished its last
     one, so that a slow process does not hold up the others.
     """
-    header = writer.header
+    header, batch_size, layout = writer.header, config.batch_size, writer.cache.layout
+    batches = None
+    if layout is not None:
+        samples = sample_batches(source, header.sample_range, batch_size, config.tokens_of_batch)
+        batches = RowBatches(layout, samples, header.first_sample)
     blocks_per_run = header.blocks
     if group.size > 1:
         blocks_per_batch = -(-batch_size // header.block_rows)
@@ -307,10 +361,16 @@ def missing_batches(writer: Writer, batch_size: int, group: ProcessGroup) -> Ite
     while (run := group.add("runs", 1) - 1) < runs_per_view * header.views:
         view, run_of_view = divmod(run, runs_per_view)
         start = run_of_view * blocks_per_run * header.block_rows
-        stop = min(header.samples, start + blocks_per_run * header.block_rows)
+        stop = min(header.row_count, start + blocks_per_run * header.block_rows)
+        if batches is not None:
+            for batch_samples in batches.with_rows_in(range(start, stop)):
+                missing = batches.missing(writer.missing(view, start, stop), batch_samples, start)
+                if missing:
+                    yield Task(view, batch_samples, range(start, stop), missing)
+            continue
         for first in range(start - start % batch_size, stop, batch_size):
             batch = range(first, min(first + batch_size, header.samples))
             rows = range(max(first, start), min(batch.stop, stop))
             missing = int(writer.missing(view, rows.start, rows.stop).sum())
             if missing:
-                yield Task(view, batch, rows, missing)
+                yield Task(view, np.arange(batch.start, batch.stop), rows, missing)

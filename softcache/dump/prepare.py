@@ -11,19 +11,22 @@ import numpy as np
 
 from softcache.cache import Cache, Dense, Header, open_cache
 from softcache.cache.allocate import create
+from softcache.cache.arrays import INPUTS
 from softcache.cache.encodings import DTYPES, LABEL_SETS, ArraySpec
-from softcache.cache.header import BASE_VERSION, FEATURES, INPUTS
+from softcache.cache.header import BASE_VERSION, FEATURES, ROWS
 from softcache.cache.reader import partial_path
 from softcache.data.augment import Augmentation, split_augment
 from softcache.data.class_names import align_classes
 from softcache.data.kinds import check_same_kind
 from softcache.data.open import open_source
+from softcache.data.rows import layout_of_source, unit_of, vocabulary_of
 from softcache.data.source import Source, check_kind_of_labels
 from softcache.data.table_columns import columns_field
 from softcache.data.tables import align_columns, columns_of
 from softcache.dump.check_resume import check_same
 from softcache.dump.config import AUTO, DumpConfig
 from softcache.dump.reuse import set_aside
+from softcache.dump.rows import embedded_spec, rows_field, sample_arrays, text_defaults
 from softcache.dump.select_encoding import check_spec, encoding_for_dump, encoding_of
 from softcache.errors import DataError, ModelError, SettingsError, SoftcacheError
 from softcache.join.fingerprints import fingerprinted_rows, reproducible_fingerprints, software
@@ -51,6 +54,7 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
     check_spec(config.encoding_spec, config.temperature, teacher.classes)
     check_kind_of_labels(source, multi_label=config.multi_label)
     features = [INPUTS] * config.embed_inputs + [LABEL_SETS] * config.multi_label
+    features += [ROWS] * (layout_of_source(source) is not None)
     total, (shard, shards) = len(source), config.shard
     if shards > total:
         raise SettingsError(
@@ -87,6 +91,7 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         shared_digest="",
         arrays=(),
         summary=columns_field(columns_of(source)) or None,  # room is kept for it
+        rows=rows_field(source, range(first, end)),
     )
 
 
@@ -123,7 +128,8 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
     raw = source.fetch([0])[0]
     first = to_float(augmentation.transformed(raw, config.first_view, np.zeros(1, np.int64)))
     weights: Sequence[Path | None] = config.weight_files or [None] * len(config.teachers)
-    classes = config.classes or len(source.class_names) or None
+    unit = unit_of(source)
+    classes = config.classes or len(source.class_names) or vocabulary_of(source)
     loaded = [
         load_teacher(
             spec,
@@ -139,6 +145,7 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
             multi_label=config.multi_label,
             trust_code=config.trust_code,
             text=bool(getattr(source, "text", False)),
+            unit=unit,
         )
         for spec, path in zip(config.teachers, weights, strict=True)
     ]
@@ -236,7 +243,11 @@ def open_unfinished(
     arrays["fingerprints"] = reproducible_fingerprints(
         source, augmentation, draft.view_range, draft.first_sample + cache_rows
     )
-    inputs = input_array_spec(source) if config.embed_inputs else None
+    arrays |= sample_arrays(source, draft.sample_range, embed=config.embed_inputs)
+    if not config.embed_inputs:
+        inputs = None
+    else:
+        inputs = input_array_spec(source) if draft.rows is None else embedded_spec(arrays)
     create(config.out, replace(header, evaluation=evaluation), arrays, config.batch_size, inputs)
 
 
@@ -280,7 +291,8 @@ def evaluate_teacher(
     """
     if config.eval_data is None:
         return None
-    source = align_columns(open_source(config.eval_data), columns_of(dumped))
+    defaults = text_defaults(config.teachers, config.loss_on)
+    source = align_columns(open_source(config.eval_data, defaults=defaults), columns_of(dumped))
     check_same_kind(dumped, source)
     names = teacher.class_names or dumped.class_names  # the data has the teacher's order already
     whose = "the teacher" if teacher.class_names else dumped.name

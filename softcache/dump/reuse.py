@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from softcache.cache import Cache, Header, Sampled, open_cache
-from softcache.cache.header import INPUTS
+from softcache.cache.arrays import INPUTS
 from softcache.cache.reader import partial_path
 from softcache.cache.writer import Writer
 from softcache.data.label_sets import stored_labels
@@ -33,8 +33,8 @@ def can_reuse(cache: Cache, draft: Header, config: DumpConfig) -> bool:
     The draws of an augmentation depend on the place of a sample in the data, and so do the rows of a
     matrix: only rows of samples as they are can be taken over.
     """
-    if isinstance(cache.header.encoding, Sampled):
-        return False  # its draws depend on the place too
+    if isinstance(cache.header.encoding, Sampled) or draft.rows is not None:
+        return False  # its draws depend on the place too; of many rows a sample nothing is taken over
     whole = all(h.first_sample == 0 and h.samples == h.data_samples for h in (cache.header, draft))
     by_content = draft.augment is None and not any(
         parse_teacher(spec).kind in MATRIX_KINDS for spec in config.teachers

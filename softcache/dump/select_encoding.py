@@ -28,12 +28,15 @@ from softcache.cache import (
 from softcache.cache.allocate import Stored
 from softcache.cache.encodings import TAIL_TEMPERATURES
 from softcache.data.augment import Augmentation
+from softcache.data.rows import layout_of_source
 from softcache.data.source import Source
 from softcache.dump.config import DumpConfig
 from softcache.dump.fidelity import (
     VALUES,
+    VALUES_OF_ROWS,
     divergence,
     draw_rows,
+    draw_rows_of_samples,
     retemper,
     teacher_rows,
     temperatures_of,
@@ -103,10 +106,17 @@ def draw_teacher_rows(
     """
     count = max(2, min(max_rows, VALUES // draft.classes))
     views = FIT_VIEWS if draft.augment else 1
+    layout = layout_of_source(source)
+    if layout is None:
+        pairs = draw_rows(views, draft.data_samples, count, draft.seed)
+    else:
+        count = max(2, min(count, VALUES_OF_ROWS // draft.classes))
+        every = range(draft.data_samples)
+        pairs = draw_rows_of_samples(layout, views, every, count, draft.seed)
     return teacher_rows(
         teacher,
         source,
-        draw_rows(views, draft.data_samples, count, draft.seed),
+        pairs,
         temperature=draft.temperature,
         augmentation=augmentation,
         workers=workers,

@@ -17,7 +17,9 @@ import numpy.typing as npt
 
 from softcache.cache import Cache, Header, open_cache
 from softcache.cache.allocate import clone, create
-from softcache.cache.reader import digest_of, partial_path
+from softcache.cache.arrays import INPUT_OFFSETS, INPUTS
+from softcache.cache.layout import RowLayout, read_layout
+from softcache.cache.reader import ONCE, digest_of, partial_path
 from softcache.cache.summary import summarize
 from softcache.cache.writer import Writer
 from softcache.errors import FormatError, Interrupted, SettingsError
@@ -44,10 +46,11 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """The views and rows of a remote cache to fetch, both counted from 0."""
+    """The views and samples of a remote cache to fetch, and the rows of these; all counted from 0."""
 
     views: range
     samples: range
+    rows: range
 
 
 def pull(
@@ -116,7 +119,7 @@ def pull_into(out: Path, remote: RemoteCache, part: Part, *, overwrite: bool) ->
 
 
 def _first_block(header: Header, part: Part) -> tuple[int, int]:
-    block = part.samples.start // header.block_rows
+    block = part.rows.start // header.block_rows
     return block, block + 1
 
 
@@ -139,7 +142,22 @@ def select_part(remote: RemoteCache, views: Range | None, samples: Range | None)
                 f"{available.start} to {available.stop - 1}"
             )
         selected.append(range(start - available.start, start - available.start + length))
-    return Part(*selected)
+    rows = selected[1]
+    if header.rows is not None and len(rows) == header.samples:
+        rows = range(header.row_count)
+    elif header.rows is not None:
+        layout = layout_of_remote(remote, remote.shared())
+        rows = range(int(layout.offsets[rows.start]), int(layout.offsets[rows.stop]))
+        if not rows:
+            raise SettingsError(
+                f"the samples asked for of {remote.file.shown} have no {header.unit}s; request others"
+            )
+    return Part(selected[0], selected[1], rows)
+
+
+def layout_of_remote(remote: RemoteCache, shared: Arrays) -> RowLayout:
+    """Which rows belong to which sample of a remote cache with many rows a sample."""
+    return read_layout(shared, remote.header.row_count, remote.file.shown)
 
 
 def is_whole(header: Header, part: Part) -> bool:
@@ -241,11 +259,33 @@ def part_header(remote: RemoteCache, part: Part, shared: Arrays) -> tuple[Header
         first_sample=whole.first_sample + samples.start,
         # room is kept for what stays
         summary={n: v for n, v in (whole.summary or {}).items() if n == "columns"} or None,
+        rows=whole.rows and row_facts(whole.rows, len(part.rows)),
     )
     return header, shared | {
         "fingerprinted": rows[kept] - samples.start,
         "fingerprints": shared["fingerprints"][part.views.start : part.views.stop, kept],
+        **samples_of_part(remote, part, shared),
     }
+
+
+def samples_of_part(remote: RemoteCache, part: Part, shared: Arrays) -> Arrays:
+    """The shared arrays that describe the samples of a part, if they have many rows; else empty."""
+    if remote.header.rows is None:
+        return {}
+    samples = slice(part.samples.start, part.samples.stop)
+    layout = layout_of_remote(remote, shared).take(np.arange(samples.start, samples.stop))
+    arrays: Arrays = {**layout.arrays(), "keys": shared["keys"][samples]}
+    if remote.header.embeds_inputs:
+        offsets = shared[INPUT_OFFSETS][samples.start : samples.stop + 1]
+        arrays[INPUTS] = shared[INPUTS][offsets[0] : offsets[-1]]
+        arrays[INPUT_OFFSETS] = offsets - offsets[0]
+    return arrays
+
+
+def row_facts(facts: dict[str, Any], count: int) -> dict[str, Any]:
+    """A header's `rows` for fewer of them; what was counted in all samples is left out."""
+    kept = {name: value for name, value in facts.items() if name not in ("tokens", "bytes")}
+    return kept | {"count": count}
 
 
 def fetch_missing(writer: Writer, remote: RemoteCache, part: Part) -> None:
@@ -253,21 +293,21 @@ def fetch_missing(writer: Writer, remote: RemoteCache, part: Part) -> None:
     header = remote.header
     missing_pieces = list(pieces(writer, remote, part))
     missing_bytes = sum(piece_bytes(header, piece) for piece in missing_pieces)
-    row_bytes = len(part.views) * len(part.samples) * header.bytes_per_row
+    row_bytes = len(part.views) * len(part.rows) * header.bytes_per_row
     total, done = max(row_bytes, missing_bytes), max(row_bytes - missing_bytes, 0)
     with progress("pull", total, "bytes", done) as advance:
         fetched = in_parallel(lambda piece: fetch_piece(remote, piece), missing_pieces)
         for piece, (row_arrays, sample_arrays) in zip(missing_pieces, fetched, strict=True):
             first = header.block_range(piece.first).start
             last = header.block_range(piece.stop - 1).stop
-            start, stop = max(first, part.samples.start), min(last, part.samples.stop)
+            start, stop = max(first, part.rows.start), min(last, part.rows.stop)
             inside = slice(start - first, stop - first)
-            cache_row = start - part.samples.start
+            cache_row = start - part.rows.start
             samples = {
                 name: sample_arrays[name][inside]
                 if name in sample_arrays
                 else writer.cache.arrays[name][cache_row : cache_row + stop - start]
-                for name in (a.name for a in header.arrays if a.axis == "samples")
+                for name in (a.name for a in header.arrays if a.axis in ONCE)
             }
             writer.write(
                 piece.view - part.views.start,
@@ -281,8 +321,8 @@ def fetch_missing(writer: Writer, remote: RemoteCache, part: Part) -> None:
 def pieces(writer: Writer, remote: RemoteCache, part: Part) -> Iterator[Piece]:
     """Runs of blocks with missing rows, about PART bytes each."""
     header = remote.header
-    first = part.samples.start // header.block_rows
-    end = -(-part.samples.stop // header.block_rows)
+    first = part.rows.start // header.block_rows
+    end = -(-part.rows.stop // header.block_rows)
     for view in part.views:
         missing = writer.missing(view - part.views.start)
         with_samples = view == part.views.start
@@ -299,14 +339,14 @@ def pieces(writer: Writer, remote: RemoteCache, part: Part) -> Iterator[Piece]:
 
 def _has_missing(missing: npt.NDArray[np.bool_], header: Header, block: int, part: Part) -> bool:
     rows = header.block_range(block)
-    offset = part.samples.start
+    offset = part.rows.start
     return bool(missing[max(0, rows.start - offset) : max(0, rows.stop - offset)].any())
 
 
 def piece_bytes(header: Header, piece: Piece) -> int:
     """Bytes that fetch_piece() reads."""
     rows = header.block_range(piece.stop - 1).stop - header.block_range(piece.first).start
-    axes = ("rows", "samples") if piece.with_samples else ("rows",)
+    axes = ("rows", *ONCE) if piece.with_samples else ("rows",)
     return rows * sum(array.row_bytes for array in header.arrays if array.axis in axes)
 
 
@@ -325,12 +365,12 @@ def fetch_piece(remote: RemoteCache, piece: Piece) -> tuple[Arrays, Arrays]:
     row_arrays, sample_arrays = {}, {}
     for array in header.arrays:
         if array.axis == "rows":
-            offset = array.offset + (piece.view * header.samples + start) * array.row_bytes
+            offset = array.offset + (piece.view * header.row_count + start) * array.row_bytes
             raw = remote.file.read(offset, (stop - start) * array.row_bytes)
             row_arrays[array.name] = np.frombuffer(raw, array.dtype).reshape(
                 stop - start, *array.shape[2:]
             )
-        elif array.axis == "samples" and piece.with_samples:
+        elif array.axis in ONCE and piece.with_samples:
             raw = remote.file.read_long(
                 array.offset + start * array.row_bytes, (stop - start) * array.row_bytes
             )
@@ -338,15 +378,15 @@ def fetch_piece(remote: RemoteCache, piece: Piece) -> tuple[Arrays, Arrays]:
                 stop - start, *array.shape[1:]
             )
     for block in range(piece.first, piece.stop):
-        samples = header.block_range(block)
-        inside = slice(samples.start - start, samples.stop - start)
+        rows = header.block_range(block)
+        inside = slice(rows.start - start, rows.stop - start)
         for arrays, digests, what in (
             (row_arrays, remote.digests[piece.view], f"soft targets in view {piece.view}"),
             (sample_arrays, remote.sample_digests, "labels and keys"),
         ):
             if arrays and digest_of(values[inside] for values in arrays.values()) != digests[block]:
                 raise FormatError(
-                    f"{remote.file.shown}: the {what} of samples {samples.start} to {samples.stop - 1} do "
+                    f"{remote.file.shown}: the {what} of samples {rows.start} to {rows.stop - 1} do "
                     "not match their digest: the file has changed since the pull started, is damaged, or its "
                     "server returns wrong bytes; try again, or run softcache verify where the file is"
                 )
@@ -379,9 +419,9 @@ def size_of(remote: RemoteCache, part: Part) -> int:
     header = remote.header
     if is_whole(header, part):
         return header.file_bytes
-    rows = len(part.views) * len(part.samples) * header.bytes_per_row
-    samples = sum(a.row_bytes for a in header.arrays if a.axis == "samples") * len(part.samples)
-    return rows + samples + sum(a.nbytes for a in header.arrays if a.axis == "shared")
+    rows = len(part.views) * len(part.rows) * header.bytes_per_row
+    once = sum(a.row_bytes for a in header.arrays if a.axis in ONCE) * len(part.rows)
+    return rows + once + sum(a.nbytes for a in header.arrays if a.axis == "shared")
 
 
 def _source_file(out: Path) -> Path:

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from softcache.cache import Cache
-from softcache.cache.header import MAX_HEADER, PREAMBLE, Array, Header, parse_header, parse_preamble
-from softcache.cache.reader import SHOWN_CLASSES, gaps, shared_digest
+from softcache.cache.arrays import Array
+from softcache.cache.header import MAX_HEADER, PREAMBLE, Header, parse_header, parse_preamble
+from softcache.cache.reader import ONCE, SHOWN_CLASSES, gaps, shared_digest
 from softcache.errors import FormatError, RemoteError, SettingsError
 from softcache.util.extras import import_extra, install_command
 from softcache.util.urls import is_url, public_url, without_secrets
@@ -291,8 +292,8 @@ def open_remote(location: str) -> RemoteCache:
 
 def memory_sizes(header: Header) -> dict[str, int]:
     """The parts of a cache that a pull holds in memory, with their sizes in bytes."""
-    sample_bytes = sum(array.row_bytes for array in header.arrays if array.axis == "samples")
-    other_arrays = (a.nbytes for a in header.arrays if a.axis not in ("rows", "samples"))
+    sample_bytes = sum(array.row_bytes for array in header.arrays if array.axis in ONCE)
+    other_arrays = (a.nbytes for a in header.arrays if a.axis not in ("rows", *ONCE))
     return {
         "arrays other than rows": sum(other_arrays),
         "the HDF5 structure": sum(stop - start for start, stop in gaps(header)),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softcache._version import __version__
 from softcache.cache import Cache, Header
-from softcache.cache.header import FINGERPRINT
+from softcache.cache.arrays import FINGERPRINT
 from softcache.data.augment import Augmentation, parse_augment, split_augment
 from softcache.data.loader import augmented, loader, make_request
 from softcache.data.source import Source

@@ -12,7 +12,7 @@ import xxhash
 from torch import Tensor
 
 from softcache.cache.verdict import Predictions, judge
-from softcache.data.keys import sample_keys
+from softcache.data.keys import keys_of
 from softcache.data.label_sets import batch_sets, check_batch_labels
 from softcache.data.loader import loader, sequential_batches
 from softcache.data.source import Source, check_kind_of_labels
@@ -156,9 +156,9 @@ def evaluate(
 
 def data_digest(source: Source, workers: int = 0) -> str:
     """Hash the content of a data set, 16 hex digits: xxh3 over its sample keys and labels, in order."""
-    digest, text = xxhash.xxh3_64(), bool(getattr(source, "text", False))
+    digest = xxhash.xxh3_64()
     for batch in loader(source, sequential_batches(len(source), BATCH), workers=workers):
-        digest.update(sample_keys(batch.inputs, text=text).astype("<u8").tobytes())
+        digest.update(keys_of(batch.inputs, source).astype("<u8").tobytes())
         digest.update(batch.labels.numpy().astype("<i8").tobytes())
         digest.update(batch.sets.numpy().astype(np.uint8).tobytes())
     return digest.hexdigest()

@@ -1,6 +1,7 @@
-"""Classifiers from transformers, each with its own preprocessing.
+"""Models from transformers, each with its own preprocessing.
 
-    hf:ID_OR_FOLDER                                images or texts, with pretrained weights
+    hf:ID_OR_FOLDER                                a classifier of images or texts, with pretrained weights;
+                                                   for tokens, words or pixels a model of these
     hf:TYPE?pretrained=false&hidden_size=192…      from a configuration alone, with random weights
 
 Options: pretrained=false; processor= and tokenizer= if they are not in the model's own folder; any
@@ -18,8 +19,10 @@ from typing import Any
 
 from torch import nn
 
+from softcache.data.rows import PIXEL, TOKEN, WORD
 from softcache.errors import ModelError, SettingsError
 from softcache.models.hub import HubModel, library_errors, needs_own_code, option_value
+from softcache.models.language import TokenModel
 from softcache.models.preprocess import Preprocess, Steps, steps_of_processor
 from softcache.models.spec import is_pretrained
 from softcache.models.tokens import Tokenize
@@ -27,6 +30,11 @@ from softcache.util.extras import import_extra
 from softcache.util.spec import LOCAL_OPTIONS, Spec
 
 TASKS = {"ImageClassification": "image", "SequenceClassification": "text"}
+TASKS_OF_UNITS = {
+    TOKEN: "CausalLM",
+    WORD: "TokenClassification",
+    PIXEL: "SemanticSegmentation",
+}
 MAX_TOKENS = 1 << 16  # a tokenizer without a limit reports a far larger number
 RESAMPLE_IDS = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
@@ -35,7 +43,7 @@ Config = Any  # a transformers configuration
 Tokenizer = Any  # a transformers tokenizer
 
 
-def save_hub(model: HubModel, folder: Path, class_names: tuple[str, ...] = ()) -> None:
+def save_hub(model: HubModel | TokenModel, folder: Path, class_names: tuple[str, ...] = ()) -> None:
     """Save a transformers model as its library does, with its processor or tokenizer.
 
     Raises:
@@ -50,7 +58,10 @@ def save_hub(model: HubModel, folder: Path, class_names: tuple[str, ...] = ()) -
         config.label2id = {name: number for number, name in enumerate(class_names)}
     with _quiet(import_extra("transformers", extra="hf", what="an hf: model")):
         save(folder)
-    if isinstance(model.prepare, Tokenize):
+    if isinstance(model, TokenModel):
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(folder)
+    elif isinstance(model.prepare, Tokenize):
         model.prepare.tokenizer.save_pretrained(folder)
     elif isinstance(model.prepare, Preprocess):
         settings = processor_settings(model.prepare.steps)
@@ -79,8 +90,8 @@ def processor_settings(steps: Steps) -> dict[str, Any]:
     }
 
 
-def build_hf(spec: Spec, input_shape: Sequence[int], classes: int | None) -> HubModel:
-    """Build an image or text classifier; options that softcache does not use go to its configuration.
+def build_hf(spec: Spec, input_shape: Sequence[int], classes: int | None) -> HubModel | TokenModel:
+    """Build a model; options that softcache does not use go to its configuration.
 
     Args:
         classes: number of classes of a student, which gets a new last layer if the pretrained one has
@@ -88,14 +99,14 @@ def build_hf(spec: Spec, input_shape: Sequence[int], classes: int | None) -> Hub
 
     Raises:
         SettingsError: transformers is not installed, or an option is invalid.
-        ModelError: the model cannot be loaded, or is not an image or text classifier.
+        ModelError: the model cannot be loaded, or is none for the task of the data.
     """
     library = import_extra("transformers", extra="hf", what=f"model {spec.text}")
     with library_errors(spec), _quiet(library):
         return _build_quietly(library, spec, classes)
 
 
-def _build_quietly(library: Library, spec: Spec, classes: int | None) -> HubModel:
+def _build_quietly(library: Library, spec: Spec, classes: int | None) -> HubModel | TokenModel:
     pretrained = is_pretrained(spec)
     name_or_path, options = str(spec.path.expanduser()), dict(spec.options)
     options.pop("pretrained", None)
@@ -109,30 +120,18 @@ def _build_quietly(library: Library, spec: Spec, classes: int | None) -> HubMode
         setattr(config, name, option_value(value))
     task = _task(library, config, spec)
     tokenizer: Tokenizer | None = None
-    if TASKS[task] == "text":
+    if spec.task in (TOKEN, WORD):
+        place = local["tokenizer"] or default
+        tokenizer = _tokenizer_if_any(library, place)
+        return _build_of_tokens(library, spec, config, task, classes, tokenizer, options)
+    if TASKS.get(task) == "text":
         tokenizer = _load_tokenizer(library, local["tokenizer"] or default, spec)
         if local["tokenizer"] and not pretrained:
             _fit_vocabulary(config, tokenizer, options)
     auto_class = getattr(library, f"AutoModelFor{task}")
     if classes is not None and classes != config.num_labels:
         config.num_labels = classes
-    if pretrained:
-        model, report = auto_class.from_pretrained(
-            name_or_path,
-            config=config,
-            ignore_mismatched_sizes=classes is not None,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        missing = sorted(map(str, report["missing_keys"]))
-        if missing and classes is None:
-            raise ModelError(
-                f"model {spec.text} has no weights for {', '.join(missing[:3])}"
-                f"{' and others' if len(missing) > 3 else ''}; a teacher needs a trained classifier"
-            )
-    else:
-        model = auto_class.from_config(config, trust_remote_code=False)
-    model = model.float()
+    model = _load(auto_class, spec, config, teacher=classes is None)
     names = tuple(str(config.id2label.get(i)) for i in range(config.num_labels))
     has_names = classes is None and not all(name.startswith("LABEL_") for name in names)
     if tokenizer is not None:
@@ -141,6 +140,101 @@ def _build_quietly(library: Library, spec: Spec, classes: int | None) -> HubMode
         steps = _processor_steps(library, config, local["processor"] or default, spec, classes)
         prepare = Preprocess(steps, getattr(config, "num_channels", 3))
     return HubModel(model, prepare, names if has_names else ())
+
+
+def _load(auto_class: Any, spec: Spec, config: Config, *, teacher: bool) -> nn.Module:  # noqa: ANN401
+    """The model in float32, with pretrained weights unless the specification says otherwise.
+
+    Raises:
+        ModelError: weights are missing that a teacher needs.
+    """
+    if not is_pretrained(spec):
+        model: nn.Module = auto_class.from_config(config, trust_remote_code=False)
+        return model.float()
+    model, report = auto_class.from_pretrained(
+        str(spec.path.expanduser()),
+        config=config,
+        ignore_mismatched_sizes=not teacher,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    missing = sorted(map(str, report["missing_keys"]))
+    if missing and teacher:
+        raise ModelError(
+            f"model {spec.text} has no weights for {', '.join(missing[:3])}"
+            f"{' and others' if len(missing) > 3 else ''}; a teacher needs a trained model"
+        )
+    return model.float()
+
+
+def _build_of_tokens(
+    library: Library,
+    spec: Spec,
+    config: Config,
+    task: str,
+    classes: int | None,
+    tokenizer: Tokenizer | None,
+    given: Collection[str],
+) -> TokenModel:
+    """A language model or a token classifier; the data has its texts as token ids already.
+
+    Args:
+        classes: of a language model the size of the tokenizer's vocabulary, beyond which its outputs are
+            padding; None to take them as they are.
+        given: the options that set fields of the configuration.
+    """
+    language = task == TASKS_OF_UNITS[TOKEN]
+    auto_class, pretrained = getattr(library, f"AutoModelFor{task}"), is_pretrained(spec)
+    if language and not pretrained and classes is not None and "vocab_size" not in given:
+        config.vocab_size = classes
+    if not language and classes is not None and classes != config.num_labels:
+        config.num_labels = classes
+    if classes is not None and language and config.vocab_size < classes:
+        raise ModelError(
+            f"model {spec.text} has a vocabulary of {config.vocab_size:,}, and the tokenizer of the data has "
+            f"{classes:,} tokens; use the model's own tokenizer"
+        )
+    if language and getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"model {spec.text} has an encoder; expected a decoder alone, as gpt2 or llama are"
+        )
+    model = _load(auto_class, spec, config, teacher=spec.teacher)
+    names: tuple[str, ...] = ()
+    if not language:
+        names = tuple(str(config.id2label.get(i)) for i in range(config.num_labels))
+        names = () if all(name.startswith("LABEL_") for name in names) else names
+    return TokenModel(
+        model, classes if language else None, names if spec.teacher else (), tokenizer
+    )
+
+
+def _tokenizer_if_any(library: Library, place: str | None) -> Tokenizer | None:
+    """The tokenizer to save with a model of tokens; None if it has none."""
+    try:
+        return (
+            library.AutoTokenizer.from_pretrained(place, trust_remote_code=False) if place else None
+        )
+    except (
+        Exception
+    ):  # the model's inputs are tokens already; the library raises errors of many types
+        return None
+
+
+def context_length(place: str) -> int | None:
+    """The most tokens that a language model in a folder or of the hub takes; None if it does not say.
+
+    Raises:
+        SettingsError: transformers is not installed.
+    """
+    library = import_extra("transformers", extra="hf", what=f"model hf:{place}")
+    try:
+        config = library.AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except Exception:  # what is wrong with the model is said where it is built
+        return None
+    length = getattr(config, "max_position_embeddings", None) or getattr(
+        config, "n_positions", None
+    )
+    return length if isinstance(length, int) else None
 
 
 def _config(library: Library, spec: Spec, name_or_path: str, pretrained: bool) -> Config:
@@ -166,7 +260,9 @@ def _is_type(library: Library, name_or_path: str) -> bool:
 
 
 def _task(library: Library, config: Config, spec: Spec) -> str:
-    """The task of the configuration's architecture, or else the only task its type supports."""
+    """The task of the data, of the configuration's architecture, or the only one that its type supports."""
+    if spec.task in TASKS_OF_UNITS:
+        return TASKS_OF_UNITS[spec.task]
     for architecture in getattr(config, "architectures", None) or ():
         for task in TASKS:
             if task in architecture:
@@ -179,12 +275,17 @@ def _task(library: Library, config: Config, spec: Spec) -> str:
         )
         if type(config) in getattr(library, mapping)
     ]
-    if len(supported) != 1:
+    if len(supported) != 1 or any("LMHead" in name or "Causal" in name for name in _names(config)):
         raise ModelError(
-            f"model {spec.text} is {config.model_type}, {', '.join(config.architectures or ['bare'])}; "
-            "expected an image or text classifier"
+            f"model {spec.text} is {config.model_type}, {', '.join(_names(config) or ['bare'])}; "
+            "expected an image or text classifier; a language model takes text:, jsonl: or ids: data"
         )
     return supported[0]
+
+
+def _names(config: Config) -> list[str]:
+    """The names of the classes that a configuration was saved for."""
+    return list(getattr(config, "architectures", None) or [])
 
 
 def _processor_steps(

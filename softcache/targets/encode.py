@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,22 @@ from softcache.util.counter_rng import uniform
 Indices = npt.NDArray[np.int64]
 Stored = dict[str, Tensor]  # an encoded batch of rows: tensors by array name, on any device
 
-# (log-probabilities (B, C) float32, view, sample ids (B,)) -> the encoded rows
-Encoder = Callable[[Tensor, int, Indices], Stored]
+
+class Encoder(Protocol):
+    """Encodes a batch of rows."""
+
+    def __call__(
+        self, log_probs: Tensor, view: int, sample_ids: Indices, positions: Indices | None = None
+    ) -> Stored:
+        """The encoded rows.
+
+        Args:
+            log_probs: (B, C) float32.
+            view: number of the view, from which draws follow, as from the next two.
+            sample_ids: (B,) the samples of the rows.
+            positions: (B,) where in their samples they stand, if these have many rows.
+        """
+
 
 LARGEST_ODDS = 65504.0  # the largest finite float16
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the row's largest coefficient tried as its range
@@ -70,12 +84,19 @@ def _in_cache_sized_parts(encode: Encoder) -> Encoder:
     With 32,000 classes, encoding whole batches takes 2 to 4 times as long.
     """
 
-    def encode_parts(log_probs: Tensor, view: int, sample_ids: Indices) -> Stored:
+    def encode_parts(
+        log_probs: Tensor, view: int, sample_ids: Indices, positions: Indices | None = None
+    ) -> Stored:
         rows = max(1, PART_ELEMENTS // log_probs.shape[-1])
         if len(log_probs) <= rows:
-            return encode(log_probs, view, sample_ids)
+            return encode(log_probs, view, sample_ids, positions)
         parts = [
-            encode(log_probs[start : start + rows], view, sample_ids[start : start + rows])
+            encode(
+                log_probs[start : start + rows],
+                view,
+                sample_ids[start : start + rows],
+                None if positions is None else positions[start : start + rows],
+            )
             for start in range(0, len(log_probs), rows)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -88,26 +109,29 @@ def _make_encoder(
 ) -> Encoder:
     match encoding:
         case Dense():
-            return lambda log_probs, view, sample_ids: _encode_dense(log_probs)
+            return lambda log_probs, *_: _encode_dense(log_probs)
         case Bernoulli():
-            return lambda log_odds, view, sample_ids: _encode_bernoulli(log_odds)
+            return lambda log_probs, *_: _encode_bernoulli(log_probs)
         case Quantized():
-            return lambda log_probs, view, sample_ids: _encode_quantized(log_probs)
+            return lambda log_probs, *_: _encode_quantized(log_probs)
         case TopK():
             ratios = [temperature / t for t in encoding.temperatures]
-            return lambda log_probs, view, sample_ids: _encode_topk(encoding.k, ratios, log_probs)
+            return lambda log_probs, *_: _encode_topk(encoding.k, ratios, log_probs)
         case Basis():
             project = projection(shared)
-            return lambda log_probs, view, sample_ids: _encode_basis(
-                encoding, shared, project, log_probs
-            )
+            return lambda log_probs, *_: _encode_basis(encoding, shared, project, log_probs)
         case Sampled():
-            return lambda log_probs, view, sample_ids: _encode_sampled(
+            return lambda log_probs, view, sample_ids, positions=None: _encode_sampled(
                 log_probs,
-                uniform(seed, view, sample_ids, stream=SAMPLED_STREAM, draws=1),
+                uniform(seed, view, sample_ids, stream=_draw_stream(positions), draws=1),
                 encoding.n,
             )
     raise TypeError(f"no encoder for {encoding}")
+
+
+def _draw_stream(positions: Indices | None) -> int | Indices:
+    """The stream of the draws of `sampled`: one of its own for each position in a sample."""
+    return SAMPLED_STREAM if positions is None else SAMPLED_STREAM + 1 + positions
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from softcache.cache.encodings import check_sampled
 from softcache.cache.reader import change_check
 from softcache.targets.decode import class_ids, decode
 from softcache.targets.encode import Indices
-from softcache.types import Targets, Views
+from softcache.types import StoredTargets, Targets, Views
 
 # reading is slow if a row takes longer than SLOW_ROW seconds plus its bytes at SLOW_BYTES per second
 SLOW_ROW, SLOW_BYTES = 20e-6, 5e8
@@ -41,6 +41,45 @@ def soft_targets(
     return lambda views, cache_rows: fetch(views, cache_rows)[temperature]
 
 
+def stored_targets(
+    cache: Cache, temperatures: Sequence[float], device: torch.device
+) -> Callable[[Views, Indices], dict[float, StoredTargets]]:
+    """Like tempered_targets(), but the rows stay as they are stored until they are needed.
+
+    The log-probabilities of all tokens of a batch would not fit into memory.
+    """
+    header = cache.header
+    if isinstance(header.encoding, Sampled):
+        for temperature in temperatures:
+            check_sampled(header.temperature, temperature)
+    gather, check_unchanged = make_gather(cache), change_check(cache)
+    shared = {name: tensor.to(device) for name, tensor in shared_tensors(cache).items()}
+
+    def decoder(wanted: float) -> Callable[[Mapping[str, Tensor]], Targets]:
+        return lambda stored: decode(
+            header.encoding,
+            shared | dict(stored),
+            temperature=header.temperature,
+            wanted=wanted,
+            classes=header.classes,
+        )
+
+    decoders = {temperature: decoder(temperature) for temperature in temperatures}
+
+    def fetch(views: Views, rows: Indices) -> dict[float, StoredTargets]:
+        stored = gather(views * header.row_count + rows)
+        check_unchanged()
+        if "ids" in stored:
+            stored["ids"] = class_ids(stored["ids"], header.classes)
+        on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in stored.items()}
+        return {
+            temperature: StoredTargets(on_device, decoder, len(rows), header.classes)
+            for temperature, decoder in decoders.items()
+        }
+
+    return fetch
+
+
 def tempered_targets(
     cache: Cache, temperatures: Sequence[float], device: torch.device
 ) -> Callable[[Views, Indices], dict[float, Targets]]:
@@ -57,7 +96,7 @@ def tempered_targets(
     shared = {name: tensor.to(device) for name, tensor in shared_tensors(cache).items()}
 
     def fetch(views: Views, cache_rows: Indices) -> dict[float, Targets]:
-        stored = gather(views * header.samples + cache_rows)
+        stored = gather(views * header.row_count + cache_rows)
         check_unchanged()
         if "ids" in stored:
             stored["ids"] = class_ids(stored["ids"], header.classes)
@@ -114,8 +153,8 @@ def shared_tensors(cache: Cache) -> dict[str, Tensor]:
     """The arrays that all rows of the encoding share, by name, as float32."""
     return {
         array.name: torch.from_numpy(cache.arrays[array.name].astype(np.float32))
-        for array in cache.header.arrays
-        if array.axis == "shared" and not array.dtype.startswith("|S")
+        for array in cache.header.encoding.arrays(cache.header.classes)
+        if array.axis == "shared"
     }
 
 

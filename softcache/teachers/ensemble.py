@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from softcache.errors import ModelError, SettingsError
 from softcache.targets.encode import as_odds, soften
 from softcache.teachers.outputs import SURE
 from softcache.teachers.teacher import Teacher
+from softcache.types import RowIndex
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,28 @@ class Ensemble:
         Raises:
             ModelError: a teacher raises, or its output is not finite logits (B, C).
         """
+        return self._averaged([t.logits(inputs, samples) for t in self.teachers], temperature)
+
+    def row_log_probs(
+        self,
+        inputs: Tensor,
+        rows: RowIndex,
+        temperature: float,
+        samples: npt.NDArray[np.int64] | None = None,
+    ) -> Iterator[Tensor]:
+        """The same of some rows of samples that have many: (n, C) for the next few of them at a time.
+
+        Raises:
+            ModelError: a teacher raises, or does not return finite logits for each row.
+        """
+        parts = [teacher.row_logits(inputs, rows, samples) for teacher in self.teachers]
+        for logits in zip(*parts, strict=True):
+            yield self._averaged(logits, temperature)
+
+    def _averaged(self, logits: Sequence[Tensor], temperature: float) -> Tensor:
+        """The weighted mean of the softened probabilities, (B, C), from the logits of each teacher."""
         if self.multi_label:
-            odds = [as_odds(t.logits(inputs, samples), temperature) for t in self.teachers]
+            odds = [as_odds(part, temperature) for part in logits]
             if len(odds) == 1:
                 return odds[0]
             mean = torch.zeros_like(odds[0], dtype=torch.float64)
@@ -91,7 +112,7 @@ class Ensemble:
                 mean += weight * part.double().sigmoid()
             averaged: Tensor = torch.special.logit(mean, eps=SURE)
             return averaged.float()
-        log_probs = [soften(t.logits(inputs, samples), temperature) for t in self.teachers]
+        log_probs = [soften(part, temperature) for part in logits]
         if len(log_probs) == 1:
             return log_probs[0]
         weighted = [

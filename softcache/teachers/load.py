@@ -11,8 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from softcache.data.rows import TOKEN
 from softcache.data.spec import named_classes
 from softcache.errors import ModelError, SettingsError
+from softcache.models.build import of_tokens
 from softcache.models.code import call_code, call_object, import_object
 from softcache.models.normalize import normalized, unnormalized
 from softcache.models.spec import BUILT_IN, HUB, is_pretrained
@@ -22,6 +24,7 @@ from softcache.teachers.numpy_function import NumpyTeacher, estimator_teacher, i
 from softcache.teachers.select_classes import parse_classes, select_classes
 from softcache.teachers.spec import KINDS, parse_teacher
 from softcache.teachers.teacher import Teacher
+from softcache.types import RowIndex
 from softcache.util.spec import CODE, Spec
 
 
@@ -40,6 +43,7 @@ def load_teacher(
     text: bool = False,
     trust_code: bool = False,
     multi_label: bool = False,
+    unit: str | None = None,
 ) -> Teacher:
     """Build the teacher, load its weights, and try it on one sample.
 
@@ -57,6 +61,7 @@ def load_teacher(
         text: whether the samples are texts; a user's function then gets a list of them.
         trust_code: load a .pt2 file even if it may run code.
         multi_label: whether each class applies or not on its own.
+        unit: what a row of the data is, if its samples have many.
 
     Raises:
         SettingsError: the specification is unknown, a built-in architecture has no weights, the
@@ -71,7 +76,9 @@ def load_teacher(
     stated = named_classes(named.options, spec)
     # no handler knows the option
     options = {name: value for name, value in named.options.items() if name != "classes"}
-    parsed = dataclasses.replace(named, options=options, trusted=trust_code)
+    parsed = dataclasses.replace(
+        named, options=options, trusted=trust_code, task=unit, teacher=True
+    )
     built_in = parsed.kind in BUILT_IN
     if (built_in or not is_pretrained(parsed)) and weights is None:
         raise SettingsError(
@@ -95,6 +102,7 @@ def load_teacher(
         model = build_teacher(parsed, input_shape=sample.shape[1:], classes=width, text=text)
         if weights is not None:
             load_weights(model, weights)
+        model = of_tokens(model, unit, width)
         facts = {"parameters": parameter_count(model), "sha256": state_sha256(model)}
     names = getattr(model, "class_names", ())
     if names and not select:
@@ -116,7 +124,7 @@ def load_teacher(
     teacher = Teacher(
         spec, model, width, device, precision, provenance, output, softened, stated, multi_label
     )
-    output_width = teacher.logits(sample).shape[1]
+    teacher, output_width = tried(teacher, sample, unit)
     if output_width < 2:
         raise ModelError(
             f"teacher {spec} returns outputs of width {output_width}; expected at least 2 classes"
@@ -138,6 +146,31 @@ def load_teacher(
     return select_classes(teacher, columns)
 
 
+def tried(teacher: Teacher, sample: Tensor, unit: str | None) -> tuple[Teacher, int]:
+    """The teacher with the number of positions of its output for a sample (1, *shape), and its classes.
+
+    Raises:
+        ModelError: its output is wrong, or it returns one row for a sample of many.
+    """
+    if unit is None:
+        try:
+            return teacher, teacher.logits(sample).shape[1]
+        except ModelError:
+            shape = teacher.output_shape(sample)
+            if len(shape) not in (3, 4):
+                raise
+    shape = teacher.output_shape(sample)
+    if len(shape) not in (3, 4):
+        raise ModelError(
+            f"teacher {teacher.spec} returns shape {shape} for one sample, and the data has a row for each "
+            f"{unit}; expected logits of shape (1, positions, classes)"
+        )
+    positions = shape[1] if len(shape) == 3 else int(sample.shape[-2] * sample.shape[-1])
+    teacher = dataclasses.replace(teacher, positions=positions)
+    first = RowIndex(*torch.zeros((2, 1), dtype=torch.int64))
+    return teacher, next(teacher.row_logits(sample, first)).shape[1]
+
+
 def build_teacher(
     spec: Spec, *, input_shape: Sequence[int], classes: int | None, text: bool = False
 ) -> nn.Module:
@@ -156,7 +189,9 @@ def build_teacher(
     if spec.kind == CODE:
         return normalized(_from_code(spec, text=text), spec, input_shape)
     pretrained = spec.kind in HUB and is_pretrained(spec)  # keeps the outputs it was trained with
-    outputs = None if pretrained else classes or 2
+    outputs = None if pretrained and spec.task != TOKEN else classes or 2
+    if spec.task == TOKEN:
+        outputs = classes  # the tokens of the data, without the padding of the vocabulary
     model = cast(nn.Module, MODEL_KINDS[spec.kind].load()(spec, input_shape, outputs))
     return normalized(model, spec, input_shape)
 

@@ -15,13 +15,17 @@ from torch import Tensor, nn
 
 from softcache.data.workers import is_worker_failure
 from softcache.errors import ModelError
+from softcache.models.language import TokenModel, flat_logits
 from softcache.models.normalize import unnormalized
 from softcache.models.outputs import logits_of
 from softcache.teachers.matrix import Matrix
 from softcache.teachers.numpy_function import NumpyTeacher
 from softcache.teachers.outputs import as_logits, as_odds, describe_single, two_columns
+from softcache.types import RowIndex
 from softcache.util.device import is_out_of_memory
 from softcache.util.log import inform
+
+CHUNK_VALUES = 1 << 24  # logits of a language model that are in memory at a time
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,6 +43,7 @@ class Teacher:
         softened: temperature at which the model's output was already softened.
         stated_names: the names of its classes as the user stated them; empty for those of the model.
         multi_label: whether each class applies or not on its own, so that its outputs are log-odds.
+        positions: how many positions its output has for the first sample; None for one row a sample.
         notes: what was logged about the outputs, so that it is logged once and not for every batch.
     """
 
@@ -52,6 +57,7 @@ class Teacher:
     softened: float = 1.0
     stated_names: tuple[str, ...] = ()
     multi_label: bool = False
+    positions: int | None = None
     notes: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def logits(self, inputs: Tensor, samples: npt.NDArray[np.int64] | None = None) -> Tensor:
@@ -80,6 +86,61 @@ class Teacher:
                 f"{tuple(inputs.shape)} of {inputs.dtype}: {' '.join(str(error).split())}"
             ) from error
         return self._checked(output, len(inputs), where, sample_ids)
+
+    def row_logits(
+        self, inputs: Tensor, rows: RowIndex, samples: npt.NDArray[np.int64] | None = None
+    ) -> Iterator[Tensor]:
+        """Logits of some rows of samples that have many, (n, C) float32, a few rows at a time.
+
+        The logits of all rows of a language model would not fit into memory, so its head runs on parts.
+
+        Args:
+            rows: which rows, in order.
+            samples: (B,) sample ids, for messages.
+
+        Raises:
+            ModelError: the teacher raises, or does not return finite logits for each row.
+        """
+        sample_ids = np.arange(len(inputs)) if samples is None else samples
+        where = f"samples {sample_ids[0]} to {sample_ids[-1]}"
+        who = f"teacher {self.spec}"
+        inputs, rows = inputs.to(self.device), RowIndex(*(t.to(self.device) for t in rows))
+        ids_of_rows = sample_ids[rows.samples.cpu().numpy()]
+        try:
+            with torch.inference_mode(), self._autocast():
+                model = self._split_model(inputs)
+                if model is None:
+                    states = flat_logits(self._run(inputs), inputs, rows, who)
+                else:
+                    states = model(inputs, rows.flat(inputs.shape[1]))  # (R, H)
+        except ModelError:
+            raise
+        except Exception as error:  # a user's model may fail in any way
+            if is_worker_failure(error):
+                raise
+            raise ModelError(
+                f"{who} raised {type(error).__name__} on {where}, inputs {tuple(inputs.shape)} of "
+                f"{inputs.dtype}: {' '.join(str(error).split())}"
+            ) from error
+        size = max(1, CHUNK_VALUES // (self.classes or states.shape[1]))
+        for start in range(0, len(states), size):
+            part = states[start : start + size]
+            with torch.inference_mode(), self._autocast():
+                logits = part if model is None else model.head(part)
+            yield self._checked(logits, len(part), where, ids_of_rows[start : start + size])
+
+    def _split_model(self, inputs: Tensor) -> TokenModel | None:
+        """The model if its head can run on its own; else None."""
+        splits = isinstance(self.model, TokenModel) and self.model.splits(inputs)
+        return self.model if splits and isinstance(self.model, TokenModel) else None
+
+    def output_shape(self, sample: Tensor) -> tuple[int, ...]:
+        """The shape of what the model returns for one sample (1, *shape); empty if it is no tensor."""
+        if isinstance(self.model, Matrix):
+            return ()
+        with torch.inference_mode(), self._autocast():
+            output = self._run(sample.to(self.device))
+        return tuple(output.shape) if isinstance(output, Tensor) else ()
 
     def _run(self, inputs: Tensor) -> Any:  # noqa: ANN401  # whatever a user's model returns
         """Run the model; a batch that does not fit into memory is split in halves."""

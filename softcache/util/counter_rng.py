@@ -13,7 +13,7 @@ def uniform(
     view: int | npt.NDArray[np.int64],
     samples: npt.NDArray[np.int64],
     *,
-    stream: int,
+    stream: int | npt.NDArray[np.int64],
     draws: int,
 ) -> Draws:
     """Uniform random numbers in [0, 1) that depend only on their coordinates.
@@ -25,7 +25,7 @@ def uniform(
         seed: the first coordinate.
         view: one number for all samples, or (B,) one for each.
         samples: (B,) numbers of the samples.
-        stream: separates the draws of different purposes.
+        stream: separates the draws of different purposes; one number for all samples, or (B,) one for each.
         draws: how many numbers each sample gets.
 
     Returns:
@@ -33,7 +33,8 @@ def uniform(
     """
     state = np.zeros((len(samples), draws), np.uint64)
     views = np.broadcast_to(view, len(samples))[:, None]
-    coordinates = (seed, views, samples.astype(np.uint64)[:, None], stream, np.arange(draws))
+    streams = np.broadcast_to(stream, len(samples))[:, None]
+    coordinates = (seed, views, samples.astype(np.uint64)[:, None], streams, np.arange(draws))
     for coordinate in coordinates:
         state = _mix(state + np.asarray(coordinate).astype(np.uint64))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53

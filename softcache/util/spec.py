@@ -60,6 +60,9 @@ class Spec:
         split: the split after the `@`; empty if there is none.
         file: whether the place is a file; its folder is left out of the public name.
         trusted: whether a file that may run code is opened all the same.
+        defaults: options that count where none are given; they are not part of the public name.
+        task: what a model is for, where its own files leave that open: a unit of rows, such as `token`.
+        teacher: whether a model is to be used as it is, so that it needs all its weights.
     """
 
     text: str
@@ -70,6 +73,9 @@ class Spec:
     split: str = ""
     file: bool = False
     trusted: bool = False
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    task: str | None = None
+    teacher: bool = False
 
     @property
     def path(self) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softcache.cache import Cache, Dense, Header, open_cache
 from softcache.cache.allocate import create
-from softcache.cache.header import FINGERPRINT
+from softcache.cache.arrays import FINGERPRINT
 from softcache.cache.writer import Writer
 from softcache.data.open import open_source
 from softcache.data.source import ArraySource

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from softcache.cache import Cache, Header, allocate, open_cache
-from softcache.cache.header import PREAMBLE, Array, preamble
+from softcache.cache.arrays import Array
+from softcache.cache.header import PREAMBLE, preamble
 from softcache.cache.reader import digest_of, shared_digest
 from softcache.errors import FormatError
 from softcache.train import checkpoint

@@ -48,15 +48,9 @@ from typing import Any
 import numpy as np
 
 from softcache.cache import Array, Basis, Dense, Encoding, Header, Quantized, Sampled, TopK
+from softcache.cache.arrays import digest_arrays, expected_arrays
 from softcache.cache.encodings import DTYPES
-from softcache.cache.header import (
-    PREAMBLE,
-    digest_arrays,
-    expected_arrays,
-    parse_header,
-    parse_preamble,
-    preamble,
-)
+from softcache.cache.header import PREAMBLE, parse_header, parse_preamble, preamble
 from softcache.cache.reader import Cache, open_cache
 from softcache.cache.verify import find_damage
 from softcache.errors import SoftcacheError
@@ -706,12 +700,16 @@ def plausible(header: Header, draw: random.Random, *, hollow: bool) -> tuple[byt
     positions = tuple(size(1 << 20) for _ in range(draw.choice([0, 0, 0, 1, 2])))
     block_rows = draw.choice([1, samples, draw.randint(1, samples)])
     blocks = -(-samples // block_rows)
-    specs = expected_arrays(
-        encoding,
+    described = dataclasses.replace(
+        header,
         views=views,
         samples=samples,
         positions=positions,
         classes=classes,
+        encoding=encoding,
+    )
+    specs = expected_arrays(
+        described,
         name_bytes=draw.choice([1, 3, 1024]),
         fingerprinted=size(1 << 30),
     )

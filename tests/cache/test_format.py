@@ -146,9 +146,9 @@ def test_no_integer_of_the_header_is_beyond_a_double(path: Path) -> None:
 def test_a_newer_minor_version_may_hold_any_integer_of_64_bits_and_more(
     path: Path, number: int
 ) -> None:
-    newer: dict[Place, Any] = {("version",): [1, 3], ("unheard_of",): number}
+    newer: dict[Place, Any] = {("version",): [1, 4], ("unheard_of",): number}
     path.write_bytes(with_values(tiny_cache(), newer))
-    assert open_cache(path).header.version == (1, 3)
+    assert open_cache(path).header.version == (1, 4)
 
 
 @pytest.mark.must("F5")
@@ -243,7 +243,7 @@ def test_a_feature_that_must_be_understood_and_is_unknown(path: Path, minor: int
 def test_unknown_fields_are_refused_in_our_own_version_and_ignored_in_a_newer(path: Path) -> None:
     raw = with_values(tiny_cache(), {("unheard_of",): 1})
     refused(raw, path.parent, "the header has unknown fields: 'unheard_of'")
-    path.write_bytes(with_values(raw, {("version",): [1, 3]}))
+    path.write_bytes(with_values(raw, {("version",): [1, 4]}))
     assert find_damage(open_cache(path)) == []
 
 

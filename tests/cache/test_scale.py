@@ -11,7 +11,7 @@ import torch
 
 from softcache.cache import Cache, Dense, Header, Sampled
 from softcache.cache.allocate import create
-from softcache.cache.header import FINGERPRINT
+from softcache.cache.arrays import FINGERPRINT
 from softcache.cache.reader import open_cache, partial_path
 from softcache.cache.verify import block_damage
 from softcache.cache.writer import Writer

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softcache.cache import Cache
-from softcache.cache.header import FINGERPRINT
+from softcache.cache.arrays import FINGERPRINT
 from softcache.data import augment
 from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.open import open_source
