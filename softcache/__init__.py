@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from softcache.losses import distillation_loss
     from softcache.models.build import build
     from softcache.targets.decode import to_dense
+    from softcache.token_data import PackedTokens, collate_tokens
     from softcache.types import SparseTargets
 
 __all__ = [
+    "PackedTokens",
     "SoftCache",
     "SoftLabelDataset",
     "SoftcacheError",
@@ -32,6 +34,7 @@ __all__ = [
     "ViewSampler",
     "__version__",
     "build",
+    "collate_tokens",
     "distillation_loss",
     "dump",
     "open",
@@ -41,6 +44,8 @@ __all__ = [
 
 # torch takes seconds to import: the module of each name is imported when the name is first used
 _MODULES = {
+    "PackedTokens": "softcache.token_data",
+    "collate_tokens": "softcache.token_data",
     "SoftCache": "softcache.api",
     "SoftLabelDataset": "softcache.api",
     "SparseTargets": "softcache.types",

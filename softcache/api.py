@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -18,14 +19,15 @@ from softcache.cache.reader import open_trainable
 from softcache.cache.verify import check_damage
 from softcache.data.loader import fetch_batch
 from softcache.data.source import Source
-from softcache.data.user_dataset import DatasetSource
+from softcache.data.user_dataset import dataset_source
 from softcache.errors import SettingsError
 from softcache.files.local_copy import local_copy
 from softcache.join.match import join
 from softcache.join.samples import open_samples
 from softcache.targets.decode import to_dense
-from softcache.targets.fetch import soft_targets, tempered_targets
-from softcache.types import LabelSets, MixedLabels, Targets
+from softcache.targets.fetch import soft_targets, stored_targets, tempered_targets
+from softcache.token_data import row_items, token_lengths
+from softcache.types import LabelSets, MixedLabels, Targets, Views
 from softcache.util.log import warn
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class SoftCache:
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
+        self._fetch: tuple[float, Callable[[Views, npt.NDArray[np.int64]], Targets]] | None = None
 
     @property
     def header(self) -> Header:
@@ -82,7 +85,8 @@ class SoftCache:
         """The teacher's log-probabilities for a batch of samples.
 
         Args:
-            rows: (B,) rows of the cache, 0 to len - 1, in the order of the dumped data.
+            rows: (B,) rows of the cache, 0 to len - 1, in the order of the dumped data; where samples have
+                many rows, numbers of these.
             view: 0 to views - 1.
             temperature: temperature of the softmax; by default that of the cache.
             device: device of the result.
@@ -96,8 +100,8 @@ class SoftCache:
         """
         cache_rows = np.asarray(rows, np.int64).reshape(-1)
         for name, number, end in (
-            ("row", int(cache_rows.max(initial=0)), len(self)),
-            ("row", int(cache_rows.min(initial=0)), len(self)),
+            ("row", int(cache_rows.max(initial=0)), self.header.row_count),
+            ("row", int(cache_rows.min(initial=0)), self.header.row_count),
             ("view", view, self.views),
         ):
             if not 0 <= number < end:
@@ -109,6 +113,40 @@ class SoftCache:
             raise SettingsError(f"temperature is {temperature}; expected a number above 0")
         read_targets = soft_targets(self.cache, temperature, torch.device(device))
         return read_targets(np.asarray(view), cache_rows)
+
+    def row_targets(
+        self,
+        cache_rows: Tensor,
+        *,
+        temperature: float | None = None,
+        device: torch.device | str | None = None,
+    ) -> Targets:
+        """The teacher's log-probabilities for tokens, words, frames or pixels.
+
+        Args:
+            cache_rows: of any shape, as the items of a SoftLabelDataset have it; -1 for a position without
+                soft targets.
+            temperature: temperature of the softmax; by default that of the cache.
+            device: device of the result; by default that of `cache_rows`.
+
+        Returns:
+            (R, C) float32, or SparseTargets, of the R entries that are not -1, in order: the targets for
+            distillation_loss(..., mask=cache_rows >= 0).
+
+        Raises:
+            SettingsError: a row or the temperature is out of range.
+        """
+        rows = cache_rows[cache_rows >= 0].cpu().numpy().astype(np.int64)
+        temperature = self.temperature if temperature is None else float(temperature)
+        total = self.header.views * self.header.row_count
+        if rows.size and rows.max() >= total:
+            raise SettingsError(f"row {rows.max()} of {self.cache.path}; expected 0 to {total - 1}")
+        if not 0 < temperature < np.inf:
+            raise SettingsError(f"temperature is {temperature}; expected a number above 0")
+        if self._fetch is None or self._fetch[0] != temperature:
+            on = torch.device(device) if device else cache_rows.device
+            self._fetch = temperature, soft_targets(self.cache, temperature, on)
+        return self._fetch[1](np.zeros(len(rows), np.int64), rows)
 
 
 def dump(
@@ -163,8 +201,8 @@ def train(
     Raises:
         SoftcacheError: the settings, the caches, the data or a student are invalid.
     """
-    from softcache.train.config import make_train_config
     from softcache.train.loop import train as run_training
+    from softcache.train.options import make_train_config
 
     caches = [cache] if isinstance(cache, str | Path) else list(cache or ())
     config = make_train_config(
@@ -190,7 +228,7 @@ def open(path: str | Path, *, verify: bool = False) -> SoftCache:
     return SoftCache(cache)
 
 
-class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
+class SoftLabelDataset(Dataset[Any]):
     """The samples of a data set, each with the soft targets of exactly the pixels it returns.
 
     An item is a tuple (input, label, log-probabilities):
@@ -199,6 +237,12 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     - the label, int64; -1 if the sample is unlabelled or mixed with a sample of another label; with
       --targets sigmoid (C,) float32, 1 where a class applies, and all -1 if the sample is unlabelled;
     - (C,) float32 log softmax(z / temperature).
+
+    Where samples have many rows, an item is a dict: `input_ids` (L,) of a document, or `inputs` of
+    anything else; `row_labels` (P,), the label of each position, -100 where there is no row; and `cache_rows`
+    (P,), the row of the cache, or -1. Soft targets of whole documents would be large, so
+    SoftCache.row_targets() fetches those of a batch. collate_tokens() pads documents to a batch, PackedTokens
+    packs them into blocks.
 
     Samples are matched to the cache by content, once, at construction. Item i is sample i of the data
     set; for the cache of a shard, it is sample i of the shard in the order of the data set.
@@ -256,7 +300,8 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        targets = tempered_targets(self.cache.cache, [self.temperature], CPU)
+        fetch = tempered_targets if self.cache.header.rows is None else stored_targets
+        targets = fetch(self.cache.cache, [self.temperature], CPU)
         self._joined = dataclasses.replace(self._joined, targets=targets)
 
     @property
@@ -271,12 +316,22 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         """
         self._progress[0], self._progress[1] = operator.index(epoch), 0
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, index: int | tuple[int, int]) -> Any:  # noqa: ANN401  # a tuple or a dict
         return self.__getitems__([index])[0]
 
-    def __getitems__(
-        self, indices: Sequence[int | tuple[int, int]]
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def items(self, items: Sequence[int]) -> list[Any]:
+        """Several items of the current epoch, as __getitem__() returns each."""
+        return self.__getitems__(items)
+
+    def token_lengths(self) -> npt.NDArray[np.int64]:
+        """The number of tokens of each document, (N,).
+
+        Raises:
+            SettingsError: the samples are no documents.
+        """
+        return token_lengths(self._joined, self._cache_rows)
+
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Any]:
         """A whole batch; torch's DataLoader calls this instead of `__getitem__`.
 
         Args:
@@ -295,7 +350,11 @@ class SoftLabelDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         joined = self._joined
         request = joined.request(self._cache_rows[np.asarray(items, np.int64)], epoch)
         batch = fetch_batch(joined.source, request, joined.augmentation)
-        inputs, labels, targets = joined.training_batch(batch, epoch, CPU)
+        if joined.layout is not None:
+            ids, header = batch.sample_ids.numpy(), self.cache.header
+            views = np.broadcast_to(joined.views(epoch, ids), len(ids)) - header.first_view
+            return row_items(joined, joined.training_batch(batch, epoch, CPU), views, ids)
+        inputs, labels, targets, _ = joined.training_batch(batch, epoch, CPU)
         if isinstance(labels, MixedLabels):
             labels = torch.where(labels.own == labels.partners, labels.own, -1)
         if isinstance(labels, LabelSets):
@@ -358,5 +417,4 @@ class ViewSampler(Sampler[tuple[int, int]]):
 def _source_of(dataset: Dataset[Any] | str | None, cache: Cache) -> Source:
     if dataset is None or isinstance(dataset, str):
         return open_samples(cache, dataset)
-    length = len(dataset)  # type: ignore[arg-type]  # map-style
-    return DatasetSource(type(dataset).__name__, dataset, length)
+    return dataset_source(type(dataset).__name__, dataset)

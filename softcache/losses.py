@@ -53,6 +53,7 @@ def distillation_loss(
     alpha: float,
     loss: str = "kl",
     label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
 ) -> Loss:
     """alpha T² KL(teacher ‖ student) + (1 - alpha) cross-entropy.
 
@@ -69,6 +70,9 @@ def distillation_loss(
         alpha: weight of the soft targets, in [0, 1].
         loss: the loss to use instead of KL: a name in LOSSES, with a parameter if it takes one (`dkd:8`).
         label_smoothing: probability mass spread from the label over all classes, in [0, 1).
+        mask: for tokens, words, frames or pixels: (B, P) bool, which positions have soft targets. Logits are
+            then (B, P, C), labels (B, P), and targets (R, C) those of the R positions, in order. The mean is
+            over these; without any it is 0.
 
     Returns:
         The total and its two parts, scalars, computed in float32 (float64 for float64 logits).
@@ -82,6 +86,8 @@ def distillation_loss(
             f"temperature is {temperature} and alpha is {alpha}; expected a temperature above 0 and an "
             "alpha from 0 to 1"
         )
+    if mask is not None:
+        logits, labels = _masked(logits, labels, mask)
     if targets is not None and targets.shape != logits.shape:
         raise SettingsError(
             f"targets have shape {tuple(targets.shape)} and logits {tuple(logits.shape)}; expected the "
@@ -97,6 +103,23 @@ def distillation_loss(
         label_smoothing=label_smoothing,
     )
     return reduce_losses(rows, temperature=temperature, alpha=alpha)
+
+
+def _masked(logits: Tensor, labels: Labels, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (R, C) and labels (R,) of the positions that a mask (B, P) selects.
+
+    Raises:
+        SettingsError: the shapes differ.
+    """
+    shape = tuple(mask.shape)
+    if not isinstance(labels, Tensor) or logits.shape[:-1] != shape or labels.shape != shape:
+        found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise SettingsError(
+            f"logits have shape {tuple(logits.shape)}, labels {found} and the mask {shape}; expected "
+            "(B, P, C), (B, P) and (B, P)"
+        )
+    chosen = mask.to(logits.device).bool()
+    return logits[chosen], labels.to(logits.device)[chosen].clamp(min=-1)
 
 
 def row_losses(
@@ -153,7 +176,7 @@ def reduce_losses(
     Returns:
         alpha T² soft + (1 - alpha) hard, and its two parts; the hard part is 0 if no sample is labelled.
     """
-    count, weight = len(rows.soft), rows.weights.sum()
+    count, weight = max(1, len(rows.soft)), rows.weights.sum()
     soft = rows.soft.sum() / count
     hard = rows.hard.sum() / _positive(weight)
     if mean_weight is not None:

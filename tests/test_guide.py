@@ -21,8 +21,8 @@ from softcache.dump.config import DumpConfig
 from softcache.errors import SettingsError
 from softcache.models.spec import parse_model
 from softcache.teachers.spec import parse_teacher
-from softcache.train.config import make_train_config
 from softcache.train.grid import make_variants
+from softcache.train.options import make_train_config
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -21,8 +21,9 @@ from softcache.errors import DataError, FormatError, Interrupted, ModelError, Se
 from softcache.files.pull import pull
 from softcache.files.verify import verify_cache
 from softcache.losses import distillation_loss
-from softcache.train.config import make_train_config
+from softcache.models.scores import score_cells, score_names
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.train.student import Student
 from softcache.types import LabelSets
 from tests.cache.header_cases import with_values
@@ -359,13 +360,14 @@ def test_compare_report_info_and_export_show_it(folder: Path) -> None:
     assert student.evaluation is not None
     scores = student.evaluation.scores
     assert scores is not None
-    assert all(cell in compared.stdout for cell in scores.cells())
+    cells = score_cells(scores, score_names([scores]))
+    assert all(cell in compared.stdout for cell in cells)
     page = folder / "report.html"
     arguments = [str(cache.path), run, "--data", data, "--eval-data", test, "-o", str(page)]
     assert softcache("report", *arguments).exit_code == 0
     text = page.read_text()
     assert "Classes that the teacher finds hardest" in text
-    assert all(cell in text for cell in scores.cells())
+    assert all(cell in text for cell in cells)
     info = softcache("info", str(cache.path)).stdout
     assert "100.00% of all classes of all samples apply as labelled" in info
     verified = softcache(

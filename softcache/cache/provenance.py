@@ -9,6 +9,10 @@ SUMMARY = ("entropy", "agreement", "rows")
 
 # of an evaluation where samples have any number of labels
 SCORES = ("mean_average_precision", "micro_f1", "macro_f1")
+# of an evaluation where samples have many rows
+ROW_SCORES = (
+    "ece", "perplexity", "nats_per_byte", "mean_iou", "teacher_kl", "teacher_agreement", "acceptance",
+)  # fmt: skip
 
 
 def teachers(value: object) -> tuple[JSON, ...]:
@@ -58,7 +62,7 @@ def evaluation(value: object) -> JSON | None:
     if value is None:
         return None
     expected = {"data", "digest", "errors", "samples"}
-    if not isinstance(value, dict) or set(value) - set(SCORES) != expected:
+    if not isinstance(value, dict) or set(value) - {*SCORES, *ROW_SCORES} != expected:
         raise FormatError(
             f"evaluation is {shown(value)}; expected data, digest, errors and samples"
         )
@@ -67,6 +71,9 @@ def evaluation(value: object) -> JSON | None:
     for name in set(value) & set(SCORES):
         if type(value[name]) not in (int, float) or not 0 <= value[name] <= 1:
             raise FormatError(f"{name} is {shown(value[name])}; expected a number from 0 to 1")
+    for name in set(value) & set(ROW_SCORES):
+        if not _is_number(value[name]) or value[name] < 0:
+            raise FormatError(f"{name} is {shown(value[name])}; expected a number from 0")
     return value
 
 
@@ -106,8 +113,8 @@ def summary(value: object) -> JSON | None:
 
     `entropy` in nats; `agreement` with the labels in [0, 1], or None without labels; the number of
     `rows` that they were measured on; and optionally `fidelity`, statistics of KL(teacher ‖ stored),
-    `confidence`, the teacher's mean top-1 probability at temperature 1, `columns` of a table, and
-    `warnings`, what cannot be right about it.
+    `perplexity` of the next tokens, `confidence`, the teacher's mean top-1 probability at temperature 1,
+    `columns` of a table, and `warnings`, what cannot be right about it.
     """
     if value is None:
         return None
@@ -130,6 +137,9 @@ def summary(value: object) -> JSON | None:
     confidence = value.get("confidence", 0.0)
     if not isinstance(confidence, float) or not 0 <= confidence <= 1:
         raise FormatError(f"summary has confidence {shown(confidence)}; expected 0 to 1")
+    perplexity = value.get("perplexity", 1.0)
+    if not _is_number(perplexity) or perplexity <= 0:
+        raise FormatError(f"summary has perplexity {shown(perplexity)}; expected a number above 0")
     columns = value.get("columns", [])
     if not isinstance(columns, list) or not all(map(is_column, columns)):
         raise FormatError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,7 @@ class RowStatistics:
         predictions: those of labelled rows whose samples are not mixed, with their confidence at
             temperature 1 (NaN if the rows cannot be re-tempered).
         agreement: share of labelled rows with their label as the top class; None without labels.
+        perplexity: of tokens: exp of the mean negative log-probability of the next token at temperature 1.
     """
 
     rows: int
@@ -51,6 +53,7 @@ class RowStatistics:
     entropy_at_1: float | None
     predictions: Predictions
     agreement: float | None
+    perplexity: float | None = None
 
     @property
     def confidence(self) -> float | None:
@@ -67,6 +70,7 @@ class RowStatistics:
             "agreement": self.agreement,
             "rows": self.rows,
             **({} if confidence is None else {"confidence": confidence}),
+            **({} if self.perplexity is None else {"perplexity": self.perplexity}),
         }
 
 
@@ -85,6 +89,8 @@ def measure_rows(cache: Cache, advance: Callable[[int], None] = lambda _: None) 
     rows = (starts[:, None] + np.arange(run)).reshape(-1)
     retempers = not isinstance(header.encoding, Sampled) or header.temperature == 1.0
     entropies = [0.0, 0.0]  # at the dump temperature, and at 1
+    language = header.unit == "token" and retempers and not isinstance(header.encoding, Sampled)
+    loss = 0.0  # of the next tokens, at 1
     labels, classes, confidence = [], [], []
     chunk = max(1, CHUNK_VALUES // header.classes)
     for start in range(0, count, chunk):
@@ -106,6 +112,9 @@ def measure_rows(cache: Cache, advance: Callable[[int], None] = lambda _: None) 
                 entropies[1] += _entropy(log_probs)
             confidence.append(np.exp(log_probs.max(-1)) if retempers else classes[-1] * np.nan)
             labels.append(cache.labels[rows_of_view].astype(np.int64))
+            if language:
+                known = np.flatnonzero(labels[-1] >= 0)
+                loss -= float(log_probs[known, labels[-1][known]].sum())
         advance(len(chunk_rows))
     predictions = Predictions(
         np.concatenate(labels), np.concatenate(classes), np.concatenate(confidence)
@@ -118,7 +127,13 @@ def measure_rows(cache: Cache, advance: Callable[[int], None] = lambda _: None) 
         entropy_at_1=entropies[1] / count if retempers else None,
         predictions=predictions.only(judged),
         agreement=predictions.only(labelled).agreement if labelled.any() else None,
+        perplexity=perplexity_of(loss, int(labelled.sum())) if language else None,
     )
+
+
+def perplexity_of(loss: float, tokens: int) -> float | None:
+    """The perplexity of tokens with this negative log-likelihood together, in nats; None without any."""
+    return math.exp(min(loss / tokens, 700.0)) if tokens else None
 
 
 def _measure_multi_label(cache: Cache, advance: Callable[[int], None]) -> RowStatistics:

@@ -11,7 +11,8 @@ import click
 
 from softcache.cli.commands import Command, option, settings_options
 from softcache.cli.params import read_config
-from softcache.train.config import STUDENT, StudentConfig, TrainConfig, make_train_config
+from softcache.train.config import STUDENT, StudentConfig, TrainConfig
+from softcache.train.options import make_train_config
 from softcache.util.distributed import rank
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache.data.augmentations import Op, parse_op
+from softcache.data.augmentations import Crop, Flip, Op, Shift, parse_op
 from softcache.errors import DataError, SettingsError
 from softcache.types import SampleIds, Views
 from softcache.util.callables import import_callable
@@ -153,6 +153,20 @@ class Augmentation:
         for stream, op in enumerate(self.ops, first_stream):
             images = op(images, uniform(self.seed, view, sample_ids, stream=stream, draws=op.draws))
         return images
+
+    def moved(self, masks: Tensor, view: Views, sample_ids: SampleIds) -> Tensor:
+        """Masks (B, 1, H, W) moved as the pixels of images are; nothing is mixed, and no value is changed.
+
+        Raises:
+            SettingsError: an operation changes images in a way that has no meaning for masks.
+        """
+        for stream, op in enumerate(self.ops):
+            draws = uniform(self.seed, view, sample_ids, stream=stream, draws=op.draws)
+            if isinstance(op, Crop):
+                masks = op.sampled(masks, draws, mode="nearest")
+            elif isinstance(op, Shift | Flip):
+                masks = op(masks, draws)
+        return masks
 
     def _draw(self, view: Views, sample_ids: SampleIds, stream: int) -> npt.NDArray[np.float64]:
         return uniform(self.seed, view, sample_ids, stream=stream, draws=1)[:, 0]

@@ -66,6 +66,10 @@ class Crop:
     draws = 4
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        return self.sampled(images, draws, mode="bilinear")
+
+    def sampled(self, images: Tensor, draws: Draws, mode: str) -> Tensor:
+        """The crops of images (B, C, H, W), `bilinear`, or `nearest` for values that are not to be mixed."""
         area = self.area + (1 - self.area) * draws[:, 0]
         ratio = np.exp((2 * draws[:, 1] - 1) * np.log(4 / 3))
         sides = np.minimum(
@@ -78,7 +82,7 @@ class Crop:
             torch.from_numpy(matrix).to(images.device), list(images.shape), align_corners=False
         )
         return torch.nn.functional.grid_sample(
-            images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+            images, grid, mode=mode, padding_mode="reflection", align_corners=False
         )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +226,44 @@ def open_ids(spec: Spec) -> TokenSource:
     place = option(spec, "tokenizer", "")
     facts = load_tokenizer(place).facts() if place else {}
     longest = max((len(document.ids) for document in documents), default=1)
-    length, stride = window(spec, longest)
-    facts |= {"loss_on": "all", "length": length, "stride": stride}
+    # token ids are taken as they are, unless the specification itself says where to cut them
+    length, stride = window(replace(spec, defaults={}), max(2, longest))
     return language_source(spec.public_name, documents, facts, length=length, stride=stride)
+
+
+def source_of_dicts(name: str, records: Sequence[Mapping[str, Any]]) -> TokenSource:
+    """Samples of dicts with `input_ids`, as trainers take them, for a language model or a token classifier.
+
+    `labels` are those of transformers: the tokens themselves for a language model, which shifts them, and
+    NO_ROW where none counts; or, if they are anything else, the class of each token.
+
+    Raises:
+        DataError: an item holds no token ids, or labels of another length.
+    """
+    documents = [document_of(record, number, name) for number, record in enumerate(records)]
+    if all(_repeats_ids(record) for record in records):
+        longest = max((len(document.ids) for document in documents), default=2)
+        return language_source(name, documents, {}, length=max(2, longest))
+    labels = []
+    for number, record in enumerate(records):
+        given = np.asarray(record.get("labels"), np.int64).reshape(-1)
+        present = record.get("attention_mask")
+        keep = slice(None) if present is None else np.asarray(present, np.bool_).reshape(-1)
+        if len(given) != np.size(record["input_ids"]):
+            raise DataError(
+                f"{name}: sample {number} has {np.size(record['input_ids'])} input_ids and {len(given)} "
+                "labels; expected one for each token"
+            )
+        labels.append(given[keep])
+    return labelled_source(name, [document.ids for document in documents], labels, {})
+
+
+def _repeats_ids(record: Mapping[str, Any]) -> bool:
+    """Whether the labels of an item are its tokens, where they count, or there are none."""
+    if record.get("labels") is None:
+        return True
+    labels, ids = (np.asarray(record[name]).reshape(-1) for name in ("labels", "input_ids"))
+    return len(labels) == len(ids) and bool(((labels == ids) | (labels == NO_ROW)).all())
 
 
 def document_of(record: Mapping[str, Any], number: int, where: str) -> Document:
@@ -242,17 +278,17 @@ def document_of(record: Mapping[str, Any], number: int, where: str) -> Document:
         )
     ids = token_ids(record["input_ids"], f"{where}: sample {number}")
     present = record.get("attention_mask")
-    keep = slice(None) if present is None else np.asarray(present, np.bool_)
+    keep = slice(None) if present is None else np.asarray(present, np.bool_).reshape(-1)
     counts = None
     if record.get("loss_mask") is not None:
-        counts = np.asarray(record["loss_mask"], np.bool_)
+        counts = np.asarray(record["loss_mask"], np.bool_).reshape(-1)
     elif record.get("labels") is not None:
-        counts = np.asarray(record["labels"], np.int64) != NO_ROW
+        counts = np.asarray(record["labels"], np.int64).reshape(-1) != NO_ROW
     for name, values in (("attention_mask", present), ("loss_mask or labels", counts)):
-        if values is not None and len(values) != len(ids):
+        if values is not None and np.size(values) != len(ids):
             raise DataError(
-                f"{where}: sample {number} has {len(ids)} input_ids and {len(values)} of {name}; expected as "
-                "many"
+                f"{where}: sample {number} has {len(ids)} input_ids and {np.size(values)} of {name}; "
+                "expected as many"
             )
     return Document(ids[keep], None if counts is None else counts[keep])
 

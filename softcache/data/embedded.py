@@ -11,12 +11,42 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Cache
-from softcache.cache.arrays import INPUTS
+from softcache.cache.arrays import INPUT_OFFSETS, INPUTS
 from softcache.cache.reader import open_trainable
 from softcache.data.class_names import all_class_names
 from softcache.data.keys import sample_keys
-from softcache.data.source import UNLABELLED
-from softcache.errors import SettingsError
+from softcache.data.rows import WORD, TokenSource
+from softcache.data.source import UNLABELLED, Source
+from softcache.errors import FormatError, SettingsError
+
+
+def source_of_cache(cache: Cache) -> Source:
+    """The samples of a cache that was dumped with --embed-inputs.
+
+    Raises:
+        SettingsError: the cache has no inputs.
+    """
+    layout, rows = cache.layout, cache.header.rows
+    if layout is None or rows is None or not cache.header.embeds_inputs:
+        return CacheSource(cache)
+    offsets = np.array(cache.arrays[INPUT_OFFSETS])
+    tokens = len(cache.arrays[INPUTS])
+    if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
+        raise FormatError(
+            f"{cache.path} has offsets of its tokens that do not lead from 0 to {tokens}: the file is "
+            "damaged or forged, get it again"
+        )
+    facts = {name: fact for name, fact in rows.items() if name not in ("count", "unit")}
+    return TokenSource(
+        cache.header.data,
+        cache.arrays[INPUTS],
+        offsets,
+        layout,
+        cache.arrays["labels"],
+        facts,
+        cache.header.unit,
+        all_class_names(cache) if cache.header.unit == WORD else (),
+    )
 
 
 class CacheSource:

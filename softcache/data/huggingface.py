@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from softcache.data.columns import class_labels
+from softcache.data.documents import COLUMNS, is_documents, source_of_records
 from softcache.data.images import (
     Image,
     Pixels,
@@ -25,6 +26,7 @@ from softcache.data.images import (
     parse_pixels,
     stack_images,
 )
+from softcache.data.rows import TokenSource
 from softcache.data.source import DEFAULT_SPLIT, UNLABELLED
 from softcache.data.spec import named_classes
 from softcache.data.text import encode
@@ -114,11 +116,12 @@ class HubSource:
                 yield image
 
 
-def open_hub_data(data: Spec) -> HubSource:
+def open_hub_data(data: Spec) -> HubSource | TokenSource:
     """Open a data set from the hub, a save_to_disk folder or a file.
 
     Options: input=COLUMN, label=COLUMN (`label=` for none), name=CONFIG, classes=X,Y (the class names in
-    order); for images also size= and mode=; for texts length=, the number of characters to cut them at.
+    order); for images also size= and mode=; for texts length=, the number of characters to cut them at. With
+    text=, messages=, or words= and tags=, the samples are tokens; see softcache.data.documents.
 
     Raises:
         SettingsError: a column or a split does not exist, or must be named; or the classes are not those of
@@ -127,6 +130,15 @@ def open_hub_data(data: Spec) -> HubSource:
     """
     spec, options = f"hfds:{data.place}", data.options
     table = load(data.place, data.split, options.get("name"))
+    if is_documents(options):
+        columns = [options[name] for name in COLUMNS if name in options]
+        for column in columns:
+            _check_column(table, column, spec)
+        tags = options.get("tags")
+        classes = getattr(getattr(table.features.get(tags), "feature", None), "names", None) or ()
+        named = replace(data, split=data.split or DEFAULT_SPLIT)
+        records = list(table.select_columns(columns))
+        return source_of_records(named, records, tuple(map(str, classes)))
     label = _label_column(table, options, spec)
     column = _input_column(table, label, options, spec)
     kind = _kind(table.features[column])

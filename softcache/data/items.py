@@ -74,7 +74,7 @@ def as_values(sample: object) -> npt.NDArray[Any]:
 
 
 def as_label(label: object) -> int | npt.NDArray[np.int64]:
-    """The number of a class; UNLABELLED for None and NaN; (C,) for a 0 or 1 for each class.
+    """The number of a class; UNLABELLED for None and NaN; (C,) a 0 or 1 for each class; (H, W) for a mask.
 
     Raises:
         TypeError: it is not a number.
@@ -83,6 +83,10 @@ def as_label(label: object) -> int | npt.NDArray[np.int64]:
     """
     if isinstance(label, Tensor | np.ndarray) and math.prod(label.shape) == 1:
         label = label.item()
+    if is_image(label):
+        label = np.asarray(label)
+    if isinstance(label, Tensor | np.ndarray) and label.ndim == 2 and min(label.shape) > 1:
+        return np.asarray(label, np.int64)  # a mask
     if isinstance(label, Tensor | np.ndarray) and label.ndim == 1 and len(label) > 1:
         applies: npt.NDArray[Any] = np.nan_to_num(np.asarray(label), nan=UNLABELLED)
         if ((applies == 0) | (applies == 1)).all() or (applies == UNLABELLED).all():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from softcache.data.layout import layout_of
+from softcache.data.rows import MaskSource, without_ignored
 from softcache.data.source import DEFAULT_SPLIT, ArraySource, array_source
 from softcache.errors import DataError, MissingDataError
 from softcache.util.files import refuse_special_file
@@ -15,10 +16,11 @@ from softcache.util.messages import one_line
 from softcache.util.spec import Spec
 
 
-def open_npz(spec: Spec) -> ArraySource:
+def open_npz(spec: Spec) -> ArraySource | MaskSource:
     """Open the arrays x_SPLIT and y_SPLIT, or x and y for the train split; labels are optional.
 
-    Images with their channels last, without channels or in wide integers are converted (see `layout_of`).
+    Labels (N, H, W) are those of pixels. Images with their channels last, without channels or in wide
+    integers are converted (see `layout_of`).
 
     Raises:
         DataError: there is no such file, or it does not contain such arrays.
@@ -54,4 +56,12 @@ def open_npz(spec: Spec) -> ArraySource:
     layout = layout_of(inputs)
     if description := layout.describe(inputs):
         inform(f"{name}: {description}")
-    return array_source(name, layout.apply(inputs), labels)
+    images = layout.apply(inputs)
+    if labels is not None and labels.ndim == 3:
+        if images.ndim != 4 or labels.shape != (len(images), *images.shape[2:]):
+            raise DataError(
+                f"{name}: labels have shape {labels.shape}, and images {images.shape}; expected a label for "
+                "each pixel, (samples, height, width)"
+            )
+        return MaskSource(name, images, without_ignored(labels))
+    return array_source(name, images, labels)

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from softcache.cache.layout import RowLayout, even_layout
 from softcache.data.source import UNLABELLED, Source, WrappedSource
+from softcache.errors import DataError
 
 TOKEN, WORD, FRAME, PIXEL = "token", "word", "frame", "pixel"  # what a row is
 NO_ROW = -100  # the label of a position without a row, as in transformers
+IGNORED = 255  # the label of a pixel without a class, as in Pascal VOC and Cityscapes
 PADDING = -1  # behind the last token of a sample that is shorter than others in its batch
 
 Indices = npt.NDArray[np.int64]
@@ -47,6 +49,33 @@ def vocabulary_of(source: Source) -> int | None:
         return None
     vocabulary: int | None = getattr(source, "facts", {}).get("vocabulary")
     return vocabulary
+
+
+def lengths_of(source: Source) -> Indices:
+    """The number of tokens of each sample, (samples,).
+
+    Raises:
+        DataError: the source does not know it.
+    """
+    inner = source
+    while not isinstance(inner, TokenSource):
+        nested = getattr(inner, "source", None)
+        if nested is None:
+            raise DataError(f"{source.name} does not know how long its samples are")
+        inner = nested
+    return inner.lengths
+
+
+def longest_sample(source: Source) -> int:
+    """The most positions of a sample, at least 1: tokens, frames or pixels."""
+    inner = source
+    while not isinstance(inner, TokenSource) and hasattr(inner, "source"):
+        inner = inner.source
+    if isinstance(inner, TokenSource):
+        return int(inner.lengths.max(initial=1))
+    layout = layout_of_source(source)
+    counts = layout.counts(np.arange(layout.samples)) if layout else np.ones(1, np.int64)
+    return int(counts.max(initial=1))
 
 
 def has_tokens(source: Source) -> bool:
@@ -114,6 +143,41 @@ class TokenSource:
             self.unit,
             self.class_names,
         )
+
+
+@dataclass(frozen=True)
+class MaskSource:
+    """Images with a label for each pixel.
+
+    Attributes:
+        inputs: (N, C, H, W).
+        masks: (N, H, W) int64, UNLABELLED where a pixel has no label.
+    """
+
+    name: str
+    inputs: npt.NDArray[Any]
+    masks: Indices
+    class_names: tuple[str, ...] = ()
+    unit: str = PIXEL
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def layout(self) -> RowLayout:
+        """A row for each pixel, in reading order."""
+        return even_layout(len(self), self.masks[0].size)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Indices]:
+        rows = np.asarray(indices, np.int64)
+        inputs = torch.from_numpy(np.ascontiguousarray(self.inputs[rows]))
+        return inputs, self.masks[rows].reshape(-1)
+
+
+def without_ignored(masks: npt.NDArray[Any]) -> Indices:
+    """Masks as int64, with UNLABELLED for 255 and NO_ROW, which stand for pixels without a label."""
+    values = masks.astype(np.int64)
+    return np.where((values == IGNORED) | (values == NO_ROW), UNLABELLED, values)
 
 
 @dataclass(frozen=True)

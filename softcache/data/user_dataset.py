@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from softcache.cache.layout import RowLayout, even_layout
+from softcache.data.documents import source_of_dicts
 from softcache.data.images import Pixels, as_array, decided
 from softcache.data.items import as_label, as_values, is_image, split_item
 from softcache.data.layout import Layout, layout_of
-from softcache.data.source import DEFAULT_SPLIT
+from softcache.data.rows import PIXEL, without_ignored
+from softcache.data.source import DEFAULT_SPLIT, Source
 from softcache.errors import DataError, SettingsError
 from softcache.util.callables import call_user, import_callable
 from softcache.util.log import inform
@@ -108,7 +111,53 @@ class DatasetSource:
         return torch.from_numpy(np.array(layout.apply(values[None])[0], order="C"))
 
 
-def open_dataset(spec: Spec) -> DatasetSource:
+@dataclass(frozen=True)
+class PixelDatasetSource(DatasetSource):
+    """The same, with a mask in the place of a label: the class of each pixel."""
+
+    positions: int = 0
+    unit: str = PIXEL
+
+    @property
+    def layout(self) -> RowLayout:
+        """A row for each pixel, in reading order."""
+        return even_layout(self.length, self.positions)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        samples, masks = super().fetch(indices)
+        return samples, without_ignored(masks).reshape(-1)
+
+
+def dataset_source(
+    name: str,
+    dataset: Any,  # noqa: ANN401  # a user's Dataset
+    class_names: tuple[str, ...] = (),
+) -> Source:
+    """A user's map-style Dataset as a source: of samples with a label, of tokens, or of images with masks.
+
+    Raises:
+        DataError: an item cannot be read.
+    """
+    length = len(dataset)
+    try:
+        first = dataset[0] if length else None
+    except Exception as error:  # a user's code can fail in any way
+        raise DataError(
+            f"{name}: item 0 raised {type(error).__name__}: {one_line(error)}"
+        ) from error
+    if isinstance(first, Mapping) and "input_ids" in first:
+        return source_of_dicts(name, [dataset[index] for index in range(length)])
+    source = DatasetSource(name, dataset, length, class_names)
+    try:
+        mask = np.asarray(split_item(first)[1]) if first is not None else np.zeros(0)
+    except Exception:  # what is wrong with the item is said where it is fetched
+        return source
+    if mask.ndim == 2 and mask.dtype.kind in "ui" and min(mask.shape) > 1:
+        return PixelDatasetSource(name, dataset, length, class_names, mask.size)
+    return source
+
+
+def open_dataset(spec: Spec) -> Source:
     """Open the Dataset that a callable returns; the split is passed if it has a parameter `split`.
 
     Raises:
@@ -132,4 +181,4 @@ def open_dataset(spec: Spec) -> DatasetSource:
         )
     classes = getattr(dataset, "classes", ())  # some data sets have the number of classes here
     class_names = tuple(map(str, classes)) if isinstance(classes, list | tuple) else ()
-    return DatasetSource(replace(spec, split=split).public_name, dataset, len(dataset), class_names)
+    return dataset_source(replace(spec, split=split).public_name, dataset, class_names)

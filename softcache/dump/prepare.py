@@ -26,11 +26,12 @@ from softcache.data.tables import align_columns, columns_of
 from softcache.dump.check_resume import check_same
 from softcache.dump.config import AUTO, DumpConfig
 from softcache.dump.reuse import set_aside
-from softcache.dump.rows import embedded_spec, rows_field, sample_arrays, text_defaults
+from softcache.dump.rows import embedded_spec, rows_field, sample_arrays, text_defaults, with_rows
 from softcache.dump.select_encoding import check_spec, encoding_for_dump, encoding_of
 from softcache.errors import DataError, ModelError, SettingsError, SoftcacheError
 from softcache.join.fingerprints import fingerprinted_rows, reproducible_fingerprints, software
 from softcache.models.evaluate import data_digest, evaluate, judge_evaluation
+from softcache.models.evaluate_rows import evaluate_rows
 from softcache.teachers.batch_size import fastest_batch
 from softcache.teachers.ensemble import Ensemble, make_ensemble
 from softcache.teachers.load import load_teacher
@@ -297,15 +298,24 @@ def evaluate_teacher(
     names = teacher.class_names or dumped.class_names  # the data has the teacher's order already
     whose = "the teacher" if teacher.class_names else dumped.name
     source = align_classes(source, names, whose, same_classes=config.same_classes)
-    workers = config.workers
-    evaluation = evaluate(
-        lambda inputs: teacher.log_probs(inputs, 1.0),
-        source,
-        teacher.classes,
-        teacher.device,
-        workers,
-        multi_label=config.multi_label,
-    )
+    workers, source = config.workers, with_rows(source, teacher)
+    if layout_of_source(source) is not None:
+        evaluation = evaluate_rows(
+            lambda inputs, rows: teacher.row_log_probs(inputs, rows, 1.0),
+            source,
+            teacher.classes,
+            teacher.device,
+            workers,
+        )
+    else:
+        evaluation = evaluate(
+            lambda inputs: teacher.log_probs(inputs, 1.0),
+            source,
+            teacher.classes,
+            teacher.device,
+            workers,
+            multi_label=config.multi_label,
+        )
     if evaluation.scores is not None:
         inform(f"teacher: {evaluation.scores} on {source.name}")
     inform(

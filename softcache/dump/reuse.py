@@ -34,7 +34,9 @@ def can_reuse(cache: Cache, draft: Header, config: DumpConfig) -> bool:
     matrix: only rows of samples as they are can be taken over.
     """
     if isinstance(cache.header.encoding, Sampled) or draft.rows is not None:
-        return False  # its draws depend on the place too; of many rows a sample nothing is taken over
+        return (
+            False  # its draws depend on the place too; of many rows a sample nothing is taken over
+        )
     whole = all(h.first_sample == 0 and h.samples == h.data_samples for h in (cache.header, draft))
     by_content = draft.augment is None and not any(
         parse_teacher(spec).kind in MATRIX_KINDS for spec in config.teachers

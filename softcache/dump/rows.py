@@ -20,11 +20,12 @@ from softcache.data.rows import (
     TokenSource,
     has_tokens,
     layout_of_source,
+    lengths_of,
     row_facts,
 )
 from softcache.data.source import Source
 from softcache.data.tokens import DEFAULT_LENGTH
-from softcache.errors import DataError, SettingsError
+from softcache.errors import SettingsError
 from softcache.models.hf import context_length
 from softcache.targets.encode import Encoder, Stored
 from softcache.teachers.ensemble import Ensemble
@@ -185,21 +186,6 @@ def sample_batches(
             windows.append(_by_length(indices[start:stop], lengths[start:stop], batch_tokens))
             start, total = stop, 0
     return windows
-
-
-def lengths_of(source: Source) -> Indices:
-    """The number of tokens of each sample, (samples,).
-
-    Raises:
-        DataError: the source does not know it.
-    """
-    inner = source
-    while not isinstance(inner, TokenSource):
-        nested = getattr(inner, "source", None)
-        if nested is None:
-            raise DataError(f"{source.name} does not know how long its samples are")
-        inner = nested
-    return inner.lengths
 
 
 def _by_length(samples: Indices, lengths: Indices, batch_tokens: int) -> list[Indices]:

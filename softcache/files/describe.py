@@ -38,6 +38,7 @@ def describe(cache: Cache, name: str | None = None) -> str:
         "samples": f"{header.samples:,} of {header.data}, {header.views:,} view(s), "
         f"augmented by {header.augment or 'nothing'}, seed {header.seed}"
         + (", embedded" if header.embeds_inputs else ""),
+        **_row_lines(header),
         "classes": f"{header.classes:,}: {_first_names(cache.class_names)}",
         "temperature": f"{header.temperature:g}",
         "encoding": f"{header.encoding.name}, {header.bytes_per_row:,} bytes per row",
@@ -69,8 +70,30 @@ def describe(cache: Cache, name: str | None = None) -> str:
             lines["confidence"] = (
                 f"{header.summary['confidence']:.2%}, mean of the top class at temperature 1"
             )
+        if "perplexity" in header.summary:
+            lines["perplexity"] = (
+                f"{header.summary['perplexity']:,.3f} per token, of the teacher on these"
+            )
     lines["software"] = ", ".join(f"{name} {version}" for name, version in header.software.items())
     return "\n".join(f"{title:12} {value}" for title, value in lines.items())
+
+
+def _row_lines(header: Header) -> dict[str, str]:
+    """Lines about the rows of samples that have many; empty for others."""
+    facts = header.rows
+    if facts is None:
+        return {}
+    line = f"{header.row_count:,}, {header.row_count / header.samples:,.1f} of a sample"
+    if "tokens" in facts:
+        share = header.row_count / max(1, facts["tokens"])
+        line += f"; {share:.1%} of {facts['tokens']:,} tokens are predicted"
+    lines = {f"{header.unit}s": line}
+    if "tokenizer" in facts:
+        template = f", chat template {facts['template']}" if "template" in facts else ""
+        lines["tokenizer"] = (
+            f"{facts['tokenizer']}, {facts.get('vocabulary', 0):,} tokens{template}"
+        )
+    return lines
 
 
 def agreement_of(header: Header) -> str:
@@ -92,8 +115,9 @@ def cache_line(cache: Cache) -> str:
     top_class = "" if agreement is None else f", top class is the label in {agreement:.2%}"
     if header.multi_label and agreement is not None:
         top_class = f" per class, {agreement:.2%} {agreement_of(header)}"
+    rows = "" if header.rows is None else f" of {header.row_count:,} {header.unit}s"
     return (
-        f"{cache.path}: {header.samples:,} samples x {header.views} view(s), {header.classes:,} "
+        f"{cache.path}: {header.samples:,} samples{rows} x {header.views} view(s), {header.classes:,} "
         f"classes, {header.encoding.name}, {header.file_bytes:,} bytes; entropy "
         f"{summary.get('entropy', 0.0):.3f} nats{top_class}; content id {cache.content_id()}"
     )

@@ -33,7 +33,8 @@ def export_labels(
     """Write the soft targets of one view, in the order of the data.
 
     An .npy file holds a float32 matrix (samples, C). A Parquet file has one row per sample: its number in
-    the data set, its label (null if there is none), its key, and a list of C float32 values.
+    the data set, its label (null if there is none), its key, and a list of C float32 values. Where samples
+    have many rows, both have one for each token, word, frame or pixel, and the table has a column `position`.
 
     Args:
         path: the cache; of an unfinished one, the complete views can be exported.
@@ -56,12 +57,12 @@ def export_labels(
         raise SettingsError(f"-o {out}: expected a name that ends in .npy or .parquet")
     if not 0 <= view < header.views:
         raise SettingsError(f"view {view} of {path}; expected 0 to {header.views - 1}")
-    shape, chunk = (header.samples, header.classes), max(1, CHUNK_VALUES // header.classes)
+    shape, chunk = (header.row_count, header.classes), max(1, CHUNK_VALUES // header.classes)
 
     def chunks() -> Iterator[tuple[Indices, Floats]]:
-        with progress("export", header.samples, "rows") as advance:
-            for start in range(0, header.samples, chunk):
-                cache_rows = np.arange(start, min(start + chunk, header.samples))
+        with progress("export", header.row_count, "rows") as advance:
+            for start in range(0, header.row_count, chunk):
+                cache_rows = np.arange(start, min(start + chunk, header.row_count))
                 log_probs = cache.rows(view, cache_rows, temperature)  # (B, C)
                 if header.multi_label:  # log-odds: log sigmoid(z) = -log(1 + exp(-z))
                     log_probs = -np.logaddexp(np.float32(0), -log_probs)
@@ -83,7 +84,7 @@ def export_labels(
     kind = "log-probabilities" if log_probabilities else "probabilities"
     used_temperature = header.temperature if temperature is None else temperature
     return (
-        f"{out}: {kind} of {shape[0]:,} samples, {shape[1]:,} classes, at temperature "
+        f"{out}: {kind} of {shape[0]:,} {header.unit}s, {shape[1]:,} classes, at temperature "
         f"{used_temperature:g}; {_describe_view(header, view)}"
     )
 
@@ -114,6 +115,7 @@ def write_parquet(
     schema = arrow.schema(
         [
             ("sample", arrow.int64()),
+            *([("position", arrow.int64())] if cache.layout is not None else []),
             ("label", arrow.int64()),
             ("key", arrow.uint64()),
             (name, arrow.list_(arrow.float32(), header.classes)),
@@ -122,12 +124,14 @@ def write_parquet(
     )
     with parquet.ParquetWriter(path, schema) as writer:
         for cache_rows, values in chunks:
-            labels = np.array(cache.labels[cache_rows])
+            labels, layout = cache.labels[cache_rows].astype(np.int64), cache.layout
+            samples = cache_rows if layout is None else layout.samples_of(cache_rows)
             flat_values = np.ascontiguousarray(values, np.float32).reshape(-1)
             columns = [
-                arrow.array(cache_rows + header.first_sample),
+                arrow.array(samples + header.first_sample),
+                *([arrow.array(layout.positions_of(cache_rows))] if layout is not None else []),
                 arrow.array(labels, mask=labels < 0),
-                arrow.array(np.array(cache.keys[cache_rows])),
+                arrow.array(np.array(cache.keys[samples])),
                 arrow.FixedSizeListArray.from_arrays(arrow.array(flat_values), header.classes),
             ]
             writer.write_table(arrow.table(columns, schema=schema))

@@ -11,10 +11,11 @@ from softcache.cache import Sampled, open_cache
 from softcache.dump import fidelity
 from softcache.dump.config import DumpConfig
 from softcache.dump.prepare import load_teachers
+from softcache.dump.rows import text_defaults, with_rows
 from softcache.errors import DataError, SettingsError
 from softcache.join.fingerprints import check_replay, replayed
 from softcache.join.match import join_samples
-from softcache.join.samples import open_samples
+from softcache.join.samples import open_samples, token_options
 from softcache.teachers.options import COMPILED, OUTPUTS
 
 TOLERANCE = 0.02  # share of the probability that other hardware or batch sizes can move
@@ -84,7 +85,8 @@ def recheck_rows(
         precision=header.precision.removesuffix(COMPILED),
         compile=header.precision.endswith(COMPILED),
     )
-    source = open_samples(cache, data, same_classes=same_classes)
+    defaults = text_defaults(list(teacher), None) | token_options(header)
+    source = open_samples(cache, data, same_classes=same_classes, defaults=defaults)
     source_indices = join_samples(source, cache)
     if (source_indices[1:] < source_indices[:-1]).any():
         raise DataError(f"{data} is in another order than {path}; give it in the order of the dump")
@@ -96,6 +98,7 @@ def recheck_rows(
     augmentation = replayed(header, augment)
     check_replay(cache, source, augmentation, source_indices, np.arange(len(source)))
     teachers = load_teachers(config, source, augmentation)
+    source = with_rows(source, teachers)
     measured = fidelity.measure_fidelity(cache, source, teachers, augmentation, rows=rows)
     line = fidelity.fidelity_line(measured, isinstance(header.encoding, Sampled))
     if not measured["moved"] <= TOLERANCE:

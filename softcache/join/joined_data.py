@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from softcache.cache import Cache
+from softcache.cache.layout import RowLayout
 from softcache.data.augment import ROTATION_STREAM, Augmentation, parse_augment
 from softcache.data.label_sets import check_batch_labels, training_sets
 from softcache.data.loader import (
@@ -22,25 +24,40 @@ from softcache.data.loader import (
     make_request,
     sequential_batches,
 )
+from softcache.data.masks import augmented_labels
+from softcache.data.rows import PADDING, layout_of_source
 from softcache.data.source import Source, check_labels, has_label_sets
 from softcache.errors import DataError
 from softcache.losses import LOWEST
 from softcache.targets.decode import to_dense
-from softcache.types import Labels, LabelSets, MixedLabels, SparseTargets, Targets, Views
+from softcache.types import (
+    Labels,
+    LabelSets,
+    MixedLabels,
+    RowIndex,
+    SparseTargets,
+    StoredTargets,
+    Targets,
+    Views,
+)
 from softcache.util.counter_rng import uniform
 from softcache.util.tensors import to_float
 
 READ_BATCH = 1000  # samples per batch when all labels are read
 
 Indices = npt.NDArray[np.int64]
+AnyTargets = Targets | StoredTargets
 
 
 class TrainingBatch(NamedTuple):
     """The inputs of a training step, with their labels and soft targets."""
 
     inputs: Tensor  # (B, *shape) float, augmented
-    labels: Labels  # (B,)
-    targets: Mapping[float, Targets]  # the teacher's log-probabilities (B, C) by temperature
+    labels: Labels  # (B,), or (R,) of the rows
+    targets: Mapping[
+        float, AnyTargets
+    ]  # the teacher's log-probabilities (B, C) or (R, C) by temperature
+    rows: RowIndex | None = None  # which rows of the samples these are, if samples have many
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,8 @@ class JoinedData:
         targets: fetches soft targets by view and cache row, at each temperature.
         multi_label: whether samples have any number of labels.
         rotate: whether each sample starts with a view of its own, so that an epoch mixes all views.
+        layout: which rows of the cache, or of the source, belong to which of its samples; None if each sample
+            has one row.
     """
 
     source: Source
@@ -69,9 +88,10 @@ class JoinedData:
     augmentation: Augmentation
     classes: int
     cache: Cache | None = None
-    targets: Callable[[Views, Indices], Mapping[float, Targets]] | None = None
+    targets: Callable[[Views, Indices], Mapping[float, AnyTargets]] | None = None
     rotate: bool = True
     multi_label: bool = False
+    layout: RowLayout | None = None
 
     def __len__(self) -> int:
         return len(self.source_indices)
@@ -94,6 +114,8 @@ class JoinedData:
             DataError: a label is not a class.
         """
         labels = getattr(self.source, "labels", None)
+        if self.layout is not None:
+            raise DataError(f"{self.source.name} has no label for a sample, but one for each row")
         if labels is not None:
             labels = np.asarray(labels, np.int64)[self.source_indices]
         elif self.cache is not None:
@@ -140,6 +162,8 @@ class JoinedData:
         sample_ids = batch.sample_ids.numpy()
         view = self.views(epoch, sample_ids)
         check_batch_labels(batch, self.classes, self.source)
+        if self.layout is not None:
+            return self._batch_of_rows(batch, view, device)
         inputs = augmented(batch, self.augmentation, view, sample_ids, device)
         own_labels = batch.labels.to(device)
         labels: Labels = own_labels
@@ -157,6 +181,31 @@ class JoinedData:
         cache_rows = sample_ids - header.first_sample
         return TrainingBatch(inputs, labels, self.targets(view - header.first_view, cache_rows))
 
+    def row_counts(self) -> Indices:
+        """The number of rows of each sample, (N,)."""
+        if self.layout is None:
+            return np.ones(len(self), np.int64)
+        return self.layout.counts(self._samples_of_layout(self.sample_ids))
+
+    def _samples_of_layout(self, sample_ids: Indices) -> Indices:
+        """Where samples are in the layout: of the cache, or else of the source."""
+        return sample_ids - (0 if self.cache is None else self.cache.header.first_sample)
+
+    def _batch_of_rows(self, batch: Batch, view: Views, device: torch.device) -> TrainingBatch:
+        """A batch of samples that have many rows, whose soft targets stay as they are stored."""
+        sample_ids = batch.sample_ids.numpy()
+        inputs = augmented(batch, self.augmentation, view, sample_ids, device)
+        rows = RowIndex(batch.row_samples.to(device), batch.row_positions.to(device))
+        labels = augmented_labels(batch, self.augmentation, view, sample_ids).to(device)
+        if self.cache is None or self.targets is None or self.layout is None:
+            return TrainingBatch(inputs, labels, {}, rows)
+        samples = self._samples_of_layout(sample_ids)
+        first_view = self.cache.header.first_view
+        views = np.broadcast_to(view, len(samples))[batch.row_samples.numpy()] - first_view
+        return TrainingBatch(
+            inputs, labels, self.targets(views, self.layout.rows_of(samples)), rows
+        )
+
 
 def concatenate_batches(batches: Sequence[TrainingBatch]) -> TrainingBatch:
     """Concatenate batches of several data sets.
@@ -166,6 +215,8 @@ def concatenate_batches(batches: Sequence[TrainingBatch]) -> TrainingBatch:
     """
     if len(batches) == 1:
         return batches[0]
+    if batches[0].rows is not None:
+        return _concatenate_rows(batches)
     layouts = {(str(batch.inputs.dtype), tuple(batch.inputs.shape[1:])) for batch in batches}
     if len(layouts) > 1:
         raise DataError(
@@ -181,8 +232,54 @@ def concatenate_batches(batches: Sequence[TrainingBatch]) -> TrainingBatch:
     )
 
 
-def concatenate_targets(targets: Sequence[Targets]) -> Targets:
+def _concatenate_rows(batches: Sequence[TrainingBatch]) -> TrainingBatch:
+    """The same for samples with many rows; those of tokens are padded to the longest."""
+    longest = max(batch.inputs.shape[-1] for batch in batches)
+    inputs = [
+        pad(batch.inputs, (0, longest - batch.inputs.shape[-1]), value=PADDING)
+        if batch.inputs.ndim == 2
+        else batch.inputs
+        for batch in batches
+    ]
+    starts = np.cumsum([0, *(len(batch.inputs) for batch in batches)]).tolist()
+    rows = [
+        RowIndex(batch.rows.samples + start, batch.rows.positions)
+        for batch, start in zip(batches, starts, strict=False)
+        if batch.rows is not None
+    ]
+    return TrainingBatch(
+        torch.cat(inputs),
+        concatenate_labels([batch.labels for batch in batches]),
+        {
+            temperature: concatenate_stored([batch.targets[temperature] for batch in batches])
+            for temperature in batches[0].targets
+        },
+        RowIndex(*(torch.cat(parts) for parts in zip(*rows, strict=True))),
+    )
+
+
+def concatenate_stored(targets: Sequence[AnyTargets]) -> StoredTargets:
+    """Concatenate targets as they are stored, each of which is decoded in its own way."""
+    parts = [part for part in targets if isinstance(part, StoredTargets)]
+    edges = np.cumsum([0, *(part.count for part in parts)]).tolist()
+
+    def decode(stored: Mapping[str, Tensor]) -> Targets:
+        wanted = stored["row"]
+        decoded = []
+        for part, start, stop in zip(parts, edges, edges[1:], strict=False):
+            inside = wanted[(wanted >= start) & (wanted < stop)] - start
+            if len(inside):
+                decoded.append(part.rows(slice(int(inside[0]), int(inside[-1]) + 1)).decoded())
+        return concatenate_targets(decoded)
+
+    device = next(iter(parts[0].stored.values())).device
+    every = {"row": torch.arange(edges[-1], device=device)}
+    return StoredTargets(every, decode, edges[-1], parts[0].classes)
+
+
+def concatenate_targets(targets: Sequence[AnyTargets]) -> Targets:
     """Concatenate targets; the result is sparse only if all are sparse with the same number of ids."""
+    targets = [part.decoded() if isinstance(part, StoredTargets) else part for part in targets]
     sparse = [part for part in targets if isinstance(part, SparseTargets)]
     if len(sparse) == len(targets) and len({part.ids.shape[1] for part in sparse}) == 1:
         return SparseTargets(
@@ -233,5 +330,12 @@ def hard_label_data(source: Source, augment: str | None, seed: int, classes: int
         check_labels(labels, indices, classes, source)
     augmentation = parse_augment(augment, seed=seed, total=len(source))
     return JoinedData(
-        source, indices, indices, indices, augmentation, classes, multi_label=multi_label
+        source,
+        indices,
+        indices,
+        indices,
+        augmentation,
+        classes,
+        multi_label=multi_label,
+        layout=layout_of_source(source),
     )

@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Cache
+from softcache.cache.layout import RowLayout
 from softcache.data.label_sets import batch_sets, set_codes
 from softcache.data.loader import loader, sequential_batches
+from softcache.data.rows import (
+    FRAME,
+    PIXEL,
+    EvenRowsSource,
+    layout_of_source,
+    row_facts,
+    unit_of,
+)
 from softcache.data.source import (
     UNLABELLED,
     Source,
@@ -23,11 +32,12 @@ from softcache.data.source import (
 from softcache.errors import DataError, SettingsError
 from softcache.join.fingerprints import check_replay, replayed
 from softcache.join.joined_data import Indices, JoinedData
-from softcache.targets.fetch import tempered_targets
+from softcache.targets.fetch import stored_targets, tempered_targets
 from softcache.util.log import inform
 from softcache.util.progress import progress
 
 BATCH = 1000  # samples per batch when all keys are read
+ROW_BATCH = 64  # the same where samples have many rows
 
 
 @dataclass(frozen=True)
@@ -97,12 +107,19 @@ def join(
         SettingsError: the cache has no targets at a temperature, or the augmentation is not available.
     """
     header = cache.header
-    targets = tempered_targets(cache, temperatures, device)
+    fetch = tempered_targets if header.rows is None else stored_targets
+    targets = fetch(cache, temperatures, device)
+    if header.rows is not None and layout_of_source(source) is None:
+        source = with_rows_of_cache(source, cache)
     match = match_samples(source, cache, workers, known_only=known_only, labels=labels)
     if labels is not None and header.multi_label:
         raise SettingsError(
             f"--labels {labels}: {cache.path} has any number of labels per sample, of which only equal ones "
             "can be joined; leave it out and correct the labels of the data"
+        )
+    if labels == "cache" and header.rows is not None:
+        raise SettingsError(
+            f"--labels cache: the labels of {header.unit}s are those of the data; use --labels data"
         )
     if labels == "cache":
         relabelled = match.labels.copy()
@@ -130,7 +147,24 @@ def join(
         targets,
         rotate,
         header.multi_label,
+        cache.layout,
     )
+
+
+def with_rows_of_cache(source: Source, cache: Cache) -> Source:
+    """A source that does not say which rows its samples have, with those of a cache of frames or pixels.
+
+    Raises:
+        DataError: its rows are others.
+    """
+    layout = cache.layout
+    counts = np.unique(layout.counts(np.arange(layout.samples))) if layout else np.zeros(0)
+    if cache.header.unit not in (FRAME, PIXEL) or len(counts) != 1:
+        raise DataError(
+            f"{source.name} has one row for each sample, and {cache.path} has {cache.header.unit}s; give the "
+            "data that the cache was made from"
+        )
+    return EvenRowsSource(source, int(counts[0]), cache.header.unit)
 
 
 def join_samples(source: Source, cache: Cache, workers: int = 0) -> Indices:
@@ -169,6 +203,13 @@ def match_samples(
         DataError: the cache does not know a sample, or knows it by another label; the first is named.
     """
     header = cache.header
+    if header.rows is not None:
+        return match_rows(source, cache, workers, known_only=known_only, labels=labels)
+    if layout_of_source(source) is not None:
+        raise DataError(
+            f"{source.name} has a row for each {unit_of(source)}, and {cache.path} one for each sample; give "
+            "the data that the cache was made from"
+        )
     stored = np.array(cache.labels)
     if header.multi_label:
         sets = cache.label_sets(np.arange(header.samples))
@@ -176,6 +217,27 @@ def match_samples(
     keys, given = read_keys(source, workers, header.classes if header.multi_label else None)
     if not header.multi_label:
         check_labels(given, np.arange(len(source)), header.classes, source)
+    match = _match(source, cache, keys, given, stored, known_only=known_only)
+    if labels is None:
+        _check_labels(cache, match, source, stored)
+    return match
+
+
+def _match(
+    source: Source,
+    cache: Cache,
+    keys: npt.NDArray[np.uint64],
+    given: Indices,
+    stored: Indices,
+    *,
+    known_only: bool,
+) -> Match:
+    """The match in order where that is the same, else by content; what is not in order is said.
+
+    Raises:
+        DataError: the cache does not know a sample.
+    """
+    header = cache.header
     match = _in_order(keys, given, cache)
     if match is None:
         match = _by_key(keys, given, cache, stored)
@@ -195,9 +257,84 @@ def match_samples(
             first = f" (first difference at sample {differs.argmax()})" if differs.any() else ""
             how = f"is not in the order of the cache{first}"
         inform(f"note: {source.name} {how}; joined by content")
-    if labels is None:
-        _check_labels(cache, match, source, stored)
     return match
+
+
+def match_rows(
+    source: Source,
+    cache: Cache,
+    workers: int = 0,
+    *,
+    known_only: bool = False,
+    labels: str | None = None,
+) -> Match:
+    """match_samples() where samples have many rows: by content, and then the rows of each have to agree.
+
+    Raises:
+        DataError: the cache does not know a sample, or knows other rows of it, or other labels of these.
+    """
+    own, stored, header = layout_of_source(source), cache.layout, cache.header
+    if own is None or stored is None or unit_of(source) != header.unit:
+        raise DataError(
+            f"{source.name} has a row for each {unit_of(source) or 'sample'}, and {cache.path} has "
+            f"{header.unit}s; give the data that the cache was made from"
+        )
+    check_same_tokens(source, cache)
+    keys, labels_of_rows = np.empty(len(source), np.uint64), np.empty(own.rows, np.int32)
+    batches = sequential_batches(len(source), ROW_BATCH)
+    with progress("read data", len(source), "samples") as advance:
+        for part, batch in zip(
+            batches, loader(source, batches, workers=workers, keys=True), strict=True
+        ):
+            keys[part.start : part.stop] = batch.keys.numpy().view(np.uint64)
+            labels_of_rows[own.offsets[part.start] : own.offsets[part.stop]] = batch.labels.numpy()
+            advance(len(part))
+    same = np.zeros(len(source), np.int64)
+    match = _match(
+        source, cache, keys, same, np.zeros(header.samples, np.int64), known_only=known_only
+    )
+    given, known = own.take(match.source_indices), stored.take(match.cache_rows)
+    for name, values in given.arrays().items():
+        other = known.arrays()[name]
+        if len(values) != len(other) or (values != other).any():
+            raise DataError(_other_rows(source, cache, given, known, match))
+    if labels is None:
+        own_rows, cache_rows = own.rows_of(match.source_indices), stored.rows_of(match.cache_rows)
+        ours, theirs = labels_of_rows[own_rows], cache.labels[cache_rows]
+        differs = np.flatnonzero((ours != theirs) & (ours >= 0) & (theirs >= 0))
+        if len(differs):
+            row = own_rows[differs[:1]]
+            raise DataError(
+                f"sample {own.samples_of(row)[0]} of {source.name} has label {ours[differs[0]]} at "
+                f"{header.unit} {own.positions_of(row)[0]}, but {theirs[differs[0]]} in {cache.path} "
+                f"({len(differs):,} labels differ); give the data the cache was made from"
+            )
+    return match
+
+
+def check_same_tokens(source: Source, cache: Cache) -> None:
+    """Raise DataError if texts became tokens in another way than those of the cache."""
+    own, stored = row_facts(source), cache.header.rows or {}
+    for name, what in (("tokenizer", "tokenizer"), ("template", "chat template")):
+        if own.get(name) and stored.get(name) and own[name] != stored[name]:
+            raise DataError(
+                f"{source.name} was made into tokens by another {what} ({own[name]}) than the data of "
+                f"{cache.path} ({stored[name]}); name the teacher's with ?tokenizer=ID_OR_FOLDER"
+            )
+
+
+def _other_rows(
+    source: Source, cache: Cache, given: RowLayout, known: RowLayout, match: Match
+) -> str:
+    every = np.arange(given.samples)
+    differs = np.flatnonzero(given.counts(every) != known.counts(every))
+    first = int(differs[0]) if len(differs) else 0
+    counts = given.counts(every[first : first + 1])[0], known.counts(every[first : first + 1])[0]
+    return (
+        f"sample {match.source_indices[first]} of {source.name} has {counts[0]:,} {cache.header.unit}s that "
+        f"count, and {counts[1]:,} in {cache.path}, or others of them; use the same ?length=, ?stride= and "
+        "?loss_on= as the dump"
+    )
 
 
 def read_keys(

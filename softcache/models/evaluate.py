@@ -18,8 +18,9 @@ from softcache.data.loader import loader, sequential_batches
 from softcache.data.source import Source, check_kind_of_labels
 from softcache.data.workers import is_worker_failure
 from softcache.errors import DataError, ModelError
-from softcache.models.multi_label import MultiLabelScores, score
+from softcache.models.multi_label import score
 from softcache.models.outputs import logits_of
+from softcache.models.scores import Scores
 from softcache.util.tensors import to_float
 
 BATCH = 1000
@@ -41,8 +42,8 @@ class Evaluation:
         labels: (n,) int32, the classes that the samples have.
         predictions: (n,) int32, the classes of the largest logits.
         confidence: (n,) float32, the softmax probabilities of the predictions at temperature 1.
-        scores: of samples with any number of labels, whose error is any class that is taken wrongly; None for
-            samples with one label.
+        scores: of samples with any number of labels, whose error is any class that is taken wrongly, or with
+            many rows, each of which counts as a sample; None for samples with one label.
     """
 
     errors: int
@@ -50,7 +51,7 @@ class Evaluation:
     labels: Classes | None = field(default=None, repr=False, compare=False)
     predictions: Classes | None = field(default=None, repr=False, compare=False)
     confidence: npt.NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
-    scores: MultiLabelScores | None = field(default=None, repr=False)
+    scores: Scores | None = field(default=None, repr=False)
 
     @property
     def accuracy(self) -> float:

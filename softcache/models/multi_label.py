@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-HEADERS = ("mAP", "micro F1", "macro F1")  # of MultiLabelScores.cells()
 
 
 @dataclass(frozen=True)
@@ -35,21 +31,9 @@ class MultiLabelScores:
             f"macro F1 {self.macro_f1:.2%}"
         )
 
-    def cells(self) -> list[str]:
-        """The scores as cells of a table."""
-        return [f"{value:.2%}" for value in asdict(self).values()]
-
     def line(self) -> dict[str, float]:
         """The scores as a line of metrics holds them."""
         return asdict(self)
-
-
-def scores_from(facts: Mapping[str, Any]) -> MultiLabelScores | None:
-    """The scores that a header, a run folder or a line of metrics holds; None if it has none."""
-    values = [facts.get(field.name) for field in fields(MultiLabelScores)]
-    if any(type(value) not in (int, float) for value in values):
-        return None
-    return MultiLabelScores(*(float(value) for value in values if value is not None))
 
 
 def score(

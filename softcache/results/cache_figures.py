@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from softcache.cache import Basis, Cache
+from softcache.models.calibration import Calibration
 from softcache.results.figures import (
     BLUE,
     COLOURS,
@@ -27,7 +28,6 @@ from softcache.results.figures import (
     shorten,
 )
 from softcache.results.knowledge import Knowledge, Likeness, ViewDivergence
-from softcache.results.metrics import Calibration
 
 NUMBERED = 12  # classes up to which the map shows numbers
 SIDE_BY_SIDE = 20  # classes up to which the map leaves room for the list of pairs

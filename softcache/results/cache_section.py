@@ -55,8 +55,8 @@ def cache_sections(
     verdict.paragraphs.append((f"The file{name}", file_sentences(public, views)))
     section = Section(f"What the teacher knows: {public.path}")
     section.notes.append(
-        f"Measured on {len(knowledge.cache_rows):,} of {header.samples:,} samples in their first view, at "
-        f"T = {header.temperature:g} unless stated otherwise."
+        f"Measured on {len(knowledge.cache_rows):,} of {header.row_count:,} {header.unit}s in their first "
+        f"view, at T = {header.temperature:g} unless stated otherwise."
     )
     mean = float(knowledge.entropy.mean())
     section.add_figure(
@@ -74,7 +74,7 @@ def cache_sections(
             "Below the diagonal the teacher is surer than it is right, above it less sure.",
         )
     _add_similar_classes(section, public, knowledge)
-    if source is not None:
+    if source is not None and header.rows is None:
         _add_thumbnails(section, public, source, knowledge)
     kept = Section(f"What the file keeps: {public.path}", facts=describe(public))
     _add_encodings(kept, public)

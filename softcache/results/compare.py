@@ -18,7 +18,8 @@ from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
 from softcache.join.samples import open_samples
 from softcache.models.evaluate import evaluate
-from softcache.models.multi_label import HEADERS, MultiLabelScores, scores_from
+from softcache.models.evaluate_rows import evaluate_rows, row_model
+from softcache.models.scores import Scores, score_cells, score_headers, score_names, scores_from
 from softcache.models.weights import parameter_count
 from softcache.results.by_class import errors_by_class
 from softcache.results.eval_data import eval_data_for, judge_predictions
@@ -61,7 +62,7 @@ class StudentMetrics:
     ece: float | None
     kl: float | None
     predictions: Predictions | None = None
-    scores: MultiLabelScores | None = None
+    scores: Scores | None = None
 
     def beats(self, other: StudentMetrics) -> bool:
         """Whether it is at least as good in error, parameters and latency, and better in one of them.
@@ -119,7 +120,7 @@ def compare(
     students = measure_all(
         runs, source, joined, student=student, same_classes=same_classes, strict=strict
     )
-    scored = any(metrics.scores for metrics in students)
+    scores = score_names([metrics.scores for metrics in students])
     rows = [
         (
             ("  " if any(other.beats(metrics) for other in students) else "* ") + metrics.name,
@@ -130,17 +131,13 @@ def compare(
             "-" if metrics.error is None else f"{metrics.error:.2%}",
             "-" if metrics.kl is None else f"{metrics.kl:.4f}",
             "-" if metrics.ece is None else f"{metrics.ece:.4f}",
-            *(
-                (metrics.scores.cells() if metrics.scores else ["-"] * len(HEADERS))
-                if scored
-                else ()
-            ),
+            *score_cells(metrics.scores, scores),
         )
         for metrics in students
     ]
     headers = (
         "student", "parameters", "MACs", "bytes", *(f"ms, batch {batch}" for batch in BATCHES),
-        "test error", "KL to teacher", "ECE", *(HEADERS if scored else ()),
+        "test error", "KL to teacher", "ECE", *score_headers(scores),
     )  # fmt: skip
     align = ("left", *["right"] * (len(headers) - 1))
     table = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
@@ -191,6 +188,11 @@ def measure_all(
         if source is not None and run.multi_label:
             aligned = eval_data_for(run, source, same_classes=same_classes)
             result = evaluate(model, aligned, run.classes, torch.device("cpu"), multi_label=True)
+            error, scores = 1 - result.accuracy, result.scores
+        elif source is not None and run.unit is not None:
+            aligned = eval_data_for(run, source, same_classes=same_classes)
+            device = torch.device("cpu")
+            result = evaluate_rows(row_model(model, run.classes), aligned, run.classes, device)
             error, scores = 1 - result.accuracy, result.scores
         elif source is not None:
             aligned = eval_data_for(run, source, same_classes=same_classes)

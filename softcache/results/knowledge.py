@@ -15,14 +15,13 @@ from softcache.cache import Cache, Sampled
 from softcache.cache.verdict import Predictions
 from softcache.data.augment import split_augment
 from softcache.errors import FormatError
+from softcache.models.calibration import Calibration, calibration_of
 from softcache.results.metrics import (
     CPU,
     HIGHEST_TEMPERATURE,
     LOWEST_TEMPERATURE,
-    Calibration,
     Floats,
     best_temperature,
-    calibration_of,
 )
 from softcache.targets.decode import to_dense
 from softcache.targets.fetch import tempered_targets
@@ -122,9 +121,9 @@ class ViewDivergence:
 def measure_knowledge(cache: Cache) -> Knowledge:
     """Measure up to ROWS rows of the first view of a cache."""
     header = cache.header
-    count = max(1, min(header.samples, ROWS, VALUES // header.classes))
-    cache_rows = np.unique(np.linspace(0, header.samples - 1, count).astype(np.int64))
-    labels = np.array(cache.labels[cache_rows])
+    count = max(1, min(header.row_count, ROWS, VALUES // header.classes))
+    cache_rows = np.unique(np.linspace(0, header.row_count - 1, count).astype(np.int64))
+    labels = cache.labels[cache_rows].astype(np.int64)
     labelled = (labels >= 0) & (labels < header.classes)
     mixed = bool(split_augment(header.augment).mixup)
     sampled = isinstance(header.encoding, Sampled)
@@ -177,8 +176,8 @@ def measure_views(cache: Cache) -> ViewDivergence | None:
     views = min(header.views, VIEWS)
     if views < 2:
         return None
-    count = max(1, min(header.samples, VIEW_SAMPLES, VALUES // (views * header.classes)))
-    cache_rows = np.unique(np.linspace(0, header.samples - 1, count).astype(np.int64))
+    count = max(1, min(header.row_count, VIEW_SAMPLES, VALUES // (views * header.classes)))
+    cache_rows = np.unique(np.linspace(0, header.row_count - 1, count).astype(np.int64))
     divergence, changed = np.zeros(views), np.zeros(views)
     size = max(1, CHUNK_VALUES // header.classes)
     read = _row_reader(cache)
@@ -247,7 +246,7 @@ def _calibration_temperatures(cache: Cache, labelled_rows: Indices) -> dict[str,
     count = max(1, min(len(labelled_rows), FIT_VALUES // header.classes))
     rows = labelled_rows[np.unique(np.linspace(0, len(labelled_rows) - 1, count).astype(np.int64))]
     logits = torch.cat([by_temperature[1.0] for _, by_temperature in _chunks(cache, rows, [1.0])])
-    best = best_temperature(logits, torch.from_numpy(np.array(cache.labels[rows])))
+    best = best_temperature(logits, torch.from_numpy(cache.labels[rows].astype(np.int64)))
     named = {"T = 1": 1.0}
     # where every label is the top class there is no best fit: the colder, the more likely
     if LOWEST_TEMPERATURE * 1.05 < best < HIGHEST_TEMPERATURE / 1.05:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,12 @@ from softcache.data.source import Source, check_labels
 from softcache.errors import DataError
 from softcache.join.joined_data import JoinedData
 from softcache.losses import hard_loss, soft_loss
+from softcache.models.calibration import BINS, Calibration, calibration_of
+from softcache.models.evaluate_rows import row_model
+from softcache.train.teacher_figures import teacher_figures
 from softcache.util.tensors import to_float
 
 BATCH = 500
-BINS = 15  # of confidence
 RUNS = 20  # timed runs of a latency, after WARM_UP runs that are not timed
 WARM_UP = 3
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 10**-1.5, 10**1.5  # that best_temperature() considers
@@ -31,24 +34,6 @@ LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 10**-1.5, 10**1.5  # that best_tempera
 CPU = torch.device("cpu")
 
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A reliability diagram: mean confidence, accuracy and number of samples of each bin, (bins,)."""
-
-    confidence: Floats
-    accuracy: Floats
-    samples: Floats
-
-    @property
-    def error(self) -> float:
-        """The expected calibration error (ECE): mean of |accuracy - confidence| over the samples.
-
-        Guo et al., "On calibration of modern neural networks" (arXiv 1706.04599), equation 3.
-        """
-        share = self.samples / max(1.0, self.samples.sum())
-        return float((share * np.abs(self.accuracy - self.confidence)).sum())
 
 
 @dataclass(frozen=True)
@@ -85,18 +70,6 @@ def calibration(log_probs: Tensor, labels: Tensor, bins: int = BINS) -> Calibrat
     top = log_probs.max(-1)
     confidence = top.values.double().exp().numpy()
     return calibration_of(confidence, (top.indices == labels).double().numpy(), bins)
-
-
-def calibration_of(confidence: Floats, correct: Floats, bins: int = BINS) -> Calibration:
-    """The same from confidences (N,) and from 1 for correct predictions, 0 for others (N,)."""
-    bin_of = np.clip((confidence * bins).astype(np.int64), 0, bins - 1)
-    samples = np.bincount(bin_of, minlength=bins).astype(np.float64)
-    divisor = np.maximum(samples, 1)
-    return Calibration(
-        np.bincount(bin_of, confidence, bins) / divisor,
-        np.bincount(bin_of, correct, bins) / divisor,
-        samples,
-    )
 
 
 def best_temperature(log_probs: Tensor, labels: Tensor) -> float:
@@ -168,14 +141,18 @@ def divergence_from_teacher(
     model: nn.Module, part: JoinedData, temperature: float, most: int = 10_000
 ) -> float:
     """Mean KL(teacher ‖ model) in nats on the first view of up to `most` samples of a cache."""
+    if part.layout is not None:
+        of_rows = row_model(model, part.classes)
+        return teacher_figures(of_rows, part, temperature, CPU)["teacher_kl"]
     total, count = 0.0, min(most, len(part))
     with torch.inference_mode():
         for start in range(0, count, BATCH):
             rows = np.arange(start, min(start + BATCH, count))
             (batch,) = loader(part.source, [part.request(rows, 0)], augmentation=part.augmentation)
-            inputs, _, targets = part.training_batch(batch, 0, CPU)
+            inputs, _, targets, _ = part.training_batch(batch, 0, CPU)
             kind = "bernoulli" if part.multi_label else "kl"
-            loss = soft_loss(model(inputs), targets[temperature], temperature, kind)
+            chosen: Any = targets[temperature]
+            loss = soft_loss(model(inputs), chosen, temperature, kind)
             total += float(loss) * len(rows)
     return total / count
 
@@ -226,7 +203,7 @@ def gradient_similarity(
     for number in range(min(batches, len(part) // size)):
         rows = order[number * size : (number + 1) * size]
         (batch,) = loader(part.source, [part.request(rows, 0)], augmentation=part.augmentation)
-        inputs, labels, targets = part.training_batch(batch, 0, CPU)
+        inputs, labels, targets, _ = part.training_batch(batch, 0, CPU)
         losses: dict[str, Callable[[Tensor], Tensor]] = {
             "soft": lambda logits, t=targets: soft_loss(logits, t[temperature], temperature),  # type: ignore[misc]
             "hard": lambda logits, y=labels: hard_loss(logits, y),  # type: ignore[misc]

@@ -10,7 +10,8 @@ import numpy as np
 
 from softcache.cache import Cache
 from softcache.files.describe import describe
-from softcache.models.multi_label import HEADERS, average_precision, score
+from softcache.models.multi_label import average_precision, score
+from softcache.models.scores import COLUMNS, RowScores, score_headers, score_names
 from softcache.results.page import Section, Table
 from softcache.results.students import Spread, Student
 from softcache.results.verdict import Verdict
@@ -66,14 +67,33 @@ def multi_label_section(cache: Cache, verdict: Verdict) -> Section:
 def scores_table(students: Sequence[Student]) -> Table | None:
     """Mean average precision and F1 of each student over its seeds; None if there are none."""
     rows = []
+    every = [one.scores for student in students for one in student.measured.values()]
+    names = score_names(every)
+    many_rows = any(isinstance(scores, RowScores) for scores in every)
     for student in students:
         measured = [one.scores.line() for one in student.measured.values() if one.scores]
         if measured:
-            spreads = [Spread.of([line[name] for line in measured]) for name in measured[0]]
             cells = [
-                f"{spread.mean:.2%}" + (f" ± {spread.deviation:.2%}" if spread.count > 1 else "")
-                for spread in spreads
+                _spread([line[name] for line in measured if name in line], COLUMNS[name][1])
+                for name in names
             ]
             rows.append((student.label, *cells))
-    caption = "A class is taken to apply if its probability is above 1/2."
-    return Table("Any number of labels", ("student", *HEADERS), rows, caption) if rows else None
+    title, caption = (
+        "Any number of labels",
+        "A class is taken to apply if its probability is above 1/2.",
+    )
+    if many_rows:
+        title, caption = (
+            "Scores of rows",
+            "On the evaluation data; those of the teacher on training samples.",
+        )
+    return Table(title, ("student", *score_headers(names)), rows, caption) if rows else None
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """Mean and deviation of a score over the seeds; a dash if none has it."""
+    if not values:
+        return "-"
+    spread = Spread.of(values)
+    deviation = f" ± {form.format(spread.deviation)}" if spread.count > 1 else ""
+    return form.format(spread.mean) + deviation

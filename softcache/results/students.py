@@ -11,11 +11,13 @@ from typing import Any
 from softcache.cache.verdict import judge
 from softcache.data.source import Source
 from softcache.models.evaluate import evaluate
-from softcache.models.multi_label import MultiLabelScores, scores_from
+from softcache.models.evaluate_rows import evaluate_rows, row_model
+from softcache.models.scores import Scores, scores_from
 from softcache.models.weights import parameter_count
 from softcache.results.eval_data import eval_data_for
 from softcache.results.metrics import CPU, Quality, count_macs, measure_quality, time_runs
-from softcache.train.config import TrainConfig, train_settings
+from softcache.train.config import TrainConfig
+from softcache.train.options import train_settings
 from softcache.train.run_folder import Run
 from softcache.util.settings import option_name, settings_of
 
@@ -47,7 +49,7 @@ class Measurement:
     test_samples: int
     quality: Quality | None = None
     warnings: Sequence[str] = ()
-    scores: MultiLabelScores | None = None
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,11 @@ def measure_students(
             if evaluation is not None and run.multi_label:
                 aligned = eval_data_for(run, evaluation, same_classes=same_classes)
                 result = evaluate(models[name], aligned, run.classes, CPU, multi_label=True)
+                error, samples, scores = 1 - result.accuracy, result.samples, result.scores
+            elif evaluation is not None and run.unit is not None:
+                aligned = eval_data_for(run, evaluation, same_classes=same_classes)
+                rows = row_model(models[name], run.classes)
+                result = evaluate_rows(rows, aligned, run.classes, CPU)
                 error, samples, scores = 1 - result.accuracy, result.samples, result.scores
             elif evaluation is not None:
                 aligned = eval_data_for(run, evaluation, same_classes=same_classes)

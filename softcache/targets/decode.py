@@ -12,7 +12,7 @@ from softcache.cache import Basis, Bernoulli, Dense, Encoding, Quantized, Sample
 from softcache.cache.encodings import check_sampled
 from softcache.cache.tails import tail_weights
 from softcache.errors import FormatError
-from softcache.types import SparseTargets, Targets
+from softcache.types import SparseTargets, StoredTargets, Targets
 
 
 def decode(
@@ -55,8 +55,10 @@ def decode(
     raise TypeError(f"no decoder for {encoding}")
 
 
-def to_dense(targets: Targets) -> Tensor:
-    """Dense log-probabilities (B, C) float32 of targets of either kind."""
+def to_dense(targets: Targets | StoredTargets) -> Tensor:
+    """Dense log-probabilities (B, C) float32 of targets of any kind."""
+    if isinstance(targets, StoredTargets):
+        targets = targets.decoded()
     if isinstance(targets, Tensor):
         return targets
     rest = targets.rest[:, None].expand(-1, targets.classes).clone()

@@ -155,10 +155,9 @@ def tried(teacher: Teacher, sample: Tensor, unit: str | None) -> tuple[Teacher, 
     if unit is None:
         try:
             return teacher, teacher.logits(sample).shape[1]
-        except ModelError:
-            shape = teacher.output_shape(sample)
-            if len(shape) not in (3, 4):
-                raise
+        except ModelError as error:
+            if _positions(teacher, sample) < 2:  # an axis of 1 is one that was added by mistake
+                raise error from error.__cause__
     shape = teacher.output_shape(sample)
     if len(shape) not in (3, 4):
         raise ModelError(
@@ -169,6 +168,17 @@ def tried(teacher: Teacher, sample: Tensor, unit: str | None) -> tuple[Teacher, 
     teacher = dataclasses.replace(teacher, positions=positions)
     first = RowIndex(*torch.zeros((2, 1), dtype=torch.int64))
     return teacher, next(teacher.row_logits(sample, first)).shape[1]
+
+
+def _positions(teacher: Teacher, sample: Tensor) -> int:
+    """How many positions the teacher's output has for a sample; 0 if it is not one of many rows."""
+    try:
+        shape = teacher.output_shape(sample)
+    except Exception:  # what is wrong was said already
+        return 0
+    if len(shape) == 3:
+        return shape[1]
+    return shape[2] * shape[3] if len(shape) == 4 else 0
 
 
 def build_teacher(

@@ -9,7 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from softcache.models.spec import BUILT_IN, parse_model
-from softcache.train.config import train_settings
+from softcache.train.options import train_settings
 from softcache.util.messages import as_markdown
 from softcache.util.settings import option_name
 

@@ -24,7 +24,7 @@ from softcache.cache.fields import MAX_COUNT, integer, load_json
 from softcache.errors import FormatError, SettingsError
 from softcache.losses import Loss
 from softcache.models.evaluate import Evaluation
-from softcache.models.multi_label import scores_from
+from softcache.models.scores import scores_from
 from softcache.train.config import MAX_LEARNING_RATE, StudentConfig, TrainConfig
 from softcache.train.run_facts import check_line
 from softcache.train.student import Student

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from softcache.cache.encodings import MAX_TEMPERATURE
 from softcache.errors import SettingsError
 from softcache.models.spec import parse_model
-from softcache.util.settings import Setting, check_range, option_name, setting, settings_of
+from softcache.util.settings import check_range, option_name, setting, settings_of
 
+BATCH_SIZE = 128  # the default
 MAX_LEARNING_RATE = 1e6
 LEARNING_RATES = {"adamw": 2e-3, "sgd": 0.05}
 WEIGHT_DECAYS = {"adamw": 0.01, "sgd": 5e-4}
@@ -249,7 +250,18 @@ class TrainConfig:
         choices=SAMPLINGS,
     )
     epochs: int = setting(20, help="Passes over the data.", group=OPTIMIZATION, at_least=1)
-    batch_size: int = setting(128, help="Samples per step.", group=OPTIMIZATION, at_least=1)
+    batch_size: int = setting(
+        BATCH_SIZE,
+        help="Samples per step; of texts as tokens, see --batch-tokens.",
+        group=OPTIMIZATION,
+        at_least=1,
+    )
+    batch_tokens: int = setting(
+        8192,
+        help="Tokens per step, where samples are texts as tokens and --batch-size is not given.",
+        group=OPTIMIZATION,
+        at_least=2,
+    )
     patience: int | None = setting(
         None,
         help="Stop after this many epochs without fewer errors on --eval-data, and keep the best weights.",
@@ -335,6 +347,11 @@ class TrainConfig:
                     "leave these options out to train on labels alone"
                 )
 
+    @property
+    def tokens_of_batch(self) -> int | None:
+        """The tokens of a batch of documents; None if --batch-size says how many documents it has."""
+        return self.batch_tokens if self.batch_size == BATCH_SIZE else None
+
     def soft_weight(self, student: StudentConfig) -> float:
         """The alpha of a student: by default 1 with a cache, and 0 without.
 
@@ -393,56 +410,3 @@ def short_name(options: Mapping[str, Any]) -> str:
         for option, value in options.items()
     ]
     return "".join(c if c.isalnum() or c in "-=.," else "-" for c in " ".join(parts)).strip("-.")
-
-
-def train_settings() -> Iterator[tuple[dataclasses.Field[Any], Setting]]:
-    """All settings of a run with one student: first the student's, then the run's."""
-    yield from settings_of(StudentConfig)
-    yield from settings_of(TrainConfig)
-
-
-def make_train_config(
-    *,
-    student: str | Sequence[str] | None = None,
-    students: Sequence[Mapping[str, Any]] = ({},),
-    cache: Path | str | Sequence[Path | str] | None = None,
-    data: str | Sequence[str] = (),
-    **options: Any,  # fields of either class
-) -> TrainConfig:
-    """Make a TrainConfig from flat options, as the command line and Python callers pass them.
-
-    Args:
-        student: one or more specifications of students, which share all other options.
-        students: settings of single students, which override the shared options.
-        cache: one or more caches.
-        data: one or more data specifications.
-        options: any field of TrainConfig, or any field of StudentConfig to apply to all students.
-
-    Raises:
-        SettingsError: an option does not exist, or its value is out of range.
-    """
-    student_fields = {field.name for field, _ in settings_of(StudentConfig)}
-    run_fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    shared = {name: value for name, value in options.items() if name in student_fields}
-    run_options = {name: value for name, value in options.items() if name not in student_fields}
-    unknown = sorted(set(run_options) - run_fields)
-    if unknown:
-        raise SettingsError(f"{unknown[0]!r} is not a setting of a training run")
-    specs: list[str | None] = (
-        [student] if student is None or isinstance(student, str) else [*student]
-    )
-    variants = [
-        shared | ({} if spec is None else {"student": spec}) | dict(variant)
-        for variant in students
-        for spec in specs
-    ]
-    if not all("student" in variant for variant in variants):
-        raise SettingsError("no student; name one with --student")
-    caches = [cache] if isinstance(cache, Path | str) else list(cache or ())
-    return TrainConfig(
-        students=tuple(StudentConfig(**variant) for variant in variants),
-        caches=tuple(map(Path, caches)),
-        data=(data,) if isinstance(data, str) else tuple(data or ()),
-        seed=shared.get("seed", 0),
-        **run_options,
-    )

@@ -18,6 +18,7 @@ import numpy as np
 
 from softcache.cache import Cache, Sampled
 from softcache.cache.summary import binary_entropy
+from softcache.data.rows import TOKEN
 from softcache.train.config import StudentConfig, TrainConfig
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
@@ -80,6 +81,8 @@ def default_temperature(caches: Sequence[Cache], epochs: int) -> tuple[float, st
     """
     if any(_is_sampled(cache) for cache in caches):
         return caches[0].header.temperature, "the only one of sampled soft targets"
+    if all(cache.header.unit == TOKEN for cache in caches):
+        return caches[0].header.temperature, "that of the cache, of tokens"
     if all(cache.header.augment for cache in caches):
         return TEMPERATURES[
             0
@@ -106,7 +109,7 @@ def entropy_share(caches: Sequence[Cache], temperature: float) -> float:
     """Mean entropy of the first views of some caches at a temperature, as a share of log C."""
     entropies = []
     for cache in caches:
-        samples, classes = cache.header.samples, cache.header.classes
+        samples, classes = cache.header.row_count, cache.header.classes
         count = max(1, min(samples, ROWS, VALUES // classes))
         rows = np.unique(np.linspace(0, samples - 1, count).astype(np.int64))
         for part in np.array_split(rows, -(-len(rows) * classes // (1 << 22))):

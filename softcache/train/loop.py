@@ -19,14 +19,14 @@ from softcache.data.source import Source
 from softcache.data.workers import worker_failures
 from softcache.errors import DataError, Interrupted, ModelError
 from softcache.join.joined_data import JoinedData, concatenate_batches
+from softcache.train.accelerator import make_accelerator
 from softcache.train.checkpoint import NAME, Checkpoint, Position, check_checkpoint
+from softcache.train.checks import check_losses, check_rows
 from softcache.train.config import TrainConfig
 from softcache.train.defaults import with_defaults
 from softcache.train.prepare import (
-    check_losses,
     extra_augmentation,
     join_all,
-    make_accelerator,
     make_students,
     open_data,
     open_run_folders,
@@ -80,6 +80,7 @@ def train_in_process(config: TrainConfig, accelerator: Accelerator) -> list[Stud
     if config.tensorboard:
         import_extra("tensorboard", extra="tensorboard", what="--tensorboard")
     caches = [open_trainable(path) for path in config.caches]
+    check_rows(config, caches)
     sources, eval_source = open_data(config, caches)
     check_losses(config, caches)
     cache_warnings = warnings_of_caches(config, caches)
@@ -213,11 +214,14 @@ def fit(
                         for number, part_batch in loaded.items()
                     ]
                 )
-                inputs = extra(batch.inputs, None, epoch, sample_ids, first_stream=EXTRA_STREAM)
+                inputs = batch.inputs
+                if extra.ops:
+                    inputs = extra(inputs, None, epoch, sample_ids, first_stream=EXTRA_STREAM)
                 step += 1
                 for student in in_training(students):
                     targets = batch.targets.get(student.temperature)  # none for hard labels
-                    attempt(config, student, student.step, inputs, batch.labels, targets, weight)
+                    given = inputs, batch.labels, targets, weight, batch.rows
+                    attempt(config, student, student.step, *given)
                     if step % CHECK_STEPS == 0 and student.stopped is None:
                         attempt(config, student, student.mean_losses, epoch)
                 advance(1)

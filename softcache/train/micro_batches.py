@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from softcache.types import LabelSets, MixedLabels, SparseTargets
+import torch
+
+from softcache.types import LabelSets, MixedLabels, RowIndex, SparseTargets, StoredTargets
 
 
 def micro_batches(samples: int, count: int) -> Iterator[slice]:
@@ -19,8 +21,17 @@ def micro_batches(samples: int, count: int) -> Iterator[slice]:
     return (slice(start, stop) for start, stop in pairwise(edges))
 
 
+def rows_of_samples(rows: RowIndex, samples: slice) -> slice:
+    """Those of the rows of a batch, which are in the order of its samples, that belong to some of them."""
+    edges = torch.tensor([samples.start, samples.stop], device=rows.samples.device)
+    start, stop = torch.searchsorted(rows.samples, edges).tolist()
+    return slice(start, stop)
+
+
 def take_rows(values: Any, rows: slice) -> Any:  # noqa: ANN401  # labels or targets of either kind
     """The labels or targets of one micro-batch."""
+    if isinstance(values, StoredTargets):
+        return values.rows(rows)
     if isinstance(values, SparseTargets):
         return SparseTargets(
             values.ids[rows], values.log_probs[rows], values.rest[rows], values.classes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from torch import Tensor, nn
 
-from softcache.cache import Cache, Sampled, TopK
-from softcache.data.augment import Augmentation, parse_augment, split_augment
+from softcache.cache import Cache
+from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.class_names import align_classes, all_class_names
-from softcache.data.embedded import CacheSource
+from softcache.data.embedded import source_of_cache
 from softcache.data.kinds import check_same_kind
 from softcache.data.loader import Request, ShuffledBatches
 from softcache.data.open import open_source
+from softcache.data.rows import has_tokens, lengths_of, unit_of, vocabulary_of
 from softcache.data.source import Source
 from softcache.data.table_columns import columns_of_cache
 from softcache.data.tables import (
@@ -33,19 +33,20 @@ from softcache.data.tables import (
 )
 from softcache.errors import DataError, SettingsError
 from softcache.join.joined_data import JoinedData, hard_label_data
-from softcache.join.match import join
-from softcache.losses import parse_loss
+from softcache.join.match import check_same_tokens, join
+from softcache.join.samples import token_options
 from softcache.models.build import build
 from softcache.models.builtin import standardize_columns
+from softcache.models.spec import parse_model
 from softcache.models.weights import load_weights
 from softcache.train.checkpoint import Checkpoint, Position
-from softcache.train.class_weights import BALANCED, class_weights, read_weights
+from softcache.train.class_weights import BALANCED, class_weights
 from softcache.train.config import StudentConfig, TrainConfig
+from softcache.train.optimizer import make_average, make_optimizer, make_schedule
 from softcache.train.run_folder import make_run_folder
-from softcache.train.sampling import BalancedBatches
-from softcache.train.student import Student, make_student
-from softcache.util.device import pick_device
-from softcache.util.distributed import world_size
+from softcache.train.sampling import BalancedBatches, RowBatches
+from softcache.train.student import Student
+from softcache.util.device import random_state
 from softcache.util.log import inform
 
 
@@ -59,10 +60,12 @@ def open_data(config: TrainConfig, caches: Sequence[Cache]) -> tuple[list[Source
             the first data set.
         SettingsError: a specification is invalid, or a cache without --data does not store its samples.
     """
+    defaults = text_defaults(config, caches)
     sources: list[Source] = [
-        open_source(spec, skip_unreadable=config.skip_unreadable) for spec in config.data
+        open_source(spec, skip_unreadable=config.skip_unreadable, defaults=defaults)
+        for spec in config.data
     ]
-    sources = sources or [CacheSource(cache) for cache in caches]
+    sources = sources or [source_of_cache(cache) for cache in caches]
     aligned: list[Source] = []
     for number, source in enumerate(sources):
         # a single data set may have several caches, whose classes are the same
@@ -78,14 +81,30 @@ def open_data(config: TrainConfig, caches: Sequence[Cache]) -> tuple[list[Source
         aligned.append(source)
     if not config.eval_data:
         return aligned, None
-    eval_source = align_columns(open_source(config.eval_data), columns_of(aligned[0]))
+    opened = open_source(config.eval_data, defaults=defaults)
+    eval_source = align_columns(opened, columns_of(aligned[0]))
     check_same_kind(aligned[0], eval_source)
+    for cache in caches[:1]:
+        if cache.header.rows is not None:
+            check_same_tokens(eval_source, cache)
     for cache in caches[:1]:
         eval_source = align_classes(
             eval_source, all_class_names(cache), str(cache.path), same_classes=config.same_classes
         )
     names, whose = aligned[0].class_names, aligned[0].name
     return aligned, align_classes(eval_source, names, whose, same_classes=config.same_classes)
+
+
+def text_defaults(config: TrainConfig, caches: Sequence[Cache]) -> dict[str, str]:
+    """Options of texts that follow from the first cache and the first student with a tokenizer."""
+    defaults = token_options(caches[0].header) if caches else {}
+    for student in config.students:
+        spec = parse_model(student.student)
+        place = spec.options.get("tokenizer") or (spec.place if spec.path.is_dir() else "")
+        if spec.kind == "hf" and place:
+            defaults["tokenizer"] = place
+            break
+    return defaults
 
 
 def warnings_of_caches(config: TrainConfig, caches: Sequence[Cache]) -> list[str]:
@@ -124,53 +143,6 @@ def student_temperature(student: StudentConfig, caches: Sequence[Cache]) -> floa
     return student.temperature or (caches[0].header.temperature if caches else 1.0)
 
 
-def check_losses(config: TrainConfig, caches: Sequence[Cache]) -> None:
-    """Raise SettingsError if a loss needs something that is not there, rather than at the first step."""
-    if any(cache.header.multi_label for cache in caches):
-        check_multi_label(config, caches)
-    for student in config.students:
-        if student.loss == "bernoulli" and not any(cache.header.multi_label for cache in caches):
-            raise SettingsError("loss bernoulli needs a CACHE of --targets sigmoid; use --loss kl")
-        if student.class_weights not in (None, BALANCED):
-            read_weights(Path(str(student.class_weights)))
-        name, _ = parse_loss(student.soft_loss)
-        for cache in caches:
-            is_sparse = isinstance(cache.header.encoding, TopK | Sampled)
-            encoding = cache.header.encoding.name
-            if (name == "mse" and is_sparse) or (
-                name in ("reverse_kl", "correlation") and encoding == "sampled"
-            ):
-                raise SettingsError(
-                    f"loss {name} needs the probabilities of all classes, and {cache.path} is {encoding}; "
-                    "use --loss kl"
-                )
-            mixed = split_augment(cache.header.augment).mixup
-            if name == "dkd" and (mixed or bool((cache.labels < 0).any())):
-                raise SettingsError(
-                    f"loss dkd needs one label per sample, and {cache.path} has "
-                    f"{'mixed samples' if mixed else 'samples without a label'}; use --loss kl"
-                )
-
-
-def check_multi_label(config: TrainConfig, caches: Sequence[Cache]) -> None:
-    """Raise SettingsError if a setting needs one label per sample, and a cache has any number."""
-    refused = {
-        "--sampling balanced": config.sampling == BALANCED,
-        "--class-weights": any(student.class_weights for student in config.students),
-        "--loss": any(student.loss not in (None, "kl", "bernoulli") for student in config.students),
-        "--tune": config.tune is not None,
-    }
-    for option, given in refused.items():
-        if given:
-            raise SettingsError(
-                f"{option} needs one label per sample, and {caches[0].path} has any number; leave it out"
-            )
-    if not all(cache.header.multi_label for cache in caches):
-        raise SettingsError(
-            "some caches have one label per sample and some any number; train a student from each kind"
-        )
-
-
 def join_all(
     config: TrainConfig,
     sources: Sequence[Source],
@@ -195,6 +167,8 @@ def join_all(
         for plan in planned_students(config)
         if config.soft_weight(plan.config) > 0
     }
+    if caches[0].header.rows is not None:  # with which students of labels alone are compared too
+        temperatures.add(caches[0].header.temperature)
     sources_of_caches = sources if len(sources) == len(caches) else [*sources] * len(caches)
     parts = [
         join(
@@ -211,6 +185,8 @@ def join_all(
         for source, cache in zip(sources_of_caches, caches, strict=True)
     ]
     for part in parts[1:]:
+        if has_tokens(part.source):
+            continue
         if part.input_shape() != parts[0].input_shape():
             raise DataError(
                 f"inputs of {part.source.name} have shape {part.input_shape()}, inputs of "
@@ -278,6 +254,7 @@ def make_students(
             input_shape=input_shape,
             classes=classes,
             trust_code=config.trust_code,
+            unit=unit_of(parts[0].source),
         )
         if statistics is not None:
             standardize_columns(model, *statistics)
@@ -299,6 +276,7 @@ def make_students(
                 steps=steps,
                 class_weights=weights,
                 multi_label=parts[0].multi_label,
+                part=parts[0] if parts[0].layout is not None else None,
             )
         )
     return students
@@ -310,6 +288,9 @@ def class_count(config: TrainConfig, source: Source) -> int:
     Raises:
         SettingsError: none of these is available.
     """
+    vocabulary = vocabulary_of(source)
+    if vocabulary:
+        return vocabulary
     if config.classes or source.class_names:
         return config.classes or len(source.class_names)
     labels = getattr(source, "labels", None)
@@ -318,41 +299,6 @@ def class_count(config: TrainConfig, source: Source) -> int:
             f"data {source.name} does not say how many classes it has; add --classes"
         )
     return int(labels.max()) + 1
-
-
-def make_accelerator(device: str, precision: str) -> Accelerator:
-    """An Accelerator of Hugging Face accelerate for this process.
-
-    Args:
-        device: auto, cpu, cuda, cuda:1, mps.
-        precision: fp32, bf16 or fp16.
-
-    Raises:
-        SettingsError: the device is not available, or accelerate does not see all processes.
-    """
-    torch_device, processes = pick_device(device), world_size()
-    if torch_device.type == "cuda" and torch_device.index is not None:
-        torch.cuda.set_device(torch_device)
-    mixed_precision = "no" if precision == "fp32" else precision
-    if processes == 1:
-        # accelerate keeps one state per process, and refuses another device or precision
-        AcceleratorState._reset_state(reset_partial_state=True)
-    else:
-        atexit.register(leave_processes)
-    # without a GPU, accelerate looks for other processes only with cpu=True
-    accelerator = Accelerator(cpu=torch_device.type == "cpu", mixed_precision=mixed_precision)
-    if accelerator.num_processes != processes:
-        raise SettingsError(
-            f"{processes} processes were started, but accelerate sees {accelerator.num_processes}; start "
-            "them with torchrun or accelerate launch"
-        )
-    return accelerator
-
-
-def leave_processes() -> None:
-    """Leave the group of processes: a thread of it that outlives Python would abort this process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def shuffled_batches(
@@ -379,6 +325,15 @@ def shuffled_batches(
             f"batch size {config.batch_size} for {processes} processes; expected 2 or more for each"
         )
     share = request, accelerator.process_index, processes
+    if parts[0].layout is not None:
+        counts = np.concatenate([part.row_counts() for part in parts])
+        lengths = None
+        if has_tokens(parts[0].source) and config.tokens_of_batch:
+            lengths = np.concatenate(
+                [lengths_of(part.source)[part.source_indices] for part in parts]
+            )
+        tokens = config.tokens_of_batch if lengths is not None else None
+        return RowBatches(counts, lengths, tokens, config.batch_size, config.seed, *share)
     if config.sampling == BALANCED:
         labels = np.concatenate([part.labels() for part in parts])
         return BalancedBatches(labels, config.batch_size, config.seed, *share)
@@ -412,3 +367,57 @@ def open_board(folder: Path, epoch: int) -> Any:  # noqa: ANN401  # a SummaryWri
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(folder, purge_step=epoch)
+
+
+def make_student(
+    model: nn.Module,
+    accelerator: Accelerator,
+    config: StudentConfig,
+    *,
+    name: str,
+    folder: Path,
+    alpha: float,
+    temperature: float,
+    classes: int,
+    steps: int,
+    class_weights: Tensor | None = None,
+    multi_label: bool = False,
+    part: JoinedData | None = None,
+) -> Student:
+    """A student ready to train.
+
+    Args:
+        model: a new model, with the weights to start from.
+        name: name in messages and tables.
+        folder: where its files go.
+        alpha: weight of the soft targets in the loss.
+        temperature: temperature of the soft targets.
+        classes: number of logits that the model has to return.
+        steps: length of the learning rate schedule.
+        class_weights: (C,) weights of the classes in the hard loss; None for 1 each.
+        multi_label: whether samples have any number of labels.
+        part: samples with many rows and their soft targets, to compare the student with.
+    """
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, steps)
+    average = None
+    if config.ema is not None:
+        average = make_average(model, config.ema).to(accelerator.device)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    return Student(
+        name=name,
+        folder=folder,
+        config=config,
+        alpha=alpha,
+        temperature=temperature,
+        classes=classes,
+        model=prepared,
+        optimizer=optimizer,
+        schedule=schedule,
+        accelerator=accelerator,
+        random=random_state(accelerator.device),
+        class_weights=None if class_weights is None else class_weights.to(accelerator.device),
+        average=average,
+        multi_label=multi_label,
+        part=part,
+    )

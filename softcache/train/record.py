@@ -15,12 +15,13 @@ from tabulate import tabulate
 from softcache._version import __version__
 from softcache.cache import Cache
 from softcache.data.class_names import all_class_names
+from softcache.data.rows import unit_of
 from softcache.data.source import Source
 from softcache.data.table_columns import columns_field
 from softcache.data.tables import columns_of
 from softcache.join.joined_data import JoinedData
 from softcache.models.evaluate import Evaluation, data_digest
-from softcache.models.multi_label import HEADERS, scores_from
+from softcache.models.scores import score_cells, score_headers, score_names, scores_from
 from softcache.models.spec import parse_model
 from softcache.models.weights import file_sha256, split_key
 from softcache.train.card import model_card
@@ -112,6 +113,7 @@ def run_facts(
         "input_dtype": str(parts[0].first_input().dtype).removeprefix("torch."),
         "classes": parts[0].classes,
         **({"multi_label": True} if parts[0].multi_label else {}),
+        **({"unit": unit_of(parts[0].source)} if parts[0].layout is not None else {}),
         "class_names": list(class_names(parts)),
         **table_facts(parts[0].source),
         "embedded": not config.data,  # the samples came from the cache itself
@@ -161,7 +163,8 @@ def final_table(
     Args:
         teacher: what teacher_evaluation() returns.
     """
-    balanced = is_imbalanced(evaluation_labels(students, eval_source))
+    language = any(student.criterion == "perplexity" for student in students)
+    balanced = not language and is_imbalanced(evaluation_labels(students, eval_source))
     rows = [
         Row(
             student.name,
@@ -215,7 +218,8 @@ def models_table(rows: Sequence[Row]) -> str:
     """Parameters, their share of the first row's, and test errors of each model, as text."""
     first = rows[0].parameters
     balanced = any(row.balanced_accuracy is not None for row in rows)
-    scored = any(row.evaluation and row.evaluation.scores for row in rows)
+    scores = [row.evaluation.scores if row.evaluation else None for row in rows]
+    names = score_names(scores)
     headers = ["model", "parameters", f"share of {rows[0].name}'s", "test errors", "accuracy"]
     lines = [
         [
@@ -225,24 +229,20 @@ def models_table(rows: Sequence[Row]) -> str:
             f"{row.evaluation.errors:,} of {row.evaluation.samples:,}" if row.evaluation else "-",
             f"{row.evaluation.accuracy:.2%}" if row.evaluation else "-",
             *([_percent(row.balanced_accuracy)] if balanced else []),
-            *(_scores(row.evaluation) if scored else []),
+            *score_cells(one, names),
         ]
-        for row in rows
+        for row, one in zip(rows, scores, strict=True)
     ]
     return tabulate(
         lines,
         headers=[
             *headers,
             *(["balanced accuracy"] if balanced else []),
-            *(HEADERS if scored else []),
+            *score_headers(names),
         ],
         colalign=("left", *["right"] * (len(lines[0]) - 1)),
         disable_numparse=True,
     )
-
-
-def _scores(evaluation: Evaluation | None) -> list[str]:
-    return evaluation.scores.cells() if evaluation and evaluation.scores else ["-"] * len(HEADERS)
 
 
 def _percent(share: float | None) -> str:

@@ -40,6 +40,7 @@ NUMBERS = (
     "lr",
     "balanced_accuracy",
     *provenance.SCORES,
+    *provenance.ROW_SCORES,
 )  # in a line of metrics
 
 
@@ -138,6 +139,10 @@ def _check_facts(facts: JSON) -> None:
     contents = facts.get("content_ids", [])
     if not isinstance(contents, list) or not all(one is None or is_text(one) for one in contents):
         raise FormatError(f"content_ids is {shown(contents)}; expected a list of texts")
+    if facts.get("unit") not in (None, *provenance.UNITS):
+        raise FormatError(
+            f"unit is {shown(facts['unit'])}; expected one of {', '.join(provenance.UNITS)}"
+        )
     provenance.teachers(facts.get("teachers", []))
     provenance.evaluation(facts.get("teacher_evaluation"))
     for name in ("alpha", "temperature"):

@@ -61,6 +61,12 @@ class Run:
         return self.facts.get("multi_label") is True
 
     @property
+    def unit(self) -> str | None:
+        """What a row is, if samples have many: a token, word, frame or pixel."""
+        unit: str | None = self.facts.get("unit")
+        return unit
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Names of its classes in order; empty if it does not name them all."""
         names = tuple(self.facts.get("class_names") or ())
@@ -82,13 +88,13 @@ class Run:
         """Dummy inputs (batch, *input_shape) of the dtype that the student expects.
 
         Floats are uniform in [0, 1]. Integers are code points of lowercase letters if the student is a
-        model from a hub, which reads text, and otherwise all 1.
+        model from a hub, which reads text, and otherwise all 1, as a token id is.
         """
         shape, generator = (batch, *self.input_shape), torch.Generator().manual_seed(seed)
         dtype = getattr(torch, self.facts.get("input_dtype", "float32"))
         if dtype.is_floating_point:
             return torch.rand(shape, generator=generator, dtype=dtype)
-        if parse_model(self.facts["settings"]["student"]).kind in HUB:
+        if self.unit is None and parse_model(self.facts["settings"]["student"]).kind in HUB:
             return torch.randint(ord("a"), ord("z") + 1, shape, generator=generator, dtype=dtype)
         return torch.ones(shape, dtype=dtype)
 
@@ -124,6 +130,7 @@ class Run:
                 input_shape=self.input_shape,
                 classes=self.classes,
                 trust_code=self.trust_code,
+                unit=self.unit,
             )
         except (SettingsError, ModelError) as error:
             if spec is not None:
@@ -153,7 +160,13 @@ class Run:
                 f"{problem} raised {type(error).__name__} on inputs {tuple(example.shape)} of "
                 f"{example.dtype}: {one_line(error)[:300]}; the folder is damaged, get it again"
             ) from error
-        if not isinstance(logits, Tensor) or logits.shape != (2, self.classes):
+        if self.unit is not None:
+            last = -1 if isinstance(logits, Tensor) and logits.ndim == 3 else 1
+            wrong = not isinstance(logits, Tensor) or logits.ndim not in (3, 4)
+            wrong = wrong or logits.shape[last] != self.classes
+        else:
+            wrong = not isinstance(logits, Tensor) or logits.shape != (2, self.classes)
+        if wrong:
             raise ModelError(
                 f"{problem} does not return logits of {self.classes} classes; the folder is damaged, get it "
                 "again"

@@ -17,24 +17,24 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from softcache.cache.disk import disk_errors
+from softcache.data.rows import TOKEN, unit_of
 from softcache.data.source import Source
 from softcache.data.workers import is_worker_failure
 from softcache.errors import ModelError
+from softcache.join.joined_data import JoinedData
 from softcache.losses import Loss, label_weights, reduce_losses, row_losses
-from softcache.models.evaluate import Evaluation, evaluate
-from softcache.models.multi_label import scores_from
+from softcache.models.evaluate import Evaluation
 from softcache.models.outputs import logits_of
+from softcache.models.scores import scores_from
 from softcache.models.weights import parameter_count
 from softcache.train.config import StudentConfig
-from softcache.train.micro_batches import micro_batches, take_rows
-from softcache.train.optimizer import make_average, make_optimizer, make_schedule
+from softcache.train.evaluation import CLASS_ERRORS, Compared, evaluate_student, evaluation_line
+from softcache.train.micro_batches import micro_batches, rows_of_samples, take_rows
+from softcache.train.row_loss import loss_of_rows
 from softcache.train.run_folder import UNFINISHED_METRICS, WEIGHTS
-from softcache.types import Labels, Targets
+from softcache.types import Labels, RowIndex, StoredTargets, Targets
 from softcache.util.device import random_state, set_random_state
 from softcache.util.files import replace_file
-
-CLASS_ERRORS = "class_errors"  # in a line of metrics: the errors of each class
-MOST_CLASSES = 1000  # of which the errors are written one by one
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Student:
         stopped: why it takes no more steps; None while it trains.
         failed: whether it stopped because of an error.
         board: TensorBoard's SummaryWriter, with --tensorboard.
+        part: samples with many rows and their soft targets, with which it is compared after each epoch.
     """
 
     name: str
@@ -82,11 +83,27 @@ class Student:
     failed: bool = False
     board: Any = None
     multi_label: bool = False
+    part: JoinedData | None = None
 
     @property
     def parameters(self) -> int:
         """Number of parameters."""
         return parameter_count(self.model)
+
+    @property
+    def compared(self) -> Compared:
+        """What an evaluation has to know of it."""
+        cache = self.part.cache if self.part else None
+        trained = self.alpha > 0 or cache is None
+        temperature = self.temperature if trained else cache.header.temperature  # type: ignore[union-attr]
+        device = self.accelerator.device
+        return Compared(self.classes, device, self.multi_label, self.part, temperature)
+
+    @property
+    def criterion(self) -> str:
+        """What tells how good it is, in a line of metrics; less is better."""
+        language = self.part is not None and unit_of(self.part.source) == TOKEN
+        return "perplexity" if language else "errors"
 
     @property
     def final_model(self) -> nn.Module:
@@ -100,11 +117,16 @@ class Student:
     def final_line(self) -> dict[str, Any]:
         """The line of metrics of the weights that are saved: the best with --patience, else the last."""
         if self.best is not None:
-            return min(self.history, key=lambda line: int(line["errors"]))
+            return min(self.history, key=lambda line: float(line[self.criterion]))
         return self.history[-1] if self.history else {}
 
     def step(
-        self, inputs: Tensor, labels: Labels, targets: Targets | None, weight: float = 1.0
+        self,
+        inputs: Tensor,
+        labels: Labels,
+        targets: Targets | StoredTargets | None,
+        weight: float = 1.0,
+        rows: RowIndex | None = None,
     ) -> None:
         """Take one optimizer step on a batch, or on this process's share of it.
 
@@ -116,6 +138,7 @@ class Student:
             targets: (B, C) the teacher's log-probabilities at the student's temperature, or sparse; None
                 to train on labels alone.
             weight: weight of the share, so that the mean over the processes is the mean over the batch.
+            rows: which rows the labels and targets are of, if samples have many.
 
         Raises:
             ModelError: the student raises, or its output is not (B, C).
@@ -124,13 +147,20 @@ class Student:
         parts = list(micro_batches(len(inputs), self.config.micro_batches))
         mean_weight = self._mean_label_weight(labels, weight)
         losses = []
-        for rows in parts:
-            share = weight * (rows.stop - rows.start) / len(inputs)
-            is_last = rows is parts[-1]
+        for samples in parts:
+            part = samples if rows is None else rows_of_samples(rows, samples)
+            total = len(inputs) if rows is None else max(1, len(rows.samples))
+            share = weight * (part.stop - part.start) / total
+            is_last = samples is parts[-1]
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                soft = None if targets is None or self.alpha == 0 else take_rows(targets, rows)
+                soft = None if targets is None or self.alpha == 0 else take_rows(targets, part)
+                some = take_rows(labels, part), soft, mean_weight
                 with self.same_verdict():
-                    loss = self._loss(inputs[rows], take_rows(labels, rows), soft, mean_weight)
+                    if rows is None:
+                        loss = self._loss(inputs[samples], *some)
+                    else:
+                        index = RowIndex(rows.samples[part] - samples.start, rows.positions[part])
+                        loss = self._loss_of_rows(inputs[samples], index, *some)
                 self.accelerator.backward(loss.total * share)
             losses.append(torch.stack([part.detach().float() for part in loss]) * share)
         if self.config.max_grad_norm is not None:
@@ -214,11 +244,13 @@ class Student:
         self.check_weights(epoch)
         self.steps += len(self.losses)
         self.losses.clear()
-        errors = torch.zeros(1, dtype=torch.int64, device=self.accelerator.device)
+        measured = torch.zeros(1, dtype=torch.float64, device=self.accelerator.device)
         with self.same_verdict():
             if self.accelerator.is_main_process and eval_source is not None:
-                self.evaluation = self._evaluate(eval_source, workers)
-                errors += self.evaluation.errors
+                self.evaluation = evaluate_student(
+                    self.final_model.eval(), eval_source, self.compared, workers
+                )
+                measured += self._value(self.evaluation)
         if self.accelerator.is_main_process:
             line: dict[str, Any] = {"epoch": epoch + 1, "step": self.steps}
             means = dict(zip(Loss._fields, losses.double().mean(0).tolist(), strict=True))
@@ -240,27 +272,35 @@ class Student:
             line = {"epoch": epoch + 1}
         if patience is not None:
             # only the main process evaluates; all must stop in the same epoch
-            line["errors"] = int(self.accelerator.reduce(errors, reduction="sum"))
+            value = float(self.accelerator.reduce(measured, reduction="sum"))
+            line[self.criterion] = value if self.criterion == "perplexity" else int(value)
         self.history.append(line)
         if patience is not None:
             self._keep_best(patience)
 
+    def _value(self, evaluation: Evaluation) -> float:
+        """What `criterion` names, of an evaluation."""
+        if self.criterion == "errors" or evaluation.scores is None:
+            return evaluation.errors
+        return evaluation.scores.line()[self.criterion]
+
     def _keep_best(self, patience: int) -> None:
-        if not all("errors" in line for line in self.history):
+        if not all(self.criterion in line for line in self.history):
             raise ModelError(
-                f"{self.name}: its earlier metrics have no errors to compare with; start the run again with "
-                "--overwrite"
+                f"{self.name}: its earlier metrics have no {self.criterion} to compare with; start the run "
+                "again with --overwrite"
             )
-        errors = [line["errors"] for line in self.history]
-        best = errors.index(min(errors))
-        if best == len(errors) - 1:
+        values = [line[self.criterion] for line in self.history]
+        best = values.index(min(values))
+        if best == len(values) - 1:
             self.best = {
                 name: tensor.detach().cpu().clone()
                 for name, tensor in self.final_model.state_dict().items()
             }
             self.best_evaluation = self.evaluation
-        if len(errors) - 1 - best >= patience:
-            self.stopped = f"no fewer errors in {patience} epoch(s)"
+        if len(values) - 1 - best >= patience:
+            fewer = "fewer errors" if self.criterion == "errors" else f"lower {self.criterion}"
+            self.stopped = f"no {fewer} in {patience} epoch(s)"
 
     def fail(self, reason: str) -> None:
         """Stop this student because of an error, and free the state of its optimizer."""
@@ -315,18 +355,18 @@ class Student:
         return total / (len(weights) / weight)
 
     def _loss(
-        self, inputs: Tensor, labels: Labels, soft: Targets | None, mean_weight: Tensor
+        self,
+        inputs: Tensor,
+        labels: Labels,
+        soft: Targets | StoredTargets | None,
+        mean_weight: Tensor,
     ) -> Loss:
         with self._own_random_state():
             logits = self._forward(inputs)
-        if logits.shape[1] != self.classes:
-            raise ModelError(
-                f"student returned {logits.shape[1]} outputs for {self.classes} classes; expected one for "
-                "each class of the cache or the data"
-            )
+        self._check_width(logits)
         losses = row_losses(
             logits,
-            soft,
+            soft.decoded() if isinstance(soft, StoredTargets) else soft,
             labels,
             temperature=self.temperature,
             alpha=self.alpha,
@@ -338,17 +378,55 @@ class Student:
             losses, temperature=self.temperature, alpha=self.alpha, mean_weight=mean_weight
         )
 
-    def _forward(self, inputs: Tensor) -> Tensor:
+    def _loss_of_rows(
+        self,
+        inputs: Tensor,
+        rows: RowIndex,
+        labels: Labels,
+        soft: Targets | StoredTargets | None,
+        mean_weight: Tensor,
+    ) -> Loss:
+        """The loss where samples have many rows, computed a few rows at a time."""
+        with self._own_random_state():
+            return loss_of_rows(
+                self._call,
+                self.accelerator.unwrap_model(self.model),
+                self.accelerator,
+                inputs,
+                rows,
+                labels if isinstance(labels, Tensor) else labels[0],
+                soft,
+                self._check_width,
+                classes=self.classes,
+                temperature=self.temperature,
+                alpha=self.alpha,
+                loss=self.config.soft_loss,
+                label_smoothing=self.config.label_smoothing,
+                class_weights=self.class_weights,
+                mean_weight=mean_weight,
+            )
+
+    def _check_width(self, logits: Tensor) -> None:
+        if logits.shape[1] != self.classes:
+            raise ModelError(
+                f"student returned {logits.shape[1]} outputs for {self.classes} classes; expected one for "
+                "each class of the cache or the data"
+            )
+
+    def _call(self, *inputs: Tensor) -> Any:  # noqa: ANN401  # whatever a user's model returns
         self.model.train()
         try:
-            logits = logits_of(self.model(inputs))
+            return logits_of(self.model(*inputs))
         except Exception as error:  # a user's model can raise anything
             if is_worker_failure(error):
                 raise
             raise ModelError(
-                f"student raised {type(error).__name__} on inputs {tuple(inputs.shape)} of "
-                f"{inputs.dtype}: {error}"
+                f"student raised {type(error).__name__} on inputs {tuple(inputs[0].shape)} of "
+                f"{inputs[0].dtype}: {error}"
             ) from error
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        logits = self._call(inputs)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(inputs):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ModelError(
@@ -356,16 +434,6 @@ class Student:
                 f"({len(inputs)}, classes)"
             )
         return logits
-
-    def _evaluate(self, source: Source, workers: int) -> Evaluation:
-        return evaluate(
-            self.final_model.eval(),
-            source,
-            self.classes,
-            self.accelerator.device,
-            workers,
-            multi_label=self.multi_label,
-        )
 
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:
@@ -377,67 +445,3 @@ class Student:
         finally:
             self.random = random_state(device)
             set_random_state(device, shared)
-
-
-def make_student(
-    model: nn.Module,
-    accelerator: Accelerator,
-    config: StudentConfig,
-    *,
-    name: str,
-    folder: Path,
-    alpha: float,
-    temperature: float,
-    classes: int,
-    steps: int,
-    class_weights: Tensor | None = None,
-    multi_label: bool = False,
-) -> Student:
-    """A student ready to train.
-
-    Args:
-        model: a new model, with the weights to start from.
-        name: name in messages and tables.
-        folder: where its files go.
-        alpha: weight of the soft targets in the loss.
-        temperature: temperature of the soft targets.
-        classes: number of logits that the model has to return.
-        steps: length of the learning rate schedule.
-        class_weights: (C,) weights of the classes in the hard loss; None for 1 each.
-        multi_label: whether samples have any number of labels.
-    """
-    optimizer = make_optimizer(model, config)
-    schedule = make_schedule(optimizer, config, steps)
-    average = None
-    if config.ema is not None:
-        average = make_average(model, config.ema).to(accelerator.device)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    return Student(
-        name=name,
-        folder=folder,
-        config=config,
-        alpha=alpha,
-        temperature=temperature,
-        classes=classes,
-        model=prepared,
-        optimizer=optimizer,
-        schedule=schedule,
-        accelerator=accelerator,
-        random=random_state(accelerator.device),
-        class_weights=None if class_weights is None else class_weights.to(accelerator.device),
-        average=average,
-        multi_label=multi_label,
-    )
-
-
-def evaluation_line(evaluation: Evaluation, classes: int) -> dict[str, Any]:
-    """What a line of metrics holds of an evaluation."""
-    line: dict[str, Any] = {"errors": evaluation.errors, "samples": evaluation.samples}
-    if evaluation.scores is not None:
-        line |= evaluation.scores.line()
-    if evaluation.labels is None:
-        return line
-    line["balanced_accuracy"] = evaluation.balanced_accuracy
-    if classes <= MOST_CLASSES:
-        line[CLASS_ERRORS] = evaluation.errors_by_class(classes)[0].tolist()
-    return line

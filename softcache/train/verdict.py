@@ -55,6 +55,9 @@ def _compared(
     ours, theirs = (
         [group[seed] for seed in common or sorted(group)] for group in (student, baseline)
     )
+    losses = [[_log_perplexity(e) for e in evaluations] for evaluations in (ours, theirs)]
+    if all(loss is not None for group in losses for loss in group):
+        return _compared_losses(name, alpha, temperature, losses)
     means = [statistics.fmean(e.errors for e in evaluations) for evaluations in (ours, theirs)]
     more = means[0] - means[1]
     if more < 0:
@@ -70,6 +73,25 @@ def _compared(
     return (
         f"{name} makes {_count(means[0])} errors{seeds}, its hard-label baseline {_count(means[1])}: "
         f"{excess} (standard error {_count(noise)}). Try {_advice(alpha, temperature)}; {GUIDE}"
+    )
+
+
+def _log_perplexity(evaluation: Evaluation) -> float | None:
+    """The mean loss of a language model in nats; None for other models."""
+    perplexity = getattr(evaluation.scores, "perplexity", None)
+    return None if perplexity is None else math.log(perplexity)
+
+
+def _compared_losses(
+    name: str, alpha: float, temperature: float, losses: Sequence[Sequence[float | None]]
+) -> str | None:
+    """The sentence about one student of tokens; None if its mean loss is below its baseline's."""
+    ours, theirs = (statistics.fmean(loss or 0.0 for loss in group) for group in losses)
+    if ours < theirs:
+        return None
+    return (
+        f"{name} reaches perplexity {math.exp(ours):,.2f}, its hard-label baseline {math.exp(theirs):,.2f}. "
+        f"Try {_advice(alpha, temperature)}; {GUIDE}"
     )
 
 

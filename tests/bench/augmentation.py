@@ -26,8 +26,9 @@ from softcache.data.augment import parse_augment
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.models.build import build
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.util.tensors import to_float
 from tests.bench import alternate, machine, ratios, spread, synthetic_images, work_folder
 

@@ -49,13 +49,13 @@ from softcache.divergences import LOSSES, LossKind, kl
 from softcache.dump.config import DumpConfig
 from softcache.dump.prepare import load_teachers
 from softcache.join.joined_data import hard_label_data
+from softcache.models.calibration import calibration_of
 from softcache.models.evaluate import Evaluation
-from softcache.results.metrics import calibration_of
 from softcache.targets.decode import to_dense
+from softcache.train.accelerator import make_accelerator
 from softcache.train.config import StudentConfig, TrainConfig
 from softcache.train.defaults import with_defaults
 from softcache.train.loop import fit, train
-from softcache.train.prepare import make_accelerator
 from softcache.train.student import Student
 from softcache.types import Labels, Targets
 from tests.bench import machine, work_folder

@@ -456,9 +456,9 @@ class TrainingRun:
 
         from softcache.join.fingerprints import replayed
         from softcache.join.joined_data import JoinedData
-        from softcache.train.config import make_train_config
+        from softcache.train.accelerator import make_accelerator
         from softcache.train.loop import fit
-        from softcache.train.prepare import make_accelerator
+        from softcache.train.options import make_train_config
 
         config = make_train_config(
             student=self.student, data="synthetic", cache=self.cache.path, out=self.bench.work / "run",

@@ -25,8 +25,9 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.models.build import build
 from softcache.models.weights import parameter_count
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.train.student import Student
 from softcache.util.tensors import to_float
 from tests.bench import machine, open_arrays, work_folder

@@ -35,9 +35,10 @@ from softcache.dump.prepare import load_teachers
 from softcache.join.joined_data import JoinedData, TrainingBatch
 from softcache.join.match import join
 from softcache.teachers.ensemble import Ensemble
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.accelerator import make_accelerator
+from softcache.train.config import TrainConfig
 from softcache.train.loop import fit
-from softcache.train.prepare import make_accelerator
+from softcache.train.options import make_train_config
 from softcache.train.student import Student
 from softcache.types import Labels, Targets
 from tests.bench import first_samples, machine, work_folder

@@ -25,9 +25,10 @@ from softcache.dump.loop import dump
 from softcache.dump.prepare import load_teachers
 from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
-from softcache.train.config import make_train_config
+from softcache.train.accelerator import make_accelerator
 from softcache.train.loop import fit
-from softcache.train.prepare import make_accelerator, make_students
+from softcache.train.options import make_train_config
+from softcache.train.prepare import make_students
 from softcache.util.tensors import to_float
 from tests.bench import alternate, first, machine, open_arrays, ratios, spread, work_folder
 from tests.bench.dump_overhead import augmentation_of, make_weights

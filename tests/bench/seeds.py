@@ -15,8 +15,8 @@ from tabulate import tabulate
 from softcache.cli.demo_commands import EPOCHS, STUDENT, TEACHER, TEMPERATURE
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
-from softcache.train.config import make_train_config
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from tests.bench import first_samples, machine, work_folder
 
 

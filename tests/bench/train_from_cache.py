@@ -26,9 +26,10 @@ from softcache.data.source import ArraySource
 from softcache.join.fingerprints import replayed
 from softcache.join.joined_data import JoinedData
 from softcache.targets.fetch import soft_targets
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.accelerator import make_accelerator
+from softcache.train.config import TrainConfig
 from softcache.train.loop import fit
-from softcache.train.prepare import make_accelerator
+from softcache.train.options import make_train_config
 from softcache.train.run_folder import UNFINISHED_METRICS
 from softcache.types import Targets, Views
 from tests.bench import (

@@ -32,9 +32,9 @@ from softcache.losses import soft_loss
 from softcache.targets.decode import to_dense
 from softcache.targets.fetch import soft_targets
 from softcache.teachers.ensemble import Ensemble
-from softcache.train.config import make_train_config
+from softcache.train.accelerator import make_accelerator
 from softcache.train.loop import fit
-from softcache.train.prepare import make_accelerator
+from softcache.train.options import make_train_config
 from softcache.train.student import Student
 from softcache.util.tensors import to_float
 from tests.bench import first_samples, machine, work_folder

@@ -18,8 +18,8 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError
 from softcache.files.verify import verify_cache
-from softcache.train.config import make_train_config
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 
 ROW = 7  # that is changed
 Values = npt.NDArray[Any]

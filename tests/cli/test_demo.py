@@ -14,8 +14,9 @@ from softcache.cli.demo_commands import demo_commands
 from softcache.errors import SettingsError
 from softcache.models.build import build
 from softcache.models.weights import parameter_count
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
 from softcache.train.grid import make_variants
+from softcache.train.options import make_train_config
 
 
 @pytest.fixture

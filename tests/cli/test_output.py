@@ -16,8 +16,9 @@ from softcache.cache import Cache
 from softcache.cli.app import main
 from softcache.cli.commands import Command
 from softcache.dump.config import DumpConfig
-from softcache.train.config import StudentConfig, TrainConfig, make_train_config
+from softcache.train.config import StudentConfig, TrainConfig
 from softcache.train.grid import make_variants
+from softcache.train.options import make_train_config
 from tests.cli.app_cases import Workspace, softcache
 from tests.conftest import Run
 

@@ -16,8 +16,9 @@ from softcache.data.embedded import CacheSource
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import SettingsError
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from tests.configs import replace
 from tests.conftest import SAMPLES, Run, make_arrays
 from tests.train.loop_cases import save_data

@@ -32,8 +32,8 @@ from softcache.dump.prepare import draft_header, load_teachers
 from softcache.errors import DataError, FormatError, SettingsError
 from softcache.files.verify import verify_cache
 from softcache.teachers.ensemble import Ensemble
-from softcache.train.config import make_train_config
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from tests.cache.test_merge import (
     BLOCK_ROWS,
     SAMPLES,

@@ -25,8 +25,8 @@ from softcache.files import remote
 from softcache.files.local_copy import cache_folder, local_copy
 from softcache.files.pull import Arrays, Piece, fetch_piece, pull
 from softcache.files.remote import RemoteCache
-from softcache.train.config import make_train_config
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from tests.configs import replace
 from tests.servers import Served, http_server
 

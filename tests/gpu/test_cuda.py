@@ -30,8 +30,9 @@ from softcache.files.recheck import recheck_rows
 from softcache.targets.encode import HostCopy, as_arrays, make_encoder
 from softcache.targets.fetch import soft_targets
 from softcache.train import student as student_module
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.train.student import Student
 from tests.configs import replace
 

@@ -32,8 +32,9 @@ from softcache.join.fingerprints import (
     replayed,
 )
 from softcache.models.build import build
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.train.student import Student
 from softcache.util.counter_rng import Draws, uniform
 from tests.configs import replace

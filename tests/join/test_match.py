@@ -31,8 +31,9 @@ from softcache.join.match import join as join_data
 from softcache.join.match import join_samples
 from softcache.losses import hard_loss
 from softcache.targets.decode import to_dense
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.train.student import Student
 from softcache.types import MixedLabels, SparseTargets, Targets
 from softcache.util.callables import import_callable
@@ -494,9 +495,7 @@ def largest_error(
     """Train, and compare the targets of every step with the teacher's output for the same inputs."""
     errors = []
 
-    def step(
-        learner: Student, inputs: Tensor, labels: Tensor, targets: Tensor, weight: float
-    ) -> None:
+    def step(learner: Student, inputs: Tensor, labels: Tensor, targets: Tensor, *_: object) -> None:
         live = torch.log_softmax(teacher(inputs) / learner.temperature, -1)
         errors.append((live - targets).abs().max().item())
         learner.losses.append(torch.zeros(3))

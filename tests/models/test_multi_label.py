@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from softcache.models.multi_label import MultiLabelScores, average_precision, score, scores_from
+from softcache.models.multi_label import MultiLabelScores, average_precision, score
+from softcache.models.scores import scores_from
 
 
 @pytest.mark.parametrize(

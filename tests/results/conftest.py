@@ -9,8 +9,8 @@ import pytest
 from softcache.cache import Cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
-from softcache.train.config import make_train_config
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 
 
 @pytest.fixture(scope="session")

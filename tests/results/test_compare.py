@@ -24,8 +24,8 @@ from softcache.results.metrics import (
     gradient_similarity,
     latencies,
 )
-from softcache.train.config import make_train_config
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.train.run_folder import expand, open_run
 from tests.configs import replace
 from tests.conftest import Run

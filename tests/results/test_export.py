@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from softcache.cache import Cache
 from softcache.errors import ModelError, SettingsError
 from softcache.results.export import check_exported, export_student
-from softcache.train.config import make_train_config
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.train.run_folder import open_run
 from tests.conftest import Run
 

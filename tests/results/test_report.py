@@ -23,8 +23,8 @@ from softcache.results import knowledge, report
 from softcache.results.cache_section import THUMBNAILS, cache_sections
 from softcache.results.page import Section, Table, render
 from softcache.results.verdict import Verdict
-from softcache.train.config import make_train_config
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.train.run_folder import open_run
 from tests.configs import replace
 from tests.conftest import Run

@@ -33,8 +33,8 @@ from softcache.models.builtin import mlp
 from softcache.teachers.ensemble import Ensemble, make_ensemble
 from softcache.teachers.load import load_teacher
 from softcache.teachers.teacher import Teacher
-from softcache.train.config import make_train_config
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
 from tests.configs import replace

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from softcache.cache import Cache
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
+from softcache.train.options import make_train_config
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from softcache.train.card import task
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from tests.configs import replace
 
 

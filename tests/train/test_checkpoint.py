@@ -27,8 +27,9 @@ from softcache.dump.loop import dump
 from softcache.errors import Interrupted, ModelError, SettingsError, SoftcacheError
 from softcache.train import checkpoint
 from softcache.train.checkpoint import NAME, Checkpoint, Position
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.train.student import Student
 from tests.configs import replace
 from tests.conftest import Run

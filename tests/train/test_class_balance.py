@@ -18,8 +18,9 @@ from softcache.errors import DataError, MissingFileError, SettingsError
 from softcache.join.joined_data import JoinedData, hard_label_data
 from softcache.train.card import training_command
 from softcache.train.class_weights import class_weights
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.train.sampling import BalancedBatches, balanced_probabilities
 from tests.configs import replace
 from tests.conftest import make_arrays

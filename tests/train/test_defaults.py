@@ -12,9 +12,9 @@ import pytest
 from softcache.cache import Cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
-from softcache.train.config import make_train_config
 from softcache.train.defaults import default_temperature, entropy_share, with_defaults
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from tests.configs import replace
 
 SHARP = """

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from softcache.errors import SettingsError
-from softcache.train.config import make_train_config
 from softcache.train.grid import make_variants, parse_grid, read_toml
+from softcache.train.options import make_train_config
 
 
 def names(tmp_path: Path, variants: list[dict[str, Any]]) -> list[str]:

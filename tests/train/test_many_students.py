@@ -15,8 +15,9 @@ from softcache.cache import Cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import SettingsError
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from tests.configs import replace
 from tests.conftest import Run
 

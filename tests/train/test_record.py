@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from softcache.models.evaluate import Evaluation
-from softcache.train.config import make_train_config
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.train.record import Row, is_imbalanced, models_table
 from tests.conftest import make_arrays
 

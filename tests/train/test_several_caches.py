@@ -17,8 +17,9 @@ from softcache.cache import open_cache
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import DataError, SettingsError
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
 from tests.configs import replace

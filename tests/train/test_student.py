@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from softcache.data.source import ArraySource
 from softcache.errors import ModelError, SettingsError, SoftcacheError
+from softcache.train.accelerator import make_accelerator
 from softcache.train.config import StudentConfig
-from softcache.train.prepare import make_accelerator
+from softcache.train.prepare import make_student
 from softcache.train.run_folder import UNFINISHED_METRICS, check_folder, make_run_folder
-from softcache.train.student import Student, make_student
+from softcache.train.student import Student
 from softcache.util.files import replace_file
 
 STEPS = 200

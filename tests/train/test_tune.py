@@ -18,9 +18,10 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import Interrupted, SettingsError
 from softcache.train import loop, tune
+from softcache.train.accelerator import make_accelerator
 from softcache.train.config import StudentConfig, TrainConfig
 from softcache.train.loop import train
-from softcache.train.prepare import join_all, make_accelerator
+from softcache.train.prepare import join_all
 from softcache.train.student import Student
 from softcache.train.tune import best_of, candidates, rounds, split
 from softcache.train.tuning_record import NAME, Score, TuningRecord

@@ -17,8 +17,9 @@ from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import FormatError, ModelError
 from softcache.train import loop
-from softcache.train.config import TrainConfig, make_train_config
+from softcache.train.config import TrainConfig
 from softcache.train.loop import train
+from softcache.train.options import make_train_config
 from tests.configs import replace
 from tests.conftest import make_arrays
 from tests.train.loop_cases import NOTHING, soft

@@ -15,10 +15,11 @@ from softcache.errors import DataError, ModelError
 from softcache.models import evaluate as evaluation_module
 from softcache.models.evaluate import Evaluation
 from softcache.train import record
+from softcache.train.accelerator import make_accelerator
 from softcache.train.config import StudentConfig, TrainConfig
 from softcache.train.loop import conclude, train
-from softcache.train.prepare import make_accelerator
-from softcache.train.student import Student, make_student
+from softcache.train.prepare import make_student
+from softcache.train.student import Student
 from softcache.train.verdict import impossible_results, verdicts
 from tests.configs import replace
 

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from softcache.train.accelerator import make_accelerator
 from softcache.train.config import StudentConfig
-from softcache.train.prepare import make_accelerator
-from softcache.train.student import Student, make_student
+from softcache.train.prepare import make_student
+from softcache.train.student import Student
 from softcache.types import Labels, MixedLabels
 from tests.train.loop_cases import metrics
 

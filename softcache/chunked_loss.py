@@ -1,0 +1,136 @@
+"""The loss of many rows, a few at a time: the logits of all tokens of a batch would not fit into memory.
+
+Forward pass and gradient of a chunk are computed together, as Wijmans et al. do for the cross-entropy, "Cut
+your losses in large-vocabulary language models" (arXiv 2411.09009), section 4; here for any loss of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcache.losses import Loss, label_weights, row_losses
+from softcache.types import StoredTargets, Targets
+
+CHUNK_VALUES = 1 << 23  # logits of a chunk: 32 MB in float32
+
+
+def chunked_loss(
+    states: Tensor,
+    head: Callable[[Tensor], Tensor],
+    parameters: Sequence[Tensor],
+    labels: Tensor,
+    targets: Targets | StoredTargets | None,
+    *,
+    classes: int,
+    temperature: float,
+    alpha: float,
+    loss: str = "kl",
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+    mean_weight: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> Loss:
+    """The mean loss of some rows; reduce_losses(row_losses(...)) without all logits in memory.
+
+    Args:
+        states: (R, H), from which `head` makes the logits of rows; or logits, with a head that returns them.
+        head: (n, H) to (n, C).
+        parameters: what the head depends on besides the states, and gets gradients.
+        labels: (R,) int64, negative where unlabelled.
+        targets: the teacher's log-probabilities at the temperature; None for a soft loss of 0.
+        classes: C.
+        temperature, alpha, loss, label_smoothing, class_weights, mean_weight: see losses.row_losses() and
+            losses.reduce_losses().
+        chunk_rows: rows of a chunk; by default as many as fit into CHUNK_VALUES logits.
+
+    Returns:
+        The total, from which gradients flow to the states and the parameters, and its two parts. Without any
+        rows all are 0.
+    """
+    count = len(states)
+    weight = label_weights(labels, class_weights).sum()
+    divisor = torch.where(weight > 0, weight, 1)
+    factor = torch.ones_like(weight)
+    if mean_weight is not None:
+        factor = weight / max(1, count) / torch.where(mean_weight > 0, mean_weight, 1)
+    soft_weight = alpha * temperature**2 / max(1, count)
+    hard_weight = float((1 - alpha) * factor / divisor)
+
+    def sums(part: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        chosen = None if targets is None else _rows_of(targets, rows)
+        losses = row_losses(
+            head(part),
+            chosen,
+            labels[rows],
+            temperature=temperature,
+            alpha=alpha,
+            loss=loss,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+        )
+        return losses.soft.sum(), losses.hard.sum()
+
+    size = chunk_rows or max(1, CHUNK_VALUES // classes)
+    total, soft, hard = _ChunkedSums.apply(  # type: ignore[no-untyped-call]
+        states, sums, size, (soft_weight, hard_weight), *parameters
+    )
+    return Loss(total, soft / max(1, count), hard * factor / divisor)
+
+
+def _rows_of(targets: Targets | StoredTargets, rows: slice) -> Targets:
+    """Some rows of the targets, decoded."""
+    if isinstance(targets, StoredTargets):
+        return targets.rows(rows).decoded()
+    if isinstance(targets, Tensor):
+        return targets[rows]
+    return type(targets)(
+        targets.ids[rows], targets.log_probs[rows], targets.rest[rows], targets.classes
+    )
+
+
+class _ChunkedSums(torch.autograd.Function):
+    """The weighted sum of two losses of rows, whose gradients are computed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401  # torch's context
+        states: Tensor,
+        sums: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+        size: int,
+        weights: tuple[float, float],
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        soft, hard = (torch.zeros((), device=states.device) for _ in range(2))
+        states_gradient = torch.zeros_like(states)
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        needed = [n for n, p in enumerate(parameters) if p.requires_grad]
+        for start in range(0, len(states), size):
+            rows = slice(start, min(start + size, len(states)))
+            with torch.enable_grad():
+                part = states[rows].detach().requires_grad_(True)
+                part_soft, part_hard = sums(part, rows)
+                value = weights[0] * part_soft + weights[1] * part_hard
+            found = torch.autograd.grad(
+                value, [part, *(parameters[n] for n in needed)], allow_unused=True
+            )
+            if found[0] is not None:
+                states_gradient[rows] = found[0]
+            for number, gradient in zip(needed, found[1:], strict=True):
+                known = gradients[number]
+                if gradient is not None:
+                    gradients[number] = gradient if known is None else known.add_(gradient)
+            soft, hard = soft + part_soft.detach(), hard + part_hard.detach()
+        ctx.gradients = (states_gradient, gradients)
+        ctx.mark_non_differentiable(soft, hard)
+        return weights[0] * soft + weights[1] * hard, soft, hard
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        scale = outputs[0]
+        states_gradient, gradients = ctx.gradients
+        scaled = (None if g is None else g.mul_(scale) for g in gradients)
+        return (states_gradient.mul_(scale), None, None, None, *scaled)
