@@ -9,9 +9,28 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-WORDS = (
-    "the cat dog sat ran on under a red blue mat tree and then it saw two birds fly away".split()
-)
+WORDS = [
+    "the",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "a",
+    "red",
+    "blue",
+    "mat",
+    "tree",
+    "and",
+    "then",
+    "it",
+    "saw",
+    "two",
+    "birds",
+    "fly",
+    "away",
+]
 END = "<|endoftext|>"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
