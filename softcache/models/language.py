@@ -21,6 +21,7 @@ from softcache.errors import ModelError
 from softcache.models.hub import keep_inner_names
 from softcache.models.outputs import logits_of
 from softcache.types import RowIndex
+from softcache.util.log import inform
 
 TOLERANCE = (
     1e-3  # relative to the largest logit: by how much the head may differ from the whole model
@@ -86,6 +87,12 @@ class TokenModel(nn.Module):
         """Whether the head alone gives the logits of the whole model; tried once, on the first batch."""
         if self._splits is None:
             self._splits = self.base is not None and self._agrees(inputs)
+            if self.base is not None and not self._splits:
+                inform(
+                    f"note: the head of {type(self.model).__name__} gives other logits alone than within the "
+                    "model, so the logits of whole batches are computed at once; if memory runs out, lower "
+                    "--batch-tokens"
+                )
         return self._splits
 
     def _agrees(self, inputs: Tensor) -> bool:
@@ -129,14 +136,27 @@ class TokenModel(nn.Module):
         return logits if self.vocabulary is None else logits[..., : self.vocabulary]
 
 
+class _States:
+    """What stands for the output of the part before the head: its last states, and nothing else."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, part: int | slice) -> Any:  # noqa: ANN401  # as a tuple of outputs
+        return (self.last_hidden_state,)[part]
+
+    def __getattr__(self, name: str) -> None:
+        """Every other output is absent."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 @contextmanager
 def _replaced_base(base: nn.Module | None, states: Tensor) -> Iterator[None]:
     """Let the part before the head return these states (1, n, H), whatever it is called with."""
     if base is None:
         raise ModelError("the model has no head of its own")
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
-    base.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=states)
+    base.forward = lambda *_, **__: _States(states)
     try:
         yield
     finally:
