@@ -139,15 +139,15 @@ def dataset_source(
         DataError: an item cannot be read.
     """
     length = len(dataset)
+    source = DatasetSource(name, dataset, length, class_names)
     try:
         first = dataset[0] if length else None
-    except Exception as error:  # a user's code can fail in any way
-        raise DataError(
-            f"{name}: item 0 raised {type(error).__name__}: {one_line(error)}"
-        ) from error
+    except (
+        Exception
+    ):  # a user's code can fail in any way; what is wrong is said where the item is fetched
+        return source
     if isinstance(first, Mapping) and "input_ids" in first:
         return source_of_dicts(name, [dataset[index] for index in range(length)])
-    source = DatasetSource(name, dataset, length, class_names)
     try:
         mask = np.asarray(split_item(first)[1]) if first is not None else np.zeros(0)
     except Exception:  # what is wrong with the item is said where it is fetched

@@ -171,7 +171,7 @@ def equality(width: int) -> None:
         if p.grad is not None
     )
     print(
-        f"in chunks against whole, V = {LARGE:,}: loss differs by {abs(float((chunked - whole).detach())):.1e}, "
+        f"in chunks against whole, V = {LARGE:,}: loss differs by {abs(chunked - float(whole.detach())):.1e}, "
         f"gradients by at most {worst:.1e} of the largest"
     )
 

@@ -208,7 +208,10 @@ def counted(student: Student, errors: list[int], patience: int) -> list[float]:
         if student.stopped:
             break
         student.step(*make_batch())
-        with patch.object(Student, "_evaluate", lambda *_, count=count: Evaluation(count, 100)):
+        with patch(
+            "softcache.train.student.evaluate_student",
+            lambda *_, count=count: Evaluation(count, 100),
+        ):
             student.finish_epoch(epoch, ANY_SOURCE, 0, patience)
         weights.append(float(parameters(student)[0]))
     return weights

@@ -156,7 +156,7 @@ def test_a_weak_student_and_one_of_counts_alone_may_be() -> None:
 def impossible(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every evaluation is that of a student whose classes are shifted."""
     evaluation = shifted().evaluation
-    monkeypatch.setattr(Student, "_evaluate", lambda *_: evaluation)
+    monkeypatch.setattr("softcache.train.student.evaluate_student", lambda *_: evaluation)
 
 
 def messages(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
