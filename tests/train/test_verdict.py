@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,8 @@ def test_a_weak_student_and_one_of_counts_alone_may_be() -> None:
 def impossible(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every evaluation is that of a student whose classes are shifted."""
     evaluation = shifted().evaluation
-    monkeypatch.setattr("softcache.train.student.evaluate_student", lambda *_: evaluation)
+    student_module = import_module("softcache.train.student")
+    monkeypatch.setattr(student_module, "evaluate_student", lambda *_: evaluation)
 
 
 def messages(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
