@@ -12,8 +12,11 @@ from softcache.cache import Encoding, Header, open_cache
 from softcache.data.augment import parse_augment
 from softcache.data.class_names import align_classes
 from softcache.data.open import open_source
+from softcache.data.rows import has_tokens, layout_of_source, lengths_of
+from softcache.data.source import Source
 from softcache.dump.config import DumpConfig
 from softcache.dump.prepare import draft_header, input_array_spec, load_teachers
+from softcache.dump.rows import text_defaults, with_rows
 from softcache.dump.select_encoding import (
     AUTO,
     Candidate,
@@ -29,6 +32,7 @@ from softcache.targets.fetch import shared_tensors
 
 MOST_CLASSES = 1 << 15  # with more, only the requested encoding is tried: fitting takes minutes
 WARM_UP_ROWS = 256
+FIRST_TOKENS = 8
 
 
 def dry_run(config: DumpConfig) -> str:
@@ -37,9 +41,14 @@ def dry_run(config: DumpConfig) -> str:
     The time is extrapolated from a few batches; the report compares the requested encoding with
     the candidates of `auto`.
     """
-    source = open_source(config.data, skip_unreadable=config.skip_unreadable)
+    source = open_source(
+        config.data,
+        skip_unreadable=config.skip_unreadable,
+        defaults=text_defaults(config.teachers, config.loss_on),
+    )
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     teacher = load_teachers(config, source, augmentation)
+    source = with_rows(source, teacher)
     source = align_classes(
         source, teacher.class_names, "the teacher", same_classes=config.same_classes
     )
@@ -53,7 +62,7 @@ def dry_run(config: DumpConfig) -> str:
         others = candidates(log_probs, temperature=draft.temperature, seed=draft.seed)
         table += [other for other in others if other.encoding != encoding]
         table.sort(key=lambda candidate: candidate.bytes_per_row)
-    rows = draft.samples * draft.views
+    rows = draft.row_count * draft.views
     shared_bytes = sum(tensor.numel() * tensor.element_size() for tensor in shared.values())
     row_bytes = sum(
         np.dtype(array.dtype).itemsize * math.prod(array.shape)
@@ -61,16 +70,34 @@ def dry_run(config: DumpConfig) -> str:
         if array.axis == "rows"
     )
     size = rows * row_bytes + draft.samples * 16 + shared_bytes  # 16: a label and a key
-    if config.embed_inputs:
+    if draft.rows is not None:
+        size += draft.row_count * 4 + draft.samples * 24  # a label each; offsets and runs
+    if config.embed_inputs and draft.rows is not None:
+        size += 4 * int(draft.rows.get("tokens", 0))
+    elif config.embed_inputs:
         inputs = input_array_spec(source)
         size += draft.samples * np.dtype(inputs.dtype).itemsize * math.prod(inputs.shape)
     shard, shards = config.shard
     part = f" (shard {shard} of {shards} of {draft.data_samples:,})" if shards > 1 else ""
     return (
         f"{candidates_table(table, encoding)}\n\n"
-        f"{draft.samples:,} samples{part} x {draft.views:,} view(s) as {spec_of(encoding)}: "
+        f"{first_tokens(source, draft)}{draft.samples:,} samples{part} x {draft.views:,} view(s) as {spec_of(encoding)}: "
         f"about {size:,} bytes; about {rows / rate:,.0f} s at {rate:,.0f} rows/s here. "
         "Nothing was written."
+    )
+
+
+def first_tokens(source: Source, draft: Header) -> str:
+    """What a language model reads first, and how many of its tokens count; empty for other data."""
+    if not has_tokens(source):
+        return ""
+    ids = source.fetch([0])[0][0][:FIRST_TOKENS].tolist()
+    tokens = int(lengths_of(source).sum())
+    layout = layout_of_source(source)
+    count = layout.rows if layout else 0
+    return (
+        f"the first tokens are {', '.join(map(str, ids))}; {count:,} of {tokens:,} tokens ({count / tokens:.1%}) "
+        f"have a row, in {len(source):,} samples\n\n"
     )
 
 

@@ -120,7 +120,19 @@ class TokenModel(nn.Module):
         states: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
         return states
 
+    @property
+    def context(self) -> int | None:
+        """The most tokens that the model takes; None if it does not say."""
+        config = getattr(self.model, "config", None)
+        length = getattr(config, "max_position_embeddings", None)
+        return length if isinstance(length, int) else None
+
     def _arguments(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        if self.context is not None and inputs.shape[1] > self.context:
+            raise ModelError(
+                f"a sample has {inputs.shape[1]:,} tokens, and {type(self.model).__name__} takes at most "
+                f"{self.context:,}; cut samples with ?length={self.context}, or give a model with more"
+            )
         return () if self.takes_names else (inputs.clamp(min=0),)
 
     def _options(self, inputs: Tensor) -> dict[str, Any]:

@@ -7,14 +7,17 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from softcache.data.rows import TOKEN
 from softcache.errors import ModelError, SettingsError
 from softcache.models.hf import build_hf, save_hub
 from softcache.models.hub import HubModel
+from softcache.models.language import TokenModel
 from softcache.models.spec import parse_model
 from softcache.models.tokens import Tokenize
 from softcache.train.run_folder import Run, open_run
@@ -66,6 +69,10 @@ def export_student(
         raise SettingsError(
             f"{folder} is a student of texts, and ONNX and pt2 do not include its tokenizer; use --hf"
         )
+    if isinstance(model, TokenModel) and (onnx or pt2):
+        raise SettingsError(
+            f"{folder} is a student of tokens, which generates or labels texts with transformers; use --hf"
+        )
     written = []
     for requested, name, export in (
         (onnx, "student.onnx", _export_onnx),
@@ -88,7 +95,7 @@ def export_student(
 
 
 def _export_hf(run: Run, model: nn.Module, folder: Path) -> Path:
-    if not isinstance(model, HubModel):
+    if not isinstance(model, HubModel | TokenModel) or not hasattr(model.model, "save_pretrained"):
         raise SettingsError(
             f"{run.folder} does not hold a student of kind hf:, which --hf needs; give --onnx or --pt2"
         )
@@ -97,7 +104,9 @@ def _export_hf(run: Run, model: nn.Module, folder: Path) -> Path:
         new_folder = Path(unfinished) / folder.name
         save_hub(model, new_folder, names if len(names) == run.classes else ())
         examples = [run.example(batch) for batch in BATCH_SIZES]
-        exported = build_hf(parse_model(f"hf:{new_folder}"), (), None).eval()
+        spec = replace(parse_model(f"hf:{new_folder}"), task=run.unit, teacher=True)
+        width = run.classes if run.unit == TOKEN else None
+        exported = build_hf(spec, (), width).eval()
         check_exported(exported, model, examples, folder.name)
         if folder.exists():
             shutil.rmtree(folder)
