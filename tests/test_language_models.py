@@ -98,7 +98,7 @@ def test_padding_of_the_vocabulary_changes_nothing(
         """The head with logits of +9 for the padding."""
 
         def forward(self, states: torch.Tensor) -> torch.Tensor:
-            logits = original(states).clone()
+            logits: torch.Tensor = original(states).clone()
             logits[..., 300:] = 9.0
             return logits
 

@@ -81,7 +81,8 @@ def dry_run(config: DumpConfig) -> str:
     part = f" (shard {shard} of {shards} of {draft.data_samples:,})" if shards > 1 else ""
     return (
         f"{candidates_table(table, encoding)}\n\n"
-        f"{first_tokens(source, draft)}{draft.samples:,} samples{part} x {draft.views:,} view(s) as {spec_of(encoding)}: "
+        f"{first_tokens(source, draft)}"
+        f"{draft.samples:,} samples{part} x {draft.views:,} view(s) as {spec_of(encoding)}: "
         f"about {size:,} bytes; about {rows / rate:,.0f} s at {rate:,.0f} rows/s here. "
         "Nothing was written."
     )
@@ -96,8 +97,8 @@ def first_tokens(source: Source, draft: Header) -> str:
     layout = layout_of_source(source)
     count = layout.rows if layout else 0
     return (
-        f"the first tokens are {', '.join(map(str, ids))}; {count:,} of {tokens:,} tokens ({count / tokens:.1%}) "
-        f"have a row, in {len(source):,} samples\n\n"
+        f"the first tokens are {', '.join(map(str, ids))}; {count:,} of {tokens:,} tokens "
+        f"({count / tokens:.1%}) have a row, in {len(source):,} samples\n\n"
     )
 
 
