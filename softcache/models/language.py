@@ -102,7 +102,11 @@ class TokenModel(nn.Module):
             with torch.no_grad():
                 whole = self(few)[0].float()
                 rows = torch.arange(len(whole), device=inputs.device)
-                alone = self.head(self(few, rows)).float()
+                states = self(few, rows)
+                # in two parts, since a head may mix rows
+                half = len(states) // 2
+                parts = [self.head(part) for part in (states[:half], states[half:]) if len(part)]
+                alone = torch.cat(parts).float()
         except Exception:  # a model may do anything in its head; then it is run as a whole
             return False
         finally:
