@@ -66,6 +66,20 @@ class RowLayout:
         positions: Indices = self.run_positions[run] + rows - self.run_rows[run]
         return positions
 
+    def find(self, samples: Indices, positions: Indices) -> Indices:
+        """The rows at positions (R,) of samples (R,), which have rows there."""
+        first = np.searchsorted(self.run_rows, self.offsets[samples])
+        found = np.empty(len(samples), np.int64)
+        for sample in np.unique(samples):
+            own = samples == sample
+            runs = slice(
+                int(first[own][0]), int(np.searchsorted(self.run_rows, self.offsets[sample + 1]))
+            )
+            starts = self.run_positions[runs]
+            run = np.searchsorted(starts, positions[own], "right") - 1
+            found[own] = self.run_rows[runs][run] + positions[own] - starts[run]
+        return found
+
     def take(self, samples: Indices) -> RowLayout:
         """The layout of some samples (B,), in their order."""
         if len(samples) and (np.diff(samples) == 1).all():

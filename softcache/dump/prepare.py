@@ -157,11 +157,8 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
                 "leave --classes out, or choose some of the teacher's with --teacher-classes"
             )
         check_feature_names(teacher, source)
-        if isinstance(teacher.model, Matrix) and len(teacher.model.values) != len(source):
-            raise ModelError(
-                f"teacher {teacher.spec} has {len(teacher.model.values):,} rows, {source.name} has "
-                f"{len(source):,} samples; expected a row for each sample of the data, in the same order"
-            )
+        if isinstance(teacher.model, Matrix):
+            match_matrix(teacher.model, teacher.spec, source)
         align_classes(
             source,
             teacher.class_names,
@@ -170,6 +167,22 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
             quiet=True,  # the caller aligns the source with all teachers
         )
     return make_ensemble(loaded, config.teacher_weight)
+
+
+def match_matrix(matrix: Matrix, spec: str, source: Source) -> None:
+    """Tell a matrix of outputs which of its rows belong to which sample.
+
+    Raises:
+        ModelError: it has another number of rows than the data.
+    """
+    layout, unit = layout_of_source(source), unit_of(source) or "sample"
+    expected = len(source) if layout is None else layout.rows
+    if len(matrix.values) != expected:
+        raise ModelError(
+            f"teacher {spec} has {len(matrix.values):,} rows, {source.name} has {expected:,} {unit}s; "
+            f"expected a row for each {unit} of the data, in the same order"
+        )
+    matrix.layout = layout
 
 
 def check_feature_names(teacher: Teacher, source: Source) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from softcache.models.normalize import normalized, unnormalized
 from softcache.models.spec import BUILT_IN, HUB, is_pretrained
 from softcache.models.spec import KINDS as MODEL_KINDS
 from softcache.models.weights import load_weights, parameter_count, read_weights, state_sha256
+from softcache.teachers.matrix import Matrix
 from softcache.teachers.numpy_function import NumpyTeacher, estimator_teacher, is_estimator
 from softcache.teachers.select_classes import parse_classes, select_classes
 from softcache.teachers.spec import KINDS, parse_teacher
@@ -158,6 +160,9 @@ def tried(teacher: Teacher, sample: Tensor, unit: str | None) -> tuple[Teacher, 
         except ModelError as error:
             if _positions(teacher, sample) < 2:  # an axis of 1 is one that was added by mistake
                 raise error from error.__cause__
+    if isinstance(teacher.model, Matrix):  # its rows are compared with those of the data later
+        width = teacher.model.rows(np.zeros(1, np.int64)).shape[1]
+        return dataclasses.replace(teacher, positions=1), width
     shape = teacher.output_shape(sample)
     if len(shape) not in (3, 4):
         raise ModelError(

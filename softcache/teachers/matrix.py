@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from softcache.cache.layout import RowLayout
 from softcache.data.huggingface import load
 from softcache.errors import MissingFileError, ModelError, SettingsError
 from softcache.models.weights import file_sha256, read_weights
@@ -25,11 +26,22 @@ class MissingRowError(ModelError):
 
 
 class Matrix(nn.Module):
-    """A teacher's outputs for every sample, (N, C); rows are looked up, inputs are ignored."""
+    """A teacher's outputs for every sample, (N, C); rows are looked up, inputs are ignored.
+
+    Attributes:
+        layout: which of the rows belong to which sample, if samples have many; None for one each.
+    """
 
     def __init__(self, values: npt.NDArray[Any]) -> None:
         super().__init__()
         self.values = values
+        self.layout: RowLayout | None = None
+
+    def rows_at(self, samples: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Tensor:
+        """Look up the rows of samples (R,) at positions (R,) within them: (R, C) float32."""
+        if self.layout is None:
+            return self.rows(samples)
+        return self.rows(self.layout.find(samples, positions))
 
     def rows(self, samples: npt.NDArray[np.int64]) -> Tensor:
         """Look up the rows of sample ids (B,): (B, C) float32.

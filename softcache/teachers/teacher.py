@@ -106,7 +106,13 @@ class Teacher:
         who = f"teacher {self.spec}"
         inputs, rows = inputs.to(self.device), RowIndex(*(t.to(self.device) for t in rows))
         ids_of_rows = sample_ids[rows.samples.cpu().numpy()]
+        model: TokenModel | None = None
         try:
+            if isinstance(self.model, Matrix):
+                positions = rows.positions.cpu().numpy()
+                states = self.model.rows_at(ids_of_rows, positions).to(self.device)
+                yield from self._parts(states, None, where, ids_of_rows)
+                return
             with torch.inference_mode(), self._autocast():
                 model = self._split_model(inputs)
                 if model is None:
@@ -122,6 +128,16 @@ class Teacher:
                 f"{who} raised {type(error).__name__} on {where}, inputs {tuple(inputs.shape)} of "
                 f"{inputs.dtype}: {' '.join(str(error).split())}"
             ) from error
+        yield from self._parts(states, model, where, ids_of_rows)
+
+    def _parts(
+        self,
+        states: Tensor,
+        model: TokenModel | None,
+        where: str,
+        ids_of_rows: npt.NDArray[np.int64],
+    ) -> Iterator[Tensor]:
+        """Checked logits (n, C) of states (R, H), a few rows at a time; without a model these are logits."""
         size = max(1, CHUNK_VALUES // (self.classes or states.shape[1]))
         for start in range(0, len(states), size):
             part = states[start : start + size]
