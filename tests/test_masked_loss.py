@@ -56,7 +56,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_rows_of_the_mask(alpha: floa
     total = masked(logits, alpha=alpha).total
     torch.testing.assert_close(total.double(), reference(logits, alpha), atol=1e-5, rtol=1e-5)
     (expected,) = torch.autograd.grad(reference(logits, alpha), logits)
-    (total * 3).backward()
+    torch.autograd.backward(total * 3)
     torch.testing.assert_close(logits.grad, 3 * expected, atol=1e-6, rtol=1e-4)
     assert not expected[~MASK].any()
 
@@ -68,7 +68,7 @@ def test_a_mask_of_nothing_is_a_loss_of_0_from_which_gradients_flow() -> None:
             logits, targets_of(0), labels_of(), mask=nothing, temperature=2.0, alpha=alpha
         )
         assert [part.item() for part in loss] == [0.0, 0.0, 0.0]
-        loss.total.backward()
+        torch.autograd.backward(loss.total)
     assert logits.grad is not None
     assert not logits.grad.any()
 
@@ -79,7 +79,7 @@ def test_logits_of_half_precision_have_a_loss_in_float32(dtype: torch.dtype) -> 
     total = masked(logits).total
     assert total.dtype == torch.float32
     torch.testing.assert_close(total.double(), reference(logits), atol=1e-5, rtol=1e-5)
-    total.backward()
+    torch.autograd.backward(total)
     assert logits.grad is not None
     assert logits.grad.dtype == dtype
     assert masked(logits_of(dtype=torch.float64)).total.dtype == torch.float64
@@ -91,7 +91,7 @@ def test_small_gradients_of_float16_survive_if_the_loss_is_scaled() -> None:
     targets = torch.tensor([[0.252, 0.248, 0.25, 0.25]]).log().expand(rows, -1)
     mask, labels = torch.ones(1, rows).bool(), torch.zeros(1, rows, dtype=torch.int64)
     loss = distillation_loss(logits, targets, labels, mask=mask, temperature=1.0, alpha=1.0)
-    (loss.total * 2**16).backward()
+    torch.autograd.backward(loss.total * 2**16)
     assert logits.grad is not None
     torch.testing.assert_close(
         logits.grad[0, 0, :2].float() * rows / 2**16,
@@ -104,9 +104,9 @@ def test_small_gradients_of_float16_survive_if_the_loss_is_scaled() -> None:
 def test_a_second_backward_pass_is_refused_not_wrong() -> None:
     logits = logits_of()
     total = masked(logits).total
-    total.backward(retain_graph=True)
+    torch.autograd.backward(total, retain_graph=True)
     with pytest.raises(SettingsError, match="a second backward pass through the same loss"):
-        total.backward()
+        torch.autograd.backward(total)
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
