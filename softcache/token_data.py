@@ -103,7 +103,8 @@ class PackedTokens(Dataset[Item]):
     - `attention_mask` (1, L, L), to be added to the attention's scores: 0 where a token may see another, and
       the lowest number where it may not. In a batch it is (B, 1, L, L), as models of transformers take it.
 
-    Give all three to the model. Flash attention takes no such mask; give it `position_ids` alone.
+    Give both to the model, with `input_ids`. Flash attention takes no such mask: give it `position_ids`
+    alone, with `use_cache=False`.
 
     Every document is in one block, and the blocks are filled as well as they can be. Only a document that is
     longer than a block is cut, and each of its parts stands alone.

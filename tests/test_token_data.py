@@ -302,3 +302,37 @@ def test_a_packed_document_has_the_loss_of_a_padded_one(
             }[name]
         assert (losses_by_document(cache, model, batches) - padded).abs().max() > 1e-3
         batches = list(DataLoader(softcache.PackedTokens(data, length), 4))
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_a_packed_document_has_the_logits_that_it_has_alone(
+    make: Callable[[str], nn.Module], data: softcache.SoftLabelDataset
+) -> None:
+    model, blocks, seen = make("sdpa").eval(), softcache.PackedTokens(data, 128), 0
+    for number, parts in enumerate(blocks.blocks):
+        block = {name: values[None] for name, values in blocks[number].items()}
+        given = {name: block[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        with torch.no_grad():
+            packed, at = model(**given, use_cache=False).logits[0], 0
+            for item, first, end in parts.tolist():
+                ids = data[item]["input_ids"][None, first:end]
+                alone = model(ids, use_cache=False).logits[0]
+                torch.testing.assert_close(packed[at : at + end - first], alone, atol=1e-4, rtol=0)
+                at, seen = at + end - first, seen + (len(parts) > 1)
+    assert seen > TEXTS / 2  # most documents share their block
+
+
+def test_eager_attention_needs_numbers_and_position_ids_alone_are_enough(
+    data: softcache.SoftLabelDataset, cache: softcache.SoftCache
+) -> None:
+    model = llama("eager").eval()
+    padded = losses_by_document(
+        cache, model, list(DataLoader(data, 16, collate_fn=softcache.collate_tokens))
+    )
+    as_bool = softcache.PackedTokens(data, 64, mask_dtype=torch.bool)
+    leaking = losses_by_document(cache, model, list(DataLoader(as_bool, 4)))
+    assert (leaking - padded).abs().max() > 1e-3  # why the mask is not of this type by default
+    batches = [dict(batch) for batch in DataLoader(softcache.PackedTokens(data, 64), 4)]
+    for batch in batches:
+        del batch["attention_mask"]
+    torch.testing.assert_close(losses_by_document(cache, model, batches), padded, atol=1e-4, rtol=0)
