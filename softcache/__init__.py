@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from softcache.models.build import build
     from softcache.targets.decode import to_dense
     from softcache.token_data import PackedTokens, collate_tokens
-    from softcache.types import SparseTargets
+    from softcache.types import SparseTargets, StoredTargets
 
 __all__ = [
     "PackedTokens",
@@ -31,6 +31,7 @@ __all__ = [
     "SoftLabelDataset",
     "SoftcacheError",
     "SparseTargets",
+    "StoredTargets",
     "ViewSampler",
     "__version__",
     "build",
@@ -49,6 +50,7 @@ _MODULES = {
     "SoftCache": "softcache.api",
     "SoftLabelDataset": "softcache.api",
     "SparseTargets": "softcache.types",
+    "StoredTargets": "softcache.types",
     "ViewSampler": "softcache.api",
     "build": "softcache.models.build",
     "distillation_loss": "softcache.losses",

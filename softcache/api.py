@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +27,14 @@ from softcache.join.samples import open_samples
 from softcache.targets.decode import to_dense
 from softcache.targets.fetch import soft_targets, stored_targets, tempered_targets
 from softcache.token_data import row_items, token_lengths
-from softcache.types import LabelSets, MixedLabels, Targets, Views
+from softcache.types import LabelSets, MixedLabels, StoredTargets, Targets, Views
 from softcache.util.log import warn
 
 if TYPE_CHECKING:
     from softcache.train.student import Student
 
 CPU = torch.device("cpu")
+Fetch = Callable[[Views, npt.NDArray[np.int64]], Mapping[float, StoredTargets]]
 
 
 class SoftCache:
@@ -41,7 +42,7 @@ class SoftCache:
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self._fetch: tuple[float, Callable[[Views, npt.NDArray[np.int64]], Targets]] | None = None
+        self._fetch: dict[tuple[float, torch.device], Fetch] = {}  # by temperature and device
 
     @property
     def header(self) -> Header:
@@ -120,22 +121,27 @@ class SoftCache:
         *,
         temperature: float | None = None,
         device: torch.device | str | None = None,
-    ) -> Targets:
+    ) -> StoredTargets:
         """The teacher's log-probabilities for tokens, words, frames or pixels.
 
         Args:
-            cache_rows: of any shape, as the items of a SoftLabelDataset have it; -1 for a position without
-                soft targets.
+            cache_rows: int64 of any shape, as the items of a SoftLabelDataset have it; -1 for a position
+                without soft targets.
             temperature: temperature of the softmax; by default that of the cache.
             device: device of the result; by default that of `cache_rows`.
 
         Returns:
-            (R, C) float32, or SparseTargets, of the R entries that are not -1, in order: the targets for
-            distillation_loss(..., mask=cache_rows >= 0).
+            The targets (R, C) of the R entries that are not negative, in order: for
+            distillation_loss(..., mask=cache_rows >= 0), which decodes a few rows at a time.
+            softcache.to_dense() makes a tensor of them.
 
         Raises:
             SettingsError: a row or the temperature is out of range.
         """
+        if cache_rows.is_floating_point() or cache_rows.dtype == torch.bool:
+            raise SettingsError(
+                f"cache_rows are {cache_rows.dtype}; expected whole numbers, as the items have them"
+            )
         rows = cache_rows[cache_rows >= 0].cpu().numpy().astype(np.int64)
         temperature = self.temperature if temperature is None else float(temperature)
         total = self.header.views * self.header.row_count
@@ -143,10 +149,10 @@ class SoftCache:
             raise SettingsError(f"row {rows.max()} of {self.cache.path}; expected 0 to {total - 1}")
         if not 0 < temperature < np.inf:
             raise SettingsError(f"temperature is {temperature}; expected a number above 0")
-        if self._fetch is None or self._fetch[0] != temperature:
-            on = torch.device(device) if device else cache_rows.device
-            self._fetch = temperature, soft_targets(self.cache, temperature, on)
-        return self._fetch[1](np.zeros(len(rows), np.int64), rows)
+        key = temperature, cache_rows.device if device is None else torch.device(device)
+        if key not in self._fetch:
+            self._fetch[key] = stored_targets(self.cache, [temperature], key[1])
+        return self._fetch[key](np.zeros(len(rows), np.int64), rows)[temperature]
 
 
 def dump(
@@ -238,11 +244,17 @@ class SoftLabelDataset(Dataset[Any]):
       --targets sigmoid (C,) float32, 1 where a class applies, and all -1 if the sample is unlabelled;
     - (C,) float32 log softmax(z / temperature).
 
-    Where samples have many rows, an item is a dict: `input_ids` (L,) of a document, or `inputs` of
-    anything else; `row_labels` (P,), the label of each position, -100 where there is no row; and `cache_rows`
-    (P,), the row of the cache, or -1. Soft targets of whole documents would be large, so
-    SoftCache.row_targets() fetches those of a batch. collate_tokens() pads documents to a batch, PackedTokens
-    packs them into blocks.
+    Where samples have many rows, an item is a dict of
+
+    - `input_ids` (L,) int64, the tokens of a document, or `inputs` (*shape) of anything else;
+    - `row_labels` (P,) int64, the label of each of the P positions, -100 where there is none. That of a
+      language model is the next token: unlike the `labels` of transformers, these are shifted already, so a
+      model must not get them as its labels, which it would shift again;
+    - `cache_rows` (P,) int64, the row of the cache that each position has, or -1: for a batch of these,
+      SoftCache.row_targets() fetches the soft targets, which would be large for whole documents.
+
+    collate_tokens() pads documents to a batch, PackedTokens packs them into blocks. Pixels are in reading
+    order: logits (B, C, H, W) become (B, P, C) by `logits.flatten(2).mT`.
 
     Samples are matched to the cache by content, once, at construction. Item i is sample i of the data
     set; for the cache of a shard, it is sample i of the shard in the order of the data set.
@@ -289,6 +301,8 @@ class SoftLabelDataset(Dataset[Any]):
             device=CPU,
             rotate=rotate,
         )
+        if self._joined.layout is not None:  # SoftCache.row_targets() fetches them
+            self._joined = dataclasses.replace(self._joined, targets=None)
         self._cache_rows = np.argsort(self._joined.source_indices)  # by item
 
     def __len__(self) -> int:
@@ -300,9 +314,14 @@ class SoftLabelDataset(Dataset[Any]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        fetch = tempered_targets if self.cache.header.rows is None else stored_targets
-        targets = fetch(self.cache.cache, [self.temperature], CPU)
-        self._joined = dataclasses.replace(self._joined, targets=targets)
+        if self._joined.layout is None:
+            targets = tempered_targets(self.cache.cache, [self.temperature], CPU)
+            self._joined = dataclasses.replace(self._joined, targets=targets)
+
+    @property
+    def unit(self) -> str | None:
+        """What a sample has many rows of: `token`, `word`, `frame` or `pixel`; None if it has one row."""
+        return None if self._joined.layout is None else self.cache.header.unit
 
     @property
     def epoch(self) -> int:
@@ -318,10 +337,6 @@ class SoftLabelDataset(Dataset[Any]):
 
     def __getitem__(self, index: int | tuple[int, int]) -> Any:  # noqa: ANN401  # a tuple or a dict
         return self.__getitems__([index])[0]
-
-    def items(self, items: Sequence[int]) -> list[Any]:
-        """Several items of the current epoch, as __getitem__() returns each."""
-        return self.__getitems__(items)
 
     def token_lengths(self) -> npt.NDArray[np.int64]:
         """The number of tokens of each document, (N,).

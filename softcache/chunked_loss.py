@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcache.errors import SettingsError
 from softcache.losses import Loss, label_weights, row_losses
 from softcache.types import StoredTargets, Targets
 
@@ -51,14 +52,14 @@ def chunked_loss(
         The total, from which gradients flow to the states and the parameters, and its two parts. Without any
         rows all are 0.
     """
-    count = len(states)
+    count = max(1, len(states))
     weight = label_weights(labels, class_weights).sum()
     divisor = torch.where(weight > 0, weight, 1)
     factor = torch.ones_like(weight)
     if mean_weight is not None:
-        factor = weight / max(1, count) / torch.where(mean_weight > 0, mean_weight, 1)
-    soft_weight = alpha * temperature**2 / max(1, count)
-    hard_weight = float((1 - alpha) * factor / divisor)
+        factor = weight / count / torch.where(mean_weight > 0, mean_weight, 1)
+    # of a row, so that gradients in float16 do not vanish before they are scaled
+    weights = alpha * temperature**2, float((1 - alpha) * factor / divisor * count)
 
     def sums(part: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         chosen = None if targets is None else _rows_of(targets, rows)
@@ -76,9 +77,9 @@ def chunked_loss(
 
     size = chunk_rows or max(1, CHUNK_VALUES // classes)
     total, soft, hard = _ChunkedSums.apply(  # type: ignore[no-untyped-call]
-        states, sums, size, (soft_weight, hard_weight), *parameters
+        states, sums, size, weights, torch.is_grad_enabled(), *parameters
     )
-    return Loss(total, soft / max(1, count), hard * factor / divisor)
+    return Loss(total / count, soft / count, hard * factor / divisor)
 
 
 def _rows_of(targets: Targets | StoredTargets, rows: slice) -> Targets:
@@ -102,9 +103,17 @@ class _ChunkedSums(torch.autograd.Function):
         sums: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
         size: int,
         weights: tuple[float, float],
+        with_gradients: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         soft, hard = (torch.zeros((), device=states.device) for _ in range(2))
+        ctx.gradients = None
+        if not with_gradients:
+            for start in range(0, len(states), size):
+                rows = slice(start, min(start + size, len(states)))
+                part_soft, part_hard = sums(states[rows], rows)
+                soft, hard = soft + part_soft, hard + part_hard
+            return weights[0] * soft + weights[1] * hard, soft, hard
         states_gradient = torch.zeros_like(states)
         gradients: list[Tensor | None] = [None] * len(parameters)
         needed = [n for n, p in enumerate(parameters) if p.requires_grad]
@@ -131,6 +140,11 @@ class _ChunkedSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         scale = outputs[0]
-        states_gradient, gradients = ctx.gradients
+        if ctx.gradients is None:
+            raise SettingsError(
+                "a second backward pass through the same loss, whose gradients are gone after the first; "
+                "compute the loss again"
+            )
+        (states_gradient, gradients), ctx.gradients = ctx.gradients, None
         scaled = (None if g is None else g.mul_(scale) for g in gradients)
-        return (states_gradient.mul_(scale), None, None, None, *scaled)
+        return (states_gradient.mul_(scale), None, None, None, None, *scaled)

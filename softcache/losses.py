@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from softcache.divergences import LOSSES, LOWEST, parse_loss
 from softcache.errors import SettingsError
-from softcache.types import Labels, LabelSets, MixedLabels, Targets
+from softcache.types import Labels, LabelSets, MixedLabels, StoredTargets, Targets
 
 __all__ = [
     "LOSSES",
@@ -46,7 +46,7 @@ class RowLosses(NamedTuple):
 
 def distillation_loss(
     logits: Tensor,
-    targets: Targets | None,
+    targets: Targets | StoredTargets | None,
     labels: Labels,
     *,
     temperature: float,
@@ -71,8 +71,9 @@ def distillation_loss(
         loss: the loss to use instead of KL: a name in LOSSES, with a parameter if it takes one (`dkd:8`).
         label_smoothing: probability mass spread from the label over all classes, in [0, 1).
         mask: for tokens, words, frames or pixels: (B, P) bool, which positions have soft targets. Logits are
-            then (B, P, C), labels (B, P), and targets (R, C) those of the R positions, in order. The mean is
-            over these; without any it is 0.
+            then (B, P, C), labels (B, P), and targets (R, C) those of the R positions, in order, as
+            SoftCache.row_targets() returns them. The mean is over these; without any it is 0. The loss is
+            computed a few rows at a time, together with its gradient, so that backward() can run once.
 
     Returns:
         The total and its two parts, scalars, computed in float32 (float64 for float64 logits).
@@ -88,21 +89,27 @@ def distillation_loss(
         )
     if mask is not None:
         logits, labels = _masked(logits, labels, mask)
-    if targets is not None and targets.shape != logits.shape:
-        raise SettingsError(
-            f"targets have shape {tuple(targets.shape)} and logits {tuple(logits.shape)}; expected the "
-            "same shape (samples, classes)"
-        )
-    rows = row_losses(
-        logits,
-        targets,
-        labels,
-        temperature=temperature,
-        alpha=alpha,
-        loss=loss,
-        label_smoothing=label_smoothing,
-    )
+    _check_shapes(logits, targets, labels)
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "alpha": alpha,
+        "loss": loss,
+        "label_smoothing": label_smoothing,
+    }
+    if mask is not None and isinstance(labels, Tensor):
+        # imported late, since it is made of the functions of this module
+        from softcache.chunked_loss import chunked_loss
+
+        classes = logits.shape[-1]
+        return chunked_loss(logits, _same, [], labels, targets, classes=classes, **settings)
+    if isinstance(targets, StoredTargets):
+        targets = targets.decoded()
+    rows = row_losses(logits, targets, labels, **settings)
     return reduce_losses(rows, temperature=temperature, alpha=alpha)
+
+
+def _same(logits: Tensor) -> Tensor:
+    return logits
 
 
 def _masked(logits: Tensor, labels: Labels, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,6 +127,37 @@ def _masked(logits: Tensor, labels: Labels, mask: Tensor) -> tuple[Tensor, Tenso
         )
     chosen = mask.to(logits.device).bool()
     return logits[chosen], labels.to(logits.device)[chosen].clamp(min=-1)
+
+
+def _check_shapes(logits: Tensor, targets: Targets | StoredTargets | None, labels: Labels) -> None:
+    """Raise SettingsError if logits, targets and labels are not those of the same rows and classes."""
+    shape = tuple(logits.shape)
+    if len(shape) != 2:
+        raise SettingsError(
+            f"logits have shape {shape}; expected (samples, classes). For tokens, words, frames or pixels, "
+            "give mask=cache_rows >= 0"
+        )
+    count, classes = shape
+    if targets is not None and tuple(targets.shape) != shape:
+        found, known = tuple(targets.shape), targets.shape[1]
+        problem = f"targets have shape {found} and logits {shape}; expected the same shape (rows, classes)"
+        if found[0] != count:
+            raise SettingsError(
+                f"{problem}: with a mask, the targets are those of the {count} positions where it is true"
+            )
+        if known < classes:
+            raise SettingsError(
+                f"{problem}. If the last {classes - known} logits pad a vocabulary of {known}, cut them: "
+                f"logits[..., :{known}]"
+            )
+        raise SettingsError(problem)
+    given = labels.own if isinstance(labels, MixedLabels) else labels
+    given = given.applies if isinstance(given, LabelSets) else given
+    if tuple(given.shape) not in ((count,), shape):
+        raise SettingsError(
+            f"labels have shape {tuple(given.shape)} and logits {shape}; expected a label for each of the "
+            f"{count} rows"
+        )
 
 
 def row_losses(

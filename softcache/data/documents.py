@@ -249,9 +249,10 @@ def source_of_dicts(name: str, records: Sequence[Mapping[str, Any]]) -> TokenSou
         given = np.asarray(record.get("labels"), np.int64).reshape(-1)
         present = record.get("attention_mask")
         keep = slice(None) if present is None else np.asarray(present, np.bool_).reshape(-1)
-        if len(given) != np.size(record["input_ids"]):
+        tokens = np.asarray(record["input_ids"]).size
+        if len(given) != tokens:
             raise DataError(
-                f"{name}: sample {number} has {np.size(record['input_ids'])} input_ids and {len(given)} "
+                f"{name}: sample {number} has {tokens} input_ids and {len(given)} "
                 "labels; expected one for each token"
             )
         labels.append(given[keep])
@@ -285,9 +286,10 @@ def document_of(record: Mapping[str, Any], number: int, where: str) -> Document:
     elif record.get("labels") is not None:
         counts = np.asarray(record["labels"], np.int64).reshape(-1) != NO_ROW
     for name, values in (("attention_mask", present), ("loss_mask or labels", counts)):
-        if values is not None and np.size(values) != len(ids):
+        found = len(ids) if values is None else np.asarray(values).size
+        if found != len(ids):
             raise DataError(
-                f"{where}: sample {number} has {len(ids)} input_ids and {np.size(values)} of {name}; "
+                f"{where}: sample {number} has {len(ids)} input_ids and {found} of {name}; "
                 "expected as many"
             )
     return Document(ids[keep], None if counts is None else counts[keep])

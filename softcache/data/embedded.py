@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def source_of_cache(cache: Cache) -> Source:
             "damaged or forged, get it again"
         )
     facts = {name: fact for name, fact in rows.items() if name not in ("count", "unit")}
-    return TokenSource(
+    return EmbeddedTokens(
         cache.header.data,
         cache.arrays[INPUTS],
         offsets,
@@ -46,7 +47,18 @@ def source_of_cache(cache: Cache) -> Source:
         facts,
         cache.header.unit,
         all_class_names(cache) if cache.header.unit == WORD else (),
+        cache.path,
     )
+
+
+@dataclass(frozen=True)
+class EmbeddedTokens(TokenSource):
+    """The documents of a cache that was dumped with --embed-inputs."""
+
+    path: Path = Path()
+
+    def __reduce__(self) -> tuple[Callable[[Path], Source], tuple[Path]]:
+        return _reopen, (self.path,)  # a memory map would be copied, with all that it holds
 
 
 class CacheSource:
@@ -66,7 +78,7 @@ class CacheSource:
         self.class_names = all_class_names(cache)
         self.text = _are_texts(cache)
 
-    def __reduce__(self) -> tuple[Callable[[Path], CacheSource], tuple[Path]]:
+    def __reduce__(self) -> tuple[Callable[[Path], Source], tuple[Path]]:
         return _reopen, (self.cache.path,)  # a memory map cannot be pickled for another process
 
     def __len__(self) -> int:
@@ -88,5 +100,5 @@ def _are_texts(cache: Cache) -> bool:
     return is_text and bool(sample_keys(first, text=True)[0] == cache.keys[0])
 
 
-def _reopen(path: Path) -> CacheSource:
-    return CacheSource(open_trainable(path))
+def _reopen(path: Path) -> Source:
+    return source_of_cache(open_trainable(path))

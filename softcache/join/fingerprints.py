@@ -15,6 +15,7 @@ from softcache.cache import Cache, Header
 from softcache.cache.arrays import FINGERPRINT
 from softcache.data.augment import Augmentation, parse_augment, split_augment
 from softcache.data.loader import augmented, loader, make_request
+from softcache.data.rows import PADDING, has_tokens
 from softcache.data.source import Source
 from softcache.data.text import text_lengths
 from softcache.errors import DataError, FormatError, SettingsError
@@ -68,7 +69,13 @@ def fingerprints(
         inputs = inputs.nan_to_num(
             0.0, math.inf, -math.inf
         )  # a missing value is the same in two readings
-        prints[row] = fingerprint(inputs, text=bool(getattr(source, "text", False)))
+        lengths = None
+        if has_tokens(source):
+            lengths = (inputs != PADDING).sum(1).numpy()
+            inputs = inputs.masked_fill(inputs == PADDING, 0)
+        elif getattr(source, "text", False):
+            lengths = text_lengths(inputs.numpy())
+        prints[row] = fingerprint(inputs, lengths)
         rms[row] = inputs.double().flatten(1).square().mean(1).sqrt().numpy()
     return prints, rms
 
@@ -201,11 +208,17 @@ def check_replay(
         )
 
 
-def fingerprint(inputs: Tensor, *, text: bool = False) -> npt.NDArray[np.float32]:
-    """Project inputs (F, *shape) onto fixed random signs, (F, FINGERPRINT) float32; see FORMAT.md."""
+def fingerprint(
+    inputs: Tensor, lengths: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.float32]:
+    """Project inputs (F, *shape) onto fixed random signs, (F, FINGERPRINT) float32; see FORMAT.md.
+
+    Args:
+        lengths: (F,) how many values of each input are not padding, which is 0; None for all.
+    """
     rows = inputs.cpu().double().flatten(1).numpy()  # (F, n)
     pixels = np.arange(rows.shape[1])
     signs = [uniform(0, j, pixels, stream=0, draws=1)[:, 0] < 0.5 for j in range(FINGERPRINT)]
-    counts = text_lengths(rows).clip(1)[:, None] if text else rows.shape[1]
+    counts = rows.shape[1] if lengths is None else lengths.clip(1)[:, None]
     projected = rows @ np.where(np.stack(signs, -1), 1.0, -1.0) / np.sqrt(counts)
     return np.asarray(projected, np.float32)

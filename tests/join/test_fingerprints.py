@@ -21,6 +21,7 @@ from softcache.data import augment
 from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.open import open_source
 from softcache.data.source import ArraySource, Source
+from softcache.data.tokens import Document, language_source
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
 from softcache.errors import DataError, FormatError, ModelError, SettingsError
@@ -430,3 +431,16 @@ def test_a_dump_by_workers_is_the_same_to_the_byte(
     alone = dump(config)
     together = dump(replace(config, out=tmp_path / "workers.h5", workers=2))
     assert together.path.read_bytes() == alone.path.read_bytes()
+
+
+def test_padding_has_no_part_in_the_fingerprint_of_tokens() -> None:
+    documents = [Document(np.arange(1, size, dtype=np.int32)) for size in (4, 9, 30)]
+    source = language_source("tokens", documents, {}, length=64)
+    every, alone = (
+        fingerprints(
+            source, Augmentation(None, 0), views=range(1), sample_ids=np.array(samples, np.int64)
+        )[0][0]
+        for samples in ([0, 1, 2], [0])
+    )
+    np.testing.assert_array_equal(every[0], alone[0])
+    assert (np.abs(np.diff(every, axis=0)) > 0.1).any(1).all()
