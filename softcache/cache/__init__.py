@@ -1,13 +1,13 @@
 """The file format: what a cache is on disk. It needs numpy, h5py and xxhash, never torch."""
 
 from softcache.cache.arrays import Array
+from softcache.cache.draws import Sampled
 from softcache.cache.encodings import (
     Basis,
     Bernoulli,
     Dense,
     Encoding,
     Quantized,
-    Sampled,
     TopK,
     parse_encoding,
 )

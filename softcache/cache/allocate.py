@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from softcache.cache.array_spec import ArraySpec
 from softcache.cache.arrays import Array, digest_arrays, expected_arrays
 from softcache.cache.disk import disk_errors, pwrite, sync_folder
-from softcache.cache.encodings import ArraySpec
 from softcache.cache.header import MAX_BLOCKS, Header, parse_header, preamble
 from softcache.cache.layout import RUN_ROWS
 from softcache.cache.reader import hdf5_digest, partial_path, raw_bytes, shared_digest

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from softcache.cache.encodings import DTYPES, ArraySpec, Axis
+from softcache.cache.array_spec import DTYPES, ArraySpec, Axis
 from softcache.cache.fields import MAX_COUNT, integer, integers, shown, text_of
 from softcache.cache.layout import OFFSETS, RUN_POSITIONS, RUN_ROWS
 from softcache.errors import FormatError, SettingsError

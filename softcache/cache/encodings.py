@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from softcache.cache.array_spec import Arrays, ArraySpec, Floats, id_dtype, log_softmax
+from softcache.cache.draws import Distinct, Sampled
 from softcache.cache.possible_values import (
     SUM_TOLERANCE,
     are_steps,
@@ -26,10 +27,6 @@ from softcache.cache.possible_values import (
 from softcache.cache.tails import tail_weights
 from softcache.errors import FormatError, SettingsError
 
-# the leading axes of an array: (views, rows) for rows, (rows,) for labels of rows, (samples,) for samples;
-# none for the arrays that all rows share and for the digests that commit blocks
-Axis = Literal["rows", "labels", "samples", "shared", "commits"]
-DTYPES = frozenset({"<f2", "<f4", "|u1", "|i1", "<u2", "<u4", "<i4", "<i8", "<u8"})
 FLOAT16_LOWEST = -65504.0  # log p is clamped here: exp is 0 anyway, and inf - inf never arises
 QUANTIZED_RANGE = 256.0  # nats below the row's largest entry that `quantized` can represent
 BASIS_RANGE = 100.0  # the same for `basis`, where one very unlikely class blurs the whole row
@@ -37,19 +34,6 @@ BASIS_REACH = 1e6  # nats that the coefficients of `basis` may add up to; encode
 MAX_TEMPERATURE = 1e6
 LABEL_SETS = "label_sets"  # the array of the classes of each sample, a bit for each
 TAIL_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
-
-Floats = npt.NDArray[np.float32]
-Arrays = Mapping[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """An array that a cache needs: `shape` is of one row or sample, or of a whole shared array."""
-
-    name: str
-    dtype: str
-    axis: Axis
-    shape: tuple[int, ...]
 
 
 class Encoding(Protocol):
@@ -281,45 +265,6 @@ class Basis:
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """n draws with replacement from the row's distribution: n · (2 or 4) bytes per row.
-
-    Unbiased at T: the expectation of count / n is p (Anshumann et al., "Sparse Logit Sampling", ACL
-    2025). The sampling is systematic: draw i is taken at (u + i) / n of the cumulative
-    distribution, with one random u per row, so that each count is within 1 of n p. The result
-    cannot be re-tempered.
-    """
-
-    name: ClassVar[str] = "sampled"
-    form: ClassVar[str] = "sampled:N"
-    meaning: ClassVar[str] = (
-        "N draws per row, for large vocabularies; only usable at the dump temperature"
-    )
-    n: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.n <= 1 << 16:
-            raise SettingsError(f"sampled:{self.n} draws; expected 1 to 65536")
-
-    def arrays(self, classes: int) -> list[ArraySpec]:
-        return [ArraySpec("ids", id_dtype(classes), "rows", (self.n,))]
-
-    def decode(
-        self, stored: Arrays, temperature: float, requested_temperature: float, classes: int
-    ) -> Floats:
-        check_sampled(temperature, requested_temperature)
-        ids = stored["ids"].astype(np.int64)
-        rows = ids.reshape(-1, self.n)
-        counts = np.stack([np.bincount(row, minlength=classes) for row in rows])
-        with np.errstate(divide="ignore"):
-            log_probs = np.log(counts / self.n).astype(np.float32)
-        return log_probs.reshape(*ids.shape[:-1], classes)
-
-    def flaw(self, stored: Arrays, classes: int) -> str | None:
-        return flaw_of_ids(stored["ids"], classes, distinct=False)
-
-
-@dataclass(frozen=True)
 class Bernoulli:
     """Several labels a sample: float16 log-odds of each class on its own, 2C bytes per row.
 
@@ -352,29 +297,8 @@ class Bernoulli:
 
 
 ENCODINGS: dict[str, Callable[..., Encoding]] = {
-    kind.name: kind for kind in (Dense, Quantized, TopK, Basis, Sampled, Bernoulli)
+    kind.name: kind for kind in (Dense, Quantized, TopK, Basis, Sampled, Distinct, Bernoulli)
 }
-
-
-def log_softmax(logits: Floats) -> Floats:
-    """Log softmax over the last axis, (..., C)."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    normalized: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return normalized
-
-
-def id_dtype(classes: int) -> str:
-    """The dtype of class ids: uint16 for up to 65,536 classes, otherwise uint32."""
-    return "<u2" if classes <= 1 << 16 else "<u4"
-
-
-def check_sampled(temperature: float, requested_temperature: float) -> None:
-    """Raise SettingsError if a sampled cache is to be used at another temperature than its own."""
-    if requested_temperature != temperature:
-        raise SettingsError(
-            f"temperature {requested_temperature:g} of a sampled cache made at {temperature:g}: draws "
-            "cannot be re-tempered; use its own, or dump another encoding"
-        )
 
 
 def parse_encoding(spec: str, temperature: float) -> Encoding:
@@ -395,9 +319,11 @@ def parse_encoding(spec: str, temperature: float) -> Encoding:
         return TopK(int(size), tuple(sorted({*TAIL_TEMPERATURES, float(temperature)})))
     if name == "sampled" and size:
         return Sampled(int(size))
+    if name == "distinct" and size:
+        return Distinct(int(size))
     raise SettingsError(
-        f"encoding {spec!r} is unknown; expected dense, quantized, topk:K, basis:BYTES,K, sampled:N "
-        "or auto"
+        f"encoding {spec!r} is unknown; expected dense, quantized, topk:K, basis:BYTES,K, sampled:N, "
+        "distinct:N or auto"
     )
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import xxhash
 
 from softcache.cache import provenance
+from softcache.cache.array_spec import ArraySpec
 from softcache.cache.arrays import INPUTS, MAX_FILE, Array, check_arrays, parse_array
 from softcache.cache.encodings import (
     LABEL_SETS,
     MAX_TEMPERATURE,
-    ArraySpec,
     Bernoulli,
     Encoding,
     encoding_from_json,

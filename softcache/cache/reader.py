@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from softcache.cache.array_spec import Floats
 from softcache.cache.arrays import Array
 from softcache.cache.disk import pread
-from softcache.cache.encodings import LABEL_SETS, Floats
+from softcache.cache.encodings import LABEL_SETS
 from softcache.cache.header import PREAMBLE, Header, parse_header, parse_preamble
 from softcache.cache.layout import RowLayout, read_layout
 from softcache.errors import FormatError, MissingCacheError, SettingsError

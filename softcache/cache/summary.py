@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from softcache.cache.encodings import Sampled
+from softcache.cache.draws import Sampled
 from softcache.cache.header import Header
 from softcache.cache.reader import Cache
 from softcache.cache.verdict import Predictions, judge, judge_entropy

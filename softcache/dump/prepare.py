@@ -11,8 +11,9 @@ import numpy as np
 
 from softcache.cache import Cache, Dense, Header, open_cache
 from softcache.cache.allocate import create
+from softcache.cache.array_spec import DTYPES, ArraySpec
 from softcache.cache.arrays import INPUTS
-from softcache.cache.encodings import DTYPES, LABEL_SETS, ArraySpec
+from softcache.cache.encodings import LABEL_SETS
 from softcache.cache.header import BASE_VERSION, FEATURES, ROWS
 from softcache.cache.reader import partial_path
 from softcache.data.augment import Augmentation, split_augment

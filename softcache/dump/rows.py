@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from softcache.cache.array_spec import ArraySpec
 from softcache.cache.arrays import INPUT_OFFSETS, INPUTS
-from softcache.cache.encodings import ArraySpec
 from softcache.cache.layout import RowLayout
 from softcache.data.loader import Batch, loader, sequential_batches
 from softcache.data.rows import (

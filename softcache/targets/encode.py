@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Basis, Bernoulli, Dense, Encoding, Quantized, Sampled, TopK
-from softcache.cache.encodings import BASIS_RANGE, FLOAT16_LOWEST, QUANTIZED_RANGE, id_dtype
+from softcache.cache.array_spec import id_dtype
+from softcache.cache.draws import Distinct
+from softcache.cache.encodings import BASIS_RANGE, FLOAT16_LOWEST, QUANTIZED_RANGE
+from softcache.targets.draw import WIDE, encode_distinct, systematic
 from softcache.util.counter_rng import uniform
 
 Indices = npt.NDArray[np.int64]
@@ -120,6 +123,14 @@ def _make_encoder(
         case Basis():
             project = projection(shared)
             return lambda log_probs, *_: _encode_basis(encoding, shared, project, log_probs)
+        case Distinct():
+            return lambda log_probs, view, sample_ids, positions=None: encode_distinct(
+                log_probs,
+                torch.from_numpy(
+                    uniform(seed, view, sample_ids, stream=_draw_stream(positions), draws=1)
+                ).to(log_probs.device),
+                encoding.n,
+            )
         case Sampled():
             return lambda log_probs, view, sample_ids, positions=None: _encode_sampled(
                 log_probs,
@@ -257,15 +268,11 @@ def _best_step(coefficients: Tensor, max_levels: Tensor, scale: Tensor) -> tuple
 
 
 def _encode_sampled(log_probs: Tensor, draws: npt.NDArray[np.float64], n: int) -> Stored:
-    classes = log_probs.shape[-1]
-    cumulative = log_probs.double().exp().cumsum(-1)  # (B, C)
-    total = cumulative[:, -1:]
     offsets = torch.from_numpy(draws).to(log_probs.device)  # (B, 1)
-    points = (offsets + torch.arange(n, device=log_probs.device)) / n * total  # (B, n)
-    # the last point must not round up to the total: only classes of probability 0 lie beyond it
-    points = torch.minimum(points, total * (1 - 2**-50))
-    ids = torch.searchsorted(cumulative, points, right=True).clamp(max=classes - 1)  # (B, n)
-    return {"ids": _short_ids(ids, classes)}
+    points = (offsets + torch.arange(n, device=log_probs.device)) / n  # (B, n)
+    probs = log_probs.double() if log_probs.shape[1] <= WIDE else log_probs
+    ids = systematic(probs.exp(), points)
+    return {"ids": _short_ids(ids, log_probs.shape[-1])}
 
 
 def _short_ids(ids: Tensor, classes: int) -> Tensor:

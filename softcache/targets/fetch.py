@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Cache, Sampled
-from softcache.cache.encodings import check_sampled
+from softcache.cache.draws import check_sampled
 from softcache.cache.reader import change_check
 from softcache.targets.decode import class_ids, decode
 from softcache.targets.encode import Indices

@@ -53,7 +53,7 @@ def check_losses(config: TrainConfig, caches: Sequence[Cache]) -> None:
             is_sparse = isinstance(cache.header.encoding, TopK | Sampled)
             encoding = cache.header.encoding.name
             if (name == "mse" and is_sparse) or (
-                name in ("reverse_kl", "correlation") and encoding == "sampled"
+                name in ("reverse_kl", "correlation") and isinstance(cache.header.encoding, Sampled)
             ):
                 raise SettingsError(
                     f"loss {name} needs the probabilities of all classes, and {cache.path} is {encoding}; "

@@ -48,8 +48,8 @@ from typing import Any
 import numpy as np
 
 from softcache.cache import Array, Basis, Dense, Encoding, Header, Quantized, Sampled, TopK
+from softcache.cache.array_spec import DTYPES
 from softcache.cache.arrays import digest_arrays, expected_arrays
-from softcache.cache.encodings import DTYPES
 from softcache.cache.header import PREAMBLE, parse_header, parse_preamble, preamble
 from softcache.cache.reader import Cache, open_cache
 from softcache.cache.verify import find_damage

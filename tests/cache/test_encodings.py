@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from softcache.cache import Dense, parse_encoding
-from softcache.cache.encodings import FLOAT16_LOWEST, MAX_TEMPERATURE, ArraySpec
+from softcache.cache.array_spec import ArraySpec
+from softcache.cache.encodings import FLOAT16_LOWEST, MAX_TEMPERATURE
 from softcache.targets.encode import as_arrays, make_encoder
 
 Rows = npt.NDArray[np.float64]
