@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from softcache.cache.arrays import INPUT_OFFSETS, INPUTS
 from softcache.cache.encodings import LABEL_SETS
 from softcache.cache.header import PREAMBLE, parse_preamble
-from softcache.cache.layout import LAYOUT_ARRAYS, RowLayout
+from softcache.cache.layout import LAYOUT_ARRAYS, RowLayout, flaw_of_tokens
 from softcache.cache.reader import PARTIAL, Cache, hdf5_digest, shared_digest
 from softcache.errors import FormatError
 from softcache.util.progress import progress
@@ -53,7 +54,10 @@ def find_damage(cache: Cache, advance: Callable[[int], None] = lambda _: None) -
     if shared_digest(cache.arrays, header) != header.shared_digest:
         damage.append(Damage("the arrays shared by all rows"))
     elif header.rows is not None:
-        flaw = RowLayout(*(cache.arrays[name] for name in LAYOUT_ARRAYS)).flaw(header.row_count)
+        layout = RowLayout(*(cache.arrays[name] for name in LAYOUT_ARRAYS))
+        flaw = layout.flaw(header.row_count)
+        if not flaw and header.embeds_inputs:
+            flaw = flaw_of_tokens(layout, cache.arrays[INPUTS], cache.arrays[INPUT_OFFSETS])
         damage += [Damage(flaw)] if flaw else []
     for view in (None, *range(header.views)):
         digests = cache.arrays["sample_digests"] if view is None else cache.arrays["digests"][view]

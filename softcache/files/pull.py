@@ -377,16 +377,17 @@ def fetch_piece(remote: RemoteCache, piece: Piece) -> tuple[Arrays, Arrays]:
             sample_arrays[array.name] = np.frombuffer(raw, array.dtype).reshape(
                 stop - start, *array.shape[1:]
             )
+    unit, shared_by_views = ("sample", "labels and keys") if header.rows is None else ("row", "labels")
     for block in range(piece.first, piece.stop):
         rows = header.block_range(block)
         inside = slice(rows.start - start, rows.stop - start)
         for arrays, digests, what in (
             (row_arrays, remote.digests[piece.view], f"soft targets in view {piece.view}"),
-            (sample_arrays, remote.sample_digests, "labels and keys"),
+            (sample_arrays, remote.sample_digests, shared_by_views),
         ):
             if arrays and digest_of(values[inside] for values in arrays.values()) != digests[block]:
                 raise FormatError(
-                    f"{remote.file.shown}: the {what} of samples {rows.start} to {rows.stop - 1} do "
+                    f"{remote.file.shown}: the {what} of {unit}s {rows.start} to {rows.stop - 1} do "
                     "not match their digest: the file has changed since the pull started, is damaged, or its "
                     "server returns wrong bytes; try again, or run softcache verify where the file is"
                 )
