@@ -98,7 +98,12 @@ class RowLayout:
         if not leads_to(offsets, rows):
             return "offsets that do not lead from 0 to the number of rows"
         # compared and not subtracted: a difference of forged numbers can overflow
-        if not len(firsts) or firsts[0] != 0 or firsts[-1] >= rows or (firsts[1:] <= firsts[:-1]).any():
+        if (
+            not len(firsts)
+            or firsts[0] != 0
+            or firsts[-1] >= rows
+            or (firsts[1:] <= firsts[:-1]).any()
+        ):
             return "runs of positions that do not begin in order"
         if positions.min() < 0 or positions.max() > MAX_POSITION:
             return "positions that are out of range"
@@ -118,7 +123,9 @@ def leads_to(offsets: Indices, end: int) -> bool:
     return bool(offsets[0] == 0 and offsets[-1] == end and (offsets[1:] >= offsets[:-1]).all())
 
 
-def flaw_of_tokens(layout: RowLayout, tokens: npt.NDArray[np.int32], offsets: Indices) -> str | None:
+def flaw_of_tokens(
+    layout: RowLayout, tokens: npt.NDArray[np.int32], offsets: Indices
+) -> str | None:
     """What is wrong with embedded tokens that were read from a file, in a phrase; None if nothing is.
 
     Args:

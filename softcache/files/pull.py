@@ -377,7 +377,9 @@ def fetch_piece(remote: RemoteCache, piece: Piece) -> tuple[Arrays, Arrays]:
             sample_arrays[array.name] = np.frombuffer(raw, array.dtype).reshape(
                 stop - start, *array.shape[1:]
             )
-    unit, shared_by_views = ("sample", "labels and keys") if header.rows is None else ("row", "labels")
+    unit, shared_by_views = (
+        ("sample", "labels and keys") if header.rows is None else ("row", "labels")
+    )
     for block in range(piece.first, piece.stop):
         rows = header.block_range(block)
         inside = slice(rows.start - start, rows.stop - start)
