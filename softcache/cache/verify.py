@@ -40,8 +40,7 @@ def find_damage(cache: Cache, advance: Callable[[int], None] = lambda _: None) -
     Args:
         advance: called with the number of bytes of soft targets done.
     """
-    header, damage = cache.header, []
-    unit = "sample" if header.rows is None else "row"
+    header, damage, unit = cache.header, [], block_unit(cache)
     with cache.path.open("rb") as file:
         raw = file.read(header.user_block)
         offset, length, _ = parse_preamble(raw, header.file_bytes)
@@ -71,6 +70,11 @@ def find_damage(cache: Cache, advance: Callable[[int], None] = lambda _: None) -
             if view is not None:
                 advance(len(header.block_range(block)) * header.bytes_per_row)
     return damage
+
+
+def block_unit(cache: Cache) -> str:
+    """What a block is a range of, for messages."""
+    return "sample" if cache.header.rows is None else "row"
 
 
 def block_damage(cache: Cache, view: int | None, block: int) -> str | None:

@@ -179,3 +179,10 @@ def test_files_of_a_release_are_never_written_again(capsys: pytest.CaptureFixtur
     output = capsys.readouterr().out
     assert output.count("already holds files, which are never rewritten") == 4
     assert {path: path.stat().st_mtime_ns for path in FOLDER.glob("*/*")} == before
+
+
+def test_its_header_would_be_written_again_to_the_byte(path: Path) -> None:
+    cache = open_cache(path)
+    assert cache.header.to_bytes() == cache.header_bytes
+    has_field = b'"rows":{' in cache.header_bytes
+    assert has_field == (path.parent.name == "1.3"), "fields of a feature are only where it is"
