@@ -251,7 +251,9 @@ def open_unfinished(
     arrays |= sample_arrays(source, draft.sample_range, embed=config.embed_inputs)
     embeds_samples = config.embed_inputs and draft.rows is None
     inputs = input_array_spec(source) if embeds_samples else None
-    create(config.out, replace(header, evaluation=evaluation), arrays, config.batch_size, inputs)
+    # a batch of samples with many rows fits no block, whatever its size
+    batch = config.batch_size if draft.rows is None else 1
+    create(config.out, replace(header, evaluation=evaluation), arrays, batch, inputs)
 
 
 def describe_inputs(source: Source, augmentation: Augmentation, view: int) -> str:
