@@ -6,7 +6,7 @@ array:
     bits, bytes, page, cut, append   as disks and copies do: the file must be refused, or verify must report
                                      it, unless what it says is the same
     forged                           values of an array are changed and every digest is mended: the file must
-                                     be refused, or reported, or it must be possible to read every row and sample
+                                     be refused, or reported, or every row and sample must be readable
     header                           the same with values of the header
 
 A change that verify does not report, though the file says something else, and any error but FormatError

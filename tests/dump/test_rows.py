@@ -98,6 +98,21 @@ def test_each_document_is_in_one_batch_of_few_tokens_and_little_padding(tmp_path
             )
 
 
+def test_what_a_token_costs_beyond_its_row(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(150, 250, 60)
+    lines = [json.dumps({"input_ids": draw.integers(0, 24, n).tolist()}) for n in lengths]
+    (tmp_path / "ids.jsonl").write_text("\n".join(lines))
+    header = dump(token_config(tmp_path, embed_inputs=False)).header
+    constant = ("class_names", "fingerprinted", "fingerprints")  # for any number of tokens
+    arrays = [a for a in header.arrays if a.axis != "rows" and a.name not in constant]
+    assert {a.name for a in arrays} == {
+        "labels", "keys", "offsets", "run_rows", "run_positions", "digests", "sample_digests",
+    }  # fmt: skip
+    assert 4 < sum(a.nbytes for a in arrays) / header.row_count < 4.25
+
+
 # stops
 class Stop(KeyboardInterrupt):
     pass
@@ -263,6 +278,13 @@ def test_views_are_added_to_a_finished_cache(config: DumpConfig, tmp_path: Path)
     longer = dump(replace(frames, views=3))
     at_once = dump(replace(frames, views=3, out=tmp_path / "at-once.h5"))
     assert longer.path.read_bytes() == at_once.path.read_bytes()
+
+
+def test_frames_cannot_be_embedded(config: DumpConfig, tmp_path: Path) -> None:
+    with pytest.raises(
+        SettingsError, match="has a row for each frame, and only tokens can be stored"
+    ):
+        dump(frame_config(tmp_path, embed_inputs=True))
 
 
 def test_several_labels_of_a_token_are_refused(config: DumpConfig) -> None:

@@ -104,6 +104,13 @@ def test_some_views_and_samples_of_frames(tmp_path: Path) -> None:
     np.testing.assert_array_equal(part.arrays["log_probs"], whole.arrays["log_probs"][1:, rows])
 
 
+def test_the_command_fetches_a_part(url: str, tmp_path: Path, run: Run) -> None:
+    output = run("pull", url, "--samples", "5:25", "--out", "part.h5", check=True).stdout
+    part = open_cache(tmp_path / "part.h5")
+    assert output.startswith(f"part.h5: 20 samples of {part.header.row_count} tokens x 1 view(s), ")
+    assert "intact" in run("verify", "part.h5", check=True).stdout
+
+
 def test_samples_without_rows_cannot_be_pulled_alone(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     lines = ['{"input_ids": [1, 2, 3]}', '{"input_ids": [4]}', '{"input_ids": [5, 6]}']
