@@ -19,7 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from softcache.cache.array_spec import ArraySpec
-from softcache.cache.arrays import Array, digest_arrays, expected_arrays
+from softcache.cache.arrays import INPUTS, Array, digest_arrays, expected_arrays
 from softcache.cache.disk import disk_errors, pwrite, sync_folder
 from softcache.cache.header import MAX_BLOCKS, Header, parse_header, preamble
 from softcache.cache.layout import RUN_ROWS
@@ -72,8 +72,8 @@ def create(
         shared: the arrays that all rows share, among them class_names |S (C,),
             fingerprinted int64 (F,) and fingerprints float32 (views, F, FINGERPRINT).
         batch: rows that will be written at a time.
-        inputs: dtype and shape of one sample, or of all tokens together, if the draft says that inputs are
-            embedded.
+        inputs: dtype and shape of one sample, if the draft says that inputs are embedded; not of tokens,
+            which are among the shared arrays.
 
     Raises:
         SoftcacheError: the file cannot be created, for lack of space or of permission.
@@ -163,6 +163,8 @@ def _allocate(
     import h5py
     from h5py import h5d, h5f, h5p, h5s, h5t
 
+    if draft.rows is not None and draft.embeds_inputs:
+        inputs = ArraySpec(INPUTS, "<i4", "shared", shared[INPUTS].shape)
     layout = expected_arrays(
         draft,
         name_bytes=shared["class_names"].dtype.itemsize,

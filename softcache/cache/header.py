@@ -109,12 +109,10 @@ class Header:
 
     @property
     def inputs_spec(self) -> ArraySpec | None:
-        """Dtype and shape of one embedded sample; None if samples are not embedded."""
-        if not self.embeds_inputs:
+        """Dtype and shape of one embedded sample; None if none is embedded, or they are tokens."""
+        if not self.embeds_inputs or self.rows is not None:
             return None
         array = self.array(INPUTS)
-        if self.rows is not None:
-            return ArraySpec(INPUTS, array.dtype, "shared", array.shape)
         return ArraySpec(INPUTS, array.dtype, "samples", array.shape[1:])
 
     @property
@@ -219,6 +217,11 @@ def parse_header(text: bytes, digest: int, file_bytes: int) -> Header:
             f"encoding is {header.encoding.name} and must_understand is {list(header.must_understand)}; "
             f"expected {LABEL_SETS} there with bernoulli, and with nothing else"
         )
+    if header.multi_label and header.rows is not None:
+        raise FormatError(
+            f"must_understand has both {LABEL_SETS} and {ROWS}; expected one of them at most, since each row "
+            "has one class"
+        )
     check_arrays(header, file_bytes)
     return header
 
@@ -247,7 +250,7 @@ def _version(fields: JSON) -> tuple[int, int]:
 def _build(fields: JSON, version: tuple[int, int]) -> Header:
     samples = integer(fields, "samples", 1, MAX_COUNT)
     data_samples = integer(fields, "data_samples", samples, MAX_COUNT)
-    rows = provenance.rows(fields.get(ROWS))
+    rows = provenance.rows(fields[ROWS]) if ROWS in fields["must_understand"] else None
     row_count = samples if rows is None else int(rows["count"])
     views = integer(fields, "views", 1, MAX_COUNT // max(samples, row_count))
     block_rows = integer(fields, "block_rows", 1, row_count)

@@ -16,6 +16,8 @@ from softcache.errors import FormatError
 
 Indices = npt.NDArray[np.int64]
 
+MAX_POSITION = (1 << 40) - 1  # of a row in its sample
+
 # names of the arrays, in the order of RowLayout
 OFFSETS, RUN_ROWS, RUN_POSITIONS = LAYOUT_ARRAYS = "offsets", "run_rows", "run_positions"
 
@@ -107,11 +109,17 @@ class RowLayout:
             rows: the number of rows that it has to describe.
         """
         offsets, firsts, positions = self.offsets, self.run_rows, self.run_positions
-        if offsets[0] != 0 or offsets[-1] != rows or (np.diff(offsets) < 0).any():
+        if not leads_to(offsets, rows):
             return "offsets that do not lead from 0 to the number of rows"
-        if not len(firsts) or firsts[0] != 0 or firsts[-1] >= rows or (np.diff(firsts) < 1).any():
+        # compared and not subtracted: a difference of forged numbers can overflow
+        if (
+            not len(firsts)
+            or firsts[0] != 0
+            or firsts[-1] >= rows
+            or (firsts[1:] <= firsts[:-1]).any()
+        ):
             return "runs of positions that do not begin in order"
-        if positions.min() < 0 or positions.max() >= 1 << 40:
+        if positions.min() < 0 or positions.max() > MAX_POSITION:
             return "positions that are out of range"
         begins = np.unique(offsets[:-1][np.diff(offsets) > 0])
         at = np.minimum(np.searchsorted(firsts, begins), len(firsts) - 1)
@@ -122,6 +130,32 @@ class RowLayout:
         if (positions[1:][inside] <= ends[inside]).any():
             return "positions that are not in order"
         return None
+
+
+def leads_to(offsets: Indices, end: int) -> bool:
+    """Whether offsets lead from 0 to `end` and never back."""
+    return bool(offsets[0] == 0 and offsets[-1] == end and (offsets[1:] >= offsets[:-1]).all())
+
+
+def flaw_of_tokens(
+    layout: RowLayout, tokens: npt.NDArray[np.int32], offsets: Indices
+) -> str | None:
+    """What is wrong with embedded tokens that were read from a file, in a phrase; None if nothing is.
+
+    Args:
+        layout: a layout without a flaw.
+        tokens: (tokens,) those of all samples.
+        offsets: (samples + 1,) the first token of each sample, and the number of all tokens.
+    """
+    if not leads_to(offsets, len(tokens)):
+        return f"offsets of its tokens that do not lead from 0 to {len(tokens)}"
+    if len(tokens) and tokens.min() < 0:
+        return "tokens with a number below 0"
+    with_rows = np.diff(layout.offsets) > 0
+    last = layout.positions_of(layout.offsets[1:][with_rows] - 1)  # of each sample with rows
+    if (last >= np.diff(offsets)[with_rows]).any():
+        return "rows that stand behind the last token of their sample"
+    return None
 
 
 def layout_of(counts: Indices, positions: Indices) -> RowLayout:
@@ -162,7 +196,17 @@ def read_layout(arrays: dict[str, npt.NDArray[np.int64]], rows: int, path: objec
         FormatError: it is not one of `rows` rows.
     """
     layout = RowLayout(*(np.array(arrays[name]) for name in LAYOUT_ARRAYS))
-    flaw = layout.flaw(rows)
+    _refuse(layout.flaw(rows), path)
+    return layout
+
+
+def check_tokens(
+    layout: RowLayout, tokens: npt.NDArray[np.int32], offsets: Indices, path: object
+) -> None:
+    """Raise FormatError if the embedded tokens of a file are none; see flaw_of_tokens()."""
+    _refuse(flaw_of_tokens(layout, tokens, offsets), path)
+
+
+def _refuse(flaw: str | None, path: object) -> None:
     if flaw:
         raise FormatError(f"{path} has {flaw}: the file is damaged or forged, get it again")
-    return layout

@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from softcache.cache.allocate import Values, create
 from softcache.cache.arrays import INPUT_OFFSETS, INPUTS
+from softcache.cache.fields import JSON
 from softcache.cache.header import Header
-from softcache.cache.layout import LAYOUT_ARRAYS, concatenate_layouts
+from softcache.cache.layout import LAYOUT_ARRAYS, check_tokens, concatenate_layouts
 from softcache.cache.reader import ONCE, Cache, open_cache, partial_path, raw_bytes, shared_digest
 from softcache.cache.summary import columns_field, pooled_fidelity, summarize
-from softcache.cache.verify import Damage, block_damage
+from softcache.cache.verify import Damage, block_damage, block_unit
 from softcache.cache.writer import Writer
 from softcache.errors import FormatError, SettingsError
 from softcache.util.lock import exclusive
@@ -188,24 +189,29 @@ def plan(parts: Sequence[Cache]) -> tuple[Header, dict[str, npt.NDArray[Any]]]:
         evaluation=next((p.header.evaluation for p in parts if p.header.evaluation), None),
         summary=columns_field(parts) or None,  # room is kept for it
         version=max(part.header.version for part in parts),
-        rows=first.rows
-        and first.rows
-        | {
-            name: sum((shard[0].header.rows or {})[name] for shard in shards)
-            for name in ROW_COUNTS
-            if name in first.rows
-        },
+        rows=first.rows and _rows_of_shards([shard[0].header.rows or {} for shard in shards]),
     )
     shared = {a.name: shards[0][0].arrays[a.name] for a in first.arrays if a.axis == "shared"}
     shared |= {"fingerprinted": fingerprinted, "fingerprints": fingerprints}
     return header, shared | _samples_of_shards([shard[0] for shard in shards])
 
 
+def _rows_of_shards(rows: Sequence[JSON]) -> JSON:
+    """The field `rows` of the merged header: counts are sums, and left out if a shard does not know them."""
+    facts = {name: fact for name, fact in rows[0].items() if name not in ROW_COUNTS}
+    known = [name for name in ROW_COUNTS if all(name in shard for shard in rows)]
+    return facts | {name: sum(shard[name] for shard in rows) for name in known}
+
+
 def _samples_of_shards(parts: Sequence[Cache]) -> dict[str, npt.NDArray[Any]]:
     """The shared arrays that describe samples with many rows, of shards that follow each other."""
-    layouts = [part.layout for part in parts if part.layout is not None]
-    if not layouts:
-        return {}
+    layouts = []
+    for part in parts:
+        if part.layout is None:
+            return {}
+        layouts.append(part.layout)
+        if part.header.embeds_inputs:
+            check_tokens(part.layout, part.arrays[INPUTS], part.arrays[INPUT_OFFSETS], part.path)
     arrays: dict[str, npt.NDArray[Any]] = {**concatenate_layouts(layouts).arrays()}
     arrays["keys"] = np.concatenate([part.keys for part in parts])
     if parts[0].header.embeds_inputs:
@@ -357,7 +363,9 @@ def _check_block(part: Cache, view: int | None, block: int) -> None:
     for checked_view in (None,) if view is None else (None, view):
         what = block_damage(part, checked_view, block)
         if what:
-            damage = Damage(what, checked_view, part.header.block_range(block))
+            damage = Damage(
+                what, checked_view, part.header.block_range(block), unit=block_unit(part)
+            )
             raise FormatError(
                 f"{part.path} is damaged: {damage}; softcache verify {part.path.name} says what to do"
             )

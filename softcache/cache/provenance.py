@@ -82,10 +82,8 @@ ROW_TEXTS = ("tokenizer", "template", "loss_on")
 ROW_COUNTS = ("tokens", "vocabulary", "bytes", "length", "stride")
 
 
-def rows(value: object) -> JSON | None:
+def rows(value: object) -> JSON:
     """What the rows of samples with many rows are: their count and unit, and how texts became tokens."""
-    if value is None:
-        return None
     expected = {"count", "unit", *ROW_TEXTS, *ROW_COUNTS}
     if not isinstance(value, dict) or not {"count", "unit"} <= set(value) <= expected:
         raise FormatError(f"rows is {shown(value)}; expected count and unit")

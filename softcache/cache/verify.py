@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from softcache.cache.arrays import INPUT_OFFSETS, INPUTS
 from softcache.cache.encodings import LABEL_SETS
 from softcache.cache.header import PREAMBLE, parse_preamble
-from softcache.cache.layout import LAYOUT_ARRAYS, RowLayout
+from softcache.cache.layout import LAYOUT_ARRAYS, RowLayout, flaw_of_tokens
 from softcache.cache.reader import PARTIAL, Cache, hdf5_digest, shared_digest
 from softcache.errors import FormatError
 from softcache.util.progress import progress
@@ -39,8 +40,7 @@ def find_damage(cache: Cache, advance: Callable[[int], None] = lambda _: None) -
     Args:
         advance: called with the number of bytes of soft targets done.
     """
-    header, damage = cache.header, []
-    unit = "sample" if header.rows is None else "row"
+    header, damage, unit = cache.header, [], block_unit(cache)
     with cache.path.open("rb") as file:
         raw = file.read(header.user_block)
         offset, length, _ = parse_preamble(raw, header.file_bytes)
@@ -53,7 +53,10 @@ def find_damage(cache: Cache, advance: Callable[[int], None] = lambda _: None) -
     if shared_digest(cache.arrays, header) != header.shared_digest:
         damage.append(Damage("the arrays shared by all rows"))
     elif header.rows is not None:
-        flaw = RowLayout(*(cache.arrays[name] for name in LAYOUT_ARRAYS)).flaw(header.row_count)
+        layout = RowLayout(*(cache.arrays[name] for name in LAYOUT_ARRAYS))
+        flaw = layout.flaw(header.row_count)
+        if not flaw and header.embeds_inputs:
+            flaw = flaw_of_tokens(layout, cache.arrays[INPUTS], cache.arrays[INPUT_OFFSETS])
         damage += [Damage(flaw)] if flaw else []
     for view in (None, *range(header.views)):
         digests = cache.arrays["sample_digests"] if view is None else cache.arrays["digests"][view]
@@ -67,6 +70,11 @@ def find_damage(cache: Cache, advance: Callable[[int], None] = lambda _: None) -
             if view is not None:
                 advance(len(header.block_range(block)) * header.bytes_per_row)
     return damage
+
+
+def block_unit(cache: Cache) -> str:
+    """What a block is a range of, for messages."""
+    return "sample" if cache.header.rows is None else "row"
 
 
 def block_damage(cache: Cache, view: int | None, block: int) -> str | None:

@@ -92,7 +92,7 @@ def merge(caches: tuple[Path, ...], out: Path) -> None:
     from softcache.util.progress import progress
 
     parts = [open_cache(path) for path in caches]
-    total = sum(part.header.views * part.header.samples for part in parts)
+    total = sum(part.header.views * part.header.row_count for part in parts)
     with progress("merge", total, "rows") as advance:
         try:
             merged = merge(parts, out, advance)
@@ -101,8 +101,9 @@ def merge(caches: tuple[Path, ...], out: Path) -> None:
     for warning in (merged.header.summary or {}).get("warnings", ()):
         verdict(warning)
     header = merged.header
+    rows = "" if header.rows is None else f" of {header.row_count:,} {header.unit}s"
     click.echo(
-        f"{out}: {header.samples:,} samples x {header.views} view(s), {header.file_bytes:,} bytes; "
+        f"{out}: {header.samples:,} samples{rows} x {header.views} view(s), {header.file_bytes:,} bytes; "
         f"content id {merged.content_id()}"
     )
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from softcache.cache import Cache
 from softcache.cache.arrays import INPUT_OFFSETS, INPUTS
+from softcache.cache.layout import check_tokens
 from softcache.cache.reader import open_trainable
 from softcache.data.class_names import all_class_names
 from softcache.data.keys import sample_keys
 from softcache.data.rows import WORD, TokenSource
 from softcache.data.source import UNLABELLED, Source
-from softcache.errors import FormatError, SettingsError
+from softcache.errors import SettingsError
 
 
 def source_of_cache(cache: Cache) -> Source:
@@ -26,17 +27,13 @@ def source_of_cache(cache: Cache) -> Source:
 
     Raises:
         SettingsError: the cache has no inputs.
+        FormatError: its tokens are not those of its samples.
     """
     layout, rows = cache.layout, cache.header.rows
     if layout is None or rows is None or not cache.header.embeds_inputs:
         return CacheSource(cache)
     offsets = np.array(cache.arrays[INPUT_OFFSETS])
-    tokens = len(cache.arrays[INPUTS])
-    if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
-        raise FormatError(
-            f"{cache.path} has offsets of its tokens that do not lead from 0 to {tokens}: the file is "
-            "damaged or forged, get it again"
-        )
+    check_tokens(layout, cache.arrays[INPUTS], offsets, cache.path)
     facts = {name: fact for name, fact in rows.items() if name not in ("count", "unit")}
     return EmbeddedTokens(
         cache.header.data,

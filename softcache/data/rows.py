@@ -185,7 +185,12 @@ class EvenRowsSource(WrappedSource):
     """Samples that each have a row at the same positions, without labels, as the frames of a recording."""
 
     positions: int
-    unit: str
+    row_unit: str
+
+    @property
+    def unit(self) -> str:
+        """What a row is."""
+        return self.row_unit
 
     @property
     def class_names(self) -> tuple[str, ...]:

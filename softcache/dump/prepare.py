@@ -27,7 +27,7 @@ from softcache.data.tables import align_columns, columns_of
 from softcache.dump.check_resume import check_same
 from softcache.dump.config import AUTO, DumpConfig
 from softcache.dump.reuse import set_aside
-from softcache.dump.rows import embedded_spec, rows_field, sample_arrays, text_defaults, with_rows
+from softcache.dump.rows import rows_field, sample_arrays, text_defaults, with_rows
 from softcache.dump.select_encoding import check_spec, encoding_for_dump, encoding_of
 from softcache.errors import DataError, ModelError, SettingsError, SoftcacheError
 from softcache.join.fingerprints import fingerprinted_rows, reproducible_fingerprints, software
@@ -55,6 +55,10 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
     """
     check_spec(config.encoding_spec, config.temperature, teacher.classes)
     check_kind_of_labels(source, multi_label=config.multi_label)
+    if config.multi_label and layout_of_source(source) is not None:
+        raise SettingsError(
+            f"--targets sigmoid: each {unit_of(source)} of {source.name} has one class; leave it out"
+        )
     features = [INPUTS] * config.embed_inputs + [LABEL_SETS] * config.multi_label
     features += [ROWS] * (layout_of_source(source) is not None)
     total, (shard, shards) = len(source), config.shard
@@ -259,11 +263,11 @@ def open_unfinished(
         source, augmentation, draft.view_range, draft.first_sample + cache_rows
     )
     arrays |= sample_arrays(source, draft.sample_range, embed=config.embed_inputs)
-    if not config.embed_inputs:
-        inputs = None
-    else:
-        inputs = input_array_spec(source) if draft.rows is None else embedded_spec(arrays)
-    create(config.out, replace(header, evaluation=evaluation), arrays, config.batch_size, inputs)
+    embeds_samples = config.embed_inputs and draft.rows is None
+    inputs = input_array_spec(source) if embeds_samples else None
+    # a batch of samples with many rows fits no block, whatever its size
+    batch = config.batch_size if draft.rows is None else 1
+    create(config.out, replace(header, evaluation=evaluation), arrays, batch, inputs)
 
 
 def describe_inputs(source: Source, augmentation: Augmentation, view: int) -> str:

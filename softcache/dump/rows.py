@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from softcache.cache.array_spec import ArraySpec
 from softcache.cache.arrays import INPUT_OFFSETS, INPUTS
 from softcache.cache.layout import RowLayout
 from softcache.data.loader import Batch, loader, sequential_batches
@@ -80,7 +79,9 @@ def rows_field(source: Source, samples: range) -> dict[str, Any] | None:
         return None
     facts = row_facts(source)
     if len(samples) < len(source):
-        facts = {name: fact for name, fact in facts.items() if name not in ("bytes", "tokens")}
+        facts.pop("bytes", None)  # it is known of the whole data alone
+        if "tokens" in facts:
+            facts["tokens"] = int(lengths_of(source)[samples.start : samples.stop].sum())
     count = int(layout.offsets[samples.stop] - layout.offsets[samples.start])
     if not count:
         raise SettingsError(
@@ -111,11 +112,6 @@ def sample_arrays(source: Source, samples: range, *, embed: bool) -> dict[str, n
             )
         arrays[INPUTS], arrays[INPUT_OFFSETS] = tokens.ids, tokens.offsets
     return arrays
-
-
-def embedded_spec(arrays: Mapping[str, npt.NDArray[Any]]) -> ArraySpec:
-    """The array of all embedded tokens."""
-    return ArraySpec(INPUTS, "<i4", "shared", arrays[INPUTS].shape)
 
 
 def read_keys(source: Source, indices: Indices) -> npt.NDArray[np.uint64]:

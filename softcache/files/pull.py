@@ -18,7 +18,7 @@ import numpy.typing as npt
 from softcache.cache import Cache, Header, open_cache
 from softcache.cache.allocate import clone, create
 from softcache.cache.arrays import INPUT_OFFSETS, INPUTS
-from softcache.cache.layout import RowLayout, read_layout
+from softcache.cache.layout import RowLayout, check_tokens, read_layout
 from softcache.cache.reader import ONCE, digest_of, partial_path
 from softcache.cache.summary import summarize
 from softcache.cache.writer import Writer
@@ -251,6 +251,7 @@ def part_header(remote: RemoteCache, part: Part, shared: Arrays) -> tuple[Header
             "them to check that views are replayed exactly; request a range with sample "
             f"{nearest_row + whole.first_sample}"
         )
+    own = samples_of_part(remote, part, shared)
     header = dataclasses.replace(
         whole,
         views=len(part.views),
@@ -259,12 +260,12 @@ def part_header(remote: RemoteCache, part: Part, shared: Arrays) -> tuple[Header
         first_sample=whole.first_sample + samples.start,
         # room is kept for what stays
         summary={n: v for n, v in (whole.summary or {}).items() if n == "columns"} or None,
-        rows=whole.rows and row_facts(whole.rows, len(part.rows)),
+        rows=whole.rows and row_facts(whole.rows, len(part.rows), own.get(INPUTS)),
     )
     return header, shared | {
         "fingerprinted": rows[kept] - samples.start,
         "fingerprints": shared["fingerprints"][part.views.start : part.views.stop, kept],
-        **samples_of_part(remote, part, shared),
+        **own,
     }
 
 
@@ -273,19 +274,25 @@ def samples_of_part(remote: RemoteCache, part: Part, shared: Arrays) -> Arrays:
     if remote.header.rows is None:
         return {}
     samples = slice(part.samples.start, part.samples.stop)
-    layout = layout_of_remote(remote, shared).take(np.arange(samples.start, samples.stop))
+    whole = layout_of_remote(remote, shared)
+    layout = whole.take(np.arange(samples.start, samples.stop))
     arrays: Arrays = {**layout.arrays(), "keys": shared["keys"][samples]}
     if remote.header.embeds_inputs:
+        check_tokens(whole, shared[INPUTS], shared[INPUT_OFFSETS], remote.file.shown)
         offsets = shared[INPUT_OFFSETS][samples.start : samples.stop + 1]
         arrays[INPUTS] = shared[INPUTS][offsets[0] : offsets[-1]]
         arrays[INPUT_OFFSETS] = offsets - offsets[0]
     return arrays
 
 
-def row_facts(facts: dict[str, Any], count: int) -> dict[str, Any]:
-    """A header's `rows` for fewer of them; what was counted in all samples is left out."""
+def row_facts(facts: dict[str, Any], count: int, tokens: npt.NDArray[Any] | None) -> dict[str, Any]:
+    """A header's `rows` for fewer of them; what was counted in all samples alone is left out.
+
+    Args:
+        tokens: the embedded tokens of the part, if they are embedded.
+    """
     kept = {name: value for name, value in facts.items() if name not in ("tokens", "bytes")}
-    return kept | {"count": count}
+    return kept | {"count": count} | ({} if tokens is None else {"tokens": len(tokens)})
 
 
 def fetch_missing(writer: Writer, remote: RemoteCache, part: Part) -> None:
@@ -377,16 +384,19 @@ def fetch_piece(remote: RemoteCache, piece: Piece) -> tuple[Arrays, Arrays]:
             sample_arrays[array.name] = np.frombuffer(raw, array.dtype).reshape(
                 stop - start, *array.shape[1:]
             )
+    unit, shared_by_views = (
+        ("sample", "labels and keys") if header.rows is None else ("row", "labels")
+    )
     for block in range(piece.first, piece.stop):
         rows = header.block_range(block)
         inside = slice(rows.start - start, rows.stop - start)
         for arrays, digests, what in (
             (row_arrays, remote.digests[piece.view], f"soft targets in view {piece.view}"),
-            (sample_arrays, remote.sample_digests, "labels and keys"),
+            (sample_arrays, remote.sample_digests, shared_by_views),
         ):
             if arrays and digest_of(values[inside] for values in arrays.values()) != digests[block]:
                 raise FormatError(
-                    f"{remote.file.shown}: the {what} of samples {rows.start} to {rows.stop - 1} do "
+                    f"{remote.file.shown}: the {what} of {unit}s {rows.start} to {rows.stop - 1} do "
                     "not match their digest: the file has changed since the pull started, is damaged, or its "
                     "server returns wrong bytes; try again, or run softcache verify where the file is"
                 )

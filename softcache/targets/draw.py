@@ -71,8 +71,8 @@ def draw_distinct(log_probs: Tensor, draws: Tensor, n: int) -> tuple[Tensor, Ten
     head, order = log_probs.topk(n, dim=-1)  # (B, n), largest first
     probs = log_probs.exp()
     head_probs = head.exp().double()
-    # the mass that is left after the first h classes, as a sum of small numbers
-    rest = (probs.double().sum(-1, keepdim=True) - head_probs.sum(-1, keepdim=True)).clamp(min=0)
+    # the mass that is left after the first h classes: a sum of small numbers, not a difference of large ones
+    rest = probs.scatter(1, order, 0).double().sum(-1, keepdim=True)
     left = rest + head_probs.flip(-1).cumsum(-1).flip(-1)  # (B, n), for h = 0 to n - 1
     slots = n - torch.arange(n, device=log_probs.device)
     # the first h for which the next class is not certain to be drawn

@@ -23,7 +23,7 @@ from softcache.cache import Header, open_cache
 from softcache.cache.verify import find_damage
 from softcache.data.embedded import CacheSource
 from softcache.data.keys import sample_keys
-from tests.cache import test_format_rows, test_values
+from tests.cache import test_format_rows, test_format_tokens, test_layout, test_values
 from tests.cache.header_cases import (
     GONE,
     Place,
@@ -34,7 +34,7 @@ from tests.cache.header_cases import (
     with_text,
     with_values,
 )
-from tests.cache.test_header import WRONG, with_preamble
+from tests.cache.test_header import WRONG, cache_with, with_preamble
 from tests.cache.test_header_arrays import array_at
 from tests.cache.test_writer import digest_offset, locate
 from tests.cache.writer_cases import VIEWS, run_dump
@@ -64,7 +64,8 @@ def marked_rules(functions: Iterable[object]) -> set[str]:
 
 def test_every_rule_has_a_test_and_every_test_a_rule() -> None:
     assert len(rules(FORMAT)) >= 24
-    modules = (sys.modules[__name__], test_format_rows, test_values)
+    others = (test_format_rows, test_format_tokens, test_layout, test_values)
+    modules = (sys.modules[__name__], *others)
     here = [value for module in modules for value in vars(module).values()]
     assert marked_rules(here) == rules(FORMAT)
 
@@ -263,15 +264,15 @@ def test_the_table_has_the_fields_that_the_code_has() -> None:
 @pytest.mark.must("F13")
 @pytest.mark.parametrize("field", fields_of_the_table())
 def test_a_field_is_there_of_its_type_and_in_its_range(path: Path, field: str) -> None:
-    raw = with_values(tiny_cache(), {(field,): GONE})
+    raw = with_values(cache_with(field), {(field,): GONE})
     refused(raw, path.parent, f"the header lacks {field}$")
     for value, message in WRONG[field]:
-        refused(with_values(tiny_cache(), {(field,): value}), path.parent, message)
+        refused(with_values(cache_with(field), {(field,): value}), path.parent, message)
 
 
 # arrays
 @pytest.mark.must("F20")
-@pytest.mark.parametrize("dtype", ["<f8", ">f2", "<i4", "|O", "|S0", "|S1025", "<U4", "|b1"])
+@pytest.mark.parametrize("dtype", ["<f8", ">f2", ">i4", "|O", "|S0", "|S1025", "<U4", "|b1"])
 def test_types_of_arrays(path: Path, dtype: str) -> None:
     dtypes = {array.dtype for array in open_cache(path).header.arrays}
     assert dtypes <= {"<f2", "<f4", "<i8", "<u8", "|S14"}

@@ -27,6 +27,7 @@ from tests.cache.header_cases import (
     with_values,
 )
 from tests.cache.writer_cases import SAMPLES, SUMMARY
+from tests.token_caches import token_cache
 
 
 def with_preamble(raw: bytes, **parts: int) -> bytes:
@@ -192,6 +193,12 @@ def teacher(**fields: object) -> list[JSON]:
     return [{"name": "t", "parameters": 7, "weight": 1.0, **fields}]
 
 
+def token_rows(**changes: object) -> JSON:
+    """The field `rows` of the cache of documents, with changes."""
+    fields: JSON = header_of(token_cache())["rows"]
+    return fields | changes
+
+
 def topk(k: object, temperatures: object) -> JSON:
     return {"name": "topk", "k": k, "temperatures": temperatures}
 
@@ -199,6 +206,13 @@ def topk(k: object, temperatures: object) -> JSON:
 def basis(wide: int, narrow: int, top: int) -> JSON:
     return {"name": "basis", "wide": wide, "narrow": narrow, "top": top}
 
+
+def cache_with(field: str) -> bytes:
+    """The bytes of a finished cache that has a field."""
+    return token_cache() if field == "rows" else tiny_cache()
+
+
+COUNT = token_rows()["count"]
 
 # for every field of the header: values of a wrong type or out of range, and the message for each
 WRONG: dict[str, list[tuple[Any, str]]] = {
@@ -439,7 +453,42 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
         (SUMMARY | {"fidelity": 1e-4}, "summary has fidelity 0.0001; expected numbers by name"),
         (SUMMARY | {"fidelity": {"kl": "0"}}, "summary has fidelity .*; expected numbers by name"),
         (SUMMARY | {"fidelity": {"kl": True}}, "summary has fidelity .*; expected numbers by name"),
+        (SUMMARY | {"perplexity": 0.0}, "summary has perplexity 0.0; expected a number above 0"),
+        (SUMMARY | {"perplexity": "7"}, "summary has perplexity '7'; expected a number above 0"),
         ({"entropy": 1.0, "agreement": None, "rows": 0}, f"rows is 0; {WHOLE}1 to"),
+    ],
+    "rows": [
+        (None, "rows is None; expected count and unit"),
+        ([], r"rows is \[\]; expected count and unit"),
+        ({"count": 1}, "rows is {'count': 1}; expected count and unit"),
+        ({"unit": "token"}, "rows is {'unit': 'token'}; expected count and unit"),
+        (token_rows(stem="x"), "rows is {.*; expected count and unit"),
+        (token_rows(count=0), f"count is 0; {WHOLE}1 to"),
+        (token_rows(count=-1), f"count is -1; {WHOLE}1 to"),
+        (token_rows(count=1.0), f"count is 1.0; {WHOLE}1 to"),
+        (token_rows(count=True), f"count is True; {WHOLE}1 to"),
+        (token_rows(count=1 << 49), f"count is {1 << 49}; {WHOLE}1 to {1 << 48}"),
+        (token_rows(count=1 << 48), "block_rows is 8, which makes .* blocks; expected at most"),
+        (token_rows(count=1), f"block_rows is 8; {WHOLE}1 to 1"),
+        (
+            token_rows(count=COUNT + 1),
+            rf"array log_probs is .*; expected <f2 \[1, {COUNT + 1}, 24\]",
+        ),
+        (
+            token_rows(count=COUNT - 1),
+            rf"array log_probs is .*; expected <f2 \[1, {COUNT - 1}, 24\]",
+        ),
+        (token_rows(count=COUNT + 800), r"array log_probs is .*; expected <f2 \[1, "),
+        (token_rows(unit="sample"), "rows has unit 'sample'; expected token, word, frame, pixel"),
+        (token_rows(unit=None), "rows has unit None; expected token, word, frame, pixel"),
+        (token_rows(unit=["token"]), r"rows has unit \['token'\]; expected token, word"),
+        (token_rows(tokenizer=3), "tokenizer is 3; expected printable text"),
+        (token_rows(template="\x1b[2J"), "template is .*; expected printable text"),
+        (token_rows(loss_on=None), "loss_on is None; expected printable text"),
+        *(
+            (token_rows(**{name: -1}), f"{name} is -1; {WHOLE}0 to")
+            for name in ("tokens", "bytes", "vocabulary", "length", "stride")
+        ),
     ],
 }
 
@@ -456,12 +505,12 @@ def test_every_field_of_the_header_is_tried_with_wrong_values() -> None:
 def test_a_field_of_wrong_type_or_out_of_range(
     tmp_path: Path, field: str, value: object, message: str
 ) -> None:
-    refused(with_values(tiny_cache(), {(field,): value}), tmp_path, message)
+    refused(with_values(cache_with(field), {(field,): value}), tmp_path, message)
 
 
 @pytest.mark.parametrize("field", sorted(set(WRONG) - {"version", "must_understand"}))
 def test_a_field_that_is_not_there(tmp_path: Path, field: str) -> None:
-    refused(with_values(tiny_cache(), {(field,): GONE}), tmp_path, f"the header lacks {field}")
+    refused(with_values(cache_with(field), {(field,): GONE}), tmp_path, f"the header lacks {field}")
 
 
 @pytest.mark.parametrize("field", ["version", "must_understand"])

@@ -105,9 +105,9 @@ def test_text_of_a_length_in_another_script(tmp_path: Path) -> None:
     [
         ("dtype", None, "dtype is None; expected printable text"),
         ("dtype", "<f4", r"array log_probs is <f4 \[2, 30, 5\] by rows; expected <f2 \[2, 30, 5\]"),
-        ("axis", None, "array log_probs has axis None; expected rows, samples"),
-        ("axis", ["rows"], r"array log_probs has axis \['rows'\]; expected rows, samples"),
-        ("axis", "files", "array log_probs has axis 'files'; expected rows, samples"),
+        ("axis", None, "array log_probs has axis None; expected rows, labels, samples"),
+        ("axis", ["rows"], r"array log_probs has axis \['rows'\]; expected rows, labels, samples"),
+        ("axis", "files", "array log_probs has axis 'files'; expected rows, labels, samples"),
         ("axis", "shared", r"array log_probs is .* by shared; expected .* by rows"),
         ("shape", None, "shape is None; expected a list"),
         ("shape", "30", "shape is '30'; expected a list"),

@@ -423,7 +423,7 @@ def test_a_partial_of_other_rows_is_refused(
     other = damaged(parts[0], array.offset)
     digest = other.block_digest(0, 0).to_bytes(8, "little")
     other = damaged(other, digest_offset(other.header, 0, 0), digest)
-    message = r"merged\.h5\.partial has other log_probs of samples 0 to 7 than .*a\.h5: .*remove it"
+    message = r"merged\.h5\.partial has other log_probs of rows 0 to 7 than .*a\.h5: .*remove it"
     with pytest.raises(SettingsError, match=message):
         merge([other, parts[1]], tmp_path / "merged.h5")
 

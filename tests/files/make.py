@@ -1,7 +1,7 @@
 """Write caches with this release, and the values they decode to, to be checked in.
 
 `python -m tests.files.make`, run in the root of the project with softcache 0.1.0, wrote 1.0/ and 1.1/, and
-with 0.2.0 it wrote 1.2/.
+with 0.2.0 it wrote 1.2/ and 1.3/.
 Existing files are never rewritten: a release that changes the format adds a folder of its own.
 """
 
@@ -22,9 +22,10 @@ from torch import nn
 from softcache.cache import Cache, Sampled
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
+from tests.tokens import make_tokenizer, write_texts
 
 HERE = Path(__file__).parent
-SAMPLES, CLASSES, SIDE = 48, 24, 6
+SAMPLES, CLASSES, SIDE, TOKENS = 48, 24, 6, 300
 ENCODINGS = {
     "dense": "dense",
     "quantized": "quantized",
@@ -49,6 +50,40 @@ def second_teacher() -> nn.Module:
     return teacher(2)
 
 
+class Language(nn.Module):
+    """A teacher of tokens, which looks at one and the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        numbers = np.random.Generator(np.random.PCG64(3)).integers(-256, 256, (2, TOKENS, TOKENS))
+        self.tables = nn.Parameter(torch.from_numpy(numbers).float() / 64)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        ids = ids.clamp(min=0)
+        before = torch.nn.functional.pad(ids[:, :-1], (1, 0))
+        return self.tables[0][ids] + self.tables[1][before]
+
+
+def language_teacher() -> nn.Module:
+    return Language()
+
+
+class Lines(nn.Module):
+    """A teacher with a row for each line of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        numbers = np.random.Generator(np.random.PCG64(4)).integers(-64, 64, (SIDE, CLASSES))
+        self.weight = nn.Parameter(torch.from_numpy(numbers).float() / 64)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, 0] @ self.weight
+
+
+def line_teacher() -> nn.Module:
+    return Lines()
+
+
 def main() -> None:
     teachers = [f"tests.files.make:{name}" for name in ("teacher", "second_teacher")]
     plain = DumpConfig(
@@ -70,6 +105,18 @@ def main() -> None:
         },
         "1.1": {"embedded": replace(plain, embed_inputs=True)},
         "1.2": {"label-sets": replace(plain, targets="sigmoid", embed_inputs=True)},
+        "1.3": {
+            "documents": replace(
+                plain,
+                teacher="tests.files.make:language_teacher",
+                data="text:texts.txt?documents=lines&tokenizer=tokenizer&length=24&stride=16",
+                views=1,
+                augment=None,
+                encoding="topk:4",
+                embed_inputs=True,
+            ),
+            "frames": replace(plain, teacher="tests.files.make:line_teacher"),
+        },
     }
     # in a temporary folder with relative paths, so that headers hold no paths of this machine
     with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):
@@ -78,6 +125,8 @@ def main() -> None:
         labels = random.integers(0, CLASSES, SAMPLES)
         np.savez("images.npz", x=images, y=labels)
         np.savez("unlabelled.npz", x=images)
+        make_tokenizer(Path("tokenizer"))
+        write_texts(Path("texts.txt"), 10)
         for version, configs in folders.items():
             folder = HERE / version
             if any(folder.glob("*.h5")):
@@ -102,11 +151,12 @@ def expected(cache: Cache) -> dict[str, npt.NDArray[Any]]:
     """The values that a cache decodes to.
 
     Returns:
-        rows: (views, samples, C) float32; other: the same at OTHER_TEMPERATURE, if the encoding can be
-        re-tempered; labels, keys: (samples,); inputs: (samples, *shape), if they are embedded.
+        rows: (views, rows, C) float32; other: the same at OTHER_TEMPERATURE, if the encoding can be
+        re-tempered; labels: (rows,); keys: (samples,); inputs: (samples, *shape), if they are embedded, or
+        (tokens,); where samples have many rows, offsets (samples + 1,) and positions (rows,).
     """
-    header = cache.header
-    cache_rows = np.arange(header.samples)
+    header, layout = cache.header, cache.layout
+    cache_rows = np.arange(header.row_count)
     values: dict[str, npt.NDArray[Any]] = {
         "rows": np.stack([cache.rows(view, cache_rows) for view in range(header.views)]),
         "labels": np.array(cache.labels),
@@ -114,6 +164,8 @@ def expected(cache: Cache) -> dict[str, npt.NDArray[Any]]:
     }
     if header.embeds_inputs:
         values["inputs"] = np.array(cache.arrays["inputs"])
+    if layout is not None:
+        values |= {"offsets": layout.offsets, "positions": layout.positions_of(cache_rows)}
     if not isinstance(header.encoding, Sampled):
         values["other"] = np.stack(
             [cache.rows(view, cache_rows, OTHER_TEMPERATURE) for view in range(header.views)]
