@@ -7,6 +7,7 @@ your losses in large-vocabulary language models" (arXiv 2411.09009), section 4; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,9 +89,8 @@ def _rows_of(targets: Targets | StoredTargets, rows: slice) -> Targets:
         return targets.rows(rows).decoded()
     if isinstance(targets, Tensor):
         return targets[rows]
-    return type(targets)(
-        targets.ids[rows], targets.log_probs[rows], targets.rest[rows], targets.classes
-    )
+    ids, log_probs, rest = (t[rows] for t in (targets.ids, targets.log_probs, targets.rest))
+    return replace(targets, ids=ids, log_probs=log_probs, rest=rest)
 
 
 class _ChunkedSums(torch.autograd.Function):

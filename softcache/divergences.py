@@ -51,6 +51,8 @@ def kl(log_q: Tensor, targets: Targets) -> Tensor:
     """
     if not isinstance(targets, SparseTargets):
         return functional.kl_div(log_q, targets, reduction="none", log_target=True).sum(-1)
+    if targets.bucket:
+        return _kl_of_bucket(log_q, targets)
     # the sum over the classes without an id needs only the sum of all log q
     head_q, named = log_q.gather(1, targets.ids), _named(targets)
     # a class of probability 0 must add 0, not 0 · -inf
@@ -60,6 +62,21 @@ def kl(log_q: Tensor, targets: Targets) -> Tensor:
         (targets.classes - named.sum(1)) * targets.rest.clamp(min=LOWEST) - rest_q
     )
     return head.sum(1) + rest
+
+
+def _kl_of_bucket(log_q: Tensor, targets: SparseTargets) -> Tensor:
+    """KL of K + 1 categories: the classes with an id, and all others together.
+
+    How a teacher shares its tail out is not known; spread evenly, it would pull the student to the uniform.
+    By the log sum inequality it is at most the KL of all classes, and never below 0.
+    """
+    named = _named(targets)
+    head_q = log_q.gather(1, targets.ids)
+    others = log_q.scatter(1, targets.ids, -torch.inf)
+    tail_q = others.logsumexp(1).clamp(min=LOWEST)  # (B,), log of their mass
+    tail_p = targets.rest + (targets.classes - named.sum(1)).to(log_q.dtype).log()
+    head = targets.log_probs.exp() * (targets.log_probs.clamp(min=LOWEST) - head_q)
+    return head.sum(1) + tail_p.exp() * (tail_p.clamp(min=LOWEST) - tail_q)
 
 
 def reverse_kl(log_q: Tensor, targets: Targets) -> Tensor:

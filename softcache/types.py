@@ -23,6 +23,9 @@ class SparseTargets:
     log_probs: Tensor  # (B, k) float32
     rest: Tensor  # (B,) float32, log-probability of each class that is not among the ids
     classes: int
+    bucket: bool = (
+        False  # whether a loss compares the mass of all other classes as one, not class by class
+    )
 
     @property
     def shape(self) -> torch.Size:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.chunked_loss import chunked_loss
+from softcache.divergences import kl
 from softcache.losses import Loss, label_weights, reduce_losses, row_losses
 from softcache.types import SparseTargets, StoredTargets, Targets
 
@@ -136,3 +137,44 @@ def test_of_few_rows_at_a_time_only_these_have_logits(states: Tensor, head: nn.L
         chunk_rows=6,
     )
     assert seen == [6, 6, 6, 5]
+
+
+def bucketed(head: Tensor, ids: Tensor, tail: float, classes: int) -> SparseTargets:
+    """Targets of one row whose tail has this mass."""
+    rest = torch.tensor([tail / (classes - len(ids))]).log()
+    return SparseTargets(ids[None], head.log()[None], rest, classes, bucket=True)
+
+
+def test_a_tail_is_one_category() -> None:
+    targets = bucketed(torch.tensor([0.5, 0.2]), torch.tensor([0, 1]), 0.3, 5)
+    student = torch.tensor([[0.6, 0.3, 0.05, 0.03, 0.02]]).log()
+    assert float(kl(student, targets)) == pytest.approx(0.1573, abs=1e-4)
+    # however the student shares its tail out, and 0 where the masses agree
+    other = torch.tensor([[0.6, 0.3, 0.0999, 5e-5, 5e-5]]).log()
+    assert float(kl(other, targets)) == pytest.approx(0.1573, abs=1e-4)
+    equal = torch.tensor([[0.5, 0.2, 0.29, 0.005, 0.005]]).log()
+    assert float(kl(equal, targets)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_loss_of_a_tail_is_never_negative_and_at_most_that_of_all_classes(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.log_softmax(4 * torch.randn(50, 30, generator=generator), -1)
+    student = torch.log_softmax(4 * torch.randn(50, 30, generator=generator), -1)
+    top, ids = teacher.topk(4)
+    mass = torch.log1p(-top.exp().sum(-1))
+    targets = SparseTargets(ids, top, mass - torch.tensor(26.0).log(), 30, bucket=True)
+    bucket, whole = kl(student, targets), kl(student, teacher)
+    assert (bucket >= -1e-6).all()
+    assert (bucket <= whole + 1e-5).all()
+
+
+def test_a_tail_of_nothing_is_finite() -> None:
+    ids, log_probs = torch.tensor([[0, 1]]), torch.tensor([[0.0, -torch.inf]])
+    targets = SparseTargets(ids, log_probs, torch.tensor([-torch.inf]), 4, bucket=True)
+    logits = torch.tensor([[90.0, 0.0, -50.0, -80.0]], requires_grad=True)
+    loss = kl(torch.log_softmax(logits, -1), targets).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert float(loss) == pytest.approx(0, abs=1e-6)
+    assert logits.grad is not None
+    assert bool(logits.grad.isfinite().all())

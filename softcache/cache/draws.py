@@ -79,8 +79,8 @@ class Distinct(Sampled):
     n: int
 
     def __post_init__(self) -> None:
-        if not 2 <= self.n <= MAX_DISTINCT:
-            raise SettingsError(f"distinct:{self.n} classes; expected 2 to {MAX_DISTINCT}")
+        if not 1 <= self.n <= MAX_DISTINCT:
+            raise SettingsError(f"distinct:{self.n} classes; expected 1 to {MAX_DISTINCT}")
 
     def arrays(self, classes: int) -> list[ArraySpec]:
         if self.n >= classes:

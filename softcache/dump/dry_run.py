@@ -15,6 +15,8 @@ from softcache.data.open import open_source
 from softcache.data.rows import has_tokens, layout_of_source, lengths_of
 from softcache.data.source import Source
 from softcache.dump.config import DumpConfig
+from softcache.dump.fit_basis import Directions
+from softcache.dump.fit_head import head_directions
 from softcache.dump.prepare import draft_header, input_array_spec, load_teachers
 from softcache.dump.rows import text_defaults, with_rows
 from softcache.dump.select_encoding import (
@@ -25,6 +27,8 @@ from softcache.dump.select_encoding import (
     draw_teacher_rows,
     encoding_of,
     measure,
+    most_directions,
+    needs_rows,
     select,
     spec_of,
 )
@@ -57,7 +61,10 @@ def dry_run(config: DumpConfig) -> str:
     start = time.perf_counter()
     log_probs = draw_teacher_rows(draft, source, teacher, augmentation, config.workers)
     rate = len(log_probs) / (time.perf_counter() - start)
-    encoding, shared, table = encoding_to_try(config, draft, log_probs)
+    directions = None
+    if needs_rows(config.encoding_spec):
+        directions = head_directions(draft, source, teacher, most_directions(config.encoding_spec))
+    encoding, shared, table = encoding_to_try(config, draft, log_probs, directions)
     if config.encoding_spec != AUTO and not config.multi_label and draft.classes <= MOST_CLASSES:
         others = candidates(log_probs, temperature=draft.temperature, seed=draft.seed)
         table += [other for other in others if other.encoding != encoding]
@@ -103,12 +110,13 @@ def first_tokens(source: Source, draft: Header) -> str:
 
 
 def encoding_to_try(
-    config: DumpConfig, draft: Header, log_probs: Tensor
+    config: DumpConfig, draft: Header, log_probs: Tensor, directions: Directions | None = None
 ) -> tuple[Encoding, dict[str, Tensor], list[Candidate]]:
     """The encoding that the dump would use, the tensors its rows share, and measured candidates.
 
     Args:
         log_probs: (n, C) float32, rows of the teacher at the temperature of the dump.
+        directions: of `basis`, if they are known without these rows.
     """
     if config.like is not None:
         like = open_cache(config.like)
@@ -121,6 +129,7 @@ def encoding_to_try(
             temperature=draft.temperature,
             seed=draft.seed,
             max_kl=config.max_kl,
+            directions=directions,
         )
     if not table:
         spec = spec_of(encoding)

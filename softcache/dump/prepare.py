@@ -13,8 +13,9 @@ from softcache.cache import Cache, Dense, Header, open_cache
 from softcache.cache.allocate import create
 from softcache.cache.array_spec import DTYPES, ArraySpec
 from softcache.cache.arrays import INPUTS
+from softcache.cache.draws import Distinct
 from softcache.cache.encodings import LABEL_SETS
-from softcache.cache.header import BASE_VERSION, FEATURES, ROWS
+from softcache.cache.header import BASE_VERSION, DISTINCT_VERSION, FEATURES, ROWS
 from softcache.cache.reader import partial_path
 from softcache.data.augment import Augmentation, split_augment
 from softcache.data.class_names import align_classes
@@ -61,6 +62,7 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         )
     features = [INPUTS] * config.embed_inputs + [LABEL_SETS] * config.multi_label
     features += [ROWS] * (layout_of_source(source) is not None)
+    newer = [DISTINCT_VERSION] if config.encoding.startswith(f"{Distinct.name}:") else []
     total, (shard, shards) = len(source), config.shard
     if shards > total:
         raise SettingsError(
@@ -87,7 +89,7 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         | ({"max_kl": config.max_kl} if config.encoding_spec == "auto" else {}),
         teachers=teacher.provenance,
         must_understand=tuple(features),
-        version=max([BASE_VERSION, *(FEATURES[feature] for feature in features)]),
+        version=max([BASE_VERSION, *(FEATURES[feature] for feature in features), *newer]),
         evaluation=None,
         software=software(),
         block_rows=1,

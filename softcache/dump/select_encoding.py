@@ -43,6 +43,7 @@ from softcache.dump.fidelity import (
     temperatures_of,
 )
 from softcache.dump.fit_basis import Directions, principal_directions, shared_arrays, splits
+from softcache.dump.fit_head import head_directions
 from softcache.errors import SettingsError
 from softcache.targets.decode import class_ids, decode
 from softcache.targets.encode import make_encoder
@@ -125,13 +126,20 @@ def draw_teacher_rows(
 
 
 def select(
-    spec: str, log_probs: Tensor | None, *, temperature: float, seed: int, max_kl: float
+    spec: str,
+    log_probs: Tensor | None,
+    *,
+    temperature: float,
+    seed: int,
+    max_kl: float,
+    directions: Directions | None = None,
 ) -> tuple[Encoding, dict[str, Tensor], list[Candidate]]:
     """Turn an encoding specification into an encoding, fitting or choosing one if needed.
 
     Args:
         log_probs: (n, C) rows of the teacher at `temperature`; None if needs_rows() is false.
         max_kl: the largest mean KL in nats that `auto` accepts at any temperature.
+        directions: of `basis`, if they are known without these rows.
 
     Returns:
         The encoding, the tensors that its rows share, and the candidates it was chosen from.
@@ -142,9 +150,9 @@ def select(
     if log_probs is None or not needs_rows(spec):
         return parse_encoding(spec, temperature), {}, []
     if spec != AUTO:
-        fitted = fit_basis(spec, log_probs, temperature, seed)
+        fitted = fit_basis(spec, log_probs, temperature, seed, directions)
         return fitted.encoding, fitted.shared, [fitted]
-    measured = candidates(log_probs, temperature=temperature, seed=seed)
+    measured = candidates(log_probs, temperature=temperature, seed=seed, directions=directions)
     accepted = [c for c in measured if all(kl <= max_kl for kl in c.kl.values())]
     if not accepted:
         raise SettingsError(
@@ -156,7 +164,9 @@ def select(
     return best.encoding, best.shared, measured
 
 
-def candidates(log_probs: Tensor, *, temperature: float, seed: int) -> list[Candidate]:
+def candidates(
+    log_probs: Tensor, *, temperature: float, seed: int, directions: Directions | None = None
+) -> list[Candidate]:
     """Every encoding worth trying, measured on held-out rows and sorted by size.
 
     Args:
@@ -170,7 +180,7 @@ def candidates(log_probs: Tensor, *, temperature: float, seed: int) -> list[Cand
     measured = [_measured(spec_of(e), e, {}, held_out, temperature, seed) for e in simple]
     budgets = [size for size in AUTO_COEFFICIENT_BYTES if 2 * size < classes]
     if budgets:
-        fitted = principal_directions(fit_rows, max_directions=2 * max(budgets))
+        fitted = directions or principal_directions(fit_rows, max_directions=2 * max(budgets))
         for size in budgets:
             split = _best_split(size, 8, fitted, held_out, temperature, seed).encoding
             for top in AUTO_TOP:
@@ -184,7 +194,13 @@ def candidates(log_probs: Tensor, *, temperature: float, seed: int) -> list[Cand
     return sorted(unique.values(), key=lambda c: c.bytes_per_row)
 
 
-def fit_basis(spec: str, log_probs: Tensor, temperature: float, seed: int) -> Candidate:
+def fit_basis(
+    spec: str,
+    log_probs: Tensor,
+    temperature: float,
+    seed: int,
+    directions: Directions | None = None,
+) -> Candidate:
     """Fit the best `basis` encoding for the sizes in `spec`.
 
     Args:
@@ -196,8 +212,13 @@ def fit_basis(spec: str, log_probs: Tensor, temperature: float, seed: int) -> Ca
     """
     size, top = _sizes(spec)
     fit_rows, held_out = _split(log_probs)
-    fitted = principal_directions(fit_rows, max_directions=2 * size)
+    fitted = directions or principal_directions(fit_rows, max_directions=2 * size)
     return _best_split(size, top, fitted, held_out, temperature, seed)
+
+
+def most_directions(spec: str) -> int:
+    """How many directions an encoding of `spec` can use at most."""
+    return 2 * (max(AUTO_COEFFICIENT_BYTES) if spec == AUTO else _sizes(spec)[0])
 
 
 def _sizes(spec: str) -> tuple[int, int]:
@@ -317,15 +338,17 @@ def encoding_for_dump(
     Returns:
         The header with the encoding and how it was chosen, and the arrays that all rows share.
     """
-    rows = None
+    rows, directions = None, None
     if needs_rows(config.encoding_spec):
         rows = draw_teacher_rows(draft, source, teacher, augmentation, config.workers)
+        directions = head_directions(draft, source, teacher, most_directions(config.encoding_spec))
     encoding, shared, candidates = select(
         config.encoding_spec,
         rows,
         temperature=draft.temperature,
         seed=draft.seed,
         max_kl=config.max_kl,
+        directions=directions,
     )
     if candidates:
         inform(candidates_table(candidates, encoding))

@@ -287,6 +287,7 @@ def concatenate_targets(targets: Sequence[AnyTargets]) -> Targets:
             torch.cat([part.log_probs for part in sparse]),
             torch.cat([part.rest for part in sparse]),
             sparse[0].classes,
+            all(part.bucket for part in sparse),
         )
     # a class that was not drawn has -inf, which would become 0 · -inf in a dense loss
     return torch.cat([to_dense(part).clamp(min=LOWEST) for part in targets])

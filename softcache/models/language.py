@@ -83,6 +83,31 @@ class TokenModel(nn.Module):
         with _replaced_base(self.base, hidden[None]):
             return self._cut(_tensor(self.model(input_ids=ids, **self._no_cache())))[0]
 
+    def linear_head(self, states: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The matrix (C, H) and the bias (C,) of the head, if logits are W h + b; tried on states (n, H).
+
+        Returns:
+            Both in float32; None for a head that does anything else, such as a cap.
+        """
+        layer: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != states.shape[1]:
+            return None
+        own_bias = getattr(layer, "bias", None)
+        with torch.no_grad():
+            weight = self._cut(weight.detach().float().T).T
+            bias = (
+                weight.new_zeros(len(weight))
+                if own_bias is None
+                else self._cut(own_bias.detach().float())
+            )
+            few = states[:CHECKED_ROWS].to(weight.dtype)
+            expected, linear = self.head(few).float(), few @ weight.T + bias
+        scale = max(1.0, float(expected.abs().max()))
+        return (
+            (weight, bias) if bool((expected - linear).abs().max() <= TOLERANCE * scale) else None
+        )
+
     def splits(self, inputs: Tensor) -> bool:
         """Whether the head alone gives the logits of the whole model; tried once, on the first batch."""
         if self._splits is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache.cache import Cache, Sampled
+from softcache.cache import Cache, Sampled, TopK
 from softcache.cache.draws import check_sampled
 from softcache.cache.reader import change_check
 from softcache.targets.decode import class_ids, decode
 from softcache.targets.encode import Indices
-from softcache.types import StoredTargets, Targets, Views
+from softcache.types import SparseTargets, StoredTargets, Targets, Views
 
 # reading is slow if a row takes longer than SLOW_ROW seconds plus its bytes at SLOW_BYTES per second
 SLOW_ROW, SLOW_BYTES = 20e-6, 5e8
@@ -56,13 +57,20 @@ def stored_targets(
     shared = {name: tensor.to(device) for name, tensor in shared_tensors(cache).items()}
 
     def decoder(wanted: float) -> Callable[[Mapping[str, Tensor]], Targets]:
-        return lambda stored: decode(
-            header.encoding,
-            shared | dict(stored),
-            temperature=header.temperature,
-            wanted=wanted,
-            classes=header.classes,
-        )
+        def decoded(stored: Mapping[str, Tensor]) -> Targets:
+            targets = decode(
+                header.encoding,
+                shared | dict(stored),
+                temperature=header.temperature,
+                wanted=wanted,
+                classes=header.classes,
+            )
+            # of a large vocabulary, the mass of the tail is known, and not how it is shared out
+            if isinstance(header.encoding, TopK) and isinstance(targets, SparseTargets):
+                return replace(targets, bucket=True)
+            return targets
+
+        return decoded
 
     decoders = {temperature: decoder(temperature) for temperature in temperatures}
 

@@ -130,6 +130,20 @@ class Teacher:
             ) from error
         yield from self._parts(states, model, where, ids_of_rows)
 
+    def states(self, inputs: Tensor, rows: RowIndex) -> Tensor:
+        """The hidden states (R, H) of rows of a language model whose head runs on its own.
+
+        Raises:
+            ModelError: it is none.
+        """
+        inputs = inputs.to(self.device)
+        with torch.inference_mode(), self._autocast():
+            model = self._split_model(inputs)
+            if model is None:
+                raise ModelError(f"teacher {self.spec} has no head that runs on its own")
+            states: Tensor = model(inputs, rows.flat(inputs.shape[1]).to(self.device))
+        return states
+
     def _parts(
         self,
         states: Tensor,

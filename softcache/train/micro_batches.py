@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -33,9 +34,8 @@ def take_rows(values: Any, rows: slice) -> Any:  # noqa: ANN401  # labels or tar
     if isinstance(values, StoredTargets):
         return values.rows(rows)
     if isinstance(values, SparseTargets):
-        return SparseTargets(
-            values.ids[rows], values.log_probs[rows], values.rest[rows], values.classes
-        )
+        ids, log_probs, rest = (t[rows] for t in (values.ids, values.log_probs, values.rest))
+        return replace(values, ids=ids, log_probs=log_probs, rest=rest)
     if isinstance(values, MixedLabels | LabelSets):
         return type(values)(*(tensor[rows] for tensor in values))
     return values[rows]

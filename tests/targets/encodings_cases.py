@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softcache.cache import Basis, Encoding, Sampled, TopK
+from softcache.cache.draws import Distinct
 from softcache.cache.encodings import ENCODINGS
 from softcache.dump.fit_basis import Directions, principal_directions, shared_arrays
 from softcache.targets.decode import class_ids, decode, to_dense
@@ -81,6 +82,8 @@ def encodings(draw: st.DrawFn, name: str, classes: int) -> Encoding:
             return Basis(max(wide, int(not narrow)), narrow, draw(st.integers(1, min(classes, 9))))
         case "sampled":
             return Sampled(draw(st.sampled_from([1, 2, 7, 50])))
+        case "distinct":
+            return Distinct(draw(st.integers(1, min(classes - 1, 20))))
     return ENCODINGS[name]()
 
 
@@ -155,7 +158,9 @@ def round_trip(
 
 
 def temperatures_for(name: str) -> st.SearchStrategy[float]:
-    return st.just(1.0) if name == "sampled" else st.sampled_from([0.5, 1.0, 3.0, 4.0, 8.0, 50.0])
+    if name in ("sampled", "distinct"):
+        return st.just(1.0)
+    return st.sampled_from([0.5, 1.0, 3.0, 4.0, 8.0, 50.0])
 
 
 def renormalised(rows: Rows, k: int, ratio: float) -> Rows:

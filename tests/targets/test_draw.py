@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softcache.cache.draws import Distinct, id_bits, packed_bytes, unpacked
+from softcache.errors import FormatError, SettingsError
 from softcache.targets.decode import decode, to_dense
 from softcache.targets.draw import draw_distinct, encode_distinct, pack, systematic, unpack
 from softcache.targets.encode import make_encoder
@@ -56,6 +57,7 @@ def test_what_is_probable_is_kept_as_it_is() -> None:
     assert int((stored > 0).sum()) == 6
 
 
+@pytest.mark.must("F50")
 @settings(max_examples=60, deadline=None)
 @given(
     classes=st.sampled_from([12, 300, 5000, 70_000]),
@@ -131,3 +133,41 @@ def test_draws_follow_the_position_in_the_sample() -> None:
         place = slice(row, row + 1)
         alone = encode(log_probs[place], 0, samples[place], positions[place])["packed"]
         assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.must("F50")
+@pytest.mark.parametrize(
+    ("array", "value", "flaw"),
+    [
+        ("packed", 255, "class ids beyond the last class"),
+        ("packed", 0, "class ids twice in a row"),
+        ("codes", 7, "rows without a drawn class"),
+        ("ranges", 0, "ranges that are not finite and positive"),
+        ("ranges", np.nan, "ranges that are not finite and positive"),
+    ],
+)
+def test_forged_rows_are_found(array: str, value: float, flaw: str) -> None:
+    draws = torch.full((3, 1), 0.5, dtype=torch.float64)
+    stored = {name: t.numpy() for name, t in encode_distinct(rows(300, 2.0, 3), draws, 5).items()}
+    assert Distinct(5).flaw(stored, 300) is None
+    stored[array][1] = value
+    assert Distinct(5).flaw(stored, 300) == flaw
+
+
+@pytest.mark.must("F50")
+def test_ids_beyond_the_classes_and_other_temperatures_are_refused() -> None:
+    draws = torch.full((1, 1), 0.5, dtype=torch.float64)
+    stored = encode_distinct(rows(300, 2.0), draws, 5)
+    arrays = {name: t.numpy() for name, t in stored.items()}
+    for wanted in (0.5, 2.0):
+        with pytest.raises(
+            SettingsError, match=f"temperature {wanted:g} of a sampled cache made at 1"
+        ):
+            decode(Distinct(5), stored, temperature=1.0, wanted=wanted, classes=300)
+        with pytest.raises(SettingsError, match="cannot be re-tempered"):
+            Distinct(5).decode(arrays, 1.0, wanted, 300)
+    stored["packed"][:] = arrays["packed"][:] = 255
+    with pytest.raises(FormatError, match="stores class id 511; expected 0 to 299"):
+        decode(Distinct(5), stored, temperature=1.0, wanted=1.0, classes=300)
+    with pytest.raises(FormatError, match="a stored class id is 511; expected 0 to 299"):
+        Distinct(5).decode(arrays, 1.0, 1.0, 300)
