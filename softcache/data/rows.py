@@ -38,6 +38,14 @@ def unit_of(source: Source) -> str | None:
     return None if layout_of_source(source) is None else str(getattr(source, "unit", TOKEN))
 
 
+def has_masks(source: Source) -> bool:
+    """Whether the labels of a source are those of pixels, and move with them."""
+    inner = source
+    while not isinstance(inner, EvenRowsSource) and isinstance(inner, WrappedSource):
+        inner = inner.source
+    return unit_of(source) == PIXEL and not isinstance(inner, EvenRowsSource)
+
+
 def row_facts(source: Source) -> dict[str, Any]:
     """What a header says of the rows of a source, besides their number."""
     return {"unit": unit_of(source), **getattr(source, "facts", {})}

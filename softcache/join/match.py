@@ -14,6 +14,7 @@ from softcache.cache import Cache
 from softcache.cache.layout import RowLayout
 from softcache.data.label_sets import batch_sets, set_codes
 from softcache.data.loader import loader, sequential_batches
+from softcache.data.masks import check_masks_follow
 from softcache.data.rows import (
     FRAME,
     PIXEL,
@@ -126,6 +127,7 @@ def join(
         relabelled[match.source_indices] = cache.labels[match.cache_rows]
         source = RelabelledSource(source, relabelled)
     augmentation = replayed(header, augment)
+    check_masks_follow(source, augmentation)
     whole = len(match.cache_rows) == header.data_samples
     if augmentation.mixup and not whole and len(source) != header.data_samples:
         raise SettingsError(
