@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
+from torch.nn.functional import cross_entropy, interpolate
+
+from softcache.data.open import open_source
+
+MNIST = Path(__file__).parents[1] / "data" / "mnist"
 
 Array = npt.NDArray[np.uint8]
 
@@ -37,6 +44,30 @@ def student():
 
 def same(x):
     return x
+
+class Segmenter(nn.Module):
+    """Logits (B, 11, H / 2, W / 2), from features of several scales."""
+    def __init__(self, width):
+        super().__init__()
+        self.down = nn.Sequential(
+            nn.Conv2d(1, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, 2, 1), nn.ReLU(),
+        )
+        self.digit = nn.Sequential(nn.Flatten(1), nn.Linear(2 * width * 16, 32), nn.ReLU(), nn.Linear(32, 10))
+        self.ink = nn.Conv2d(1, 2, 3, 2, 1)
+    def forward(self, x):
+        digits = self.digit(self.down(x))  # which digit it is, for all pixels
+        ink = self.ink(x)
+        return torch.cat([ink[:, :1], ink[:, 1:] + digits[:, :, None, None]], 1)
+
+def digits_teacher():
+    from pathlib import Path
+    model = Segmenter(16)
+    model.load_state_dict(torch.load(Path(__file__).with_name("teacher.pt")))
+    return model
+
+def digits_student():
+    return Segmenter(4)
 '''
 
 
@@ -71,3 +102,42 @@ def write_folders(folder: Path, images: Array, masks: Array) -> str:
             (folder / what).mkdir(exist_ok=True)
             one.save(folder / what / f"{number:02}.png")
     return f"folder:{folder / 'images'}?masks={folder / 'masks'}"
+
+
+def digits(count: int, first: int = 0, split: str = "train") -> tuple[Array, Array]:
+    """MNIST's images (N, 28, 28) and their masks: 0 for paper, 1 to 10 for the ink of each digit."""
+    source = open_source(f"idx:{MNIST}@{split}")
+    inputs, labels = source.fetch(range(first, first + count))
+    images = inputs[:, 0].numpy()
+    masks = np.where(images > 127, labels[:, None, None] + 1, 0).astype(np.uint8)
+    return images, masks
+
+
+def write_task(folder: Path, count: int, training: int, epochs: int, test: int = 300) -> str:
+    """A trained teacher in models.py, and images with masks for a student.
+
+    Args:
+        count: images of the student.
+        training: other images that the teacher is trained on.
+        epochs: of this training.
+        test: images of the split `test`.
+    """
+    (folder / "models.py").write_text(MODELS)
+    names: dict[str, Any] = {}
+    exec(MODELS, names)  # the text above
+    torch.manual_seed(0)
+    teacher = names["Segmenter"](16)
+    images, masks = digits(training, first=count)
+    inputs, labels = torch.from_numpy(images)[:, None] / 255, torch.from_numpy(masks).long()
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=4e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(training).split(32):
+            logits = interpolate(teacher(inputs[rows]), size=(28, 28), mode="bilinear")
+            optimizer.zero_grad()
+            cross_entropy(logits, labels[rows]).backward()
+            optimizer.step()
+    torch.save(teacher.state_dict(), folder / "teacher.pt")
+    x, y = digits(count)
+    x_test, y_test = digits(test, split="test")
+    np.savez(folder / "digits.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    return f"npz:{folder / 'digits.npz'}"

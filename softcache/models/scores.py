@@ -39,7 +39,7 @@ class RowScores:
             model (Leviathan et al., arXiv 2211.17192, theorem 3.5).
     """
 
-    ece: float
+    ece: float | None = None
     perplexity: float | None = None
     nats_per_byte: float | None = None
     mean_iou: float | None = None
@@ -63,7 +63,8 @@ Scores = MultiLabelScores | RowScores
 
 def scores_from(facts: Mapping[str, Any]) -> Scores | None:
     """The scores that a header, a run folder or a line of metrics holds; None if it has none."""
-    kind: type[Scores] = RowScores if "ece" in facts else MultiLabelScores
+    of_rows = any(field.name in facts for field in fields(RowScores))
+    kind: type[Scores] = RowScores if of_rows else MultiLabelScores
     values = {field.name: facts[field.name] for field in fields(kind) if field.name in facts}
     numbers = all(type(v) in (int, float) and math.isfinite(v) for v in values.values())
     if not values or not numbers or (kind is MultiLabelScores and len(values) < len(fields(kind))):
