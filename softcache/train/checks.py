@@ -55,7 +55,7 @@ def check_frames(config: TrainConfig, cache: Cache) -> None:
         if given:
             raise SettingsError(
                 f"{option} needs labels, and the frames of {cache.path} have none: a transcript says "
-                "nothing of a single frame. Leave it out; the student is compared with the teacher on rows of "
+                "nothing of a single frame. Leave it out; students are compared with the teacher on rows of "
                 "the cache"
             )
 
