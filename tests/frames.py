@@ -86,7 +86,7 @@ def train_recogniser(
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(epochs):
-        for rows in torch.randperm(len(frames), generator=generator).split(32):
+        for rows in torch.randperm(len(frames), generator=generator).split(32):  # type: ignore[no-untyped-call]
             logits = model(frames[rows])
             wanted = [sequences[row] for row in rows]
             loss = ctc_loss(
@@ -97,7 +97,7 @@ def train_recogniser(
                 zero_infinity=True,
             )
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
 

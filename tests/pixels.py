@@ -129,12 +129,12 @@ def write_task(folder: Path, count: int, training: int, epochs: int, test: int =
     teacher = names["Segmenter"](16)
     images, masks = digits(training, first=count)
     inputs, labels = torch.from_numpy(images)[:, None] / 255, torch.from_numpy(masks).long()
-    optimizer = torch.optim.AdamW(teacher.parameters(), lr=4e-3)
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=1e-2)
     for _ in range(epochs):
-        for rows in torch.randperm(training).split(32):
+        for rows in torch.randperm(training).split(16):  # type: ignore[no-untyped-call]
             logits = interpolate(teacher(inputs[rows]), size=(28, 28), mode="bilinear")
             optimizer.zero_grad()
-            cross_entropy(logits, labels[rows]).backward()
+            cross_entropy(logits, labels[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     torch.save(teacher.state_dict(), folder / "teacher.pt")
     x, y = digits(count)

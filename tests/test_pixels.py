@@ -22,7 +22,7 @@ from softcache.join.match import join
 from softcache.targets.decode import to_dense
 from softcache.types import StoredTargets
 from tests.cli.app_cases import softcache
-from tests.pixels import MODELS, make_arrays, write_folders, write_npz
+from tests.pixels import MODELS, make_arrays, write_folders, write_npz, write_task
 from tests.train.loop_cases import metrics, same_weights, stop_at
 
 VIEWS = ["flip", "shift:3", "crop:.5", "flip,shift:2,jitter:0.1", "cutout:4"]
@@ -323,3 +323,19 @@ def test_a_run_says_that_its_rows_are_pixels(folder: Path, cache: Cache, tmp_pat
     data = f"npz:{folder}/pixels.npz"
     assert softcache("train", cache.path, *student(folder, tmp_path), "--data", data).exit_code == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["unit"] == "pixel"
+
+
+def test_a_student_of_digits_is_better_than_its_baseline(tmp_path: Path) -> None:
+    # MNIST, pixel by pixel; the teacher was trained on more images than the student gets
+    data = write_task(tmp_path, 200, 1200, 4, test=100)
+    teacher = ["--teacher", f"{tmp_path}/models.py:digits_teacher", "--temperature", "1"]
+    path = tmp_path / "digits.h5"
+    views = ["--augment", "shift:2", "--views", "4", "--eval-data", f"{data}@test"]
+    assert softcache("dump", *teacher, "--data", data, *views, "--out", path).exit_code == 0
+    student = ["--student", f"{tmp_path}/models.py:digits_student", "--lr", "0.01"]
+    shape = ["--epochs", "15", "--batch-size", "8", "--out", str(tmp_path / "run"), "--baseline"]
+    both = ["--data", data, "--eval-data", f"{data}@test"]
+    result = softcache("train", path, *student, *shape, *both)
+    assert result.exit_code == 0, result.output
+    distilled = metrics(tmp_path / "run")[-1]["mean_iou"]
+    assert distilled > metrics(tmp_path / "run" / "baseline")[-1]["mean_iou"]

@@ -133,8 +133,8 @@ def test_the_whole_way(folder: Path, cache: Cache, tmp_path: Path) -> None:
     assert same.exit_code == 0, same.output
     assert metrics(tmp_path / "same")[-1]["total"] == pytest.approx(last["total"], rel=1e-5)
     own = ["--data", data, "--student", student]
-    compared = ["compare", run, run / "baseline", "--eval-data", data, "--cache", cache.path]
-    result = softcache(*compared, *own)
+    own += ["--eval-data", data]
+    result = softcache("compare", run, run / "baseline", "--cache", cache.path, *own)
     assert result.exit_code == 0, result.output
     assert all(tag in result.stdout for tag in ("error by class", *TAGS))
     page = tmp_path / "report.html"
@@ -142,7 +142,7 @@ def test_the_whole_way(folder: Path, cache: Cache, tmp_path: Path) -> None:
     assert "KL to teacher" in page.read_text()
     teacher = ["--teacher", f"hf:{folder / 'tagger'}", "--data", data]
     assert softcache("verify", cache.path, *teacher).exit_code == 0
-    assert softcache("export", run, "--hf", *own[2:]).exit_code == 0
+    assert softcache("export", run, "--hf", "--student", student).exit_code == 0
     exported = BertForTokenClassification.from_pretrained(run / "student-hf")
     assert tuple(exported.config.id2label.values()) == TAGS
     assert exported.config.vocab_size < 200  # that of the tokenizer
@@ -159,7 +159,12 @@ def test_a_student_of_ones_own(folder: Path, cache: Cache, tmp_path: Path) -> No
 def test_a_student_of_other_positions_is_refused(
     folder: Path, cache: Cache, tmp_path: Path
 ) -> None:
-    arguments = ["--student", f"{folder}/models.py:short", "--out", tmp_path / "run"]
+    arguments: list[str | Path] = [
+        "--student",
+        f"{folder}/models.py:short",
+        "--out",
+        tmp_path / "run",
+    ]
     result = softcache("train", cache.path, *arguments)
     assert "expected as many, or they would be about other places" in result.output
 
@@ -181,12 +186,12 @@ def test_a_student_learns_more_from_soft_targets_than_from_wrong_tags(tmp_path: 
     student = [
         "--student",
         STUDENT.format(tmp_path / "tagger"),
-        "--eval-data",
-        test,
         "--lr",
         "0.005",
+        "--eval-data",
+        test,
     ]
-    run = ["--data", data, "--out", tmp_path / "run", "--epochs", "20", "--batch-size", "16"]
+    run = ["--data", data, "--out", str(tmp_path / "run"), "--epochs", "20", "--batch-size", "16"]
     assert softcache("train", path, *student, *run, "--baseline").exit_code == 0
     distilled = metrics(tmp_path / "run")[-1]["errors"]
     assert distilled < metrics(tmp_path / "run" / "baseline")[-1]["errors"]
@@ -311,7 +316,7 @@ def test_numbers_of_tags_out_of_range_are_refused(folder: Path, tmp_path: Path) 
 
 def test_sentences_cut_elsewhere_do_not_join(folder: Path, cache: Cache, tmp_path: Path) -> None:
     data = data_of(folder, options="&length=6")
-    arguments = ["--student", f"{folder}/models.py:student", "--out", tmp_path / "run"]
+    arguments = ["--student", f"{folder}/models.py:student", "--out", str(tmp_path / "run")]
     result = softcache("train", cache.path, *arguments, "--data", data)
     assert result.exit_code != 0
     assert "is not in" in result.output

@@ -122,7 +122,7 @@ def train_tagger(model: BertForTokenClassification, data: str, epochs: int) -> N
     order = [TAGS.index(name) for name in source.class_names]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(epochs):
-        for rows in torch.randperm(len(source)).split(32):
+        for rows in torch.randperm(len(source)).split(32):  # type: ignore[no-untyped-call]
             inputs, labels = source.fetch(rows.tolist())
             layout = source.layout.take(rows.numpy())  # type: ignore[attr-defined]
             every = torch.arange(layout.rows).numpy()
@@ -131,5 +131,5 @@ def train_tagger(model: BertForTokenClassification, data: str, epochs: int) -> N
             logits = model(inputs.clamp(min=0), (inputs >= 0).long()).logits[samples, positions]
             loss = cross_entropy(logits, torch.tensor(order)[torch.from_numpy(labels)])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -60,9 +60,9 @@ def of_pixels(folder: Path, seeds: int) -> Figures:
     data = pixels.write_task(folder, 500, 6000, 4, test=1000)
     cache, models = folder / "cache.h5", folder / "models.py"
     teacher = ["--teacher", f"{models}:digits_teacher", "--temperature", "1", "--out", str(cache)]
-    views = ["--augment", "shift:2,crop:.7", "--views", "8"]
+    views = ["--augment", "shift:2", "--views", "8"]
     run("dump", *teacher, "--data", data, "--eval-data", f"{data}@test", *views)
-    more = ["--epochs", "30", "--batch-size", "32", "--lr", "0.004"]
+    more = ["--epochs", "30", "--batch-size", "16", "--lr", "0.01"]
     out = pairs(cache, data, f"{data}@test", f"{models}:digits_student", seeds, *more)
     return accuracy_of(figures_of(out, seeds, "mean_iou"), out, seeds)
 
