@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from softcache.cache import Cache, open_cache
 from softcache.data.augment import parse_augment
@@ -25,6 +27,7 @@ from tests.cli.app_cases import softcache
 from tests.pixels import MODELS, make_arrays, write_folders, write_npz, write_task
 from tests.train.loop_cases import metrics, same_weights, stop_at
 
+NAMES = ("dark", "bright", "other")
 VIEWS = ["flip", "shift:3", "crop:.5", "flip,shift:2,jitter:0.1", "cutout:4"]
 
 
@@ -339,3 +342,108 @@ def test_a_student_of_digits_is_better_than_its_baseline(tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     distilled = metrics(tmp_path / "run")[-1]["mean_iou"]
     assert distilled > metrics(tmp_path / "run" / "baseline")[-1]["mean_iou"]
+
+
+# models of transformers
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny untrained SegFormer with its image processor."""
+    folder = tmp_path_factory.mktemp("segformer")
+    torch.manual_seed(0)
+    config = SegformerConfig(
+        num_channels=1,
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[1, 1],
+        hidden_sizes=[8, 16],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[1, 1],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
+        initializer_range=0.5,
+        id2label=dict(enumerate(NAMES)),
+        label2id={name: number for number, name in enumerate(NAMES)},
+    )
+    SegformerForSemanticSegmentation(config).eval().save_pretrained(folder)
+    write_processor(folder)
+    return folder
+
+
+def write_processor(folder: Path, **changes: object) -> None:
+    settings = {
+        "image_processor_type": "SegformerImageProcessor",
+        "do_resize": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5],
+        "image_std": [0.5],
+        "do_reduce_labels": False,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | changes))
+
+
+def test_a_segmenter_of_transformers_teaches_and_learns(
+    folder: Path, segmenter: Path, tmp_path: Path
+) -> None:
+    data = f"npz:{folder}/pixels.npz?classes=dark,bright"
+    out = ["--data", data, "--temperature", "1", "--out", str(tmp_path / "s.h5")]
+    result = softcache("dump", "--teacher", f"hf:{segmenter}", *out)
+    assert result.exit_code == 0, result.output
+    cache = open_cache(tmp_path / "s.h5")
+    assert tuple(cache.class_names) == NAMES
+    # outputs of half the size, which are resized as the library's own post-processing does
+    model = SegformerForSemanticSegmentation.from_pretrained(segmenter).eval()
+    images = torch.from_numpy(make_arrays()[0][:2, None]) / 255
+    with torch.inference_mode():
+        logits = model((images - 0.5) / 0.5).logits
+    assert logits.shape[-1] == 6
+    logits = torch.nn.functional.interpolate(logits, (12, 12), mode="bilinear")
+    expected = logits.log_softmax(1).permute(0, 2, 3, 1).reshape(-1, 3).numpy()
+    assert np.abs(cache.rows(0, np.arange(2 * 144)) - expected).max() < 0.02
+    run = ["--student", f"hf:{segmenter}?pretrained=false&decoder_hidden_size=8", "--epochs", "1"]
+    result = softcache("train", cache.path, *run, "--data", data, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    own = ["--student", run[1]]
+    assert softcache("export", tmp_path / "run", "--hf", *own).exit_code == 0
+    exported = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "run" / "student-hf")
+    assert tuple(exported.config.id2label.values()) == NAMES
+
+
+def test_a_segmenter_that_crops_its_images_is_refused(
+    folder: Path, segmenter: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(segmenter, tmp_path / "crops")
+    crop = {"do_center_crop": True, "crop_size": {"height": 8, "width": 8}}
+    write_processor(tmp_path / "crops", image_processor_type="CLIPImageProcessor", **crop)
+    out = [
+        "--data",
+        f"npz:{folder}/pixels.npz",
+        "--temperature",
+        "1",
+        "--out",
+        str(tmp_path / "s.h5"),
+    ]
+    result = softcache("dump", "--teacher", f"hf:{tmp_path / 'crops'}", *out)
+    assert "crops the centre of its images, so it says nothing of the other pixels" in result.output
+
+
+def test_a_segmenter_without_background_says_how_masks_are_numbered(
+    folder: Path, segmenter: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(segmenter, tmp_path / "reduced")
+    write_processor(tmp_path / "reduced", do_reduce_labels=True)
+    out = [
+        "--data",
+        f"npz:{folder}/pixels.npz",
+        "--temperature",
+        "1",
+        "--out",
+        str(tmp_path / "s.h5"),
+    ]
+    result = softcache("dump", "--teacher", f"hf:{tmp_path / 'reduced'}", *out)
+    assert result.exit_code == 0, result.output
+    assert (
+        "masks are to hold its own numbers of classes, and 255 where it has none" in result.output
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from softcache.models.multi_label import MultiLabelScores
@@ -70,6 +70,18 @@ def scores_from(facts: Mapping[str, Any]) -> Scores | None:
     if not values or not numbers or (kind is MultiLabelScores and len(values) < len(fields(kind))):
         return None
     return kind(**{name: float(value) for name, value in values.items()})
+
+
+def with_teacher(scores: Scores | None, known: Scores | None) -> Scores | None:
+    """New scores of a student with what was known of how close it is to its teacher."""
+    if not isinstance(scores, RowScores) or not isinstance(known, RowScores):
+        return scores
+    return replace(
+        scores,
+        teacher_kl=known.teacher_kl,
+        teacher_agreement=known.teacher_agreement,
+        acceptance=known.acceptance,
+    )
 
 
 def score_names(scores: Sequence[Scores | None]) -> list[str]:

@@ -27,6 +27,7 @@ from softcache.models.scores import (
     score_headers,
     score_names,
     scores_from,
+    with_teacher,
 )
 from softcache.models.weights import parameter_count
 from softcache.results.by_class import errors_by_class
@@ -203,7 +204,7 @@ def measure_all(
             aligned = eval_data_for(run, source, same_classes=same_classes)
             device = torch.device("cpu")
             result = evaluate_rows(row_model(model, run.classes), aligned, run.classes, device)
-            error, scores = 1 - result.accuracy, result.scores
+            error, scores = 1 - result.accuracy, with_teacher(result.scores, scores)
             predictions = as_predictions(result) if run.unit != TOKEN else None
         elif source is not None:
             aligned = eval_data_for(run, source, same_classes=same_classes)
