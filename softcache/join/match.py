@@ -15,14 +15,7 @@ from softcache.cache.layout import RowLayout
 from softcache.data.label_sets import batch_sets, set_codes
 from softcache.data.loader import loader, sequential_batches
 from softcache.data.masks import check_masks_follow
-from softcache.data.rows import (
-    FRAME,
-    PIXEL,
-    EvenRowsSource,
-    layout_of_source,
-    row_facts,
-    unit_of,
-)
+from softcache.data.rows import FRAME, PIXEL, EvenRowsSource, layout_of_source, row_facts, unit_of
 from softcache.data.source import (
     UNLABELLED,
     Source,

@@ -28,13 +28,7 @@ from softcache.models.outputs import logits_of
 from softcache.models.scores import scores_from
 from softcache.models.weights import parameter_count
 from softcache.train.config import StudentConfig
-from softcache.train.evaluation import (
-    CLASS_ERRORS,
-    Compared,
-    evaluate_student,
-    evaluation_line,
-    teacher_line,
-)
+from softcache.train.evaluation import CLASS_ERRORS, Compared, evaluate_student, scores_of_epoch
 from softcache.train.micro_batches import micro_batches, rows_of_samples, take_rows
 from softcache.train.row_loss import loss_of_rows
 from softcache.train.run_folder import UNFINISHED_METRICS, WEIGHTS
@@ -264,10 +258,8 @@ class Student:
                 del means["soft" if self.alpha == 0 else "hard"]  # it was not computed
             line |= means
             line["lr"] = self.schedule.get_last_lr()[0]
-            if eval_source is None:
-                line |= teacher_line(self.final_model.eval(), self.compared)
-            elif self.evaluation is not None:
-                line |= evaluation_line(self.evaluation, self.classes)
+            known = None if eval_source is None else self.evaluation
+            line |= scores_of_epoch(known, self.final_model, self.compared)
             metrics = self.folder / UNFINISHED_METRICS
             with disk_errors(metrics, "write"), metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
