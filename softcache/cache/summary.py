@@ -119,7 +119,7 @@ def measure_rows(cache: Cache, advance: Callable[[int], None] = lambda _: None) 
     predictions = Predictions(
         np.concatenate(labels), np.concatenate(classes), np.concatenate(confidence)
     )
-    labelled = predictions.labels >= 0
+    labelled = (predictions.labels >= 0) & (not moves_labels(header))
     judged = labelled if not mixes_samples(header) else np.zeros_like(labelled)
     return RowStatistics(
         rows=count,
@@ -191,6 +191,11 @@ def binary_entropy(log_odds: Floats64) -> Floats64:
 def mixes_samples(header: Header) -> bool:
     """Whether samples are mixed in pairs, so that no row has one label."""
     return "mixup" in (header.augment or "").split(",")
+
+
+def moves_labels(header: Header) -> bool:
+    """Whether rows are about other pixels than their labels, which are those of the data itself."""
+    return header.unit == "pixel" and header.augment is not None
 
 
 def warnings_of(

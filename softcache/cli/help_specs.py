@@ -52,6 +52,11 @@ def specs_page() -> str:
                 "16-bit images, unreadable=skip to leave out files that are no images",
             ),
             (
+                "folder:DIR?masks=DIR2",
+                "images with a class for each pixel: DIR2 has a mask of the same name for each, paletted or "
+                "8-bit grey, 255 for none",
+            ),
+            (
                 "hfds:ID?input=COLUMN&label=COLUMN&name=CONFIG@test[:1000]",
                 "names of columns, configuration, slice of the split",
             ),

@@ -26,6 +26,7 @@ from softcache.data.tokenizer import TextTokenizer, load_tokenizer
 from softcache.data.tokens import DEFAULT_LENGTH, Document, labelled_source, language_source
 from softcache.errors import DataError, SettingsError
 from softcache.util.extras import import_extra
+from softcache.util.log import inform
 from softcache.util.messages import one_line
 from softcache.util.spec import Spec
 
@@ -164,6 +165,8 @@ def source_of_words(
 ) -> TokenSource:
     """Samples of words with a label each, which becomes that of the word's first token."""
     tokenizer, (length, _) = tokenizer_of(spec), window(spec)
+    _check_lists(spec, words, "words")
+    _check_lists(spec, tags, "tags")
     names = class_names or _names_of_tags(spec, tags)
     numbers = {name: number for number, name in enumerate(names)}
     ids, labels = [], []
@@ -187,8 +190,23 @@ def source_of_words(
                 tokens[place] = tag if isinstance(tag, int) else numbers[str(tag)]
         ids.append(np.array(encoded["input_ids"], np.int32))
         labels.append(tokens)
+    cut = sum(map(len, words)) - sum(int((tokens != NO_ROW).sum()) for tokens in labels)
+    if cut:
+        inform(
+            f"note: {spec.public_name}: {cut:,} words are left out, beyond {length} tokens of a sample or "
+            "without a token or a tag (?length=TOKENS takes longer ones)"
+        )
     facts = tokenizer.facts() | {"length": length}
     return labelled_source(spec.public_name, ids, labels, facts, names)
+
+
+def _check_lists(spec: Spec, values: Sequence[Any], what: str) -> None:
+    for number, sample in enumerate(values):
+        if not isinstance(sample, Sequence) or isinstance(sample, str):
+            kind = "a text" if isinstance(sample, str) else type(sample).__name__
+            raise DataError(
+                f"data {spec.text}: sample {number} has {kind} for {what}; expected a list of {what}"
+            )
 
 
 def _names_of_tags(spec: Spec, tags: Sequence[Any]) -> tuple[str, ...]:

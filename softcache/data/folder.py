@@ -93,8 +93,8 @@ class FolderSource:
         unreadable = [f"{self.files[index]} ({reason})" for index, reason in reasons.items()]
         text = f"{len(reasons):,} of {len(self):,} files cannot be read as images"
         if len(reasons) == len(self):
-            raise DataError(f"{self.name}: {text}: {_shown(unreadable)}; expected some that can be")
-        inform(f"{self.name}: {text} and are left out: {_shown(unreadable)}")
+            raise DataError(f"{self.name}: {text}: {shown(unreadable)}; expected some that can be")
+        inform(f"{self.name}: {text} and are left out: {shown(unreadable)}")
         rows = [index for index in range(len(self)) if index not in reasons]
         files = tuple(self.files[index] for index in rows)
         return replace(self, files=files, labels=self.labels[rows], pixels=self._pixels)
@@ -129,7 +129,7 @@ class FolderSource:
             return error
         return DataError(
             f"{len(unreadable):,} of the {len(self):,} files in {self.folder} cannot be read as images: "
-            f"{_shown(unreadable)}; repair or remove them, or leave them out with ?unreadable=skip"
+            f"{shown(unreadable)}; repair or remove them, or leave them out with ?unreadable=skip"
         )
 
     @cached_property
@@ -175,7 +175,7 @@ def open_folder(spec: Spec) -> FolderSource:
             f"folder:{folder}: no such folder; expected one sub-folder of images per class"
         )
     class_names = _class_names(folder, names)
-    class_files = [_images_below(folder / name) for name in class_names]  # below their class
+    class_files = [images_below(folder / name) for name in class_names]  # below their class
     files = [
         f"{name}/{file}"
         for name, files in zip(class_names, class_files, strict=True)
@@ -191,7 +191,7 @@ def open_folder(spec: Spec) -> FolderSource:
     labels = np.repeat(np.arange(len(class_names)), counts).astype(np.int64)
     empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
     if empty:
-        inform(f"{named.public_name}: classes without images, which stay classes: {_shown(empty)}")
+        inform(f"{named.public_name}: classes without images, which stay classes: {shown(empty)}")
     source = FolderSource(named.public_name, folder, class_names, tuple(files), labels, pixels)
     return source.without_unreadable() if skip else source
 
@@ -219,19 +219,19 @@ def _class_names(folder: Path, names: tuple[str, ...]) -> tuple[str, ...]:
         elif not names:
             inform(
                 f"note: folder:{folder}: the classes are numbers that do not count from one to the next, and "
-                f"are sorted as text, as torchvision does: {_shown(folders)} (?classes=A,B,... gives another "
+                f"are sorted as text, as torchvision does: {shown(folders)} (?classes=A,B,... gives another "
                 "order)"
             )
     unnamed = [name for name in folders if name not in names]
     if names and unnamed:
         raise SettingsError(
             f"folder:{folder}: sub-folder {unnamed[0]!r} is not in classes={','.join(names)}; expected the "
-            f"names of all sub-folders, in the order of their labels: {_shown(folders)}"
+            f"names of all sub-folders, in the order of their labels: {shown(folders)}"
         )
     return names or tuple(folders)
 
 
-def _images_below(folder: Path) -> list[str]:
+def images_below(folder: Path) -> list[str]:
     """The paths of the images below a folder, with slashes, in the order of torchvision's ImageFolder.
 
     This is the order of their folders by the whole path, `a-b` before `a/c`, and of the names in each.
@@ -278,12 +278,12 @@ def _check_not_splits(folder: Path, class_names: Sequence[str], files: Sequence[
     splits = all(name.lower() in SPLITS for name in class_names)
     if splits and all(file.count("/") > 1 for file in files):
         raise DataError(
-            f"folder:{folder} holds no images in {_shown(class_names)}, which look like splits; expected one "
+            f"folder:{folder} holds no images in {shown(class_names)}, which look like splits; expected one "
             f"sub-folder per class: choose a split, such as @{class_names[0]}"
         )
 
 
-def _shown(names: Sequence[str]) -> str:
+def shown(names: Sequence[str]) -> str:
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -23,11 +23,13 @@ OPTIONS = ("size", "mode", "depth")
 MODES = {"rgb": "RGB", "grey": "L"}  # value of the option: Pillow's mode
 DEPTHS = {"16": 16, "32": 32}  # value of the option: bits
 LARGEST = {16: 2**16 - 1, 32: 2**31 - 1}  # by depth; Pillow's 32-bit integers are signed
+MASK_MODES = ("P", "L", "1")
 GREY_MODES = ("L", "LA", "La", "1")
 NARROW_FORMATS = ("PNG", "PPM")  # Pillow's mode I never holds more than 16 bits in these
 DEPTH_SAMPLES = 256  # images that decide on the depth of all, at most
 BRIGHTEST = 1.5  # images in [0, 1] stay below this, also after slight sharpening
 ORIENTATION, BITS_PER_SAMPLE, SAMPLE_FORMAT = 0x0112, 258, 339  # tags of Exif and TIFF
+SIDEWAYS = (5, 6, 7, 8)  # values of the tag ORIENTATION
 UNSIGNED = 1  # a value of the tag SAMPLE_FORMAT
 
 Image = Any  # a PIL.Image.Image
@@ -152,6 +154,57 @@ def as_array(image: Image, pixels: Pixels) -> npt.NDArray[Any]:
         image = _resized(image, pixels.size, crop=pixels.crop)
     array = np.array(image)
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def decode_mask(path: Path, size: tuple[int, int], pixels: Pixels) -> npt.NDArray[np.int64]:
+    """Read the classes of the pixels of an image: the values of a paletted, 8-bit grey or bilevel one.
+
+    Args:
+        path: the mask.
+        size: height and width that it must have, those of its image.
+        pixels: the size that both become; a mask takes the nearest pixel, since classes cannot be mixed.
+
+    Returns:
+        (H, W), as stored; 255 usually means no class.
+
+    Raises:
+        DataError: it cannot be read, has another size, or other pixels; the reason alone, without the path.
+    """
+    image = import_extra("PIL.Image", extra="vision", what="reading images")
+    try:
+        with image.open(path) as opened:
+            mask = _upright(opened)
+    except Exception as error:  # Pillow raises errors of many types on damaged files
+        raise DataError(one_line(error).replace(f" {str(path)!r}", "")) from error
+    if mask.mode not in MASK_MODES:
+        raise DataError(
+            f"its mode is {mask.mode}; expected a paletted or 8-bit grey image, whose values are numbers of "
+            "classes, and 255 for none"
+        )
+    if mask.size != (size[1], size[0]):
+        raise DataError(
+            f"it has {mask.size[1]} x {mask.size[0]} pixels, and its image {size[0]} x {size[1]}; expected "
+            "the same size"
+        )
+    if pixels.size:
+        mask = _resized(mask, pixels.size, crop=pixels.crop, nearest=True)
+    return np.array(mask).astype(np.int64)
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file as it is meant to be seen; its pixels are not read.
+
+    Raises:
+        DataError: the file cannot be read as an image; the reason alone, without the path.
+    """
+    image = import_extra("PIL.Image", extra="vision", what="reading images")
+    try:
+        with image.open(path) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(ORIENTATION) in SIDEWAYS
+    except Exception as error:  # Pillow raises errors of many types on damaged files
+        raise DataError(one_line(error).replace(f" {str(path)!r}", "")) from error
+    return (width, height) if turned else (height, width)
 
 
 def decided(pixels: Pixels, images: Iterable[Image]) -> Pixels:
@@ -299,8 +352,8 @@ def _is_tiff(path: Path) -> bool:
     return path.suffix.lower() in WIDE_SUFFIXES
 
 
-def _resized(image: Image, size: tuple[int, int], *, crop: bool) -> Image:
-    """Resize bilinearly, with Pillow's antialiasing when the image gets smaller."""
+def _resized(image: Image, size: tuple[int, int], *, crop: bool, nearest: bool = False) -> Image:
+    """Resize bilinearly, with Pillow's antialiasing when the image gets smaller; or to the nearest pixel."""
     from PIL.Image import Resampling
 
     height, width = size
@@ -309,7 +362,8 @@ def _resized(image: Image, size: tuple[int, int], *, crop: bool) -> Image:
         side = min(image.size)
         left, top = ((length - side) / 2 for length in image.size)
         box = (left, top, left + side, top + side)
-    return image.resize((width, height), Resampling.BILINEAR, box)
+    how = Resampling.NEAREST if nearest else Resampling.BILINEAR
+    return image.resize((width, height), how, box)
 
 
 def stack_images(images: list[npt.NDArray[Any]], names: list[str], where: str) -> npt.NDArray[Any]:

@@ -85,8 +85,13 @@ def as_label(label: object) -> int | npt.NDArray[np.int64]:
         label = label.item()
     if is_image(label):
         label = np.asarray(label)
-    if isinstance(label, Tensor | np.ndarray) and label.ndim == 2 and min(label.shape) > 1:
-        return np.asarray(label, np.int64)  # a mask
+    if isinstance(label, Tensor | np.ndarray) and label.ndim in (2, 3):
+        mask = np.asarray(label)
+        mask = mask[0] if mask.ndim == 3 and len(mask) == 1 else mask
+        if mask.ndim == 2 and min(mask.shape) > 1:
+            if mask.dtype.kind not in "uib":
+                raise ValueError(f"its mask is {mask.dtype}; expected whole numbers of classes")
+            return mask.astype(np.int64)
     if isinstance(label, Tensor | np.ndarray) and label.ndim == 1 and len(label) > 1:
         applies: npt.NDArray[Any] = np.nan_to_num(np.asarray(label), nan=UNLABELLED)
         if ((applies == 0) | (applies == 1)).all() or (applies == UNLABELLED).all():

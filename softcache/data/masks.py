@@ -6,9 +6,29 @@ import torch
 from torch import Tensor
 
 from softcache.data.augment import Augmentation
+from softcache.data.augmentations import OPERATIONS
 from softcache.data.loader import Batch
-from softcache.data.source import UNLABELLED
+from softcache.data.rows import has_masks
+from softcache.data.source import UNLABELLED, Source
+from softcache.errors import SettingsError
 from softcache.types import SampleIds, Views
+
+
+def check_masks_follow(source: Source, augmentation: Augmentation) -> None:
+    """Raise SettingsError if labels of pixels could not be moved as an augmentation moves the pixels."""
+    refused = [
+        part
+        for part, given in (
+            ("mixup", augmentation.mixup),
+            ("an augmentation of your own", augmentation.transform is not None),
+        )
+        if given
+    ]
+    if refused and has_masks(source):
+        raise SettingsError(
+            f"--augment {augmentation.spec}: {refused[0]} cannot be replayed on the masks of {source.name}, "
+            f"whose labels move with their pixels; use {', '.join(OPERATIONS)}, or leave the masks out"
+        )
 
 
 def augmented_labels(

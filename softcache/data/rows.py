@@ -38,6 +38,14 @@ def unit_of(source: Source) -> str | None:
     return None if layout_of_source(source) is None else str(getattr(source, "unit", TOKEN))
 
 
+def has_masks(source: Source) -> bool:
+    """Whether the labels of a source are those of pixels, and move with them."""
+    inner = source
+    while not isinstance(inner, EvenRowsSource) and isinstance(inner, WrappedSource):
+        inner = inner.source
+    return unit_of(source) == PIXEL and not isinstance(inner, EvenRowsSource)
+
+
 def row_facts(source: Source) -> dict[str, Any]:
     """What a header says of the rows of a source, besides their number."""
     return {"unit": unit_of(source), **getattr(source, "facts", {})}
@@ -57,22 +65,25 @@ def lengths_of(source: Source) -> Indices:
     Raises:
         DataError: the source does not know it.
     """
+    tokens = tokens_of(source)
+    if tokens is None:
+        raise DataError(f"{source.name} does not know how long its samples are")
+    return tokens.lengths
+
+
+def tokens_of(source: Source) -> TokenSource | None:
+    """The documents within a source that only changes their labels; None for other sources."""
     inner = source
-    while not isinstance(inner, TokenSource):
-        nested = getattr(inner, "source", None)
-        if nested is None:
-            raise DataError(f"{source.name} does not know how long its samples are")
-        inner = nested
-    return inner.lengths
+    while isinstance(inner, WrappedSource):
+        inner = inner.source
+    return inner if isinstance(inner, TokenSource) else None
 
 
 def longest_sample(source: Source) -> int:
     """The most positions of a sample, at least 1: tokens, frames or pixels."""
-    inner = source
-    while not isinstance(inner, TokenSource) and hasattr(inner, "source"):
-        inner = inner.source
-    if isinstance(inner, TokenSource):
-        return int(inner.lengths.max(initial=1))
+    tokens = tokens_of(source)
+    if tokens is not None:
+        return int(tokens.lengths.max(initial=1))
     layout = layout_of_source(source)
     counts = layout.counts(np.arange(layout.samples)) if layout else np.ones(1, np.int64)
     return int(counts.max(initial=1))

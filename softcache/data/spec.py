@@ -8,6 +8,7 @@ from softcache.data.images import OPTIONS as IMAGE_OPTIONS
 from softcache.errors import SettingsError
 from softcache.util.spec import (
     CODE,
+    MASKS,
     Kind,
     Spec,
     check_options,
@@ -18,7 +19,7 @@ from softcache.util.spec import (
 )
 
 COMMON_OPTIONS = ("classes", "shuffle", "samples")  # of every kind
-FOLDER_OPTIONS = (*IMAGE_OPTIONS, "unreadable", *COMMON_OPTIONS)
+FOLDER_OPTIONS = (*IMAGE_OPTIONS, MASKS, "unreadable", *COMMON_OPTIONS)
 HUB_OPTIONS = (
     "input", "label", "name", "length", "classes", *IMAGE_OPTIONS, "shuffle", "samples", "tokenizer",
     "stride", "loss_on", "text", "messages", "words", "tags",
@@ -45,8 +46,8 @@ KINDS = {
     ),
     "folder": Kind(
         "folder:DIR",
-        "images, one sub-folder per class (vision extra)",
-        "softcache.data.folder:open_folder",
+        "images, one sub-folder per class; or with masks=DIR2 a class for each pixel (vision extra)",
+        "softcache.data.mask_folder:open_images",
         FOLDER_OPTIONS,
     ),
     "hfds": Kind(

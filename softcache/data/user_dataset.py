@@ -20,7 +20,7 @@ from softcache.data.images import Pixels, as_array, decided
 from softcache.data.items import as_label, as_values, is_image, split_item
 from softcache.data.layout import Layout, layout_of
 from softcache.data.rows import PIXEL, without_ignored
-from softcache.data.source import DEFAULT_SPLIT, Source
+from softcache.data.source import DEFAULT_SPLIT, UNLABELLED, Source
 from softcache.errors import DataError, SettingsError
 from softcache.util.callables import call_user, import_callable
 from softcache.util.log import inform
@@ -115,17 +115,34 @@ class DatasetSource:
 class PixelDatasetSource(DatasetSource):
     """The same, with a mask in the place of a label: the class of each pixel."""
 
-    positions: int = 0
+    shape: tuple[int, int] = (0, 0)  # height and width of the masks
     unit: str = PIXEL
 
     @property
     def layout(self) -> RowLayout:
         """A row for each pixel, in reading order."""
-        return even_layout(self.length, self.positions)
+        return even_layout(self.length, self.shape[0] * self.shape[1])
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, npt.NDArray[np.int64]]:
         samples, masks = super().fetch(indices)
+        if tuple(samples.shape[-2:]) != self.shape:
+            raise DataError(
+                f"{self.name}: item {indices[0]} has an input of shape {tuple(samples.shape[1:])}, and masks "
+                f"have shape {self.shape}; expected images (channels, height, width) with a class for each "
+                "pixel, all of one size"
+            )
         return samples, without_ignored(masks).reshape(-1)
+
+    def _item(self, index: int) -> tuple[Any, int | npt.NDArray[np.int64]]:
+        values, label = super()._item(index)
+        if np.ndim(label) == 0 and int(label) == UNLABELLED:
+            return values, np.full(self.shape, UNLABELLED, np.int64)
+        if np.shape(label) != self.shape:
+            raise DataError(
+                f"{self.name}: item {index} has a label of shape {np.shape(label)}, and item 0 a mask of "
+                f"shape {self.shape}; expected a mask of that shape, or None"
+            )
+        return values, label
 
 
 def dataset_source(
@@ -142,18 +159,17 @@ def dataset_source(
     source = DatasetSource(name, dataset, length, class_names)
     try:
         first = dataset[0] if length else None
-    except (
-        Exception
-    ):  # a user's code can fail in any way; what is wrong is said where the item is fetched
+    except Exception:  # what is wrong with an item is said where it is fetched
         return source
     if isinstance(first, Mapping) and "input_ids" in first:
         return source_of_dicts(name, [dataset[index] for index in range(length)])
     try:
-        mask = np.asarray(split_item(first)[1]) if first is not None else np.zeros(0)
-    except Exception:  # what is wrong with the item is said where it is fetched
+        mask = as_label(split_item(first)[1]) if first is not None else UNLABELLED
+    except Exception:  # the same
         return source
-    if mask.ndim == 2 and mask.dtype.kind in "ui" and min(mask.shape) > 1:
-        return PixelDatasetSource(name, dataset, length, class_names, mask.size)
+    if isinstance(mask, np.ndarray) and mask.ndim == 2:
+        height, width = mask.shape
+        return PixelDatasetSource(name, dataset, length, class_names, (height, width))
     return source
 
 

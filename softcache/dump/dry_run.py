@@ -11,6 +11,7 @@ from torch import Tensor
 from softcache.cache import Encoding, Header, open_cache
 from softcache.data.augment import parse_augment
 from softcache.data.class_names import align_classes
+from softcache.data.masks import check_masks_follow
 from softcache.data.open import open_source
 from softcache.data.rows import has_tokens, layout_of_source, lengths_of
 from softcache.data.source import Source
@@ -51,6 +52,7 @@ def dry_run(config: DumpConfig) -> str:
         defaults=text_defaults(config.teachers, config.loss_on),
     )
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
+    check_masks_follow(source, augmentation)
     teacher = load_teachers(config, source, augmentation)
     source = with_rows(source, teacher)
     source = align_classes(

@@ -22,6 +22,7 @@ from softcache.data.augment import Augmentation, parse_augment
 from softcache.data.class_names import align_classes
 from softcache.data.label_sets import check_batch_labels, stored_labels
 from softcache.data.loader import Batch, Request, augmented, loader, make_request
+from softcache.data.masks import check_masks_follow
 from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.data.table_columns import columns_field
@@ -98,6 +99,7 @@ def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
         defaults=text_defaults(config.teachers, config.loss_on),
     )
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
+    check_masks_follow(source, augmentation)
     teacher = load_teachers(config, source, augmentation)
     source = with_rows(source, teacher)
     source = align_classes(

@@ -16,11 +16,11 @@ from softcache.data.rows import (
     FRAME,
     PIXEL,
     EvenRowsSource,
-    TokenSource,
     has_tokens,
     layout_of_source,
     lengths_of,
     row_facts,
+    tokens_of,
 )
 from softcache.data.source import Source
 from softcache.data.tokens import DEFAULT_LENGTH
@@ -66,8 +66,13 @@ def with_rows(source: Source, teacher: Ensemble) -> Source:
         return source
     shape = source.fetch([0])[0].shape
     unit = PIXEL if len(shape) == 4 and positions == shape[-1] * shape[-2] else FRAME
+    labels = source.fetch([0])[1]
     inform(
         f"the teacher returns {positions:,} {unit}s for each sample; a row is dumped for each of them"
+        + (
+            f", without the labels of {source.name}, which are those of samples"
+            * bool(labels[0].max() >= 0)
+        )
     )
     return EvenRowsSource(source, positions, unit)
 
@@ -104,7 +109,8 @@ def sample_arrays(source: Source, samples: range, *, embed: bool) -> dict[str, n
     arrays: dict[str, npt.NDArray[Any]] = {**layout.take(indices).arrays()}
     arrays["keys"] = read_keys(source, indices)
     if embed:
-        tokens = source.take(indices) if isinstance(source, TokenSource) else None
+        documents = tokens_of(source)
+        tokens = documents.take(indices) if documents is not None else None
         if tokens is None:
             raise SettingsError(
                 f"--embed-inputs: {source.name} has a row for each {row_facts(source)['unit']}, and only "

@@ -86,7 +86,8 @@ def _row_lines(header: Header) -> dict[str, str]:
     line = f"{header.row_count:,}, {header.row_count / header.samples:,.1f} of a sample"
     if "tokens" in facts:
         share = header.row_count / max(1, facts["tokens"])
-        line += f"; {share:.1%} of {facts['tokens']:,} tokens are predicted"
+        counted = "are predicted" if header.unit == "token" else "have a label"
+        line += f"; {share:.1%} of {facts['tokens']:,} tokens {counted}"
     lines = {f"{header.unit}s": line}
     if "tokenizer" in facts:
         template = f", chat template {facts['template']}" if "template" in facts else ""

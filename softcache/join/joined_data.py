@@ -24,7 +24,7 @@ from softcache.data.loader import (
     make_request,
     sequential_batches,
 )
-from softcache.data.masks import augmented_labels
+from softcache.data.masks import augmented_labels, check_masks_follow
 from softcache.data.rows import PADDING, layout_of_source
 from softcache.data.source import Source, check_labels, has_label_sets
 from softcache.errors import DataError
@@ -330,6 +330,7 @@ def hard_label_data(source: Source, augment: str | None, seed: int, classes: int
     if labels is not None and not multi_label:
         check_labels(labels, indices, classes, source)
     augmentation = parse_augment(augment, seed=seed, total=len(source))
+    check_masks_follow(source, augmentation)
     return JoinedData(
         source,
         indices,

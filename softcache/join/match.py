@@ -14,14 +14,8 @@ from softcache.cache import Cache
 from softcache.cache.layout import RowLayout
 from softcache.data.label_sets import batch_sets, set_codes
 from softcache.data.loader import loader, sequential_batches
-from softcache.data.rows import (
-    FRAME,
-    PIXEL,
-    EvenRowsSource,
-    layout_of_source,
-    row_facts,
-    unit_of,
-)
+from softcache.data.masks import check_masks_follow
+from softcache.data.rows import FRAME, PIXEL, EvenRowsSource, layout_of_source, row_facts, unit_of
 from softcache.data.source import (
     UNLABELLED,
     Source,
@@ -126,6 +120,7 @@ def join(
         relabelled[match.source_indices] = cache.labels[match.cache_rows]
         source = RelabelledSource(source, relabelled)
     augmentation = replayed(header, augment)
+    check_masks_follow(source, augmentation)
     whole = len(match.cache_rows) == header.data_samples
     if augmentation.mixup and not whole and len(source) != header.data_samples:
         raise SettingsError(

@@ -8,9 +8,11 @@ from softcache.cache import Cache, Header
 from softcache.data.class_names import align_classes, all_class_names
 from softcache.data.embedded import source_of_cache
 from softcache.data.open import open_source
+from softcache.data.rows import layout_of_source
 from softcache.data.source import Source
 from softcache.data.table_columns import columns_of_cache
 from softcache.data.tables import align_columns
+from softcache.join.match import with_rows_of_cache
 
 
 def token_options(header: Header) -> dict[str, str]:
@@ -41,4 +43,6 @@ def open_samples(
         return source_of_cache(cache)
     options = token_options(cache.header) if defaults is None else defaults
     source = align_columns(open_source(data, defaults=options), columns_of_cache(cache))
+    if cache.header.rows is not None and layout_of_source(source) is None:
+        return with_rows_of_cache(source, cache)
     return align_classes(source, all_class_names(cache), str(cache.path), same_classes=same_classes)

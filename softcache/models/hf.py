@@ -27,6 +27,7 @@ from softcache.models.preprocess import Preprocess, Steps, steps_of_processor
 from softcache.models.spec import is_pretrained
 from softcache.models.tokens import Tokenize
 from softcache.util.extras import import_extra
+from softcache.util.log import inform
 from softcache.util.spec import LOCAL_OPTIONS, Spec
 
 TASKS = {"ImageClassification": "image", "SequenceClassification": "text"}
@@ -35,6 +36,7 @@ TASKS_OF_UNITS = {
     WORD: "TokenClassification",
     PIXEL: "SemanticSegmentation",
 }
+REDUCED = "do_reduce_labels"  # in a processor: label 0 becomes 255, and all others one less
 MAX_TOKENS = 1 << 16  # a tokenizer without a limit reports a far larger number
 RESAMPLE_IDS = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
@@ -187,6 +189,8 @@ def _build_of_tokens(
     auto_class, pretrained = getattr(library, f"AutoModelFor{task}"), is_pretrained(spec)
     if language and not pretrained and classes is not None and "vocab_size" not in given:
         config.vocab_size = classes
+    if not language and not pretrained and tokenizer is not None:
+        _fit_vocabulary(config, tokenizer, given)
     if not language and classes is not None and classes != config.num_labels:
         config.num_labels = classes
     if classes is not None and language and config.vocab_size < classes:
@@ -315,7 +319,19 @@ def _processor_steps(
         side = size if isinstance(size, int) or size is None else tuple(size)
         half = (0.5,) * getattr(config, "num_channels", 3)
         return Steps(resize=(side, side) if isinstance(side, int) else side, mean=half, std=half)
-    return steps_of_processor(processor.to_dict(), f"model {spec.text}")
+    settings = processor.to_dict()
+    if spec.task == PIXEL and settings.pop(REDUCED, False):
+        inform(
+            f"note: model {spec.text} knows no background: masks are to hold its own numbers of classes, and "
+            "255 where it has none"
+        )
+    steps = steps_of_processor(settings, f"model {spec.text}")
+    if spec.task == PIXEL and steps.crop is not None:
+        raise ModelError(
+            f"model {spec.text} crops the centre of its images, so it says nothing of the other pixels; set "
+            "do_center_crop to false in its preprocessor_config.json"
+        )
+    return steps
 
 
 def _load_tokenizer(library: Library, name_or_path: str | None, spec: Spec) -> Tokenizer:

@@ -218,7 +218,9 @@ def split_model(model: nn.Module) -> TokenModel | None:
     return model if isinstance(model, TokenModel) else None
 
 
-def flat_logits(output: object, inputs: Tensor, rows: RowIndex, who: str) -> Tensor:
+def flat_logits(
+    output: object, inputs: Tensor, rows: RowIndex, who: str, expected: int | None = None
+) -> Tensor:
     """The logits of some rows, (R, C), from what a model returns for a batch.
 
     Args:
@@ -226,9 +228,10 @@ def flat_logits(output: object, inputs: Tensor, rows: RowIndex, who: str) -> Ten
         inputs: the batch, (B, *shape).
         rows: which rows are wanted.
         who: the model, for messages.
+        expected: how many positions it must return, if that is known; others would not be those of the rows.
 
     Raises:
-        ModelError: the output has another shape, or too few positions.
+        ModelError: the output has another shape, too few positions, or others than expected.
     """
     logits = logits_of(output)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -249,5 +252,10 @@ def flat_logits(output: object, inputs: Tensor, rows: RowIndex, who: str) -> Ten
         raise ModelError(
             f"{who} returns {positions} positions, and the data has rows up to position "
             f"{int(rows.positions.max())}; expected an output for each of them"
+        )
+    if expected is not None and positions != expected:
+        raise ModelError(
+            f"{who} returns {positions} positions, and the data has rows at {expected}; expected as many, or "
+            "they would be about other places"
         )
     return logits.flatten(0, 1)[rows.flat(positions).to(logits.device)]

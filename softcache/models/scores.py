@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from softcache.models.multi_label import MultiLabelScores
@@ -39,7 +39,7 @@ class RowScores:
             model (Leviathan et al., arXiv 2211.17192, theorem 3.5).
     """
 
-    ece: float
+    ece: float | None = None
     perplexity: float | None = None
     nats_per_byte: float | None = None
     mean_iou: float | None = None
@@ -63,12 +63,25 @@ Scores = MultiLabelScores | RowScores
 
 def scores_from(facts: Mapping[str, Any]) -> Scores | None:
     """The scores that a header, a run folder or a line of metrics holds; None if it has none."""
-    kind: type[Scores] = RowScores if "ece" in facts else MultiLabelScores
+    of_rows = any(field.name in facts for field in fields(RowScores))
+    kind: type[Scores] = RowScores if of_rows else MultiLabelScores
     values = {field.name: facts[field.name] for field in fields(kind) if field.name in facts}
     numbers = all(type(v) in (int, float) and math.isfinite(v) for v in values.values())
     if not values or not numbers or (kind is MultiLabelScores and len(values) < len(fields(kind))):
         return None
     return kind(**{name: float(value) for name, value in values.items()})
+
+
+def with_teacher(scores: Scores | None, known: Scores | None) -> Scores | None:
+    """New scores of a student with what was known of how close it is to its teacher."""
+    if not isinstance(scores, RowScores) or not isinstance(known, RowScores):
+        return scores
+    return replace(
+        scores,
+        teacher_kl=known.teacher_kl,
+        teacher_agreement=known.teacher_agreement,
+        acceptance=known.acceptance,
+    )
 
 
 def score_names(scores: Sequence[Scores | None]) -> list[str]:

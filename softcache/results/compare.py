@@ -12,14 +12,23 @@ from tabulate import tabulate
 from softcache.cache.reader import open_trainable
 from softcache.cache.verdict import Predictions
 from softcache.data.open import open_source
+from softcache.data.rows import TOKEN
 from softcache.data.source import Source
 from softcache.errors import DataError, SettingsError, printable
 from softcache.join.joined_data import JoinedData
 from softcache.join.match import join
 from softcache.join.samples import open_samples
-from softcache.models.evaluate import evaluate
+from softcache.models.evaluate import as_predictions, evaluate
 from softcache.models.evaluate_rows import evaluate_rows, row_model
-from softcache.models.scores import Scores, score_cells, score_headers, score_names, scores_from
+from softcache.models.scores import (
+    RowScores,
+    Scores,
+    score_cells,
+    score_headers,
+    score_names,
+    scores_from,
+    with_teacher,
+)
 from softcache.models.weights import parameter_count
 from softcache.results.by_class import errors_by_class
 from softcache.results.eval_data import eval_data_for, judge_predictions
@@ -34,6 +43,7 @@ from softcache.util.log import verdict
 
 BATCHES = (1, 64)  # batch sizes whose latency is measured
 
+OWN_COLUMNS = ("ece", "teacher_kl")  # scores that the table has for all students
 NOISE = 0.1  # relative; latencies that differ by less count as equal
 
 
@@ -120,7 +130,8 @@ def compare(
     students = measure_all(
         runs, source, joined, student=student, same_classes=same_classes, strict=strict
     )
-    scores = score_names([metrics.scores for metrics in students])
+    named = score_names([metrics.scores for metrics in students])
+    scores = [name for name in named if name not in OWN_COLUMNS]
     rows = [
         (
             ("  " if any(other.beats(metrics) for other in students) else "* ") + metrics.name,
@@ -193,16 +204,19 @@ def measure_all(
             aligned = eval_data_for(run, source, same_classes=same_classes)
             device = torch.device("cpu")
             result = evaluate_rows(row_model(model, run.classes), aligned, run.classes, device)
-            error, scores = 1 - result.accuracy, result.scores
+            error, scores = 1 - result.accuracy, with_teacher(result.scores, scores)
+            predictions = as_predictions(result) if run.unit != TOKEN else None
         elif source is not None:
             aligned = eval_data_for(run, source, same_classes=same_classes)
             quality = measure_quality(model, aligned, run.classes)
-            for warning in judge_predictions(run, quality.predictions):
-                if strict:
-                    raise DataError(f"{warning}. Leave --strict out to compare all the same")
-                verdict(warning)
             error, ece = quality.error, quality.calibration.error
             predictions = quality.predictions
+        for warning in judge_predictions(run, predictions) if predictions is not None else ():
+            if strict:
+                raise DataError(f"{warning}. Leave --strict out to compare all the same")
+            verdict(warning)
+        if isinstance(scores, RowScores):
+            ece, kl = scores.ece, scores.teacher_kl
         if joined is not None and joined.cache is not None:
             kl = divergence_from_teacher(model, joined, joined.cache.header.temperature)
         students.append(

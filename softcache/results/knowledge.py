@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Cache, Sampled
+from softcache.cache.summary import moves_labels
 from softcache.cache.verdict import Predictions
 from softcache.data.augment import split_augment
 from softcache.errors import FormatError
@@ -124,7 +125,7 @@ def measure_knowledge(cache: Cache) -> Knowledge:
     count = max(1, min(header.row_count, ROWS, VALUES // header.classes))
     cache_rows = np.unique(np.linspace(0, header.row_count - 1, count).astype(np.int64))
     labels = cache.labels[cache_rows].astype(np.int64)
-    labelled = (labels >= 0) & (labels < header.classes)
+    labelled = (labels >= 0) & (labels < header.classes) & (not moves_labels(header))
     mixed = bool(split_augment(header.augment).mixup)
     sampled = isinstance(header.encoding, Sampled)
     retempered = not sampled or header.temperature == 1
@@ -167,14 +168,15 @@ def measure_knowledge(cache: Cache) -> Knowledge:
 
 
 def measure_views(cache: Cache) -> ViewDivergence | None:
-    """Compare the views of up to VIEW_SAMPLES samples; None for a cache with a single view.
+    """Compare the views of up to VIEW_SAMPLES samples; None for a cache with a single view, or where the rows
+    of a view are about other pixels than those of another.
 
     The mean KL to the mean distribution is the entropy of that mean less the mean entropy of the views
     (the generalised Jensen-Shannon divergence), so one pass over the views is enough.
     """
     header = cache.header
     views = min(header.views, VIEWS)
-    if views < 2:
+    if views < 2 or moves_labels(header):
         return None
     count = max(1, min(header.row_count, VIEW_SAMPLES, VALUES // (views * header.classes)))
     cache_rows = np.unique(np.linspace(0, header.row_count - 1, count).astype(np.int64))

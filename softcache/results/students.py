@@ -12,7 +12,7 @@ from softcache.cache.verdict import judge
 from softcache.data.source import Source
 from softcache.models.evaluate import evaluate
 from softcache.models.evaluate_rows import evaluate_rows, row_model
-from softcache.models.scores import Scores, scores_from
+from softcache.models.scores import Scores, scores_from, with_teacher
 from softcache.models.weights import parameter_count
 from softcache.results.eval_data import eval_data_for
 from softcache.results.metrics import CPU, Quality, count_macs, measure_quality, time_runs
@@ -239,7 +239,8 @@ def measure_students(
                 aligned = eval_data_for(run, evaluation, same_classes=same_classes)
                 rows = row_model(models[name], run.classes)
                 result = evaluate_rows(rows, aligned, run.classes, CPU)
-                error, samples, scores = 1 - result.accuracy, result.samples, result.scores
+                error, samples = 1 - result.accuracy, result.samples
+                scores = with_teacher(result.scores, scores)
             elif evaluation is not None:
                 aligned = eval_data_for(run, evaluation, same_classes=same_classes)
                 quality = measure_quality(models[name], aligned, run.classes)

@@ -24,18 +24,39 @@ def check_rows(config: TrainConfig, caches: Sequence[Cache]) -> None:
     many = next((cache for cache in caches if cache.header.rows is not None), None)
     if many is None:
         return
+    if many.header.unit == FRAME:
+        check_frames(config, many)
     refused = {
         "--tune": config.tune is not None,
         "--sampling balanced": config.sampling == BALANCED,
         "--class-weights": any(student.class_weights for student in config.students),
         "--extra-augment": config.extra_augment is not None,
-        "--baseline": config.baseline and many.header.unit == FRAME,
     }
     for option, given in refused.items():
         if given:
             raise SettingsError(
                 f"{option} needs a label for each sample, and {many.path} has many {many.header.unit}s of "
                 "each; leave it out"
+            )
+
+
+def check_frames(config: TrainConfig, cache: Cache) -> None:
+    """Raise SettingsError if a setting needs labels, which frames do not have."""
+    refused = {
+        "--baseline": config.baseline,
+        "--eval-data": config.eval_data is not None,
+        "--patience": config.patience is not None,
+        "--label-smoothing": any(student.label_smoothing for student in config.students),
+    }
+    for student in config.students:
+        weight = config.soft_weight(student)
+        refused |= {f"--alpha {weight:g}": weight < 1}
+    for option, given in refused.items():
+        if given:
+            raise SettingsError(
+                f"{option} needs labels, and the frames of {cache.path} have none: a transcript says "
+                "nothing of a single frame. Leave it out; students are compared with the teacher on rows of "
+                "the cache"
             )
 
 

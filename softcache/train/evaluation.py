@@ -65,6 +65,27 @@ def evaluate_student(
     return replace(result, scores=replace(result.scores, **figures))
 
 
+def scores_of_epoch(
+    evaluation: Evaluation | None, model: nn.Module, student: Compared
+) -> dict[str, Any]:
+    """What a line of metrics holds of an epoch's evaluation, or without one of what the teacher says."""
+    if evaluation is not None:
+        return evaluation_line(evaluation, student.classes)
+    return teacher_line(model.eval(), student)
+
+
+def teacher_line(model: nn.Module, student: Compared) -> dict[str, float]:
+    """What a line of metrics holds of a model in eval mode without labels: how close it is to its teacher.
+
+    Empty where samples have one row each, or without a cache.
+    """
+    part = student.part
+    if part is None or part.cache is None:
+        return {}
+    rows = row_model(model, student.classes)
+    return teacher_figures(rows, part, student.temperature, student.device)
+
+
 def evaluation_line(evaluation: Evaluation, classes: int) -> dict[str, Any]:
     """What a line of metrics holds of an evaluation."""
     line: dict[str, Any] = {"errors": evaluation.errors, "samples": evaluation.samples}

@@ -21,7 +21,7 @@ from softcache.data.table_columns import columns_field
 from softcache.data.tables import columns_of
 from softcache.join.joined_data import JoinedData
 from softcache.models.evaluate import Evaluation, data_digest
-from softcache.models.scores import score_cells, score_headers, score_names, scores_from
+from softcache.models.scores import Scores, score_cells, score_headers, score_names, scores_from
 from softcache.models.spec import parse_model
 from softcache.models.weights import file_sha256, split_key
 from softcache.train.card import model_card
@@ -171,6 +171,7 @@ def final_table(
             student.parameters,
             student.evaluation,
             student.final_line.get("balanced_accuracy") if balanced else None,
+            scores_from(student.final_line),
         )
         for student in students
     ]
@@ -212,13 +213,14 @@ class Row:
     parameters: int
     evaluation: Evaluation | None
     balanced_accuracy: float | None = None
+    scores: Scores | None = None
 
 
 def models_table(rows: Sequence[Row]) -> str:
     """Parameters, their share of the first row's, and test errors of each model, as text."""
     first = rows[0].parameters
     balanced = any(row.balanced_accuracy is not None for row in rows)
-    scores = [row.evaluation.scores if row.evaluation else None for row in rows]
+    scores = [row.evaluation.scores if row.evaluation else row.scores for row in rows]
     names = score_names(scores)
     headers = ["model", "parameters", f"share of {rows[0].name}'s", "test errors", "accuracy"]
     lines = [

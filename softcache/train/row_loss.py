@@ -23,6 +23,8 @@ def loss_of_rows(
     labels: Tensor,
     soft: Targets | StoredTargets | None,
     check: Callable[[Tensor], None],
+    *,
+    tokens: bool,
     **settings: Any,
 ) -> Loss:
     """The mean loss of the rows of a batch.
@@ -34,13 +36,16 @@ def loss_of_rows(
         labels: (R,), negative where unlabelled.
         soft: the teacher's soft targets of the rows; None for labels alone.
         check: raises ModelError for logits of another width than the number of classes.
+        tokens: whether the inputs are token ids, of which not all need to have rows.
         settings: those of chunked_loss().
     """
     split = isinstance(inner, TokenModel) and inner.splits(inputs)
     if split:
         states = call(inputs, rows.flat(inputs.shape[1]))  # (R, H)
     else:
-        states = flat_logits(call(inputs), inputs, rows, "student")  # (R, C)
+        last = int(rows.positions.max()) if len(rows.positions) else 0
+        expected = inputs.shape[1] if tokens else last + 1
+        states = flat_logits(call(inputs), inputs, rows, "student", expected)  # (R, C)
 
     def head(part: Tensor) -> Tensor:
         if not split:

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from softcache.cache.disk import disk_errors
-from softcache.data.rows import TOKEN, unit_of
+from softcache.data.rows import TOKEN, has_tokens, unit_of
 from softcache.data.source import Source
 from softcache.data.workers import is_worker_failure
 from softcache.errors import ModelError
@@ -28,7 +28,7 @@ from softcache.models.outputs import logits_of
 from softcache.models.scores import scores_from
 from softcache.models.weights import parameter_count
 from softcache.train.config import StudentConfig
-from softcache.train.evaluation import CLASS_ERRORS, Compared, evaluate_student, evaluation_line
+from softcache.train.evaluation import CLASS_ERRORS, Compared, evaluate_student, scores_of_epoch
 from softcache.train.micro_batches import micro_batches, rows_of_samples, take_rows
 from softcache.train.row_loss import loss_of_rows
 from softcache.train.run_folder import UNFINISHED_METRICS, WEIGHTS
@@ -258,8 +258,8 @@ class Student:
                 del means["soft" if self.alpha == 0 else "hard"]  # it was not computed
             line |= means
             line["lr"] = self.schedule.get_last_lr()[0]
-            if self.evaluation is not None and eval_source is not None:
-                line |= evaluation_line(self.evaluation, self.classes)
+            known = None if eval_source is None else self.evaluation
+            line |= scores_of_epoch(known, self.final_model, self.compared)
             metrics = self.folder / UNFINISHED_METRICS
             with disk_errors(metrics, "write"), metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -336,6 +336,8 @@ class Student:
             facts |= {"errors": self.evaluation.errors, "samples": self.evaluation.samples}
             if self.evaluation.scores is not None:
                 facts |= self.evaluation.scores.line()
+        elif (scores := scores_from(self.final_line)) is not None:
+            facts |= scores.line()
         text = json.dumps(facts, indent=2) + "\n"
         replace_file(self.folder / "config.json", lambda path: path.write_text(text))
         (self.folder / UNFINISHED_METRICS).replace(self.folder / "metrics.jsonl")
@@ -397,6 +399,7 @@ class Student:
                 labels if isinstance(labels, Tensor) else labels[0],
                 soft,
                 self._check_width,
+                tokens=self.part is not None and has_tokens(self.part.source),
                 classes=self.classes,
                 temperature=self.temperature,
                 alpha=self.alpha,

@@ -19,7 +19,8 @@ from softcache.errors import SettingsError
 
 ESCAPED = re.compile("%(25|3[Ff]|40|23|3[Aa])")
 CODE = "code"  # the kind of FILE.py:CALLABLE and package.module:CALLABLE
-LOCAL_OPTIONS = ("processor", "tokenizer")  # options whose values may be folders on this machine
+LOCAL_OPTIONS = ("processor", "tokenizer")  # of models, whose values may be folders on this machine
+MASKS = "masks"  # of data, the same
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Spec:
             return f"{file}:{self.attribute}{_query(self.options)}{split}"
         place = escape(self.path.name if self.file else _public_place(self.place))
         options = {
-            name: _public_place(value) if name in LOCAL_OPTIONS else value
+            name: _public_place(value) if name in (*LOCAL_OPTIONS, MASKS) else value
             for name, value in self.options.items()
         }
         # the kind may follow from the file's suffix alone

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from softcache.train.config import TrainConfig
+from softcache.train.student import Student
 from tests.configs import replace
 
 NOTHING = 1e-4  # KL in nats: float16 targets stay below it, one wrong sample is far above
@@ -60,3 +62,15 @@ def save_data(folder: Path, images: npt.NDArray[Any], labels: npt.NDArray[Any] |
     arrays = {"x_train": images} | ({} if labels is None else {"y_train": labels})
     np.savez(folder / "tiny.npz", **arrays)  # type: ignore[arg-type]
     return f"npz:{folder}/tiny.npz"
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Press Ctrl-C at the start of a student's n-th step, after the checkpoint before it."""
+    original, steps = Student.step, iter(range(1, 10**6))
+
+    def stopping(self: Student, *arguments: Any) -> None:
+        if next(steps) == step:
+            raise KeyboardInterrupt
+        original(self, *arguments)
+
+    monkeypatch.setattr(Student, "step", stopping)

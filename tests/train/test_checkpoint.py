@@ -33,6 +33,7 @@ from softcache.train.options import make_train_config
 from softcache.train.student import Student
 from tests.configs import replace
 from tests.conftest import Run
+from tests.train.loop_cases import stop_at
 
 STEPS = 15  # per run: 3 epochs of 5
 
@@ -82,18 +83,6 @@ def files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Press Ctrl-C at the start of a student's n-th step, after the checkpoint before it."""
-    original, steps = Student.step, iter(range(1, 10**6))
-
-    def stopping(self: Student, *arguments: Any) -> None:
-        if next(steps) == step:
-            raise KeyboardInterrupt
-        original(self, *arguments)
-
-    monkeypatch.setattr(Student, "step", stopping)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
