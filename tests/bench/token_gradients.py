@@ -1,4 +1,4 @@
-"""How far the gradient of a student of a cache is from that of full distillation, by encoding and bytes a token.
+"""How far the gradient of a student of a cache is from that of full distillation, by encoding and bytes.
 
     python -m tests.bench.language_model work
     python -m tests.bench.token_gradients work/teacher --data "jsonl:work/test.jsonl?text=text&length=256"
