@@ -66,11 +66,17 @@ def make_tokenizer(folder: Path, *, chat: bool = False) -> PreTrainedTokenizerFa
 
 
 def make_language_model(
-    folder: Path, *, vocabulary: int = 320, positions: int = 64, seed: int = 0, chat: bool = False
+    folder: Path,
+    *,
+    vocabulary: int = 320,
+    positions: int = 64,
+    seed: int = 0,
+    chat: bool = False,
+    spread: float = 0.5,
 ) -> GPT2LMHeadModel:
     """A GPT-2 of one layer, with a padded vocabulary, in a folder with its tokenizer.
 
-    Its logits are spread like those of a trained one, so that its predictions differ.
+    Its weights are spread so that its predictions differ, as those of a trained one do.
     """
     make_tokenizer(folder, chat=chat)
     torch.manual_seed(seed)
@@ -82,7 +88,7 @@ def make_language_model(
         n_positions=positions,
         bos_token_id=0,
         eos_token_id=0,
-        initializer_range=0.5,
+        initializer_range=spread,
     )
     model = GPT2LMHeadModel(config).eval()
     model.save_pretrained(folder)

@@ -65,6 +65,7 @@ from softcache.util.signals import deferred_stop
 
 # per process and view: few enough for runs to be long, many enough to balance slow processes
 RUNS_OF_A_PROCESS = 8
+MOST_MOVED = 0.02  # share of the probability that other batches can move, with room
 
 
 def dump(config: DumpConfig) -> Cache:
@@ -202,11 +203,24 @@ def finish_dump(
         fidelity = measure_fidelity(
             writer.cache, source, teacher, augmentation, workers=config.workers
         )
+        if fidelity["moved"] > MOST_MOVED:
+            warnings = [*warnings, random_teacher(fidelity["moved"])]
+            if config.strict:
+                raise DataError(f"{warnings[-1]}. The rows are kept in {partial_path(config.out)}")
         summary = statistics.summary() | columns_field(columns_of(source))
         summary |= warning_field(warnings)
         writer.finish(summary | {"fidelity": fidelity})
     if hint := memorized_labels(teacher, statistics):
         verdict(hint)
+
+
+def random_teacher(moved: float) -> str:
+    """What is wrong where the teacher does not repeat itself."""
+    return (
+        f"the teacher gives other outputs when it runs on the same samples again ({moved:.1%} of the "
+        "probability moves). Likely causes: dropout or another random layer left on, or data with a random "
+        "state"
+    )
 
 
 def copy_views(finished: Cache, out: Path) -> None:

@@ -36,7 +36,7 @@ from softcache.util.progress import progress
 Indices = npt.NDArray[np.int64]
 
 KEY_BATCH = 256  # samples read at a time for their keys
-WINDOW = 64  # batches, among which samples are sorted by length
+WINDOW = 8  # batches, among which samples are sorted by length: the most work that a kill can cost
 
 
 def text_defaults(teachers: list[str], loss_on: str | None) -> dict[str, str]:

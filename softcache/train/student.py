@@ -354,7 +354,7 @@ class Student:
         total = weights.sum()
         if self.accelerator.num_processes > 1 and self.alpha < 1:
             total = self.accelerator.reduce(total, reduction="mean")
-        return total / (len(weights) / weight)
+        return total / (len(weights) / weight) if weight else total  # without rows there is no loss
 
     def _loss(
         self,
