@@ -58,7 +58,8 @@ def dry_run(config: DumpConfig) -> str:
     log_probs = draw_teacher_rows(draft, source, teacher, augmentation, config.workers)
     rate = len(log_probs) / (time.perf_counter() - start)
     encoding, shared, table = encoding_to_try(config, draft, log_probs)
-    if config.encoding_spec != AUTO and not config.multi_label and draft.classes <= MOST_CLASSES:
+    compared = not (config.multi_label or teacher.asks_server or draft.classes > MOST_CLASSES)
+    if config.encoding_spec != AUTO and compared:
         others = candidates(log_probs, temperature=draft.temperature, seed=draft.seed)
         table += [other for other in others if other.encoding != encoding]
         table.sort(key=lambda candidate: candidate.bytes_per_row)
