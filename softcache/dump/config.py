@@ -214,9 +214,8 @@ class DumpConfig:
                 f"teacher {matrices[0]} is a matrix with one row of outputs for each of these samples; leave "
                 "out --views and --eval-data"
             )
-        servers = [text for text in self.teachers if parse_teacher(text).kind == SERVER]
-        if servers:
-            self._check_server(servers[0])
+        if self.servers:
+            self._check_server(self.servers[0])
 
     def _check_server(self, teacher: str) -> None:
         """Raise SettingsError for settings that a teacher behind a server cannot have."""
@@ -260,6 +259,11 @@ class DumpConfig:
     def teachers(self) -> list[str]:
         """The specifications of all teachers, as a list even if there is only one."""
         return [self.teacher] if isinstance(self.teacher, str) else list(self.teacher)
+
+    @property
+    def servers(self) -> list[str]:
+        """The specifications of the teachers that are behind servers."""
+        return [text for text in self.teachers if parse_teacher(text).kind == SERVER]
 
     @property
     def weight_files(self) -> list[Path]:

@@ -366,7 +366,13 @@ def missing_batches(
     header, batch_size, layout = writer.header, config.batch_size, writer.cache.layout
     batches = None
     if layout is not None:
-        samples = sample_batches(source, header.sample_range, batch_size, config.tokens_of_batch)
+        samples = sample_batches(
+            source,
+            header.sample_range,
+            batch_size,
+            config.tokens_of_batch,
+            in_order=bool(config.servers),
+        )
         batches = RowBatches(layout, samples, header.first_sample)
     blocks_per_run = header.blocks
     if group.size > 1:

@@ -37,7 +37,7 @@ from softcache.teachers.ensemble import Ensemble, make_ensemble
 from softcache.teachers.load import load_teacher
 from softcache.teachers.matrix import Matrix
 from softcache.teachers.options import COMPILED
-from softcache.teachers.server_options import SERVER, server_options
+from softcache.teachers.server_options import server_options
 from softcache.teachers.spec import parse_teacher
 from softcache.teachers.teacher import Teacher
 from softcache.util.device import pick_device
@@ -101,11 +101,8 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
 
 def check_known_classes(config: DumpConfig, classes: int) -> None:
     """Raise SettingsError for an encoding of more classes than a server tells of each row."""
-    for text in config.teachers:
-        spec = parse_teacher(text)
-        if spec.kind != SERVER or config.like is not None:
-            continue
-        top = server_options(spec).top
+    for text in [] if config.like is not None else config.servers:
+        top = server_options(parse_teacher(text)).top
         name, _, size = config.encoding.partition(":")
         if top < classes and not (name == "topk" and int(size) <= top):
             raise SettingsError(
