@@ -84,13 +84,11 @@ class Handler(BaseHTTPRequestHandler):
             served.times.append(time.monotonic())
             self.active.append(number)
             served.busiest = max(served.busiest, len(self.active))
-        try:
-            time.sleep(served.delay)
-            if not served.misbehave(self, number):
-                self.answer(200, self.regular(body, number))
-        finally:
-            with self.lock:
-                self.active.remove(number)
+        time.sleep(served.delay)
+        with self.lock:  # before the answer, after which the next request may come
+            self.active.remove(number)
+        if not served.misbehave(self, number):
+            self.answer(200, self.regular(body, number))
 
     def regular(self, body: dict[str, Any], number: int) -> object:
         """The answer of vLLM, or of SGLang."""
@@ -134,7 +132,8 @@ class Handler(BaseHTTPRequestHandler):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        for name, value in ({"Content-Length": str(len(content))} | headers).items():
+        headers = {"Content_Length": str(len(content))} | headers
+        for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         with suppress(ConnectionError):
@@ -149,16 +148,19 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def language_server(folder: Path) -> Iterator[Served]:
     """Serve the model in a folder on a free local port."""
-    handler = type("OwnHandler", (Handler,), {})
-    handler.model = GPT2LMHeadModel.from_pretrained(folder).eval()
-    handler.lock, handler.active = threading.Lock(), []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+
+    class OwnHandler(Handler):
+        """With attributes of this server alone."""
+
+    OwnHandler.model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    OwnHandler.lock, OwnHandler.active = threading.Lock(), []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), OwnHandler)
     server.daemon_threads, server.block_on_close = True, False
-    handler.served = Served(f"http://127.0.0.1:{server.server_address[1]}/v1")
+    served = OwnHandler.served = Served(f"http://127.0.0.1:{server.server_address[1]}/v1")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield handler.served
+        yield served
     finally:
         server.shutdown()
         thread.join()
