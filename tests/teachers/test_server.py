@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import threading
@@ -21,12 +20,9 @@ from click.testing import Result
 
 from softcache.cache import Cache, allocate, open_cache
 from softcache.cache.reader import partial_path
-from softcache.errors import RemoteError, SettingsError
 from softcache.teachers import server_client
-from softcache.teachers.server_answers import Question, read_answer
 from softcache.teachers.server_client import Client, Pace, _retry_after, in_threads
-from softcache.teachers.server_options import ServerOptions, parse_server, server_options
-from softcache.teachers.spec import parse_teacher
+from softcache.teachers.server_options import ServerOptions
 from tests.cli.app_cases import softcache
 from tests.teachers.server_cases import Handler, Served, language_server
 from tests.tokens import make_language_model, write_texts
@@ -200,147 +196,6 @@ def test_other_data_than_documents_is_refused(place: Place, data_file: Path) -> 
     ids = f"ids:{place.out.with_suffix('.npy')}"
     place.refused("does not say how many tokens there are", "--data", ids, code=2)
     place.refused("top=301, and there are 300 tokens", teacher=place.served.spec(301), code=2)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("openai:http://h/v1", "does not say which model"),
-        ("openai:http://h/v1?model=m", "does not say which model"),
-        ("openai:http://h/v1?model=m&top=0", "top=0; expected a whole number from 1"),
-        ("openai:http://h/v1?model=m&top=20&api=tgi", "api=tgi; expected vllm or sglang"),
-        ("openai:http://h/v1?model=m&top=20&retries=many", "retries=many"),
-        ("openai:h/v1?model=m&top=20", "as in http://host:8000/v1"),
-        ("openai:ftp://h/v1?model=m&top=20", "as in http://host:8000/v1"),
-        ("openai:http://h:port/v1?model=m&top=20", "as in http://host:8000/v1"),
-        (f"openai:http://me:{KEY}@h/v1?model=m&top=20", "holds a user or a password"),
-        (f"openai:http://h/v1?model=m&top=20&api_key={KEY}", "unknown option 'api_key'"),
-        (f"openai:http://h/v1?model=m&top=20&key_env={KEY}", "not the key itself"),
-    ],
-)
-def test_a_specification_that_is_wrong_is_refused(text: str, message: str) -> None:
-    with pytest.raises(SettingsError, match=message) as caught:
-        parse_teacher(text)
-    assert KEY not in str(caught.value)
-
-
-def test_options_are_read() -> None:
-    spec = parse_server(
-        "openai:https://h:1/v1/?model=a/b.npy&top=20&api=sglang&key_env=K&concurrency=2&retries=0"
-        "&per_minute=60&timeout=9"
-    )
-    assert server_options(spec) == ServerOptions(
-        "https://h:1/v1", "a/b.npy", 20, "sglang", "K", 2, 0, 60, 9
-    )
-    assert server_options(spec).endpoint == "https://h:1/generate"
-    assert parse_teacher(spec.text).kind == "openai"
-
-
-# answers that are wrong
-
-
-def entries(*pairs: tuple[object, object]) -> dict[str, Any]:
-    """An entry of vLLM."""
-    return {str(token): {"logprob": value, "rank": 1} for token, value in pairs}
-
-
-def vllm(*rows: Any) -> dict[str, Any]:
-    """An answer of vLLM."""
-    return {"choices": [{"prompt_logprobs": list(rows)}]}
-
-
-def sglang(*rows: Any, tokens: tuple[int, ...] = (5, 6, 7)) -> dict[str, Any]:
-    """An answer of SGLang."""
-    own = [[None, token, None] for token in tokens]
-    return {"meta_info": {"input_token_logprobs": own, "input_top_logprobs": list(rows)}}
-
-
-QUESTION = Question("server", 4, (5, 6, 7), top=2, classes=10)
-A, B = entries((6, -0.5), (1, -1.5)), entries((7, -0.5), (2, -1.5))
-TOP_A, TOP_B = [[-0.5, 6, None], [-1.5, 1, None]], [[-0.5, 7, None], [-1.5, 2, None]]
-
-
-def test_right_answers_are_read() -> None:
-    for answer, api in ((vllm(None, A, B), "vllm"), (sglang(None, TOP_A, TOP_B), "sglang")):
-        rows = read_answer(answer, api, QUESTION)
-        assert rows.ids.tolist() == [[6, 1], [7, 2]]
-        assert rows.log_probs.tolist() == [[-0.5, -1.5]] * 2
-
-
-def test_of_equal_ones_the_smaller_id_is_kept() -> None:
-    tied = entries((9, -1.2), (3, -1.2), (6, -1.2))
-    rows = read_answer(vllm(None, tied, B), "vllm", QUESTION)
-    assert rows.ids[0].tolist() == [3, 6]
-
-
-def test_the_next_token_is_left_out_where_it_is_improbable() -> None:
-    longer = entries((6, -9.0), (1, -0.5), (8, -1.0))
-    rows = read_answer(vllm(None, longer, B), "vllm", QUESTION)
-    assert rows.ids[0].tolist() == [1, 8]
-
-
-def test_impossible_tokens_and_rounding_are_taken() -> None:
-    odd = entries((6, 1e-6), (1, -9999.0))
-    rows = read_answer(vllm(None, odd, B), "vllm", QUESTION)
-    assert rows.log_probs[0].tolist() == [0.0, -9999.0]
-    infinite = json.loads('{"6": {"logprob": 0.0}, "1": {"logprob": -Infinity}}')
-    assert read_answer(vllm(None, infinite, B), "vllm", QUESTION).log_probs[0, 1] == -np.inf
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (vllm(None, A, entries((7, -0.5))), "document 4, position 1: 1 tokens, and top=2"),
-        (vllm(None, A, {}), "position 1: 0 tokens"),
-        (vllm(None, A, entries(*((n, -3) for n in range(5, 9)))), "position 1: 4 tokens.*one more"),
-        (vllm(None, entries((" the", -1), ("6", -1)), B), "position 0: .*' the' by its text"),
-        (vllm(None, entries(("token_id:6", -1), (1, -1)), B), "by its text; expected its id"),
-        (vllm(None, entries((6, -1), (10, -1)), B), "token id 10, .*0 to 9: give the data the tokenizer"),
-        (vllm(None, entries((6, 0.5), (1, -1)), B), "position 0: log-probability 0.5 of token 6"),
-        (vllm(None, entries((6, float("nan")), (1, -1)), B), "position 0: log-probability nan"),
-        (vllm(None, entries((6, None), (1, -1)), B), "log-probability nan"),
-        (vllm(None, entries((6, "-1"), (1, -1)), B), "log-probability nan"),
-        (vllm(None, entries((6, 10**400), (1, -1)), B), "log-probability nan"),
-        (vllm(None, entries((6, True), (1, -1)), B), "log-probability nan"),
-        (vllm(None, entries((6, float("inf")), (1, -1)), B), "log-probability inf"),
-        (vllm(None, entries((6, -0.1), (1, -0.1)), B), "position 0: probabilities that sum to 1.81"),
-        (vllm(None, entries((6, -1), ("06", -1)), B), "position 0: token 6 twice"),
-        (vllm(None, A), "2 positions for 3 tokens"),
-        (vllm(None, A, B, B), "4 positions for 3 tokens.*start token"),
-        (vllm(A, B, None), "first token.*positions are shifted"),
-        (vllm(None, B, A), "position 0: the entry does not have token 6, which comes next"),
-        (vllm(None, A, None), "position 1: None in the place"),
-        (vllm(None, A, [1, 2]), r"position 1: \[1, 2\] in the place"),
-        (vllm(), "has no choices"),
-        ({"choices": [{"text": "hello"}]}, "no chat server returns: serve the model with vLLM"),
-        ({"choices": []}, "has no choices"),
-        ([], "has no choices"),
-        ("text", "has no choices"),
-    ],
-)  # fmt: skip
-def test_an_answer_of_vllm_that_is_wrong_is_refused(answer: object, message: str) -> None:
-    with pytest.raises(RemoteError, match=message):
-        read_answer(answer, "vllm", QUESTION)
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (sglang(None, TOP_A, TOP_B[:1]), "position 1: 1 tokens, and top=2"),
-        (sglang(None, [[-1.0, "a", None], [-1.0, 6, None]], TOP_B), "'a' by its text"),
-        (sglang(None, [[-1.0, -3, None], [-1.0, 6, None]], TOP_B), "token id -3"),
-        (sglang(None, [[-1.0], [-1.0, 6, None]], TOP_B), "in the place of log-probabilities"),
-        (sglang(None, TOP_A), "2 positions for 3 tokens"),
-        (sglang(TOP_A, TOP_B, None), "positions are shifted"),
-        (sglang(None, TOP_A, TOP_B, tokens=(5, 7, 6)), r"speaks of \[None, 7, None\], and token 6"),
-        (sglang(None, TOP_A, TOP_B, tokens=(5,)), "position 0: the answer speaks of None"),
-        ({"meta_info": {}}, "has no meta_info.input_top_logprobs"),
-        ({}, "has no meta_info.input_top_logprobs"),
-    ],
-)  # fmt: skip
-def test_an_answer_of_sglang_that_is_wrong_is_refused(answer: object, message: str) -> None:
-    with pytest.raises(RemoteError, match=message):
-        read_answer(answer, "sglang", QUESTION)
 
 
 def test_the_message_of_a_dump_says_where(place: Place) -> None:
