@@ -284,7 +284,8 @@ def _pool(fidelities: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     def mean(values: Sequence[float]) -> float:
         return float(weights @ np.array(values, np.float64))
 
-    pooled = {name: mean([f[name] for f in fidelities]) for name in ("mean", "moved")}
+    names = ("mean", "moved", *(["repeats"] if all("repeats" in f for f in fidelities) else []))
+    pooled = {name: mean([f[name] for f in fidelities]) for name in names}
     if not all(map(np.isfinite, pooled.values())):
         return None
     return {
@@ -293,5 +294,5 @@ def _pool(fidelities: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         "p99": max(f["p99"] for f in fidelities),
         "worst": max(f["worst"] for f in fidelities),
         "at": {t: mean([f["at"][t] for f in fidelities]) for t in first["at"]},
-        "moved": pooled["moved"],
+        **{name: pooled[name] for name in names[1:]},
     }

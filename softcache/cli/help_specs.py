@@ -71,6 +71,11 @@ def specs_page() -> str:
             ),
             ("%3F, %40 and %25 in a place", "for ?, @ and % in the name of a file or folder"),
             ("TEACHER?classes=A,B,C", "any teacher: the names of its outputs, in order"),
+            (
+                "openai:URL?model=NAME&top=K&key_env=VARIABLE",
+                "concurrency=8 documents at a time, per_minute= requests, retries=5, timeout=600 seconds; "
+                "the key is in an environment variable",
+            ),
             ("hf:vit?pretrained=false&hidden_size=192", "a student with random weights"),
             ("hf:FOLDER?tokenizer=ID_OR_FOLDER", "or processor=, if it is in another folder"),
         ],

@@ -9,6 +9,7 @@ from pathlib import Path
 from softcache.cache.encodings import MAX_TEMPERATURE
 from softcache.errors import SettingsError
 from softcache.teachers.options import OUTPUTS, PRECISIONS
+from softcache.teachers.server_options import SERVER
 from softcache.teachers.spec import MATRIX_KINDS, parse_teacher
 from softcache.util.settings import check_range, setting
 
@@ -213,6 +214,31 @@ class DumpConfig:
                 f"teacher {matrices[0]} is a matrix with one row of outputs for each of these samples; leave "
                 "out --views and --eval-data"
             )
+        if self.servers:
+            self._check_server(self.servers[0])
+
+    def _check_server(self, teacher: str) -> None:
+        """Raise SettingsError for settings that a teacher behind a server cannot have."""
+        for option, value in (
+            ("--temperature", self.temperature),
+            ("--teacher-temperature", self.teacher_temperature),
+        ):
+            if value != 1:
+                raise SettingsError(
+                    f"{option} {value:g}: teacher {teacher} returns log-probabilities at temperature 1, and "
+                    f"a row of which only the largest are known cannot be softened; use {option} 1"
+                )
+        for option, given in (
+            (f"--precision {self.precision}", self.precision != "fp32"),
+            ("--compile", self.compile),
+            ("--batch-size auto", self.batch_size == AUTO),
+            ("--targets sigmoid", self.multi_label),
+            (f"--teacher-output {self.teacher_output}", self.teacher_output != "logits"),
+        ):
+            if given:
+                raise SettingsError(
+                    f"{option}: teacher {teacher} runs on a server, which decides that itself; leave it out"
+                )
 
     @property
     def multi_label(self) -> bool:
@@ -233,6 +259,11 @@ class DumpConfig:
     def teachers(self) -> list[str]:
         """The specifications of all teachers, as a list even if there is only one."""
         return [self.teacher] if isinstance(self.teacher, str) else list(self.teacher)
+
+    @property
+    def servers(self) -> list[str]:
+        """The specifications of the teachers that are behind servers."""
+        return [text for text in self.teachers if parse_teacher(text).kind == SERVER]
 
     @property
     def weight_files(self) -> list[Path]:

@@ -67,7 +67,8 @@ def dry_run(config: DumpConfig) -> str:
     if needs_rows(config.encoding_spec):
         directions = head_directions(draft, source, teacher, most_directions(config.encoding_spec))
     encoding, shared, table = encoding_to_try(config, draft, log_probs, directions)
-    if config.encoding_spec != AUTO and not config.multi_label and draft.classes <= MOST_CLASSES:
+    compared = not (config.multi_label or teacher.asks_server or draft.classes > MOST_CLASSES)
+    if config.encoding_spec != AUTO and compared:
         others = candidates(log_probs, temperature=draft.temperature, seed=draft.seed)
         table += [other for other in others if other.encoding != encoding]
         table.sort(key=lambda candidate: candidate.bytes_per_row)

@@ -35,6 +35,8 @@ VALUES_OF_ROWS = (
 )  # the same where samples have many rows, of which there is memory for a part
 SAMPLES = 128  # of which rows are drawn where samples have many
 SAMPLES_AT_ONCE = 16
+REPEATED_SAMPLES = 16  # of those, that a server is asked about once more
+MOST_REPEATS_KL = 1e-3  # nats; above, the answers of a server are not those of one model
 
 Pairs = npt.NDArray[np.int64]  # (n, 2): view, and cache row or sample id
 
@@ -224,6 +226,7 @@ def measure_fidelity(
         at: the mean KL by temperature.
         moved: the share of the probability mass that moves when the rows are encoded again.
         precision: mean KL(float32 ‖ teacher), only if the teacher ran at a lower precision.
+        repeats: mean KL of two answers to the same documents, only if a teacher is behind a server.
     """
     header = cache.header
     rows = max(1, min(rows, VALUES // header.classes))
@@ -262,6 +265,19 @@ def measure_fidelity(
             for ensemble in (exact_teachers, teachers)
         )
         cost = {"precision": float(divergence(exact, reduced, multi_label=multi_label).mean())}
+    if layout is not None and teachers.asks_server:
+        asked = np.unique(samples := layout.samples_of(pairs[:, 1] + first[1]))
+        asked = asked[np.linspace(0, len(asked) - 1, min(len(asked), REPEATED_SAMPLES)).astype(int)]
+        same = np.isin(samples, asked)
+        again = teacher_rows(
+            teachers,
+            source,
+            pairs[same] + first,
+            temperature=header.temperature,
+            augmentation=augmentation,
+        )
+        answered = log_probs[torch.from_numpy(same).to(log_probs.device)]
+        cost["repeats"] = max(0.0, float(divergence(answered, again).mean()))
     return cost | {
         "rows": len(pairs),
         "mean": float(kl_at_own.mean()),
@@ -270,6 +286,19 @@ def measure_fidelity(
         "at": means,
         "moved": _moved(cache, pairs, log_probs),
     }
+
+
+def repeats_warnings(fidelity: dict[str, Any]) -> list[str]:
+    """A warning if a server gave another answer when it was asked again; empty if it did not."""
+    repeats = fidelity.get("repeats", 0.0)
+    if repeats <= MOST_REPEATS_KL:
+        return []
+    return [
+        f"the server gives another answer to the same document: the KL of two of them is {repeats:.1e} nats "
+        f"on average, and at most {MOST_REPEATS_KL:g} is rounding. Rows may be stale, as with prefix caching "
+        "(vLLM: --no-enable-prefix-caching), or come from several models; correct it and dump again with "
+        "--overwrite"
+    ]
 
 
 def _stored_divergence(
@@ -345,6 +374,8 @@ def fidelity_line(fidelity: dict[str, Any], sampled: bool) -> str:
     means = ", ".join(f"T={t} {kl:.1e}" for t, kl in fidelity["at"].items())
     cost = fidelity.get("precision")
     note = "" if cost is None else f"; the precision costs KL(float32 ‖ teacher) {cost:.1e}"
+    if "repeats" in fidelity:
+        note += f"; two answers to the same documents differ by KL {fidelity['repeats']:.1e}"
     direction = "KL(stored ‖ teacher)" if sampled else "KL(teacher ‖ stored)"
     return (
         f"fidelity: {direction} mean {fidelity['mean']:.1e}, 99th percentile "

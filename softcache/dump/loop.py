@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from softcache.data.tables import columns_of
 from softcache.data.workers import worker_failures
 from softcache.dump.check_resume import check_same
 from softcache.dump.config import DumpConfig
-from softcache.dump.fidelity import fidelity_line, measure_fidelity
+from softcache.dump.fidelity import fidelity_line, measure_fidelity, repeats_warnings
 from softcache.dump.memorized import memorized_labels
 from softcache.dump.pipeline import BackgroundConsumer, Stopwatch, prefetch
 from softcache.dump.prepare import (
@@ -52,7 +52,7 @@ from softcache.dump.rows import (
     text_defaults,
     with_rows,
 )
-from softcache.errors import DataError, Interrupted, SettingsError
+from softcache.errors import DataError, Interrupted, RemoteError, SettingsError
 from softcache.join.fingerprints import check_replay
 from softcache.targets.encode import HostCopy, as_arrays, make_encoder
 from softcache.targets.fetch import shared_tensors
@@ -63,9 +63,11 @@ from softcache.util.log import inform, verdict
 from softcache.util.progress import progress
 from softcache.util.signals import deferred_stop
 
+MOST_WARNINGS = 8  # that a header keeps
 # per process and view: few enough for runs to be long, many enough to balance slow processes
 RUNS_OF_A_PROCESS = 8
 MOST_MOVED = 0.02  # share of the probability that other batches can move, with room
+SERVER_ADVICE = "the server is the bottleneck; try more concurrency=, with more --batch-tokens"
 
 
 def dump(config: DumpConfig) -> Cache:
@@ -133,10 +135,17 @@ def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
             header = open_cache(config.out).header
             fidelity = (header.summary or {})["fidelity"]
             inform(fidelity_line(fidelity, isinstance(header.encoding, Sampled)))
-            inform(watch.advice())
+            inform(watch.advice(SERVER_ADVICE if teacher.asks_server else None))
             for warning in (header.summary or {}).get("warnings", []):
                 verdict(warning)
         group.barrier()
+    except RemoteError as error:
+        partial = partial_path(config.out)
+        if not partial.exists():
+            raise
+        raise RemoteError(
+            f"{error}. The finished rows are kept in {partial}: run the same command again to continue"
+        ) from None
     except KeyboardInterrupt:
         partial = partial_path(config.out)
         if not partial.exists():
@@ -194,19 +203,14 @@ def finish_dump(
             by_row=any(isinstance(member.model, Matrix) for member in teacher.teachers),
             inputs=describe_inputs(source, augmentation, config.first_view),
         )
-        if warnings and config.strict:
-            raise DataError(
-                f"{warnings[0]}. The rows are kept in {partial_path(config.out)}: correct the cause and dump "
-                "with --overwrite, or accept them with the same command without --strict (import: with "
-                "--no-strict)"
-            )
+        refuse_if_strict(config, warnings)
         fidelity = measure_fidelity(
             writer.cache, source, teacher, augmentation, workers=config.workers
         )
         if fidelity["moved"] > MOST_MOVED:
-            warnings = [*warnings, random_teacher(fidelity["moved"])]
-            if config.strict:
-                raise DataError(f"{warnings[-1]}. The rows are kept in {partial_path(config.out)}")
+            warnings = [random_teacher(fidelity["moved"]), *warnings]
+        warnings = [*repeats_warnings(fidelity), *warnings][:MOST_WARNINGS]
+        refuse_if_strict(config, warnings)
         summary = statistics.summary() | columns_field(columns_of(source))
         summary |= warning_field(warnings)
         writer.finish(summary | {"fidelity": fidelity})
@@ -221,6 +225,16 @@ def random_teacher(moved: float) -> str:
         "probability moves). Likely causes: dropout or another random layer left on, or data with a random "
         "state"
     )
+
+
+def refuse_if_strict(config: DumpConfig, warnings: Sequence[str]) -> None:
+    """Raise DataError for the first warning if `strict` is set."""
+    if warnings and config.strict:
+        raise DataError(
+            f"{warnings[0]}. The rows are kept in {partial_path(config.out)}: correct the cause and dump "
+            "with --overwrite, or accept them with the same command without --strict (import: with "
+            "--no-strict)"
+        )
 
 
 def copy_views(finished: Cache, out: Path) -> None:
@@ -366,7 +380,13 @@ def missing_batches(
     header, batch_size, layout = writer.header, config.batch_size, writer.cache.layout
     batches = None
     if layout is not None:
-        samples = sample_batches(source, header.sample_range, batch_size, config.tokens_of_batch)
+        samples = sample_batches(
+            source,
+            header.sample_range,
+            batch_size,
+            config.tokens_of_batch,
+            in_order=bool(config.servers),
+        )
         batches = RowBatches(layout, samples, header.first_sample)
     blocks_per_run = header.blocks
     if group.size > 1:

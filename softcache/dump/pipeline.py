@@ -174,10 +174,15 @@ class Stopwatch:
         """The shares as text, for a progress line."""
         return ", ".join(f"{stage} {share:.0%}" for stage, share in self.shares().items())
 
-    def advice(self) -> str:
-        """One line that names the slowest stage and what to try."""
+    def advice(self, of_teacher: str | None = None) -> str:
+        """One line that names the slowest stage and what to try.
+
+        Args:
+            of_teacher: what to try if that is the teacher, if it is not the usual.
+        """
         shares = self.shares()
         if not shares:
             return "time: there was nothing left to do"
         slowest = max(shares, key=lambda stage: shares[stage])
-        return f"time: {self.note()}; {ADVICE.get(slowest, slowest)}"
+        tips = ADVICE | ({"teacher": of_teacher} if of_teacher else {})
+        return f"time: {self.note()}; {tips.get(slowest, slowest)}"

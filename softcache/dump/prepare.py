@@ -39,6 +39,8 @@ from softcache.teachers.ensemble import Ensemble, make_ensemble
 from softcache.teachers.load import load_teacher
 from softcache.teachers.matrix import Matrix
 from softcache.teachers.options import COMPILED
+from softcache.teachers.server_options import server_options
+from softcache.teachers.spec import parse_teacher
 from softcache.teachers.teacher import Teacher
 from softcache.util.device import pick_device
 from softcache.util.log import inform, verdict
@@ -55,6 +57,7 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
             samples.
     """
     check_spec(config.encoding_spec, config.temperature, teacher.classes)
+    check_known_classes(config, teacher.classes)
     check_kind_of_labels(source, multi_label=config.multi_label)
     if config.multi_label and layout_of_source(source) is not None:
         raise SettingsError(
@@ -101,6 +104,18 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         summary=columns_field(columns_of(source)) or None,  # room is kept for it
         rows=rows_field(source, range(first, end)),
     )
+
+
+def check_known_classes(config: DumpConfig, classes: int) -> None:
+    """Raise SettingsError for an encoding of more classes than a server tells of each row."""
+    for text in [] if config.like is not None else config.servers:
+        top = server_options(parse_teacher(text)).top
+        name, _, size = config.encoding.partition(":")
+        if top < classes and not (name == "topk" and int(size) <= top):
+            raise SettingsError(
+                f"--encoding {config.encoding}: teacher {text} tells {top:,} of {classes:,} tokens of each "
+                f"row, and the others would be guessed; use --encoding topk:{top}, or a larger top="
+            )
 
 
 def check_out(out: Path, *, overwrite: bool = False) -> None:

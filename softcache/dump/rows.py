@@ -163,7 +163,12 @@ def encode_rows(
 
 
 def sample_batches(
-    source: Source, samples: range, batch_size: int, batch_tokens: int | None
+    source: Source,
+    samples: range,
+    batch_size: int,
+    batch_tokens: int | None,
+    *,
+    in_order: bool = False,
 ) -> list[list[Indices]]:
     """The samples in windows of batches; the division depends on the data and these numbers alone.
 
@@ -173,6 +178,8 @@ def sample_batches(
         samples: the part of the source that is dumped.
         batch_size: samples of a batch, where these are not tokens.
         batch_tokens: the most tokens of a batch, with its padding.
+        in_order: leave samples in their order, for a server, which needs no padding. What was done before a
+            failure is then complete blocks of the file, which are kept.
 
     Returns:
         For each window its batches, of sample ids (B,).
@@ -181,6 +188,10 @@ def sample_batches(
     if not has_tokens(source) or batch_tokens is None:
         return [[indices[s : s + batch_size]] for s in range(0, len(indices), batch_size)]
     lengths = np.asarray(lengths_of(source)[indices], np.int64)
+    if in_order:
+        number = np.cumsum(lengths) // batch_tokens
+        edges = np.flatnonzero(np.diff(number)) + 1
+        return [[batch] for batch in np.split(indices, edges)]
     windows, start, total = [], 0, 0
     for stop, length in enumerate(lengths.tolist(), 1):
         total += length

@@ -16,6 +16,7 @@ from torch import Tensor
 from softcache.errors import ModelError, SettingsError
 from softcache.targets.encode import as_odds, soften
 from softcache.teachers.outputs import SURE
+from softcache.teachers.server import Server
 from softcache.teachers.teacher import Teacher
 from softcache.types import RowIndex
 
@@ -60,6 +61,11 @@ class Ensemble:
             teacher.provenance | {"weight": weight}
             for teacher, weight in zip(self.teachers, self.weights, strict=True)
         )
+
+    @property
+    def asks_server(self) -> bool:
+        """Whether a teacher is behind a server, which may give another answer when it is asked again."""
+        return any(isinstance(teacher.model, Server) for teacher in self.teachers)
 
     @property
     def in_float32(self) -> Ensemble | None:

@@ -24,6 +24,8 @@ from softcache.models.weights import load_weights, parameter_count, read_weights
 from softcache.teachers.matrix import Matrix
 from softcache.teachers.numpy_function import NumpyTeacher, estimator_teacher, is_estimator
 from softcache.teachers.select_classes import parse_classes, select_classes
+from softcache.teachers.server import Server
+from softcache.teachers.server_options import SERVER
 from softcache.teachers.spec import KINDS, parse_teacher
 from softcache.teachers.teacher import Teacher
 from softcache.types import RowIndex
@@ -86,7 +88,7 @@ def load_teacher(
         raise SettingsError(
             f"teacher {spec} would be untrained; name its weights file with --weights"
         )
-    if select and parsed.kind == "hfds":
+    if select and parsed.kind in ("hfds", SERVER):
         raise SettingsError(
             f"teacher {spec} has only the top classes of each row, of which none can be chosen; leave "
             "--teacher-classes out"
@@ -163,6 +165,9 @@ def tried(teacher: Teacher, sample: Tensor, unit: str | None) -> tuple[Teacher, 
     if isinstance(teacher.model, Matrix):  # its rows are compared with those of the data later
         width = teacher.model.rows(np.zeros(1, np.int64)).shape[1]
         return dataclasses.replace(teacher, positions=1), width
+    if isinstance(teacher.model, Server):
+        teacher.model.try_out(sample)
+        return dataclasses.replace(teacher, positions=sample.shape[1]), teacher.model.classes
     shape = teacher.output_shape(sample)
     if len(shape) not in (3, 4):
         raise ModelError(

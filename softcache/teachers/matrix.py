@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,6 @@ class TopRows(Matrix):
             ModelError: a sample id is beyond the last row, or probabilities sum to more than 1.
         """
         top = super().rows(samples).double()  # (B, k)
-        others = self.classes - top.shape[1]
         rest = 1 - top.exp().sum(-1, keepdim=True)  # (B, 1)
         invalid = (rest < -TOLERANCE).nonzero()
         if len(invalid):
@@ -89,9 +89,20 @@ class TopRows(Matrix):
                 f"the probabilities of sample {samples[int(invalid[0, 0])]} sum to "
                 f"{1 - float(rest[invalid[0, 0], 0]):.4g}; expected at most 1"
             )
-        tail = (rest.clamp(min=0) / max(1, others)).clamp(min=TINY).log()
-        dense = tail.expand(-1, self.classes).clone()
-        return dense.scatter(1, torch.from_numpy(self.ids[samples]), top).float()
+        return with_even_tail(torch.from_numpy(self.ids[samples]), top, self.classes)
+
+
+def with_even_tail(ids: Tensor, log_probs: Tensor, classes: int) -> Tensor:
+    """Log-probabilities (n, classes) float32 of rows of which k classes are known.
+
+    Args:
+        ids: (n, k) int64, distinct in each row.
+        log_probs: (n, k) float64; what they leave of the mass of 1 is spread evenly over all other classes.
+    """
+    rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=0)
+    tail = (rest / max(1, classes - ids.shape[1])).clamp(min=TINY).log()
+    dense = tail.expand(-1, classes).clone()
+    return dense.scatter(1, ids, log_probs.clamp(min=math.log(TINY))).float()
 
 
 def open_matrix(spec: Spec, classes: int | None) -> tuple[nn.Module, dict[str, Any]]:

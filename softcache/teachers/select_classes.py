@@ -18,6 +18,7 @@ from torch import Tensor
 from softcache.errors import MissingFileError, SettingsError
 from softcache.teachers.outputs import ENOUGH_ROWS
 from softcache.teachers.teacher import Teacher
+from softcache.types import RowIndex
 from softcache.util.log import warn
 
 SMALL_SHARE = (
@@ -42,7 +43,17 @@ class SelectedClasses(Teacher):
 
     def logits(self, inputs: Tensor, samples: npt.NDArray[np.int64] | None = None) -> Tensor:
         """Logits (B, C) float32 of the chosen classes; see Teacher.logits()."""
-        wide = super().logits(inputs, samples)  # (B, all classes)
+        return self._chosen(super().logits(inputs, samples))
+
+    def row_logits(
+        self, inputs: Tensor, rows: RowIndex, samples: npt.NDArray[np.int64] | None = None
+    ) -> Iterator[Tensor]:
+        """Logits (n, C) of the chosen classes, a few rows at a time; see Teacher.row_logits()."""
+        for wide in super().row_logits(inputs, rows, samples):
+            yield self._chosen(wide)
+
+    def _chosen(self, wide: Tensor) -> Tensor:
+        """The columns of the chosen classes (n, C), of logits (n, all classes)."""
         chosen = wide.index_select(1, torch.tensor(self.columns, device=wide.device))
         if len(wide) >= ENOUGH_ROWS and "share" not in self.notes:
             self.notes.add("share")

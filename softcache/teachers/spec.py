@@ -9,6 +9,7 @@ from urllib.parse import unquote_plus
 from softcache.errors import SettingsError
 from softcache.models.spec import KINDS as MODEL_KINDS
 from softcache.models.spec import NORMALIZE, normalization, parse_model, split_file_options
+from softcache.teachers.server_options import FORM, OPTIONS, SERVER, parse_server
 from softcache.util.spec import CODE, Kind, Spec, check_options, forms, split_options, unescape
 
 MATRIX_FILES = (".npy", ".npz", ".pt")
@@ -30,6 +31,12 @@ KINDS = {
         "hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN",
         "the largest log-probabilities of each sample; see softcache import",
         "softcache.teachers.matrix:open_top_rows",
+    ),
+    SERVER: Kind(
+        FORM,
+        "a language model behind a server of vLLM, or of SGLang with &api=sglang; dump only, of tokens",
+        "softcache.teachers.server:open_server",
+        OPTIONS,
     ),
 }
 ALL_KINDS = {
@@ -70,6 +77,8 @@ def _split_classes(text: str) -> tuple[str, str | None]:
 
 def _parse(text: str) -> Spec:
     """The specification of a teacher without the option `classes`."""
+    if text.startswith(f"{SERVER}:"):
+        return parse_server(text)
     file, options = split_file_options(text, ".onnx")
     if file.endswith(".onnx"):
         check_options(options, NORMALIZE, text)

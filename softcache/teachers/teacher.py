@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from softcache.data.workers import is_worker_failure
-from softcache.errors import ModelError
+from softcache.errors import ModelError, RemoteError
 from softcache.models.language import TokenModel, flat_logits
 from softcache.models.normalize import unnormalized
 from softcache.models.outputs import logits_of
 from softcache.teachers.matrix import Matrix
 from softcache.teachers.numpy_function import NumpyTeacher
 from softcache.teachers.outputs import as_logits, as_odds, describe_single, two_columns
+from softcache.teachers.server import Server
 from softcache.types import RowIndex
 from softcache.util.device import is_out_of_memory
 from softcache.util.log import inform
@@ -100,18 +101,19 @@ class Teacher:
 
         Raises:
             ModelError: the teacher raises, or does not return finite logits for each row.
+            RemoteError: it is behind a server that does not answer as it should.
         """
         sample_ids = np.arange(len(inputs)) if samples is None else samples
         where = f"samples {sample_ids[0]} to {sample_ids[-1]}"
         who = f"teacher {self.spec}"
         inputs, rows = inputs.to(self.device), RowIndex(*(t.to(self.device) for t in rows))
         ids_of_rows = sample_ids[rows.samples.cpu().numpy()]
-        model: TokenModel | None = None
+        head: Callable[[Tensor], Tensor] | None = None
         try:
-            if isinstance(self.model, Matrix):
-                positions = rows.positions.cpu().numpy()
-                states = self.model.rows_at(ids_of_rows, positions).to(self.device)
-                yield from self._parts(states, None, where, ids_of_rows)
+            if isinstance(self.model, Matrix | Server):
+                numbers = torch.arange(len(ids_of_rows))  # the rows are made dense a few at a time
+                head = self._looked_up(inputs, rows, sample_ids)
+                yield from self._parts(numbers, head, where, ids_of_rows)
                 return
             with torch.inference_mode(), self._autocast():
                 model = self._split_model(inputs)
@@ -119,7 +121,8 @@ class Teacher:
                     states = flat_logits(self._run(inputs), inputs, rows, who)
                 else:
                     states = model(inputs, rows.flat(inputs.shape[1]))  # (R, H)
-        except ModelError:
+                    head = model.head
+        except (ModelError, RemoteError):
             raise
         except Exception as error:  # a user's model may fail in any way
             if is_worker_failure(error):
@@ -128,7 +131,22 @@ class Teacher:
                 f"{who} raised {type(error).__name__} on {where}, inputs {tuple(inputs.shape)} of "
                 f"{inputs.dtype}: {' '.join(str(error).split())}"
             ) from error
-        yield from self._parts(states, model, where, ids_of_rows)
+        yield from self._parts(states, head, where, ids_of_rows)
+
+    def _looked_up(
+        self, inputs: Tensor, rows: RowIndex, sample_ids: npt.NDArray[np.int64]
+    ) -> Callable[[Tensor], Tensor]:
+        """A function from the numbers (n,) of rows of a matrix, or of a server's answers, to these (n, C)."""
+        if isinstance(self.model, Server):
+            server, answers = self.model, self.model.ask(inputs, rows, sample_ids)
+            return lambda part: server.dense(answers, part).to(self.device)
+        matrix = self.model
+        assert isinstance(matrix, Matrix)
+        samples = sample_ids[rows.samples.cpu().numpy()]
+        positions = rows.positions.cpu().numpy()
+        return lambda part: matrix.rows_at(samples[part.numpy()], positions[part.numpy()]).to(
+            self.device
+        )
 
     def states(self, inputs: Tensor, rows: RowIndex) -> Tensor:
         """The hidden states (R, H) of rows of a language model whose head runs on its own.
@@ -147,16 +165,16 @@ class Teacher:
     def _parts(
         self,
         states: Tensor,
-        model: TokenModel | None,
+        head: Callable[[Tensor], Tensor] | None,
         where: str,
         ids_of_rows: npt.NDArray[np.int64],
     ) -> Iterator[Tensor]:
-        """Checked logits (n, C) of states (R, H), a few rows at a time; without a model these are logits."""
-        size = max(1, CHUNK_VALUES // (self.classes or states.shape[1]))
+        """Checked logits (n, C) of states (R, ...), a few rows at a time; without a head these are logits."""
+        size = max(1, CHUNK_VALUES // (self.classes or states.shape[-1]))
         for start in range(0, len(states), size):
             part = states[start : start + size]
             with torch.inference_mode(), self._autocast():
-                logits = part if model is None else model.head(part)
+                logits = part if head is None else head(part)
             yield self._checked(logits, len(part), where, ids_of_rows[start : start + size])
 
     def _split_model(self, inputs: Tensor) -> TokenModel | None:

@@ -138,6 +138,16 @@ def test_parts_count_by_the_rows_they_were_measured_on(cache: Cache) -> None:
     )
 
 
+def test_repeats_are_pooled_if_all_parts_have_them(cache: Cache) -> None:
+    parts = [FIDELITY | {"repeats": 1e-3}, FIDELITY | {"rows": 30, "repeats": 5e-3}]
+    pooled = pooled_fidelity([with_fidelity(cache, part) for part in parts])
+    assert pooled
+    assert pooled["repeats"] == pytest.approx(4e-3)
+    without = pooled_fidelity([with_fidelity(cache, part) for part in (*parts, FIDELITY)])
+    assert without
+    assert "repeats" not in without
+
+
 @given(
     rows=st.lists(st.integers(1, 4096), min_size=1, max_size=6),
     numbers=st.lists(st.floats(0, 10), min_size=6, max_size=6),

@@ -12,8 +12,10 @@ import torch
 from softcache.errors import MissingFileError, SettingsError
 from softcache.teachers.ensemble import make_ensemble
 from softcache.teachers.load import load_teacher
-from softcache.teachers.select_classes import SelectedClasses, parse_classes
+from softcache.teachers.select_classes import SelectedClasses, parse_classes, select_classes
 from softcache.teachers.teacher import Teacher
+from softcache.types import RowIndex
+from tests.tokens import make_language_model
 
 NAMES = ("tench", "sand, light brown", "azure", "crane", "T-shirt", "crane", "0-1", "Coral")
 INPUTS = torch.rand(16, 10, generator=torch.Generator().manual_seed(0))
@@ -222,6 +224,23 @@ def test_classes_that_the_teacher_never_predicts_are_told_once(
     )
     load(f"{code}:teacher", "0,9", classes=2).logits(inputs)
     assert "probability" not in capsys.readouterr().err
+
+
+def test_rows_of_samples_that_have_many(tmp_path: Path) -> None:
+    make_language_model(tmp_path / "model", vocabulary=300)
+    teacher = load_teacher(
+        f"hf:{tmp_path / 'model'}",
+        None,
+        sample=torch.tensor([[1, 2, 3]]),
+        classes=None,
+        device=torch.device("cpu"),
+        precision="fp32",
+        unit="token",
+    )
+    rows = RowIndex(torch.tensor([0, 0]), torch.tensor([0, 2]))
+    wide = torch.cat([*teacher.row_logits(torch.tensor([[1, 2, 3]]), rows)])
+    chosen = select_classes(teacher, [7, 0, 2]).row_logits(torch.tensor([[1, 2, 3]]), rows)
+    torch.testing.assert_close(torch.cat([*chosen]), wide[:, [7, 0, 2]])
 
 
 def test_a_matrix_too(tmp_path: Path) -> None:
