@@ -156,7 +156,18 @@ class TokenModel(nn.Module):
         length = getattr(config, "max_position_embeddings", None)
         return length if isinstance(length, int) else None
 
+    def _check_ids(self, inputs: Tensor) -> None:
+        """Raise ModelError for a token without an embedding, which would stop a GPU for good."""
+        layer: Any = getattr(self.model, "get_input_embeddings", lambda: None)()
+        count = getattr(layer, "num_embeddings", None)
+        if count is not None and inputs.numel() and int(inputs.max()) >= count:
+            raise ModelError(
+                f"the data has token id {int(inputs.max()):,}, and {type(self.model).__name__} has "
+                f"embeddings for 0 to {count - 1:,}; make the tokens with the model's own tokenizer"
+            )
+
     def _arguments(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        self._check_ids(inputs)
         if self.context is not None and inputs.shape[1] > self.context:
             raise ModelError(
                 f"a sample has {inputs.shape[1]:,} tokens, and {type(self.model).__name__} takes at most "

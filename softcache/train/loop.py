@@ -42,7 +42,7 @@ from softcache.train.record import (
     teacher_evaluation,
     write_card,
 )
-from softcache.train.run_folder import check_folder
+from softcache.train.run_folder import check_folder, save_tokenizer
 from softcache.train.student import Student
 from softcache.train.tune import tuned
 from softcache.train.verdict import impossible_results, verdicts
@@ -116,6 +116,7 @@ def train_in_process(config: TrainConfig, accelerator: Accelerator) -> list[Stud
                 student.restore_best()
                 facts = run_facts(config, student, parts, eval_source, teacher)
                 facts = student.save(facts | {"chosen": note})
+                save_tokenizer(student.final_model, student.folder)
                 write_card(student.folder, facts)
             checkpoint.remove()
         inform(final_table(finished, caches, eval_source, teacher))

@@ -8,20 +8,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import torch
 from torch import Tensor, nn
 
+from softcache.data.rows import TOKEN, WORD
 from softcache.data.table_columns import TableColumns, columns_from_json
 from softcache.errors import FormatError, ModelError, SettingsError
 from softcache.models.build import build
+from softcache.models.language import TokenModel
 from softcache.models.spec import BUILT_IN, HUB, parse_model
 from softcache.models.weights import load_weights, read_weights
 from softcache.train.run_facts import read_facts, read_metrics
 from softcache.util.messages import one_line
-from softcache.util.spec import CODE
+from softcache.util.spec import CODE, escape
 
 WEIGHTS = "student.safetensors"
+TOKENIZER = "tokenizer"  # folder of the tokenizer of a student of tokens
 UNFINISHED_METRICS = "metrics.jsonl.partial"  # metrics.jsonl, until the student is saved
 
 
@@ -126,7 +130,7 @@ class Run:
         self._check_size(spec or name)
         try:
             model = build(
-                spec or name,
+                spec or self._with_own_tokenizer(name),
                 input_shape=self.input_shape,
                 classes=self.classes,
                 trust_code=self.trust_code,
@@ -142,6 +146,16 @@ class Run:
         load_weights(model, self.weights)
         self._try(model.eval())
         return model
+
+    def _with_own_tokenizer(self, name: str) -> str:
+        """The specification with the tokenizer that lies in the folder, whose own place was left out."""
+        parsed, own = parse_model(name), self.folder / TOKENIZER
+        if self.unit not in (TOKEN, WORD) or "tokenizer" not in parsed.options:
+            return name
+        options = {key: value for key, value in parsed.options.items() if key != "tokenizer"}
+        if own.is_dir():
+            options["tokenizer"] = str(own)
+        return f"{parsed.kind}:{escape(parsed.place)}?{urlencode(options)}" if options else name
 
     def _try(self, model: nn.Module) -> None:
         """Raise ModelError unless the student returns finite logits for inputs of the run."""
@@ -185,6 +199,12 @@ class Run:
                 f"{self.folder}: the student {spec} has {needed:,} parameters, and {self.weights.name} has "
                 f"{stored:,}; the folder is damaged, get it again"
             )
+
+
+def save_tokenizer(model: nn.Module, folder: Path) -> None:
+    """Save the tokenizer of a student of tokens in its run folder, if it has one."""
+    if isinstance(model, TokenModel) and model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder / TOKENIZER)
 
 
 def expand(folders: Sequence[Path]) -> list[Path]:

@@ -111,6 +111,14 @@ def test_more_tokens_than_the_model_takes_are_refused() -> None:
         model(torch.zeros((1, 33), dtype=torch.int64))
 
 
+def test_a_token_without_an_embedding_is_refused() -> None:
+    model = TokenModel(models()["gpt2"])
+    with pytest.raises(
+        ModelError, match="token id 50, and GPT2LMHeadModel has embeddings for 0 to 49"
+    ):
+        model(torch.tensor([[3, 50]]))
+
+
 class Own(nn.Module):
     """A user's model of ids alone."""
 
