@@ -202,6 +202,8 @@ def _build_of_tokens(
         raise ModelError(
             f"model {spec.text} has an encoder; expected a decoder alone, as gpt2 or llama are"
         )
+    if not pretrained:
+        _fit_special_tokens(config, tokenizer, given)
     model = _load(auto_class, spec, config, teacher=spec.teacher)
     names: tuple[str, ...] = ()
     if not language:
@@ -210,6 +212,15 @@ def _build_of_tokens(
     return TokenModel(
         model, classes if language else None, names if spec.teacher else (), tokenizer
     )
+
+
+def _fit_special_tokens(
+    config: Config, tokenizer: Tokenizer | None, given: Collection[str]
+) -> None:
+    """Take the ids of special tokens from the tokenizer; those of a type belong to another vocabulary."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if name not in given:
+            setattr(config, name, getattr(tokenizer, name, None))
 
 
 def _tokenizer_if_any(library: Library, place: str | None) -> Tokenizer | None:
