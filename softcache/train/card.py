@@ -51,14 +51,22 @@ def model_card(facts: Mapping[str, Any]) -> str:
             "",
             _usage(facts),
             "",
-            "`softcache export` writes it as ONNX or as an exported program of torch.",
+            "`softcache export --hf` writes a folder for transformers."
+            if facts.get("unit") in ("token", "word")
+            else "`softcache export` writes it as ONNX or as an exported program of torch.",
             "",
         ]
     )
 
 
+# the hub's tags of students of samples with many rows
+TASKS = {"token": "text-generation", "word": "token-classification", "pixel": "image-segmentation"}
+
+
 def task(facts: Mapping[str, Any]) -> str:
     """The hub's tag of what the student classifies, which follows from its input."""
+    if facts.get("unit") in TASKS:
+        return TASKS[facts["unit"]]
     if len(facts["input_shape"]) == 3:
         return "image-classification"
     # code points of texts are int64; tables are floats, and the built-in models read no texts
@@ -142,11 +150,12 @@ def _input_description(facts: Mapping[str, Any]) -> str:
 
 def _usage(facts: Mapping[str, Any]) -> str:
     shape = tuple(facts["input_shape"])
+    unit = f", unit={facts['unit']!r}" if facts.get("unit") else ""
     return f"""```python
 from safetensors.torch import load_file
 import softcache
 
-model = softcache.build({facts["settings"]["student"]!r}, input_shape={shape}, classes={facts["classes"]})
+model = softcache.build({facts["settings"]["student"]!r}, input_shape={shape}, classes={facts["classes"]}{unit})
 model.load_state_dict(load_file("student.safetensors"))
 logits = model.eval()(inputs)  # (B, {", ".join(map(str, shape))}) {_input_description(facts)}
 ```"""
