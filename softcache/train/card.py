@@ -151,11 +151,12 @@ def _input_description(facts: Mapping[str, Any]) -> str:
 def _usage(facts: Mapping[str, Any]) -> str:
     shape = tuple(facts["input_shape"])
     unit = f", unit={facts['unit']!r}" if facts.get("unit") else ""
+    student, classes = facts["settings"]["student"], facts["classes"]
     return f"""```python
 from safetensors.torch import load_file
 import softcache
 
-model = softcache.build({facts["settings"]["student"]!r}, input_shape={shape}, classes={facts["classes"]}{unit})
+model = softcache.build({student!r}, input_shape={shape}, classes={classes}{unit})
 model.load_state_dict(load_file("student.safetensors"))
 logits = model.eval()(inputs)  # (B, {", ".join(map(str, shape))}) {_input_description(facts)}
 ```"""
