@@ -109,9 +109,8 @@ class Teacher:
         model: TokenModel | None = None
         try:
             if isinstance(self.model, Matrix):
-                positions = rows.positions.cpu().numpy()
-                states = self.model.rows_at(ids_of_rows, positions).to(self.device)
-                yield from self._parts(states, None, where, ids_of_rows)
+                numbers = self.model.numbers_at(ids_of_rows, rows.positions.cpu().numpy())
+                yield from self._looked_up(self.model, numbers, where, ids_of_rows)
                 return
             with torch.inference_mode(), self._autocast():
                 model = self._split_model(inputs)
@@ -144,6 +143,20 @@ class Teacher:
             with torch.inference_mode(), self._autocast():
                 logits = part if model is None else model.head(part)
             yield self._checked(logits, len(part), where, ids_of_rows[start : start + size])
+
+    def _looked_up(
+        self,
+        matrix: Matrix,
+        numbers: npt.NDArray[np.int64],
+        where: str,
+        ids_of_rows: npt.NDArray[np.int64],
+    ) -> Iterator[Tensor]:
+        """Checked logits (n, C) of rows of a matrix (R,), a few at a time."""
+        size = max(1, CHUNK_VALUES // (self.classes or 1))
+        for start in range(0, len(numbers), size):
+            part = slice(start, start + size)
+            logits = matrix.rows(numbers[part]).to(self.device)
+            yield self._checked(logits, len(logits), where, ids_of_rows[part])
 
     def _split_model(self, inputs: Tensor) -> TokenModel | None:
         """The model if its head can run on its own; else None."""
