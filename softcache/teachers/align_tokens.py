@@ -8,13 +8,13 @@ document keep the promise no better than chance.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
 from softcache.errors import DataError, ModelError, SettingsError
-from softcache.teachers.token_files import TokenFile
+from softcache.teachers.token_files import ROWS, TokenFile
 from softcache.util.log import inform, verdict
 
 Indices = npt.NDArray[np.int64]
@@ -30,6 +30,7 @@ PLACES = (
 SIGMAS = 5.0  # standard deviations that chance may explain
 KEPT = 0.5  # share of the promise that the rows of a document keep at least, next to those of the others
 FEWEST = 0.25  # the same of all rows
+FEWEST_ROWS = 20  # of which anything is said
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,15 @@ class Fit:
             ("are the most probable one", self.right, self.confidence),
             ("have an entry", self.listed, self.mass),
         )
+
+    def keeps_promise(self, share: float) -> bool:
+        """Whether the tokens are what the rows promise, or less by chance, or at least this share of it."""
+        return not any(_is_broken(found, promised, share) for _, found, promised in self.promises())
+
+    def of(self, document: int) -> Fit:
+        """The fit of the rows of one document."""
+        own = self.documents == document
+        return Fit(*(getattr(self, field.name)[own] for field in fields(self)))
 
 
 def fit_of(file: TokenFile, ahead: int, most: int | None = None) -> tuple[Fit, Indices]:
@@ -110,37 +120,35 @@ def find_ahead(file: TokenFile, *, strict: bool) -> int:
         DataError: with `strict`, the rows are about other tokens than stated, or are shifted.
         SettingsError: nothing is stated, and there is no evidence.
     """
-    probabilities = {}
+    fits, probabilities = {}, {}
     for ahead in PLACES:
-        fit, rows = fit_of(file, ahead, MOST_ROWS)
+        fits[ahead], rows = fit_of(file, ahead, MOST_ROWS)
         probabilities[ahead] = np.full(len(file.counts), np.nan)
-        probabilities[ahead][rows] = fit.probability
+        probabilities[ahead][rows] = fits[ahead].probability
     best = PLACES[0]
     for ahead in PLACES[1:]:
         if _is_better(probabilities[ahead], probabilities[best]):
             best = ahead
     stated = file.ahead
-    chosen = best if stated is None else stated
-    if chosen in (0, 1) and not _is_better(probabilities[best], probabilities[chosen]):
-        other = 1 - chosen
-        if stated is not None:
-            return stated
-        if not _is_better(probabilities[chosen], probabilities[other]):
+    if stated is None and best in ROWS.values():
+        if not _is_better(probabilities[best], probabilities[1 - best]):
             raise SettingsError(
                 f"teacher {file.name} does not state which token a row is about, and its probabilities do "
                 "not tell; add ?rows=next if the row at position i is about token i + 1, or ?rows=same if it "
                 "is about token i"
             )
-        what = "i + 1" if chosen else "i"
+        what = "i + 1" if best else "i"
         inform(
             f"teacher {file.name}: the row at position i is about token {what}, by its probabilities"
         )
-        return chosen
-    expected = f"token i + {stated}" if stated else "token i" if stated == 0 else "token i or i + 1"
+        return best
+    chosen = PLACES[0] if stated is None else stated
+    shifted = _is_better(probabilities[best], probabilities[chosen])
+    if not shifted or not fits[best].keeps_promise(FEWEST):
+        return chosen  # where the rows fit nothing, check_alignment() says so
+    expected = {1: "token i + 1", 0: "token i"}[chosen]
     found = f"i + {best}" if best > 0 else "i" if best == 0 else f"i - {-best}"
-    means = [
-        float(np.nanmean(probabilities[ahead])) for ahead in (best, 1 if stated is None else stated)
-    ]
+    means = [float(np.nanmean(probabilities[ahead])) for ahead in (best, chosen)]
     hint = {1: "; state it with ?rows=next", 0: "; state it with ?rows=same"}.get(
         best, ": rows are missing or added at the front of each document"
     )
@@ -149,7 +157,7 @@ def find_ahead(file: TokenFile, *, strict: bool) -> int:
         f"probability of {means[0]:.3f}, and {expected}, which it should be about, {means[1]:.3f}{hint}",
         strict=strict,
     )
-    return 1 if stated is None else stated
+    return chosen
 
 
 def check_alignment(file: TokenFile, ahead: int, *, strict: bool) -> None:
@@ -162,7 +170,7 @@ def check_alignment(file: TokenFile, ahead: int, *, strict: bool) -> None:
     if not len(fit.documents):
         return
     for what, found, promised in fit.promises():
-        if _is_broken(found.sum(), promised, FEWEST):
+        if _is_broken(found, promised, FEWEST):
             _object(
                 f"teacher {file.name}: {found.mean():.1%} of the tokens {what} of the row about them, and "
                 f"the rows promise {promised.mean():.1%}: the rows are in another order than the tokens, or "
@@ -222,29 +230,29 @@ def check_own_tokens(
 
 def _cause(file: TokenFile, number: int, ahead: int) -> str:
     """Why the rows of a document do not fit: they are shifted, or they belong to other tokens."""
-    means = {}
-    for place in PLACES:
-        fit, _ = fit_of(file, place)
-        own = fit.probability[fit.documents == number]
-        means[place] = float(own.mean()) if len(own) else 0.0
-    best = max(means, key=lambda place: means[place])
-    if best != ahead and means[best] > 2 * means[ahead] and means[best] > 0.02:
+    fits = {place: fit_of(file, place)[0].of(number) for place in PLACES}
+    means = {
+        place: float(fit.probability.mean()) for place, fit in fits.items() if len(fit.documents)
+    }
+    best = max(means, key=lambda place: means[place], default=ahead)
+    if best != ahead and means[best] > 2 * means.get(ahead, 0) and fits[best].keeps_promise(KEPT):
         return f"its rows are shifted by {abs(best - ahead)}"
     return "its rows belong to other tokens, such as those of another document"
 
 
-def _is_broken(found: float, promised: Floats64, share: float) -> bool:
-    """Whether much less is found than was promised, beyond chance."""
+def _is_broken(found: Floats64, promised: Floats64, share: float) -> bool:
+    """Whether much less is found (rows,) than was promised (rows,), beyond chance."""
     expected = float(promised.sum())
     spread = math.sqrt(max(float((promised * (1 - promised)).sum()), 0.25))
-    return expected - found > SIGMAS * spread and found < share * expected
+    total = float(found.sum())
+    return expected - total > SIGMAS * spread and total < share * expected
 
 
 def _is_better(first: Floats64, second: Floats64) -> bool:
     """Whether the probabilities of tokens are higher under one alignment of the rows, beyond chance."""
     gain = first - second
     gain = gain[np.isfinite(gain)]
-    if len(gain) < 2:
+    if len(gain) < FEWEST_ROWS:
         return False
     return (
         float(gain.mean()) > SIGMAS * float(gain.std()) / math.sqrt(len(gain)) and gain.mean() > 0
