@@ -10,7 +10,9 @@ import click
 
 from softcache.cli.commands import OUTPUT, PATH, Command, option, out_option, settings_options
 from softcache.dump.config import DumpConfig
-from softcache.errors import Interrupted
+from softcache.errors import Interrupted, SettingsError
+
+TRAINERS = ("axolotl", "distillkit")  # as export_columns.FORMATS, which would import torch
 
 
 @click.command(cls=Command)
@@ -116,7 +118,9 @@ def merge(caches: tuple[Path, ...], out: Path) -> None:
     help="Temperature of the cache.  [default: the temperature of SOURCE]",
 )
 @option(
-    "--encoding", metavar="SPEC", help="How each row is stored.  [default: dense; topk for hfds:]"
+    "--encoding",
+    metavar="SPEC",
+    help="How each row is stored.  [default: dense; topk where SOURCE has the largest entries]",
 )
 @settings_options(
     DumpConfig,
@@ -128,6 +132,7 @@ def merge(caches: tuple[Path, ...], out: Path) -> None:
         "augment",
         "seed",
         "same_classes",
+        "embed_inputs",
         "out",
         "overwrite",
     ),
@@ -147,13 +152,22 @@ def merge(caches: tuple[Path, ...], out: Path) -> None:
     help="Exit with an error if the rows cannot belong to these samples and labels.",
 )
 def import_labels(**options: Any) -> None:
-    """Make a cache of soft targets that you already have, one row per sample in the order of the data.
+    """Make a cache of soft targets that you already have.
 
     \b
     SOURCE is one of
-      FILE.npy, FILE.npz, FILE.pt                     a matrix (samples, classes)
+      FILE.npy, FILE.npz, FILE.pt                     a matrix (samples, classes), in the order of
+                                                      the data
       hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN   the k largest of each row, from a Hugging
                                                       Face dataset (data extra)
+      FILE.jsonl, FILE.parquet, hfds:ID_OR_FOLDER     the largest of each token of documents, as
+                                                      axolotl, DistillKit and vLLM write them
+
+    \b
+    Documents are found in --data by their token ids. Options of such a SOURCE, after a ?:
+      rows=next, rows=same         the list at position i is about token i + 1, or token i
+      ids=COLUMN&log_probs=COLUMN  columns by other names
+      config=FILE.yaml             the configuration of DistillKit's compression
 
     If the teacher saw augmented samples, name the augmentation with --augment: training makes the same
     view again. export-labels says which one it wrote.
@@ -166,18 +180,46 @@ def import_labels(**options: Any) -> None:
 
 @click.command("export-labels", cls=Command)
 @click.argument("cache", type=PATH)
-@out_option("File to write.", metavar="FILE.npy|FILE.parquet")
+@out_option("File to write.", metavar="FILE.npy|FILE.parquet|FILE.jsonl")
 @option("--temperature", type=float, help="Temperature of the softmax.  [default: the cache's]")
 @option("--view", type=int, default=0, show_default=True, help="View to export.")
 @option(
     "--log-probabilities", is_flag=True, help="Write log-probabilities instead of probabilities."
+)
+@option(
+    "--columns",
+    type=click.Choice(TRAINERS),
+    help="Of tokens, write the columns that this trainer reads, a document each.",
+)
+@option(
+    "--top",
+    type=click.IntRange(min=1),
+    help="With --columns: largest entries of each token.  [default: all of a topk cache, else 64]",
+)
+@option(
+    "--data", metavar="SPEC", help="With --columns: documents, if the cache does not store them."
 )
 def export_labels(cache: Path, out: Path, **options: Any) -> None:
     """Write the soft targets of one view as an .npy matrix (samples, classes) float32, or as Parquet.
 
     A Parquet row (data extra) holds sample, label, key and the list of probabilities. The reverse is
     softcache import, which makes a cache of a matrix.
+
+    Of tokens, --columns writes JSON Lines or Parquet with a document on each line or row, from which
+    axolotl or DistillKit trains. The list at position i is about token i + 1.
     """
+    from softcache.files.export_columns import export_columns
     from softcache.files.export_labels import export_labels
 
-    click.echo(export_labels(cache, out, **options))
+    sparse = {name: options.pop(name) for name in ("columns", "top", "data")}
+    if sparse["columns"] is None:
+        given = next((name for name, value in sparse.items() if value is not None), None)
+        if given:
+            raise SettingsError(f"--{given} goes with --columns; add it, or leave --{given} out")
+        click.echo(export_labels(cache, out, **options))
+        return
+    if options.pop("log_probabilities"):
+        raise SettingsError(
+            "--columns always writes log-probabilities; leave --log-probabilities out"
+        )
+    click.echo(export_columns(cache, out, **sparse, **options))

@@ -4,7 +4,8 @@
     jsonl:FILE?text=FIELD      a document per line
     jsonl:FILE?messages=FIELD  a chat per line, a list of turns with role and content
     jsonl:FILE?words=FIELD&tags=FIELD   words with a label each, for a token classifier
-    ids:FILE                   token ids: npy, jsonl with input_ids and optionally loss_mask, or Parquet
+    ids:FILE                   token ids: npy, jsonl with input_ids and optionally loss_mask, or Parquet; or a
+                               folder of Parquet files
 
 Options: tokenizer=ID_OR_FOLDER, length=TOKENS, stride=TOKENS, loss_on=all|assistant|completion.
 """
@@ -35,6 +36,13 @@ DOCUMENTS = ("files", "lines")
 TOKEN_OPTIONS = ("tokenizer", "length", "stride", "loss_on")
 COLUMNS = ("text", "messages", "words", "tags")  # options that name a field or column of tokens
 MAX_ID = (1 << 31) - 1
+TOKENS = ("input_ids", "prompt_token_ids")  # names of a column of token ids; the latter is vLLM's
+OF_TOKENS = (
+    *TOKENS,
+    "attention_mask",
+    "loss_mask",
+    "labels",
+)  # what is read of a table of token ids
 
 Records = Iterable[Mapping[str, Any]]
 
@@ -230,13 +238,17 @@ def open_ids(spec: Spec) -> TokenSource:
     """
     path = spec.path.expanduser()
     documents: list[Document] = []
-    if path.suffix == ".npy":
-        documents = [Document(row) for row in _read_npy(path, spec)]
-    elif path.suffix in (".jsonl", ".json", ".parquet"):
-        records = _read_parquet(path, spec) if path.suffix == ".parquet" else read_records(spec)
+    if path.is_dir():
+        files = sorted(path.glob("*.parquet"))
+        records = (record for file in files for record in _read_parquet(file, spec))
         documents = [
             document_of(record, number, spec.text) for number, record in enumerate(records)
         ]
+    elif path.suffix == ".npy":
+        documents = [Document(row) for row in _read_npy(path, spec)]
+    elif path.suffix in (".jsonl", ".json", ".parquet"):
+        lines = _read_parquet(path, spec) if path.suffix == ".parquet" else read_records(spec)
+        documents = [document_of(record, number, spec.text) for number, record in enumerate(lines)]
     else:
         raise SettingsError(
             f"data {spec.text!r}: expected a file ending in .npy, .jsonl or .parquet"
@@ -291,11 +303,12 @@ def document_of(record: Mapping[str, Any], number: int, where: str) -> Document:
     Raises:
         DataError: they are no token ids, or of different lengths.
     """
-    if record.get("input_ids") is None:
+    column = next((name for name in TOKENS if record.get(name) is not None), None)
+    if column is None:
         raise DataError(
             f"{where}: sample {number} has no input_ids; it has {', '.join(map(str, record))[:200]}"
         )
-    ids = token_ids(record["input_ids"], f"{where}: sample {number}")
+    ids = token_ids(record[column], f"{where}: sample {number}")
     present = record.get("attention_mask")
     keep = slice(None) if present is None else np.asarray(present, np.bool_).reshape(-1)
     counts = None
@@ -424,7 +437,9 @@ def _read_parquet(path: Path, spec: Spec) -> Iterator[Mapping[str, Any]]:
     parquet = import_extra("pyarrow.parquet", extra="data", what=f"data {spec.text}")
     try:
         file = parquet.ParquetFile(path)
-        for batch in file.iter_batches():
+        # lists of log-probabilities may lie beside them, which are many
+        columns = [name for name in file.schema_arrow.names if name in OF_TOKENS]
+        for batch in file.iter_batches(columns=columns or None):
             yield from batch.to_pylist()
     except Exception as error:  # pyarrow raises errors of many types
         raise DataError(

@@ -30,7 +30,7 @@ from softcache.dump.config import AUTO, DumpConfig
 from softcache.dump.reuse import set_aside
 from softcache.dump.rows import rows_field, sample_arrays, text_defaults, with_rows
 from softcache.dump.select_encoding import check_spec, encoding_for_dump, encoding_of
-from softcache.errors import DataError, ModelError, SettingsError, SoftcacheError
+from softcache.errors import DataError, SettingsError, SoftcacheError
 from softcache.join.fingerprints import fingerprinted_rows, reproducible_fingerprints, software
 from softcache.models.evaluate import data_digest, evaluate, judge_evaluation
 from softcache.models.evaluate_rows import evaluate_rows
@@ -180,7 +180,7 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
             )
         check_feature_names(teacher, source)
         if isinstance(teacher.model, Matrix):
-            match_matrix(teacher.model, teacher.spec, source)
+            teacher.model.match(teacher.spec, source, strict=config.strict)
         align_classes(
             source,
             teacher.class_names,
@@ -189,22 +189,6 @@ def load_teachers(config: DumpConfig, source: Source, augmentation: Augmentation
             quiet=True,  # the caller aligns the source with all teachers
         )
     return make_ensemble(loaded, config.teacher_weight)
-
-
-def match_matrix(matrix: Matrix, spec: str, source: Source) -> None:
-    """Tell a matrix of outputs which of its rows belong to which sample.
-
-    Raises:
-        ModelError: it has another number of rows than the data.
-    """
-    layout, unit = layout_of_source(source), unit_of(source) or "sample"
-    expected = len(source) if layout is None else layout.rows
-    if len(matrix.values) != expected:
-        raise ModelError(
-            f"teacher {spec} has {len(matrix.values):,} rows, {source.name} has {expected:,} {unit}s; "
-            f"expected a row for each {unit} of the data, in the same order"
-        )
-    matrix.layout = layout
 
 
 def check_feature_names(teacher: Teacher, source: Source) -> None:

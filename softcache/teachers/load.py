@@ -88,7 +88,7 @@ def load_teacher(
         raise SettingsError(
             f"teacher {spec} would be untrained; name its weights file with --weights"
         )
-    if select and parsed.kind in ("hfds", SERVER):
+    if select and parsed.kind in ("hfds", "tokens", SERVER):
         raise SettingsError(
             f"teacher {spec} has only the top classes of each row, of which none can be chosen; leave "
             "--teacher-classes out"

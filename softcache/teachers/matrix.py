@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from softcache.cache.layout import RowLayout
 from softcache.data.huggingface import load
+from softcache.data.rows import layout_of_source, unit_of
+from softcache.data.source import Source
 from softcache.errors import MissingFileError, ModelError, SettingsError
 from softcache.models.weights import file_sha256, read_weights
 from softcache.teachers.outputs import TINY, TOLERANCE
@@ -38,11 +40,31 @@ class Matrix(nn.Module):
         self.values = values
         self.layout: RowLayout | None = None
 
-    def rows_at(self, samples: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Tensor:
-        """Look up the rows of samples (R,) at positions (R,) within them: (R, C) float32."""
-        if self.layout is None:
-            return self.rows(samples)
-        return self.rows(self.layout.find(samples, positions))
+    def numbers_at(
+        self, samples: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """The numbers (R,), for rows(), of the rows of samples (R,) at positions (R,) within them."""
+        return samples if self.layout is None else self.layout.find(samples, positions)
+
+    def match(self, spec: str, source: Source, *, strict: bool = False) -> None:
+        """Learn which of its rows belong to which sample of the data.
+
+        Args:
+            spec: of the teacher, for messages.
+            source: the data.
+            strict: refuse rows that cannot belong to the data; of a matrix, only their number is known.
+
+        Raises:
+            ModelError: it has another number of rows than the data.
+        """
+        layout, unit = layout_of_source(source), unit_of(source) or "sample"
+        expected = len(source) if layout is None else layout.rows
+        if len(self.values) != expected:
+            raise ModelError(
+                f"teacher {spec} has {len(self.values):,} rows, {source.name} has {expected:,} {unit}s; "
+                f"expected a row for each {unit} of the data, in the same order"
+            )
+        self.layout = layout
 
     def rows(self, samples: npt.NDArray[np.int64]) -> Tensor:
         """Look up the rows of sample ids (B,): (B, C) float32.
@@ -121,7 +143,7 @@ def open_matrix(spec: Spec, classes: int | None) -> tuple[nn.Module, dict[str, A
     return Matrix(read_matrix(spec.path)), provenance
 
 
-def open_top_rows(spec: Spec, classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
+def open_top_rows(spec: Spec, classes: int | None) -> tuple[Matrix, dict[str, Any]]:
     """Open the top classes of each sample in a Hugging Face dataset.
 
     Returns:
@@ -192,6 +214,11 @@ def read_top_rows(spec: Spec, classes: int | None) -> TopRows:
         DataError: the dataset cannot be loaded.
         ModelError: the rows do not all have k entries, or a class id is out of range or repeated.
     """
+    if "ids" not in spec.options:
+        raise SettingsError(
+            f"teacher {spec.text} does not say where the top classes of each sample are; expected "
+            "hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN"
+        )
     if classes is None:
         raise SettingsError(
             f"teacher {spec.text} has only the top classes of each row; state the number of all classes with "
@@ -211,7 +238,7 @@ def read_top_rows(spec: Spec, classes: int | None) -> TopRows:
         if values.ndim != 2 or values.dtype.kind not in "iuf":
             raise ModelError(
                 f"teacher {spec.text}: column {column!r} is {values.dtype} {values.shape}; "
-                "expected k numbers in every row. Nested lists, such as one for each token, are not supported"
+                "expected k numbers in every row; lists for each token need data of tokens, such as ids:FILE"
             )
         columns.append(values)
     ids, log_probs = columns[0].astype(np.int64), columns[1].astype(np.float32)

@@ -13,7 +13,8 @@ from softcache.teachers.server_options import FORM, OPTIONS, SERVER, parse_serve
 from softcache.util.spec import CODE, Kind, Spec, check_options, forms, split_options, unescape
 
 MATRIX_FILES = (".npy", ".npz", ".pt")
-MATRIX_KINDS = ("matrix", "hfds")  # precomputed outputs, one row per sample
+TOKEN_FILES = (".jsonl", ".parquet")
+MATRIX_KINDS = ("matrix", "hfds", "tokens")  # precomputed outputs, one row per sample or token
 
 # the handler takes (Spec, number of classes) and returns (module, provenance)
 KINDS = {
@@ -29,8 +30,15 @@ KINDS = {
     ),
     "hfds": Kind(
         "hfds:ID_OR_FOLDER?ids=COLUMN&log_probs=COLUMN",
-        "the largest log-probabilities of each sample; see softcache import",
-        "softcache.teachers.matrix:open_top_rows",
+        "the largest log-probabilities of each sample or token; see softcache import",
+        "softcache.teachers.top_tokens:open_hub_rows",
+    ),
+    "tokens": Kind(
+        "FILE.jsonl, .parquet",
+        "the largest log-probabilities of each token, as trainers and servers write them; see softcache "
+        "import",
+        "softcache.teachers.top_tokens:open_top_tokens",
+        file=True,
     ),
     SERVER: Kind(
         FORM,
@@ -39,6 +47,7 @@ KINDS = {
         OPTIONS,
     ),
 }
+TOKEN_OPTIONS = ("ids", "log_probs", "rows", "config")
 ALL_KINDS = {
     **MODEL_KINDS,
     CODE: Kind(
@@ -91,6 +100,15 @@ def _parse(text: str) -> Spec:
             f"teacher {text!r}: a matrix of outputs takes no options but classes=A,B,C, since it has no "
             "inputs; leave them out"
         )
+    for suffix in TOKEN_FILES:
+        file, options = split_file_options(text, suffix)
+        if file.endswith(suffix) and not text.startswith("hfds:"):
+            check_options(options, TOKEN_OPTIONS, text)
+            if len({"ids", "log_probs"} & set(options)) == 1:
+                raise SettingsError(
+                    f"teacher {text}: ids= and log_probs= go together; give both columns"
+                )
+            return Spec(text, "tokens", file, options=options, file=True)
     if not text.startswith("hfds:"):
         try:
             return parse_model(text)
@@ -98,6 +116,6 @@ def _parse(text: str) -> Spec:
             raise SettingsError(str(error).replace(forms(MODEL_KINDS), forms(ALL_KINDS))) from error
     where, _, split = text.removeprefix("hfds:").rpartition("@")
     place, options = split_options(where or split)
-    if set(options) - {"ids", "log_probs", "name"} or not {"ids", "log_probs"} <= set(options):
+    if set(options) - {*TOKEN_OPTIONS, "name"} or len({"ids", "log_probs"} & set(options)) == 1:
         raise SettingsError(f"teacher {text}: expected {KINDS['hfds'].form}@SPLIT")
     return Spec(text, "hfds", place, options=options, split=split if where else "")

@@ -143,10 +143,8 @@ class Teacher:
         matrix = self.model
         assert isinstance(matrix, Matrix)
         samples = sample_ids[rows.samples.cpu().numpy()]
-        positions = rows.positions.cpu().numpy()
-        return lambda part: matrix.rows_at(samples[part.numpy()], positions[part.numpy()]).to(
-            self.device
-        )
+        numbers = matrix.numbers_at(samples, rows.positions.cpu().numpy())
+        return lambda part: matrix.rows(numbers[part.numpy()]).to(self.device)
 
     def states(self, inputs: Tensor, rows: RowIndex) -> Tensor:
         """The hidden states (R, H) of rows of a language model whose head runs on its own.

@@ -120,7 +120,7 @@ def test_top_classes_of_a_hugging_face_data_set_are_kept_exactly(
     [
         (
             {"ids": [[[0, 1, 2]] * 4] * SAMPLES},
-            r"Nested lists, such as one for each token, are not supported",
+            r"expected k numbers in every row; lists for each token need data of tokens",
         ),
         ({"ids": [[0]] + [[0, 1, 2]] * (SAMPLES - 1)}, r"expected k numbers in every row"),
         ({"ids": [[0, 1, 9]] * SAMPLES}, r"has class ids 0 to 9; expected 0 to 4"),
