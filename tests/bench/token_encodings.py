@@ -148,7 +148,7 @@ def of_students(
         alpha=1.0 if cache else 0.0,
         temperature=1.0,
         epochs=epochs,
-        batch_tokens=4096,
+        batch_tokens=1024,
         learning_rate=2e-3,
         max_grad_norm=1.0,
         out=folder / "runs" / ("live" if live else source_of.stem if cache else "hard"),
