@@ -305,3 +305,22 @@ def test_texts_longer_than_the_teacher_takes_say_so(
     spec = f"text:{folder / 'train.txt'}?length=100"
     with pytest.raises(ModelError, match=r"length"):
         dump(replace(config, data=spec, out=tmp_path / "cache.h5"))
+
+
+@pytest.mark.parametrize("encoding", ["sampled:8", "distinct:8"])
+def test_draws_say_nothing_of_how_close_a_student_is(
+    folder: Path, config: DumpConfig, tmp_path: Path, encoding: str
+) -> None:
+    cache = dump(replace(config, encoding=encoding, out=tmp_path / "cache.h5"))
+    test = f"text:{folder / 'test.txt'}?documents=lines&tokenizer={folder / 'teacher'}"
+    options = make_train_config(
+        student=STUDENT, cache=cache.path, eval_data=test, epochs=1, out=tmp_path / "run"
+    )
+    line = train(options)[0].history[-1]
+    assert "perplexity" in line
+    assert "teacher_kl" not in line
+    compared = softcache(
+        "compare", str(tmp_path / "run"), "--cache", str(cache.path), "--eval-data", test
+    )
+    assert compared.exit_code == 0, compared.output
+    assert "nan" not in compared.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,7 @@ def compare(
             f"{metrics.bytes:,}",
             *(f"{1e3 * metrics.seconds[batch]:.2f}" for batch in BATCHES),
             "-" if metrics.error is None else f"{metrics.error:.2%}",
-            "-" if metrics.kl is None else f"{metrics.kl:.4f}",
+            "-" if metrics.kl is None or math.isnan(metrics.kl) else f"{metrics.kl:.4f}",
             "-" if metrics.ece is None else f"{metrics.ece:.4f}",
             *score_cells(metrics.scores, scores),
         )

@@ -140,10 +140,13 @@ def _labelled_outputs(
 def divergence_from_teacher(
     model: nn.Module, part: JoinedData, temperature: float, most: int = 10_000
 ) -> float:
-    """Mean KL(teacher ‖ model) in nats on the first view of up to `most` samples of a cache."""
+    """Mean KL(teacher ‖ model) in nats on the first view of up to `most` samples of a cache.
+
+    NaN for tokens of which the cache has draws.
+    """
     if part.layout is not None:
         of_rows = row_model(model, part.classes)
-        return teacher_figures(of_rows, part, temperature, CPU)["teacher_kl"]
+        return teacher_figures(of_rows, part, temperature, CPU).get("teacher_kl", math.nan)
     total, count = 0.0, min(most, len(part))
     with torch.inference_mode():
         for start in range(0, count, BATCH):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softcache.cache import Sampled
 from softcache.data.loader import fetch_batch
 from softcache.divergences import kl
 from softcache.join.joined_data import JoinedData
@@ -27,8 +28,11 @@ def teacher_figures(
         part: the cache, with its samples; it fetches soft targets at `temperature`.
 
     Returns:
-        The fields teacher_kl, teacher_agreement and acceptance of RowScores, by name.
+        The fields teacher_kl, teacher_agreement and acceptance of RowScores, by name. Empty for encodings of
+        draws: of a single draw, all of these are far from what they are of the teacher.
     """
+    if part.cache is not None and isinstance(part.cache.header.encoding, Sampled):
+        return {}
     rows_wanted = max(1, min(ROWS, VALUES // part.classes))
     counts = part.row_counts()
     number = max(1, int(len(counts) * rows_wanted / max(1, counts.sum())))
