@@ -103,8 +103,10 @@ def _check_rows(cache: Cache, draft: Header, source: Source, advice: str) -> Non
     """Compare keys of up to RESUME_SAMPLES samples with many rows, and the layout of all, with the data."""
     header, layout = cache.header, layout_of_source(source)
     stored_facts, requested_facts = header.rows or {}, draft.rows or {}
-    # the number of rows differs if anything else does
-    for name in sorted({*stored_facts, *requested_facts}, key=lambda name: (name == "count", name)):
+    # the numbers of rows and tokens differ if anything else does
+    counted = ("bytes", "count", "tokens")
+    names = {*stored_facts, *requested_facts}
+    for name in sorted(names, key=lambda name: (name in counted, name)):
         stored_fact, requested_fact = stored_facts.get(name), requested_facts.get(name)
         if stored_fact != requested_fact:
             raise SettingsError(
