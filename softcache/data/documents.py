@@ -52,6 +52,13 @@ def is_documents(options: Mapping[str, str]) -> bool:
     return any(name in options for name in COLUMNS)
 
 
+def is_text(spec: Spec) -> bool:
+    """Whether a specification of data names texts, chats, words or token ids."""
+    return spec.kind in ("text", "jsonl", "ids") or (
+        spec.kind == "hfds" and is_documents(spec.options)
+    )
+
+
 def open_text(spec: Spec) -> TokenSource:
     """Open a text file, or the .txt files of a folder in the order of their names.
 

@@ -49,7 +49,7 @@ def dry_run(config: DumpConfig) -> str:
     source = open_source(
         config.data,
         skip_unreadable=config.skip_unreadable,
-        defaults=text_defaults(config.teachers, config.loss_on),
+        defaults=text_defaults(config.teachers, config.data, config.loss_on),
     )
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     check_masks_follow(source, augmentation)

@@ -99,7 +99,7 @@ def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
     source = open_source(
         config.data,
         skip_unreadable=config.skip_unreadable,
-        defaults=text_defaults(config.teachers, config.loss_on),
+        defaults=text_defaults(config.teachers, config.data, config.loss_on),
     )
     augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
     check_masks_follow(source, augmentation)

@@ -311,7 +311,7 @@ def evaluate_teacher(
     """
     if config.eval_data is None:
         return None
-    defaults = text_defaults(config.teachers, config.loss_on)
+    defaults = text_defaults(config.teachers, config.eval_data, config.loss_on)
     source = align_columns(open_source(config.eval_data, defaults=defaults), columns_of(dumped))
     check_same_kind(dumped, source)
     names = teacher.class_names or dumped.class_names  # the data has the teacher's order already

@@ -11,6 +11,7 @@ import torch
 
 from softcache.cache.arrays import INPUT_OFFSETS, INPUTS
 from softcache.cache.layout import RowLayout
+from softcache.data.documents import is_text
 from softcache.data.loader import Batch, loader, sequential_batches
 from softcache.data.rows import (
     FRAME,
@@ -23,6 +24,7 @@ from softcache.data.rows import (
     tokens_of,
 )
 from softcache.data.source import Source
+from softcache.data.spec import parse_data
 from softcache.data.tokens import DEFAULT_LENGTH
 from softcache.errors import SettingsError
 from softcache.models.hf import context_length
@@ -39,13 +41,16 @@ KEY_BATCH = 256  # samples read at a time for their keys
 WINDOW = 8  # batches, among which samples are sorted by length: the most work that a kill can cost
 
 
-def text_defaults(teachers: list[str], loss_on: str | None) -> dict[str, str]:
+def text_defaults(teachers: list[str], data: str | None, loss_on: str | None) -> dict[str, str]:
     """Options of texts that follow from the teacher: its tokenizer, and as many tokens as it takes.
 
     Args:
         teachers: their specifications.
+        data: that of the data; nothing follows for data that are no texts.
         loss_on: which tokens of chats are to be predicted, if that is given.
     """
+    if data is None or not is_text(parse_data(data)):
+        return {}
     defaults = {"loss_on": loss_on} if loss_on else {}
     spec = parse_teacher(teachers[0])
     if spec.kind != "hf":

@@ -85,7 +85,7 @@ def recheck_rows(
         precision=header.precision.removesuffix(COMPILED),
         compile=header.precision.endswith(COMPILED),
     )
-    defaults = text_defaults(list(teacher), None) | token_options(header)
+    defaults = text_defaults(list(teacher), data, None) | token_options(header)
     source = open_samples(cache, data, same_classes=same_classes, defaults=defaults)
     source_indices = join_samples(source, cache)
     if (source_indices[1:] < source_indices[:-1]).any():
