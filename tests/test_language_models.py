@@ -324,3 +324,23 @@ def test_draws_say_nothing_of_how_close_a_student_is(
     )
     assert compared.exit_code == 0, compared.output
     assert "nan" not in compared.stdout
+
+
+@pytest.mark.parametrize("encoding", ["sampled:6", "distinct:6"])
+def test_views_without_augmentation_are_independent_draws(
+    config: DumpConfig, tmp_path: Path, encoding: str
+) -> None:
+    cache = dump(replace(config, encoding=encoding, views=8, out=tmp_path / "cache.h5"))
+    rows = np.arange(cache.header.row_count)
+    views = np.stack([np.exp(cache.rows(view, rows)) for view in range(8)])
+    exact = np.exp(dump(replace(config, out=tmp_path / "dense.h5")).rows(0, rows))
+    assert len({view.tobytes() for view in views}) == 8
+    single = np.abs(views[0] - exact).sum(-1).mean()
+    assert np.abs(views.mean(0) - exact).sum(-1).mean() < 0.6 * single
+    options = make_train_config(student=STUDENT, cache=cache.path, epochs=2, out=tmp_path / "run")
+    assert np.isfinite(train(options)[0].history[-1]["soft"])
+
+
+def test_views_of_other_encodings_would_be_the_same(config: DumpConfig) -> None:
+    with pytest.raises(SettingsError, match="2 views without --augment would all be the same"):
+        replace(config, encoding="topk:4", views=2)
