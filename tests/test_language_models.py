@@ -307,7 +307,7 @@ def test_texts_longer_than_the_teacher_takes_say_so(
         dump(replace(config, data=spec, out=tmp_path / "cache.h5"))
 
 
-@pytest.mark.parametrize("encoding", ["sampled:8", "distinct:8"])
+@pytest.mark.parametrize("encoding", ["distinct:8"])
 def test_draws_say_nothing_of_how_close_a_student_is(
     folder: Path, config: DumpConfig, tmp_path: Path, encoding: str
 ) -> None:

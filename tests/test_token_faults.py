@@ -250,8 +250,8 @@ def test_targets_of_other_tokens_move_the_loss(
         config = make_train_config(
             student=STUDENT.replace("n_embd=8", "n_embd=32"),
             cache=cache.path,
-            epochs=15,
-            learning_rate=0.01,
+            epochs=10,
+            learning_rate=0.02,
             batch_tokens=64,
             out=tmp_path / name,
         )

@@ -61,6 +61,11 @@ def specs_page() -> str:
                 "names of columns, configuration, slice of the split",
             ),
             (
+                "text:FILE?tokenizer=ID_OR_FOLDER&length=1024&stride=512",
+                "texts, chats, words and ids: the tokenizer, by default the model's; the most tokens of a "
+                "sample, and from one to the next; loss_on=all, assistant or completion for chats",
+            ),
+            (
                 "csv:FILE?label=COLUMN&inputs=A,B&missing=mean",
                 "names of columns; missing=nan or mean for empty cells",
             ),

@@ -100,7 +100,7 @@ def reference(folder: Path) -> bytes:
     return (folder / "one.h5").read_bytes()
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [3])
 def test_several_processes_write_the_file_that_one_writes(processes: int, folder: Path) -> None:
     result = run(folder, dump_command(processes, "many.h5"))
     assert result.returncode == 0, result.stderr
