@@ -189,15 +189,15 @@ def import_labels(**options: Any) -> None:
 @option(
     "--columns",
     type=click.Choice(TRAINERS),
-    help="Of tokens, write the columns that this trainer reads, a document each.",
+    help="Columns of a trainer to write, a document per row; of tokens.",
 )
 @option(
     "--top",
     type=click.IntRange(min=1),
-    help="With --columns: largest entries of each token.  [default: all of a topk cache, else 64]",
+    help="Largest entries of each token, with --columns.  [default: all of a topk cache, else 64]",
 )
 @option(
-    "--data", metavar="SPEC", help="With --columns: documents, if the cache does not store them."
+    "--data", metavar="SPEC", help="Documents, with --columns, if the cache does not store them."
 )
 def export_labels(cache: Path, out: Path, **options: Any) -> None:
     """Write the soft targets of one view as an .npy matrix (samples, classes) float32, or as Parquet.

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from softcache.cache.layout import RowLayout, even_layout
-from softcache.data.documents import source_of_dicts
 from softcache.data.images import Pixels, as_array, decided
 from softcache.data.items import as_label, as_values, is_image, split_item
 from softcache.data.layout import Layout, layout_of
 from softcache.data.rows import PIXEL, without_ignored
 from softcache.data.source import DEFAULT_SPLIT, UNLABELLED, Source
+from softcache.data.token_dicts import source_of_dicts
 from softcache.errors import DataError, SettingsError
 from softcache.util.callables import call_user, import_callable
 from softcache.util.log import inform

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from softcache.cache.layout import RowLayout
-from softcache.data.documents import TOKENS, read_records, token_ids
+from softcache.data.documents import read_records
 from softcache.data.huggingface import load
+from softcache.data.token_dicts import TOKENS, token_ids
 from softcache.errors import DataError, MissingFileError, ModelError, SettingsError
 from softcache.teachers.distillkit import COMPRESSED, Codec, read_codec
 from softcache.teachers.token_columns import (

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softcache.data.documents import source_of_dicts
 from softcache.data.open import open_source
 from softcache.data.rows import PADDING, TokenSource
+from softcache.data.token_dicts import source_of_dicts
 from softcache.errors import DataError, SettingsError
 from tests.tokens import make_tokenizer
 
