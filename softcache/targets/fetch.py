@@ -48,6 +48,12 @@ def stored_targets(
     """Like tempered_targets(), but the rows stay as they are stored until they are needed.
 
     The log-probabilities of all tokens of a batch would not fit into memory.
+
+    Returns:
+        (views, cache rows (B,)) -> stored targets by temperature.
+
+    Raises:
+        SettingsError: the encoding cannot be re-tempered to a temperature.
     """
     header = cache.header
     if isinstance(header.encoding, Sampled):
@@ -65,10 +71,10 @@ def stored_targets(
                 wanted=wanted,
                 classes=header.classes,
             )
+            if header.rows is None or not isinstance(header.encoding, TopK):
+                return targets
             # of a large vocabulary, the mass of the tail is known, and not how it is shared out
-            if isinstance(header.encoding, TopK) and isinstance(targets, SparseTargets):
-                return replace(targets, bucket=True)
-            return targets
+            return replace(targets, bucket=True) if isinstance(targets, SparseTargets) else targets
 
         return decoded
 
@@ -96,31 +102,10 @@ def tempered_targets(
     Returns:
         (views, cache rows (B,)) -> targets by temperature.
     """
-    header = cache.header
-    if isinstance(header.encoding, Sampled):
-        for temperature in temperatures:
-            check_sampled(header.temperature, temperature)
-    gather, check_unchanged = make_gather(cache), change_check(cache)
-    shared = {name: tensor.to(device) for name, tensor in shared_tensors(cache).items()}
-
-    def fetch(views: Views, cache_rows: Indices) -> dict[float, Targets]:
-        stored = gather(views * header.row_count + cache_rows)
-        check_unchanged()
-        if "ids" in stored:
-            stored["ids"] = class_ids(stored["ids"], header.classes)
-        on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in stored.items()}
-        return {
-            target_temperature: decode(
-                header.encoding,
-                shared | on_device,
-                temperature=header.temperature,
-                wanted=target_temperature,
-                classes=header.classes,
-            )
-            for target_temperature in temperatures
-        }
-
-    return fetch
+    fetch = stored_targets(cache, temperatures, device)
+    return lambda views, cache_rows: {
+        temperature: stored.decoded() for temperature, stored in fetch(views, cache_rows).items()
+    }
 
 
 def make_gather(cache: Cache) -> Callable[[Indices], dict[str, Tensor]]:
