@@ -257,7 +257,7 @@ BAD_INPUTS: dict[str, tuple[Make, int, str]] = {
     "several views without augmentation": (
         lambda w: w.dump("teacher", "--views", "2:4"),
         2,
-        r"2 views without --augment would all be the same; add it, or ask for one view",
+        r"2 views without --augment would all be the same; add it, or ask for one view .*",
     ),
     "no such cache to encode like": (
         lambda w: w.dump("teacher", "--like", "nowhere.h5"),
