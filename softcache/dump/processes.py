@@ -13,7 +13,7 @@ from typing import Any
 from softcache.errors import SoftcacheError
 from softcache.util.distributed import local_world_size, world_size
 
-POLL_INTERVAL = timedelta(seconds=5)  # how often a waiting process checks that no other has failed
+POLL_INTERVAL = timedelta(seconds=1)  # how often a waiting process checks that no other has failed
 
 
 @dataclass
