@@ -49,6 +49,7 @@ def http_server(folder: Path) -> Iterator[Served]:
     served: Served
 
     class Handler(BaseHTTPRequestHandler):
+        disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *_: Any) -> None:

@@ -61,6 +61,7 @@ class Served:
 class Handler(BaseHTTPRequestHandler):
     """Answers a request; `answer` is how a test sends something else."""
 
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
     protocol_version = "HTTP/1.1"
     served: Served
     model: GPT2LMHeadModel
