@@ -411,20 +411,18 @@ def test_a_segmenter_of_transformers_teaches_and_learns(
     assert tuple(exported.config.id2label.values()) == NAMES
 
 
+def segmenter_options(folder: Path, tmp_path: Path) -> list[str]:
+    out = ["--temperature", "1", "--out", str(tmp_path / "s.h5")]
+    return ["--data", f"npz:{folder}/pixels.npz", *out]
+
+
 def test_a_segmenter_that_crops_its_images_is_refused(
     folder: Path, segmenter: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(segmenter, tmp_path / "crops")
     crop = {"do_center_crop": True, "crop_size": {"height": 8, "width": 8}}
     write_processor(tmp_path / "crops", image_processor_type="CLIPImageProcessor", **crop)
-    out = [
-        "--data",
-        f"npz:{folder}/pixels.npz",
-        "--temperature",
-        "1",
-        "--out",
-        str(tmp_path / "s.h5"),
-    ]
+    out = segmenter_options(folder, tmp_path)
     result = softcache("dump", "--teacher", f"hf:{tmp_path / 'crops'}", *out)
     assert "crops the centre of its images, so it says nothing of the other pixels" in result.output
 
@@ -434,14 +432,7 @@ def test_a_segmenter_without_background_says_how_masks_are_numbered(
 ) -> None:
     shutil.copytree(segmenter, tmp_path / "reduced")
     write_processor(tmp_path / "reduced", do_reduce_labels=True)
-    out = [
-        "--data",
-        f"npz:{folder}/pixels.npz",
-        "--temperature",
-        "1",
-        "--out",
-        str(tmp_path / "s.h5"),
-    ]
+    out = segmenter_options(folder, tmp_path)
     result = softcache("dump", "--teacher", f"hf:{tmp_path / 'reduced'}", *out)
     assert result.exit_code == 0, result.output
     assert (

@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
+
+from tests.servers import running_server
 
 # gets the handler of a request and its number from 0 on; True if it has answered itself
 Misbehaviour = Callable[["Handler", int], bool]
@@ -155,14 +157,6 @@ def language_server(folder: Path) -> Iterator[Served]:
 
     OwnHandler.model = GPT2LMHeadModel.from_pretrained(folder).eval()
     OwnHandler.lock, OwnHandler.active = threading.Lock(), []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), OwnHandler)
-    server.daemon_threads, server.block_on_close = True, False
-    served = OwnHandler.served = Served(f"http://127.0.0.1:{server.server_address[1]}/v1")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with running_server(OwnHandler) as url:
+        served = OwnHandler.served = Served(f"{url}/v1")
         yield served
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
