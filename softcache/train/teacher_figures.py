@@ -28,15 +28,18 @@ def teacher_figures(
         part: the cache, with its samples; it fetches soft targets at `temperature`.
 
     Returns:
-        The fields teacher_kl, teacher_agreement and acceptance of RowScores, by name. Empty for encodings of
-        draws: of a single draw, all of these are far from what they are of the teacher.
+        The fields teacher_kl, teacher_agreement and acceptance of RowScores, by name. Empty without any rows,
+        and for encodings of draws: of a single draw, all of these are far from what they are of the teacher.
     """
     if part.cache is not None and isinstance(part.cache.header.encoding, Sampled):
         return {}
     rows_wanted = max(1, min(ROWS, VALUES // part.classes))
     counts = part.row_counts()
-    number = max(1, int(len(counts) * rows_wanted / max(1, counts.sum())))
-    samples = np.unique(np.linspace(0, len(counts) - 1, number).astype(np.int64))
+    filled = np.flatnonzero(counts)  # a document may have no token that counts
+    if not len(filled):
+        return {}
+    number = max(1, int(len(filled) * rows_wanted / max(1, counts.sum())))
+    samples = np.unique(filled[np.linspace(0, len(filled) - 1, number).astype(np.int64)])
     sums, seen = torch.zeros(3, dtype=torch.float64), 0
     with torch.inference_mode():
         for sample in samples:
@@ -55,7 +58,9 @@ def teacher_figures(
                 sums += _compared(torch.log_softmax(log_q / temperature, -1), chosen)
                 start += len(log_q)
             seen += stored.count
-    means = (sums / max(1, seen)).tolist()
+    if not seen:
+        return {}
+    means = (sums / seen).tolist()
     return dict(zip(("teacher_kl", "teacher_agreement", "acceptance"), means, strict=True))
 
 
