@@ -224,11 +224,6 @@ def _tensor(output: object) -> Tensor:
     return logits
 
 
-def split_model(model: nn.Module) -> TokenModel | None:
-    """The model whose head runs on its own; None if it is not a model of tokens."""
-    return model if isinstance(model, TokenModel) else None
-
-
 def flat_logits(
     output: object, inputs: Tensor, rows: RowIndex, who: str, expected: int | None = None
 ) -> Tensor:

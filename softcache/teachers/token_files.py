@@ -162,11 +162,6 @@ class TokenFile:
             )
 
 
-def is_token_file(path: str) -> bool:
-    """Whether a name is that of such a file."""
-    return path.endswith((".jsonl", ".parquet"))
-
-
 def read_token_file(spec: Spec) -> TokenFile:
     """Read the token ids and the entries of all documents.
 
