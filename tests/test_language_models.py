@@ -307,7 +307,7 @@ def test_texts_longer_than_the_teacher_takes_say_so(
         dump(replace(config, data=spec, out=tmp_path / "cache.h5"))
 
 
-@pytest.mark.parametrize("encoding", ["distinct:8"])
+@pytest.mark.parametrize("encoding", ["packed:20"])
 def test_draws_say_nothing_of_how_close_a_student_is(
     folder: Path, config: DumpConfig, tmp_path: Path, encoding: str
 ) -> None:
@@ -326,7 +326,7 @@ def test_draws_say_nothing_of_how_close_a_student_is(
     assert "nan" not in compared.stdout
 
 
-@pytest.mark.parametrize("encoding", ["sampled:6", "distinct:6"])
+@pytest.mark.parametrize("encoding", ["sampled:6", "packed:16"])
 def test_views_without_augmentation_are_independent_draws(
     config: DumpConfig, tmp_path: Path, encoding: str
 ) -> None:

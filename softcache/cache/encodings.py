@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from softcache.cache.array_spec import Arrays, ArraySpec, Floats, id_dtype, log_softmax
-from softcache.cache.draws import Distinct, Sampled
+from softcache.cache.draws import Sampled
+from softcache.cache.packed import Packed
 from softcache.cache.possible_values import (
     SUM_TOLERANCE,
     are_steps,
@@ -297,7 +298,7 @@ class Bernoulli:
 
 
 ENCODINGS: dict[str, Callable[..., Encoding]] = {
-    kind.name: kind for kind in (Dense, Quantized, TopK, Basis, Sampled, Distinct, Bernoulli)
+    kind.name: kind for kind in (Dense, Quantized, TopK, Basis, Sampled, Packed, Bernoulli)
 }
 
 
@@ -319,11 +320,11 @@ def parse_encoding(spec: str, temperature: float) -> Encoding:
         return TopK(int(size), tuple(sorted({*TAIL_TEMPERATURES, float(temperature)})))
     if name == "sampled" and size:
         return Sampled(int(size))
-    if name == "distinct" and size:
-        return Distinct(int(size))
+    if name == "packed" and size:
+        return Packed(int(size))
     raise SettingsError(
         f"encoding {spec!r} is unknown; expected dense, quantized, topk:K, basis:BYTES,K, sampled:N, "
-        "distinct:N or auto"
+        "packed:BYTES or auto"
     )
 
 

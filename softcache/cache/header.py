@@ -34,7 +34,7 @@ BASE_VERSION = (1, 0)  # of a cache without features, so that older readers open
 ROWS = "rows"  # the feature of samples with many rows, and the field that describes them
 # the features that a cache may need, with the version that added each
 FEATURES = {INPUTS: (1, 1), LABEL_SETS: (1, 2), ROWS: (1, 3)}
-DISTINCT_VERSION = (1, 3)  # that added the encoding `distinct`
+PACKED_VERSION = (1, 3)  # that added the encoding `packed`
 MAX_HEADER = 1 << 20  # bytes of JSON
 MAX_USER_BLOCK = 8 << 20  # bytes
 MAX_CLASSES = 1 << 24

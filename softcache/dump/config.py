@@ -14,7 +14,7 @@ from softcache.teachers.spec import MATRIX_KINDS, parse_teacher
 from softcache.util.settings import check_range, setting
 
 BATCH_SIZE = 256  # the default
-DRAWS = ("sampled:", "distinct:")  # encodings that draw at random
+DRAWS = ("sampled:", "packed:")  # encodings that draw at random
 AUTO = 0  # the batch size that stands for `auto`
 DEFAULT_MAX_KL = 1e-3  # nats; the limit of --encoding auto
 MAX_VIEWS = 1 << 20
@@ -197,7 +197,7 @@ class DumpConfig:
         if self.views + self.first_view > 1 and not self.augment and not draws:
             raise SettingsError(
                 f"{self.views} views without --augment would all be the same; add it, or ask for one view "
-                "(sampled:N and distinct:N draw anew in each view)"
+                "(sampled:N and packed:BYTES draw anew in each view)"
             )
         if self.weight_files and len(self.weight_files) != len(self.teachers):
             raise SettingsError(

@@ -13,9 +13,9 @@ from softcache.cache import Cache, Dense, Header, open_cache
 from softcache.cache.allocate import create
 from softcache.cache.array_spec import DTYPES, ArraySpec
 from softcache.cache.arrays import INPUTS
-from softcache.cache.draws import Distinct
 from softcache.cache.encodings import LABEL_SETS
-from softcache.cache.header import BASE_VERSION, DISTINCT_VERSION, FEATURES, ROWS
+from softcache.cache.header import BASE_VERSION, FEATURES, PACKED_VERSION, ROWS
+from softcache.cache.packed import Packed
 from softcache.cache.reader import partial_path
 from softcache.data.augment import Augmentation, split_augment
 from softcache.data.class_names import align_classes
@@ -65,7 +65,7 @@ def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Heade
         )
     features = [INPUTS] * config.embed_inputs + [LABEL_SETS] * config.multi_label
     features += [ROWS] * (layout_of_source(source) is not None)
-    newer = [DISTINCT_VERSION] if config.encoding.startswith(f"{Distinct.name}:") else []
+    newer = [PACKED_VERSION] if config.encoding.startswith(f"{Packed.name}:") else []
     total, (shard, shards) = len(source), config.shard
     if shards > total:
         raise SettingsError(

@@ -26,8 +26,8 @@ from softcache.cache import (
     parse_encoding,
 )
 from softcache.cache.allocate import Stored
-from softcache.cache.draws import Distinct
 from softcache.cache.encodings import TAIL_TEMPERATURES
+from softcache.cache.packed import Packed
 from softcache.data.augment import Augmentation
 from softcache.data.rows import layout_of_source
 from softcache.data.source import Source
@@ -258,8 +258,8 @@ def spec_of(encoding: Encoding) -> str:
     match encoding:
         case TopK():
             return f"topk:{encoding.k}"
-        case Distinct():
-            return f"distinct:{encoding.n}"
+        case Packed():
+            return f"packed:{encoding.n}"
         case Sampled():
             return f"sampled:{encoding.n}"
         case Basis():

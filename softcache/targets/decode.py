@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from softcache.cache import Basis, Bernoulli, Dense, Encoding, Quantized, Sampled, TopK
-from softcache.cache.draws import Distinct, check_sampled
+from softcache.cache.draws import check_sampled
+from softcache.cache.packed import Packed, packing
 from softcache.cache.tails import tail_weights
 from softcache.errors import FormatError
-from softcache.targets.draw import decode_distinct
+from softcache.targets.pack import decode_packed
 from softcache.types import SparseTargets, StoredTargets, Targets
 
 
@@ -50,11 +51,9 @@ def decode(
             return _decode_topk(encoding, stored, ratio, wanted, classes)
         case Basis():
             return _retempered(_basis_rows(encoding, stored), ratio)
-        case Distinct():
+        case Packed():
             check_sampled(temperature, wanted)
-            ids, log_probs = decode_distinct(
-                stored["packed"], stored["codes"], stored["ranges"], classes
-            )
+            ids, log_probs = decode_packed(stored["packed"], packing(encoding.n, classes))
             nothing = torch.full_like(log_probs[:, 0], -math.inf)
             return SparseTargets(class_ids(ids, classes), log_probs, nothing, classes)
         case Sampled():

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from softcache.cache import Basis, Bernoulli, Dense, Encoding, Quantized, Sampled, TopK
 from softcache.cache.array_spec import id_dtype
-from softcache.cache.draws import Distinct
 from softcache.cache.encodings import BASIS_RANGE, FLOAT16_LOWEST, QUANTIZED_RANGE
-from softcache.targets.draw import WIDE, encode_distinct, systematic
+from softcache.cache.packed import Packed, packing
+from softcache.targets.draw import WIDE, systematic
+from softcache.targets.pack import encode_packed
 from softcache.util.counter_rng import uniform
 
 Indices = npt.NDArray[np.int64]
@@ -123,13 +124,13 @@ def _make_encoder(
         case Basis():
             project = projection(shared)
             return lambda log_probs, *_: _encode_basis(encoding, shared, project, log_probs)
-        case Distinct():
-            return lambda log_probs, view, sample_ids, positions=None: encode_distinct(
+        case Packed():
+            return lambda log_probs, view, sample_ids, positions=None: encode_packed(
                 log_probs,
                 torch.from_numpy(
                     uniform(seed, view, sample_ids, stream=_draw_stream(positions), draws=1)
                 ).to(log_probs.device),
-                encoding.n,
+                packing(encoding.n, log_probs.shape[1]),
             )
         case Sampled():
             return lambda log_probs, view, sample_ids, positions=None: _encode_sampled(

@@ -26,7 +26,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from softcache.cache import Sampled, TopK
-from softcache.cache.draws import Distinct
+from softcache.cache.packed import Packed
 from softcache.errors import Interrupted, SettingsError
 from softcache.join.joined_data import JoinedData
 from softcache.models.outputs import logits_of
@@ -169,8 +169,8 @@ def candidates(
         axes["alpha"] = ALPHAS
     if soft and student.loss is None:
         kinds = {type(cache.header.encoding) for cache in caches}
-        without = {"mse"} if kinds & {Sampled, Distinct, TopK} else set()
-        without |= {"correlation"} if kinds & {Sampled, Distinct} else set()
+        without = {"mse"} if kinds & {Sampled, Packed, TopK} else set()
+        without |= {"correlation"} if kinds & {Sampled, Packed} else set()
         axes["loss"] = [loss for loss in LOSSES if loss not in without]
     if student.learning_rate is None:
         axes["learning_rate"] = [rate * default.peak_learning_rate for rate in RATES]

@@ -77,7 +77,7 @@ def deferred_stop(*, resend: bool = True) -> Iterator[Stop]:
         stop.signal = number
         if again:
             raise KeyboardInterrupt
-        timers.append(threading.Timer(GRACE, os.kill, (os.getpid(), number)))
+        timers.append(threading.Timer(GRACE, _interrupt, (number,)))
         timers[0].daemon = True
         timers[0].start()
 
@@ -92,6 +92,17 @@ def deferred_stop(*, resend: bool = True) -> Iterator[Stop]:
     finally:
         if stop.signal is not None and (resend or not ended):
             signal.raise_signal(stop.signal)
+
+
+def _interrupt(number: int) -> None:
+    """Send this process a signal that also interrupts a main thread that sleeps.
+
+    One to the process may reach any thread, and only the main one runs handlers, once it is awake.
+    """
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:  # Windows
+        os.kill(os.getpid(), number)
 
 
 @contextmanager

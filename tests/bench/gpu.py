@@ -33,7 +33,7 @@ Section = Callable[["Bench"], Iterator[Row]]
 
 ENOUGH = 20.0  # seconds that must be left for a row to be started
 CLASSES = 1000
-ENCODINGS = ("dense", "quantized", "topk:32", "basis:64,8", "sampled:50")
+ENCODINGS = ("dense", "quantized", "topk:32", "basis:64,8", "sampled:50", "packed:36")
 
 
 @dataclass

@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tabulate import tabulate
 from torch import Tensor
@@ -44,13 +45,15 @@ from tests.bench import machine
 ENCODINGS = (
     "topk:2", "topk:6", "topk:12", "topk:24", "topk:64", "topk:100",
     "sampled:4", "sampled:12", "sampled:18", "sampled:50", "sampled:128",
-    "distinct:2", "distinct:6", "distinct:10", "distinct:12", "distinct:20", "distinct:40", "distinct:100",
+    "packed:8", "packed:12", "packed:16", "packed:20", "packed:26", "packed:36", "packed:64", "packed:92",
+    "packed:128", "packed:256", "packed:400",
     "basis:8,4", "basis:16,4", "basis:32,4", "basis:64,8", "basis:128,8", "basis:256,16",
 )  # fmt: skip
 STUDENT = (
     "hf:gpt2?pretrained=false&n_layer=2&n_head=2&n_embd=64&resid_pdrop=0&embd_pdrop=0&attn_pdrop=0"
 )
 CUT = "topk:12 cut, without a tail"
+REPLACED = "50 draws with replacement"
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def main() -> None:
     student = student_of(source, teacher.classes, chosen[used:], options.steps)
     exact = [gradient(student, batch, batch.log_probs) for batch in batches]
     rows = []
-    for spec in (*options.encodings, CUT):
+    for spec in (*options.encodings, CUT, REPLACED):
         size, targets = encoded(config, source, teacher, batches, spec)
         angles, ratios = [], []
         for batch, given, reference in zip(batches, targets, exact, strict=True):
@@ -159,20 +162,40 @@ def gradient(student: TokenModel, batch: Batch, targets: Targets) -> Tensor:
     return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 
+Codec = Callable[[Tensor, npt.NDArray[np.int64], Tensor], Targets]
+
+
 def encoded(
     config: DumpConfig, source: Source, teacher: Ensemble, batches: Sequence[Batch], spec: str
 ) -> tuple[int, list[Targets]]:
     """Bytes a row of an encoding, and the batches' rows as it gives them back."""
-    classes = teacher.classes
     if spec == CUT:
         return 12 * 4, [cut(batch.log_probs, 12) for batch in batches]
+    if spec == REPLACED:
+        return drawn_with_replacement(batches, 50)
+    every = torch.cat([batch.log_probs for batch in batches])
+    size, codec = make_codec(config, source, teacher, every[:1024], spec)
+    return size, [codec(batch.log_probs, batch.samples, batch.rows.positions) for batch in batches]
+
+
+def make_codec(
+    config: DumpConfig, source: Source, teacher: Ensemble, log_probs: Tensor, spec: str
+) -> tuple[int, Codec]:
+    """Bytes a row of an encoding, and what encodes rows and decodes them again.
+
+    Args:
+        log_probs: (R, C) rows that an encoding is fitted to.
+
+    Returns:
+        The bytes, and (log-probabilities (R, C), samples (R,), positions (R,)) -> soft targets.
+    """
+    classes = teacher.classes
     draft = draft_header(replace(config, encoding=spec), source, teacher)
     directions = None
     if needs_rows(spec):
         directions = head_directions(draft, source, teacher, most_directions(spec))
-    every = torch.cat([batch.log_probs for batch in batches])
     encoding, shared, _ = select(
-        spec, every[:1024], temperature=1.0, seed=0, max_kl=1.0, directions=directions
+        spec, log_probs, temperature=1.0, seed=0, max_kl=1.0, directions=directions
     )
     size = sum(
         np.dtype(a.dtype).itemsize * math.prod(a.shape)
@@ -180,17 +203,18 @@ def encoded(
         if a.axis == "rows"
     )
     encode = make_encoder(encoding, shared, temperature=1.0, seed=0, device=torch.device("cpu"))
-    results: list[Targets] = []
-    for batch in batches:
-        stored = encode(batch.log_probs, 0, batch.samples, batch.rows.positions.numpy())
+    floats = {name: tensor.float() for name, tensor in shared.items()}
+
+    def codec(log_probs: Tensor, samples: npt.NDArray[np.int64], positions: Tensor) -> Targets:
+        stored = encode(log_probs, 0, samples, positions.numpy())
         if "ids" in stored:
             stored["ids"] = class_ids(stored["ids"], classes)
-        floats = {name: tensor.float() for name, tensor in shared.items()}
         targets = decode(encoding, stored | floats, temperature=1.0, wanted=1.0, classes=classes)
         if isinstance(encoding, TopK) and isinstance(targets, SparseTargets):
-            targets = replace(targets, bucket=True)
-        results.append(targets)
-    return size, results
+            return replace(targets, bucket=True)
+        return targets
+
+    return size, codec
 
 
 def cut(log_probs: Tensor, k: int) -> SparseTargets:
@@ -198,6 +222,22 @@ def cut(log_probs: Tensor, k: int) -> SparseTargets:
     top, ids = log_probs.topk(k)
     nothing = torch.full_like(top[:, 0], -torch.inf)
     return SparseTargets(ids, torch.log_softmax(top, -1), nothing, log_probs.shape[1])
+
+
+def drawn_with_replacement(batches: Sequence[Batch], n: int) -> tuple[int, list[Targets]]:
+    """n independent draws of each row, as ids and counts in 3 bytes a class, on the average.
+
+    Random sampling knowledge distillation, Anshumann et al., "Sparse logit sampling" (ACL 2025).
+    """
+    targets: list[Targets] = []
+    generator, stored = torch.Generator().manual_seed(0), 0
+    for batch in batches:
+        ids = torch.multinomial(batch.log_probs.exp(), n, replacement=True, generator=generator)
+        counts = torch.zeros_like(batch.log_probs)
+        counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))
+        stored += int((counts > 0).sum())
+        targets.append((counts / n).log())
+    return round(3 * stored / sum(len(batch.labels) for batch in batches)), targets
 
 
 if __name__ == "__main__":

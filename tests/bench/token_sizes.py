@@ -26,8 +26,8 @@ ENCODINGS = (
     "topk:12",
     "topk:64",
     "sampled:50",
-    "distinct:6",
-    "distinct:12",
+    "packed:26",
+    "packed:36",
     "basis:64,8",
 )
 TOKENS = 300

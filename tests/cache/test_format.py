@@ -38,7 +38,7 @@ from tests.cache.test_header import WRONG, cache_with, with_preamble
 from tests.cache.test_header_arrays import array_at
 from tests.cache.test_writer import digest_offset, locate
 from tests.cache.writer_cases import VIEWS, run_dump
-from tests.targets import test_draw
+from tests.targets import test_pack
 
 FORMAT = (Path(softcache.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
 
@@ -65,7 +65,7 @@ def marked_rules(functions: Iterable[object]) -> set[str]:
 
 def test_every_rule_has_a_test_and_every_test_a_rule() -> None:
     assert len(rules(FORMAT)) >= 24
-    others = (test_format_rows, test_format_tokens, test_layout, test_values, test_draw)
+    others = (test_format_rows, test_format_tokens, test_layout, test_values, test_pack)
     modules = (sys.modules[__name__], *others)
     here = [value for module in modules for value in vars(module).values()]
     assert marked_rules(here) == rules(FORMAT)

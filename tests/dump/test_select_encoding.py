@@ -254,7 +254,7 @@ def test_a_good_specification_passes(spec: str) -> None:
     ("spec", "message"),
     [
         ("zip", r"^encoding 'zip' is unknown; expected dense, quantized, topk:K, basis:BYTES,K, "),
-        ("auto:3", r"^encoding 'auto:3' is unknown; expected .* distinct:N or auto$"),
+        ("auto:3", r"^encoding 'auto:3' is unknown; expected .* packed:BYTES or auto$"),
         ("basis", r"^encoding 'basis' is unknown; expected .*basis:BYTES,K"),
         *(
             (spec, rf"^encoding '{spec}': expected basis:BYTES,K, .* as in basis:64,8$")

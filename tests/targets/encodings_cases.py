@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from hypothesis import settings
+from hypothesis import assume, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from softcache.cache import Basis, Encoding, Sampled, TopK
-from softcache.cache.draws import Distinct
 from softcache.cache.encodings import ENCODINGS
+from softcache.cache.packed import Packed, packing
 from softcache.dump.fit_basis import Directions, principal_directions, shared_arrays
+from softcache.errors import SettingsError
 from softcache.targets.decode import class_ids, decode, to_dense
 from softcache.targets.encode import as_arrays, make_encoder
 from softcache.targets.fetch import as_tensor
@@ -82,9 +83,24 @@ def encodings(draw: st.DrawFn, name: str, classes: int) -> Encoding:
             return Basis(max(wide, int(not narrow)), narrow, draw(st.integers(1, min(classes, 9))))
         case "sampled":
             return Sampled(draw(st.sampled_from([1, 2, 7, 50])))
-        case "distinct":
-            return Distinct(draw(st.integers(1, min(classes - 1, 20))))
+        case "packed":
+            sizes = packed_sizes(classes)
+            assume(sizes)  # two or three classes never need it
+            return Packed(draw(st.sampled_from(sizes)))
     return ENCODINGS[name]()
+
+
+def packed_sizes(classes: int) -> list[int]:
+    """The numbers of bytes up to 40 that `packed` takes for this number of classes."""
+
+    def is_possible(size: int) -> bool:
+        try:
+            packing(size, classes)
+        except SettingsError:
+            return False
+        return True
+
+    return [size for size in range(1, 41) if is_possible(size)]
 
 
 @functools.cache
@@ -158,7 +174,7 @@ def round_trip(
 
 
 def temperatures_for(name: str) -> st.SearchStrategy[float]:
-    if name in ("sampled", "distinct"):
+    if name in ("sampled", "packed"):
         return st.just(1.0)
     return st.sampled_from([0.5, 1.0, 3.0, 4.0, 8.0, 50.0])
 

@@ -320,7 +320,7 @@ def basis_json(**changes: object) -> dict[str, object]:
     return {"name": "basis", "wide": 4, "narrow": 2, "top": 1} | changes
 
 
-KNOWN = r"; this softcache knows dense, quantized, topk, basis, sampled, distinct, bernoulli$"
+KNOWN = r"; this softcache knows dense, quantized, topk, basis, sampled, packed, bernoulli$"
 
 
 @pytest.mark.parametrize(
