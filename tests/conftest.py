@@ -15,6 +15,7 @@ from softcache.cache import Cache
 from softcache.cli.commands import show_log
 from softcache.dump.config import DumpConfig
 from softcache.dump.loop import dump
+from tests.commands import softcache
 
 SAMPLES, CLASSES, SIDE = 300, 5, 8
 
@@ -109,7 +110,9 @@ def run(tmp_path: Path) -> Run:
     """Run `softcache ARGUMENTS` as a separate process in tmp_path."""
 
     def run(*arguments: str | Path, check: bool = False) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "softcache", *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=check)
+        result = softcache(arguments, tmp_path)
+        if check:
+            result.check_returncode()
+        return result
 
     return run

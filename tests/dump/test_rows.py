@@ -23,7 +23,8 @@ from softcache.dump.loop import dump
 from softcache.dump.rows import sample_batches
 from softcache.errors import DataError, Interrupted, SettingsError
 from softcache.util.callables import import_callable
-from tests.dump.test_processes import command, environment
+from tests.commands import softcache
+from tests.dump.test_processes import environment
 from tests.token_caches import (
     LONGEST,
     frame_config,
@@ -302,10 +303,8 @@ def test_several_processes_write_the_file_that_one_writes(tmp_path: Path) -> Non
     options = "--teacher models.py:teacher --data ids:ids.jsonl --batch-tokens 1000 --temperature 1"
     more = "--embed-inputs --encoding sampled:4 --device cpu --out"
     for processes, out in ((1, "one.h5"), (2, "two.h5")):
-        arguments = command(processes, "dump", *options.split(), *more.split(), out)
-        result = subprocess.run(
-            arguments, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
-        )
+        arguments = ["dump", *options.split(), *more.split(), out]
+        result = softcache(arguments, tmp_path, processes=processes, threads=1)
         assert result.returncode == 0, result.stderr
     one, two = (open_cache(tmp_path / name) for name in ("one.h5", "two.h5"))
     assert blocks_within_samples(one)

@@ -175,8 +175,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 13_000))\n"
     )
     random = np.random.default_rng(0)
-    images = random.integers(0, 256, (2500, 1, 8, 8), dtype=np.uint8)
-    np.savez(folder / "d.npz", x=images, y=random.integers(0, 13_000, 2500))
+    images = random.integers(0, 256, (1600, 1, 8, 8), dtype=np.uint8)
+    np.savez(folder / "d.npz", x=images, y=random.integers(0, 13_000, 1600))
     config = DumpConfig(
         teacher=f"{folder / 'm.py'}:wide", data=f"npz:{folder / 'd.npz'}", temperature=4.0,
         out=folder / "wide.h5",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from softcache.train.config import StudentConfig
 from softcache.train.prepare import make_student
 from softcache.train.student import Student
 from softcache.types import Labels, MixedLabels
+from tests.commands import softcache
 from tests.train.loop_cases import metrics
 
 BATCH, CLASSES = 16, 5
@@ -104,20 +102,6 @@ TRAIN = (
 )
 
 
-def started(folder: Path, processes: int, options: str) -> subprocess.Popen[str]:
-    """`softcache train` in some processes."""
-    start = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    softcache = [*(start if processes > 1 else []), "-m", "softcache"]
-    return subprocess.Popen(
-        [sys.executable, *softcache, *options.split()],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_two_processes_train_on_partly_labelled_data_as_one_does(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     labels = random.choice(5, 80, p=[0.6, 0.1, 0.1, 0.1, 0.1])
@@ -125,10 +109,10 @@ def test_two_processes_train_on_partly_labelled_data_as_one_does(tmp_path: Path)
     images = random.integers(0, 256, (80, 1, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", x=images, y=labels)
     (tmp_path / "models.py").write_text(MODELS)
-    jobs = [started(tmp_path, n, f"{TRAIN} --out run{n}") for n in (1, 2)]
-    for job in jobs:
-        _, errors = job.communicate(timeout=120)
-        assert job.returncode == 0, errors
+    for processes in (1, 2):
+        arguments = [*TRAIN.split(), "--out", f"run{processes}"]
+        result = softcache(arguments, tmp_path, processes=processes, threads=1)
+        assert result.returncode == 0, result.stderr
     one, two = tmp_path / "run1", tmp_path / "run2"
     for name in ("total", "hard"):
         losses = [[line[name] for line in metrics(folder)] for folder in (one, two)]
