@@ -284,7 +284,8 @@ def _pool(fidelities: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     def mean(values: Sequence[float]) -> float:
         return float(weights @ np.array(values, np.float64))
 
-    names = ("mean", "moved", *(["repeats"] if all("repeats" in f for f in fidelities) else []))
+    optional = (name for name in ("repeats", "unstored") if all(name in f for f in fidelities))
+    names = ("mean", "moved", *optional)
     pooled = {name: mean([f[name] for f in fidelities]) for name in names}
     if not all(map(np.isfinite, pooled.values())):
         return None

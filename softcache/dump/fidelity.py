@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache.cache import Cache, Sampled
+from softcache.cache import Cache, Sampled, TopK
 from softcache.cache.layout import RowLayout
 from softcache.data.augment import Augmentation
 from softcache.data.loader import augmented, loader, make_request
@@ -227,6 +227,8 @@ def measure_fidelity(
         moved: the share of the probability mass that moves when the rows are encoded again.
         precision: mean KL(float32 ‖ teacher), only if the teacher ran at a lower precision.
         repeats: mean KL of two answers to the same documents, only if a teacher is behind a server.
+        unstored: mean -ln(mass of the stored classes) in nats, only of `topk`: KL(q ‖ teacher), where q is the
+            K classes alone, divided by their sum.
     """
     header = cache.header
     rows = max(1, min(rows, VALUES // header.classes))
@@ -278,6 +280,8 @@ def measure_fidelity(
         )
         answered = log_probs[torch.from_numpy(same).to(log_probs.device)]
         cost["repeats"] = max(0.0, float(divergence(answered, again).mean()))
+    if isinstance(header.encoding, TopK):
+        cost["unstored"] = _unstored(cache, pairs, log_probs.device)
     return cost | {
         "rows": len(pairs),
         "mean": float(kl_at_own.mean()),
@@ -318,6 +322,16 @@ def _stored_divergence(
         divergences.append(kl.double().cpu().numpy())
         done += len(cache_rows)
     return np.concatenate(divergences)
+
+
+def _unstored(cache: Cache, pairs: Pairs, device: torch.device) -> float:
+    """Mean -ln(mass of the stored classes) of rows of `topk`."""
+    fetch, total = soft_targets(cache, cache.header.temperature, device), 0.0
+    for view, cache_rows in _batches(pairs):
+        targets = fetch(view, cache_rows)
+        if isinstance(targets, SparseTargets):
+            total -= float(targets.log_probs.logsumexp(-1).clamp(max=0).double().sum())
+    return total / len(pairs)
 
 
 def _moved(cache: Cache, pairs: Pairs, log_probs: Tensor) -> float:
@@ -376,6 +390,8 @@ def fidelity_line(fidelity: dict[str, Any], sampled: bool) -> str:
     note = "" if cost is None else f"; the precision costs KL(float32 ‖ teacher) {cost:.1e}"
     if "repeats" in fidelity:
         note += f"; two answers to the same documents differ by KL {fidelity['repeats']:.1e}"
+    if "unstored" in fidelity:
+        note += f"; -ln(mass of the stored classes) {fidelity['unstored']:.1e}"
     direction = "KL(stored ‖ teacher)" if sampled else "KL(teacher ‖ stored)"
     return (
         f"fidelity: {direction} mean {fidelity['mean']:.1e}, 99th percentile "

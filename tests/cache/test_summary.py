@@ -138,14 +138,15 @@ def test_parts_count_by_the_rows_they_were_measured_on(cache: Cache) -> None:
     )
 
 
-def test_repeats_are_pooled_if_all_parts_have_them(cache: Cache) -> None:
-    parts = [FIDELITY | {"repeats": 1e-3}, FIDELITY | {"rows": 30, "repeats": 5e-3}]
+@pytest.mark.parametrize("name", ["repeats", "unstored"])
+def test_some_figures_are_pooled_if_all_parts_have_them(cache: Cache, name: str) -> None:
+    parts = [FIDELITY | {name: 1e-3}, FIDELITY | {"rows": 30, name: 5e-3}]
     pooled = pooled_fidelity([with_fidelity(cache, part) for part in parts])
     assert pooled
-    assert pooled["repeats"] == pytest.approx(4e-3)
+    assert pooled[name] == pytest.approx(4e-3)
     without = pooled_fidelity([with_fidelity(cache, part) for part in (*parts, FIDELITY)])
     assert without
-    assert "repeats" not in without
+    assert name not in without
 
 
 @given(

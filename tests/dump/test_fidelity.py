@@ -369,3 +369,18 @@ def test_the_line_says_direction_amount_and_temperatures() -> None:
         "1,024 rows; mean at T=4 1.5e-04, T=1 0.0e+00"
     )
     assert re.match(r"fidelity: KL\(stored ‖ teacher\) mean", fidelity_line(measured, sampled=True))
+
+
+def test_the_mass_that_topk_leaves_out_is_told(
+    dump_config: DumpConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = dump(replace(dump_config, out=tmp_path / "dense.h5")).rows(0, np.arange(SAMPLES))
+    mass = np.sort(np.exp(dense.astype(np.float64)), -1)[:, -2:].sum(-1)
+    capsys.readouterr()
+    cache = dump(replace(dump_config, encoding="topk:2"))
+    unstored = (cache.header.summary or {})["fidelity"]["unstored"]
+    assert unstored == pytest.approx(-np.log(mass).mean(), rel=1e-3)
+    assert unstored > 0.01
+    assert f"; -ln(mass of the stored classes) {unstored:.1e}" in capsys.readouterr().out
+    others = (open_cache(tmp_path / "dense.h5").header.summary or {})["fidelity"]
+    assert "unstored" not in others
