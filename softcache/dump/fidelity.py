@@ -227,8 +227,8 @@ def measure_fidelity(
         moved: the share of the probability mass that moves when the rows are encoded again.
         precision: mean KL(float32 ‖ teacher), only if the teacher ran at a lower precision.
         repeats: mean KL of two answers to the same documents, only if a teacher is behind a server.
-        unstored: mean -ln(mass of the stored classes) in nats, only of `topk`: KL(q ‖ teacher), where q is the
-            K classes alone, divided by their sum.
+        unstored: mean -ln(mass of the stored classes) in nats, only of `topk`: KL(q ‖ teacher), where q is
+            the K classes alone, divided by their sum.
     """
     header = cache.header
     rows = max(1, min(rows, VALUES // header.classes))

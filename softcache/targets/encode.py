@@ -16,7 +16,7 @@ from softcache.cache import Basis, Bernoulli, Dense, Encoding, Quantized, Sample
 from softcache.cache.array_spec import id_dtype
 from softcache.cache.encodings import BASIS_RANGE, FLOAT16_LOWEST, QUANTIZED_RANGE
 from softcache.cache.packed import Packed, packing
-from softcache.targets.draw import WIDE, systematic
+from softcache.targets.draw import WIDE, largest, systematic
 from softcache.targets.pack import encode_packed
 from softcache.util.counter_rng import uniform
 
@@ -203,7 +203,7 @@ def _encode_quantized(log_probs: Tensor) -> Stored:
 
 
 def _encode_topk(k: int, ratios: list[float], log_probs: Tensor) -> Stored:
-    head, ids = log_probs.topk(k, dim=-1)  # (B, k), largest first
+    head, ids = largest(log_probs, k)  # (B, k), largest first
     rest = log_probs.scatter(-1, ids, -math.inf)
     tails = [
         torch.logsumexp(rest * ratio, -1) - torch.logsumexp(head * ratio, -1) for ratio in ratios

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softcache.cache.packed import ABOVE, BELOW, FIRST_BITS, KEPT_BITS, NEXT_BITS, Packing
 from softcache.errors import FormatError
-from softcache.targets.draw import systematic
+from softcache.targets.draw import BLOCK, in_blocks, largest, systematic_in_blocks
 
 # relative: a class whose probability is this close to the distance of the draws is kept, or it might be drawn
 # twice
@@ -34,11 +34,14 @@ def choose(log_probs: Tensor, draws: Tensor, places: Packing) -> Choice:
         draws: (B, 1) float64, uniform in [0, 1).
     """
     width, device = places.width, log_probs.device
-    head, order = log_probs.topk(width, dim=-1)  # (B, width), largest first
-    probs = log_probs.exp()
+    head, order = largest(log_probs, width)  # (B, width), largest first
     head_probs = head.exp().double()
+    others = in_blocks(log_probs.exp(), 0)
+    flat = others.view(len(log_probs), -1)
+    flat.scatter_(1, order, 0)
+    sums = others.sum(-1).double()  # (B, N), of each block
     # the mass that is left after the first k classes: a sum of small numbers, not a difference of large ones
-    rest = probs.scatter(1, order, 0).sum(-1, keepdim=True, dtype=torch.float64)
+    rest = sums.sum(-1, keepdim=True)
     left = rest + head_probs.flip(-1).cumsum(-1).flip(-1)  # (B, width), for k = 0 to width - 1
     drawn_by_kept = torch.from_numpy(places.drawn).to(device)  # (K + 1,)
     possible = len(drawn_by_kept)
@@ -47,16 +50,18 @@ def choose(log_probs: Tensor, draws: Tensor, places: Packing) -> Choice:
     fits[:, -1] = True
     kept = fits.int().argmax(-1, keepdim=True)  # (B, 1)
     drawn = drawn_by_kept[kept]
-    tau = left.gather(1, kept) / drawn
+    left = left.gather(1, kept)  # (B, 1)
+    tau = left / drawn
     # next to nothing may be left
     tau = torch.maximum(tau, head_probs[:, :1] * math.exp(-ABOVE))
     column = torch.arange(width, device=device)[None]
     is_kept, is_drawn = column < kept, (column >= kept) & (column < kept + drawn)
-    others = probs.scatter(1, order, head.exp() * ~is_kept)
+    back = head.exp() * ~is_kept
+    flat.scatter_(1, order, back)
+    sums.scatter_add_(1, order // BLOCK, back.double())
     points = (draws + (column - kept).clamp(min=0)).clamp(max=drawn - 1 + draws) / drawn
-    # where too few classes have any probability, the next in order stand for next to nothing
-    too_few = others.count_nonzero(-1)[:, None] < drawn
-    found = torch.where(too_few, order, systematic(others, points))
+    # where no other class has any probability, the next in order stand for next to nothing
+    found = torch.where(left > 0, systematic_in_blocks(others, sums, points), order)
     ascending = torch.where(is_drawn, found, places.classes).sort(-1).values
     # sorting moves the drawn ones to the front
     ascending = ascending.gather(1, (column - kept).clamp(min=0))

@@ -162,7 +162,7 @@ def gradient(student: TokenModel, batch: Batch, targets: Targets) -> Tensor:
     return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 
-Codec = Callable[[Tensor, npt.NDArray[np.int64], Tensor], Targets]
+Codec = Callable[[Tensor, npt.NDArray[np.int64], Tensor, int], Targets]
 
 
 def encoded(
@@ -175,7 +175,9 @@ def encoded(
         return drawn_with_replacement(batches, 50)
     every = torch.cat([batch.log_probs for batch in batches])
     size, codec = make_codec(config, source, teacher, every[:1024], spec)
-    return size, [codec(batch.log_probs, batch.samples, batch.rows.positions) for batch in batches]
+    return size, [
+        codec(batch.log_probs, batch.samples, batch.rows.positions, 0) for batch in batches
+    ]
 
 
 def make_codec(
@@ -187,7 +189,7 @@ def make_codec(
         log_probs: (R, C) rows that an encoding is fitted to.
 
     Returns:
-        The bytes, and (log-probabilities (R, C), samples (R,), positions (R,)) -> soft targets.
+        The bytes, and (log-probabilities (R, C), samples (R,), positions (R,), view) -> soft targets.
     """
     classes = teacher.classes
     draft = draft_header(replace(config, encoding=spec), source, teacher)
@@ -205,8 +207,10 @@ def make_codec(
     encode = make_encoder(encoding, shared, temperature=1.0, seed=0, device=torch.device("cpu"))
     floats = {name: tensor.float() for name, tensor in shared.items()}
 
-    def codec(log_probs: Tensor, samples: npt.NDArray[np.int64], positions: Tensor) -> Targets:
-        stored = encode(log_probs, 0, samples, positions.numpy())
+    def codec(
+        log_probs: Tensor, samples: npt.NDArray[np.int64], positions: Tensor, view: int
+    ) -> Targets:
+        stored = encode(log_probs, view, samples, positions.numpy())
         if "ids" in stored:
             stored["ids"] = class_ids(stored["ids"], classes)
         targets = decode(encoding, stored | floats, temperature=1.0, wanted=1.0, classes=classes)

@@ -5,11 +5,16 @@
     python -m tests.bench.token_students work --seed 1
     python -m tests.bench.token_students work --table
 
+and over several epochs of few documents, with draws that are seen again and again, or not:
+
+    python -m tests.bench.token_students work --name draws --documents 250 --epochs 8 --kinds "hard labels" \
+        "live teacher" packed:16 packed:16*2 packed:16*4 packed:16*8
+
 Each batch goes through the teacher once. Its log-probabilities are encoded and decoded as a cache would, and
 one student for each encoding learns from them; all start from the same weights. A seed changes these and the
-order of the documents. Finished seeds are kept in work/students-SEED.json. A student is judged on test
-documents: the cross-entropy, the expected calibration error, and how often speculative decoding with it would
-accept a token.
+order of the documents. With *N after an encoding, epochs take turns with N views. Finished seeds are kept in
+work/students-SEED.json. A student is judged on test documents: the cross-entropy, the expected calibration
+error, and how often speculative decoding with it would accept a token.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,45 +67,63 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="documents of a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--documents", type=int, help="of the training text (default: all)")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--name", default="students", help="of the files with the figures")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--table", action="store_true", help="of all seeds, without training")
     options = parser.parse_args()
     folder: Path = options.folder
     if not options.table:
-        figures = one_pass(
-            folder, options.kinds, options.seed, options.batch, options.lr, options.documents
-        )
-        (folder / f"students-{options.seed}.json").write_text(json.dumps(figures, indent=1))
-    seeds = [json.loads(file.read_text()) for file in sorted(folder.glob("students-*.json"))]
+        plan = Plan(options.seed, options.batch, options.lr, options.documents, options.epochs)
+        figures = trained(folder, options.kinds, plan)
+        (folder / f"{options.name}-{options.seed}.json").write_text(json.dumps(figures, indent=1))
+    files = sorted(folder.glob(f"{options.name}-*.json"))
+    seeds = [json.loads(file.read_text()) for file in files]
     print(machine())
     print(table(seeds))
 
 
-def one_pass(
-    folder: Path, kinds: Sequence[str], seed: int, batch_size: int, lr: float, documents: int | None
-) -> Figures:
-    """Train a student of each kind of soft targets on the text once, and judge it."""
+@dataclass(frozen=True)
+class Plan:
+    """How students are trained."""
+
+    seed: int
+    batch: int  # documents
+    lr: float
+    documents: int | None
+    epochs: int
+
+
+def trained(folder: Path, kinds: Sequence[str], plan: Plan) -> Figures:
+    """Train a student of each kind of soft targets on the text, and judge it."""
     source, test = open_source(data(folder, "train.jsonl")), open_source(data(folder, "test.jsonl"))
     teacher = live_teacher(folder)
-    order = np.random.default_rng(seed).permutation(len(source))[:documents]
-    steps = len(order) // batch_size
-    batches = (order[step * batch_size :][:batch_size] for step in range(steps))
+    random = np.random.default_rng(plan.seed)
+    order = random.permutation(len(source))[: plan.documents]
+    steps_of_epoch = len(order) // plan.batch
+    steps = steps_of_epoch * plan.epochs
     sizes, codecs = make_codecs(folder, source, teacher, kinds)
-    torch.manual_seed(seed)
+    torch.manual_seed(plan.seed)
     students = {kind: new_student(teacher.classes) for kind in kinds}
     for student in students.values():
         student.load_state_dict(students[HARD].state_dict())
-    optimizers = {kind: torch.optim.AdamW(s.parameters(), lr) for kind, s in students.items()}
+    optimizers = {kind: torch.optim.AdamW(s.parameters(), plan.lr) for kind, s in students.items()}
     tokens, start = 0, time.perf_counter()
-    for step, chosen in enumerate(batches):
+    for step in range(steps):
+        epoch, place = divmod(step, steps_of_epoch)
+        if epoch and not place:
+            order = random.permutation(order)
+        chosen = order[place * plan.batch :][: plan.batch]
         (batch,) = loader(source, [chosen.tolist()])
         rows = RowIndex(batch.row_samples, batch.row_positions)
         log_probs = teacher_log_probs(teacher, batch)
         samples = chosen[rows.samples.numpy()]
         share = (step + 1) / steps
-        rate = lr * min(share / WARMUP, (1 + math.cos(math.pi * share)) / 2)
+        rate = plan.lr * min(share / WARMUP, (1 + math.cos(math.pi * share)) / 2)
         for kind, student in students.items():
-            targets = None if kind == HARD else codecs[kind](log_probs, samples, rows.positions)
+            targets = (
+                None if kind == HARD else codecs[kind](log_probs, samples, rows.positions, epoch)
+            )
             optimizer = optimizers[kind]
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
@@ -110,7 +134,9 @@ def one_pass(
         tokens += len(batch.labels)
         if step % 20 == 19:
             left = (time.perf_counter() - start) * (1 / share - 1)
-            print(f"seed {seed}, step {step + 1} of {steps}, {tokens:,} tokens, {left:,.0f} s left")
+            print(
+                f"seed {plan.seed}, step {step + 1} of {steps}, {tokens:,} tokens, {left:,.0f} s left"
+            )
     figures = judged(students, teacher, test)
     for kind, size in sizes.items():
         figures[kind] |= {"bytes": size}
@@ -143,8 +169,17 @@ def make_codecs(
         elif kind == LIVE:
             codecs[kind] = lambda log_probs, *_: log_probs
         elif kind != HARD:
-            sizes[kind], codecs[kind] = make_codec(config, source, teacher, log_probs, kind)
+            spec, _, views = kind.partition("*")
+            sizes[kind], codec = make_codec(config, source, teacher, log_probs, spec)
+            codecs[kind] = in_turn(codec, int(views or 1))
     return sizes, codecs
+
+
+def in_turn(codec: Codec, views: int) -> Codec:
+    """The same, whose epochs take turns with a number of views."""
+    return lambda log_probs, samples, positions, epoch: codec(
+        log_probs, samples, positions, epoch % views
+    )
 
 
 def teacher_log_probs(teacher: Ensemble, batch: Batch) -> Tensor:
