@@ -161,11 +161,11 @@ def make_codecs(
     )
     (batch,) = loader(source, [list(range(0, len(source), len(source) // 8))])
     log_probs = teacher_log_probs(teacher, batch)[:1024]
-    sizes = {CUT: 12 * 4}
+    sizes: dict[str, int] = {}
     codecs: dict[str, Codec] = {}
     for kind in kinds:
         if kind == CUT:
-            codecs[kind] = lambda log_probs, *_: cut(log_probs, 12)
+            sizes[kind], codecs[kind] = 12 * 4, lambda log_probs, *_: cut(log_probs, 12)
         elif kind == LIVE:
             codecs[kind] = lambda log_probs, *_: log_probs
         elif kind != HARD:
