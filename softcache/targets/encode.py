@@ -205,14 +205,29 @@ def _encode_quantized(log_probs: Tensor) -> Stored:
 def _encode_topk(k: int, ratios: list[float], log_probs: Tensor) -> Stored:
     head, ids = largest(log_probs, k)  # (B, k), largest first
     rest = log_probs.scatter(-1, ids, -math.inf)
-    tails = [
-        torch.logsumexp(rest * ratio, -1) - torch.logsumexp(head * ratio, -1) for ratio in ratios
-    ]
+    heads = [torch.logsumexp(head * ratio, -1) for ratio in ratios]
+    tails = [tail - own for tail, own in zip(_log_sums(rest, ratios), heads, strict=True)]
     return {
         "ids": _short_ids(ids, log_probs.shape[-1]),
         "log_probs": _half(head),
         "tails": _half(torch.stack(tails, -1)),
     }
+
+
+def _log_sums(values: Tensor, ratios: list[float]) -> list[Tensor]:
+    """logsumexp(values · ratio), (B,) of each ratio, of values (B, C); powers of two are squared.
+
+    Args:
+        ratios: in falling order.
+    """
+    largest_value = values.amax(-1, keepdim=True).clamp(min=FLOAT16_LOWEST)
+    depths = values - largest_value
+    sums, powers, before = [], depths, 0.0
+    for ratio in reversed(ratios):
+        powers = powers.square_() if ratio == 2 * before else (depths * ratio).exp_()
+        sums.append(powers.sum(-1).log() + largest_value[:, 0] * ratio)
+        before = ratio
+    return sums[::-1]
 
 
 def projection(shared: Mapping[str, Tensor]) -> Tensor:
