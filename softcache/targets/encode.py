@@ -49,12 +49,17 @@ _NARROW_LEVELS = 16  # values of a 4-bit coefficient; two share a byte
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
     """log softmax(z / T) of logits (B, C), in float32; Hinton et al. (arXiv 1503.02531), equation 1."""
-    return torch.log_softmax(logits.float() / temperature, dim=-1)
+    return torch.log_softmax(_divided(logits.float(), temperature), dim=-1)
 
 
 def as_odds(logits: Tensor, temperature: float) -> Tensor:
     """z / T of logits (B, C), in float32: the log-odds of each class, if each applies or not on its own."""
-    return logits.float() / temperature
+    return _divided(logits.float(), temperature)
+
+
+def _divided(logits: Tensor, temperature: float) -> Tensor:
+    # a copy of the logits of a large vocabulary takes as long as their softmax
+    return logits if temperature == 1 else logits / temperature
 
 
 def make_encoder(

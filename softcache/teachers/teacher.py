@@ -25,6 +25,7 @@ from softcache.teachers.server import Server
 from softcache.types import RowIndex
 from softcache.util.device import is_out_of_memory
 from softcache.util.log import inform
+from softcache.util.tensors import all_finite
 
 CHUNK_VALUES = 1 << 24  # logits of a language model that are in memory at a time
 
@@ -235,10 +236,12 @@ class Teacher:
             )
         # p = softmax(z / T), so z = T log p up to a constant
         if self.multi_label:
-            logits = as_odds(values, self.output, self.spec) * self.softened
+            logits = as_odds(values, self.output, self.spec)
         else:
-            logits = as_logits(values, self.output, self.spec, self._say_rounded) * self.softened
-        if not bool(logits.isfinite().all()):
+            logits = as_logits(values, self.output, self.spec, self._say_rounded)
+        if self.softened != 1:
+            logits = logits * self.softened
+        if not all_finite(logits):
             row = int((~logits.isfinite()).any(-1).nonzero()[0, 0])
             column = int((~logits[row].isfinite()).nonzero()[0, 0])
             value = logits[row, column].item()

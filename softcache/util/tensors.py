@@ -14,3 +14,11 @@ def to_float(inputs: Tensor) -> Tensor:
     if inputs.dtype in (torch.uint8, torch.uint16):
         return inputs.float() / torch.iinfo(inputs.dtype).max
     return inputs.float() if inputs.dtype.is_floating_point else inputs
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; their extremes tell it in a fraction of the time of isfinite()."""
+    if not values.numel():
+        return True
+    smallest, largest = torch.aminmax(values)
+    return bool(smallest.isfinite() & largest.isfinite())
