@@ -11,7 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from softcache.cache import Cache
+from softcache.dump import prepare
 from softcache.dump.config import DumpConfig
+from softcache.dump.dry_run import dry_run
 from softcache.dump.loop import dump
 from softcache.errors import DataError, ModelError, SettingsError
 from softcache.join.samples import open_samples
@@ -305,6 +307,26 @@ def test_texts_longer_than_the_teacher_takes_say_so(
     spec = f"text:{folder / 'train.txt'}?length=100"
     with pytest.raises(ModelError, match=r"length"):
         dump(replace(config, data=spec, out=tmp_path / "cache.h5"))
+
+
+def test_tokens_of_many_bytes_are_pointed_out(
+    config: DumpConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = replace(config, out=tmp_path / "cache.h5")
+    assert "Note:" not in dry_run(config)
+    monkeypatch.setattr(prepare, "LARGE_TOKEN", 100)
+    size = 2 * dump(config).header.classes
+    advice = (
+        f"a token takes {size:,} bytes; --encoding packed:36 takes 36, right on the average, but for "
+        "temperature 1 alone"
+    )
+    assert capsys.readouterr().out.splitlines()[0] == advice
+    assert dry_run(config).endswith(f"Nothing was written. Note: {advice}.")
+    dump(replace(config, encoding="packed:36", out=tmp_path / "packed.h5"))
+    assert "packed:36 takes" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("encoding", ["packed:20"])

@@ -328,6 +328,16 @@ def parse_encoding(spec: str, temperature: float) -> Encoding:
     )
 
 
+def row_bytes(encoding: Encoding, classes: int) -> int:
+    """Bytes of a row, over all arrays of an encoding."""
+    arrays = encoding.arrays(classes)
+    return sum(
+        np.dtype(array.dtype).itemsize * math.prod(array.shape)
+        for array in arrays
+        if array.axis == "rows"
+    )
+
+
 def encoding_to_json(encoding: Encoding) -> dict[str, Any]:
     """The encoding as it is written in a header: its name and its parameters."""
     fields = {f.name: getattr(encoding, f.name) for f in dataclasses.fields(encoding)}

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from softcache.cache import Encoding, Header, open_cache
+from softcache.cache.encodings import row_bytes
 from softcache.data.augment import parse_augment
 from softcache.data.class_names import align_classes
 from softcache.data.masks import check_masks_follow
@@ -18,7 +19,7 @@ from softcache.data.source import Source
 from softcache.dump.config import DumpConfig
 from softcache.dump.fit_basis import Directions
 from softcache.dump.fit_head import head_directions
-from softcache.dump.prepare import draft_header, input_array_spec, load_teachers
+from softcache.dump.prepare import draft_header, input_array_spec, load_teachers, size_advice
 from softcache.dump.rows import text_defaults, with_rows
 from softcache.dump.select_encoding import (
     AUTO,
@@ -74,12 +75,8 @@ def dry_run(config: DumpConfig) -> str:
         table.sort(key=lambda candidate: candidate.bytes_per_row)
     rows = draft.row_count * draft.views
     shared_bytes = sum(tensor.numel() * tensor.element_size() for tensor in shared.values())
-    row_bytes = sum(
-        np.dtype(array.dtype).itemsize * math.prod(array.shape)
-        for array in encoding.arrays(draft.classes)
-        if array.axis == "rows"
-    )
-    size = rows * row_bytes + draft.samples * 16 + shared_bytes  # 16: a label and a key
+    each = row_bytes(encoding, draft.classes)
+    size = rows * each + draft.samples * 16 + shared_bytes  # 16: a label and a key
     if draft.rows is not None:
         size += draft.row_count * 4 + draft.samples * 24  # a label each; offsets and runs
     if config.embed_inputs and draft.rows is not None:
@@ -87,6 +84,7 @@ def dry_run(config: DumpConfig) -> str:
     elif config.embed_inputs:
         inputs = input_array_spec(source)
         size += draft.samples * np.dtype(inputs.dtype).itemsize * math.prod(inputs.shape)
+    advice = size_advice(draft, each)
     shard, shards = config.shard
     part = f" (shard {shard} of {shards} of {draft.data_samples:,})" if shards > 1 else ""
     return (
@@ -94,7 +92,7 @@ def dry_run(config: DumpConfig) -> str:
         f"{first_tokens(source, draft)}"
         f"{draft.samples:,} samples{part} x {draft.views:,} view(s) as {spec_of(encoding)}: "
         f"about {size:,} bytes; about {rows / rate:,.0f} s at {rate:,.0f} rows/s here. "
-        "Nothing was written."
+        f"Nothing was written.{f' Note: {advice}.' if advice else ''}"
     )
 
 

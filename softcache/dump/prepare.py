@@ -13,7 +13,7 @@ from softcache.cache import Cache, Dense, Header, open_cache
 from softcache.cache.allocate import create
 from softcache.cache.array_spec import DTYPES, ArraySpec
 from softcache.cache.arrays import INPUTS
-from softcache.cache.encodings import LABEL_SETS
+from softcache.cache.encodings import LABEL_SETS, row_bytes
 from softcache.cache.header import BASE_VERSION, FEATURES, PACKED_VERSION, ROWS
 from softcache.cache.packed import Packed
 from softcache.cache.reader import partial_path
@@ -46,6 +46,7 @@ from softcache.util.device import pick_device
 from softcache.util.log import inform, verdict
 from softcache.util.tensors import to_float
 
+LARGE_TOKEN = 1024  # bytes; the rows of a token that are larger are pointed out
 DESCRIBED = 64  # samples of which mean and standard deviation are told
 
 
@@ -268,7 +269,19 @@ def open_unfinished(
     inputs = input_array_spec(source) if embeds_samples else None
     # a batch of samples with many rows fits no block, whatever its size
     batch = config.batch_size if draft.rows is None else 1
+    if advice := size_advice(header, row_bytes(header.encoding, header.classes)):
+        inform(advice)
     create(config.out, replace(header, evaluation=evaluation), arrays, batch, inputs)
+
+
+def size_advice(header: Header, bytes_per_row: int) -> str | None:
+    """What to do about tokens that take very many bytes; None if they do not."""
+    if header.unit != "token" or bytes_per_row <= LARGE_TOKEN:
+        return None
+    return (
+        f"a token takes {bytes_per_row:,} bytes; --encoding packed:36 takes 36, right on the average, but "
+        f"for temperature {header.temperature:g} alone"
+    )
 
 
 def describe_inputs(source: Source, augmentation: Augmentation, view: int) -> str:

@@ -26,7 +26,7 @@ from softcache.cache import (
     parse_encoding,
 )
 from softcache.cache.allocate import Stored
-from softcache.cache.encodings import TAIL_TEMPERATURES
+from softcache.cache.encodings import TAIL_TEMPERATURES, row_bytes
 from softcache.cache.packed import Packed
 from softcache.data.augment import Augmentation
 from softcache.data.rows import layout_of_source
@@ -285,8 +285,7 @@ def _measured(
 ) -> Candidate:
     classes = held_out.shape[-1]
     device = held_out.device
-    arrays = [array for array in encoding.arrays(classes) if array.axis == "rows"]
-    size = sum(np.dtype(a.dtype).itemsize * int(np.prod(a.shape)) for a in arrays)
+    size = row_bytes(encoding, classes)
     encode = make_encoder(encoding, shared, temperature=temperature, seed=seed, device=device)
     stored = encode(held_out, 0, np.arange(len(held_out)))
     if "ids" in stored:

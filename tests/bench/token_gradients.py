@@ -25,6 +25,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from softcache.cache import TopK
+from softcache.cache.encodings import row_bytes
 from softcache.chunked_loss import chunked_loss
 from softcache.data.augment import parse_augment
 from softcache.data.loader import loader
@@ -199,11 +200,7 @@ def make_codec(
     encoding, shared, _ = select(
         spec, log_probs, temperature=1.0, seed=0, max_kl=1.0, directions=directions
     )
-    size = sum(
-        np.dtype(a.dtype).itemsize * math.prod(a.shape)
-        for a in encoding.arrays(classes)
-        if a.axis == "rows"
-    )
+    size = row_bytes(encoding, classes)
     encode = make_encoder(encoding, shared, temperature=1.0, seed=0, device=torch.device("cpu"))
     floats = {name: tensor.float() for name, tensor in shared.items()}
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softcache.cache import Basis, Encoding, TopK
-from softcache.cache.encodings import BASIS_RANGE
+from softcache.cache.encodings import BASIS_RANGE, row_bytes
 from softcache.dump import fit_basis
 from softcache.dump.config import DumpConfig
 from softcache.dump.fidelity import divergence, retemper
@@ -65,14 +65,6 @@ def mean_kl(
     )
     exact = retemper(rows.double(), temperature, target_temperature)
     return float(divergence(exact, targets).mean())
-
-
-def row_bytes(encoding: Encoding, classes: int) -> int:
-    return sum(
-        np.dtype(array.dtype).itemsize * math.prod(array.shape)
-        for array in encoding.arrays(classes)
-        if array.axis == "rows"
-    )
 
 
 # the fit
