@@ -12,6 +12,7 @@ a few steps, so that it is neither random nor finished.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100, help="of the student on labels")
     parser.add_argument("--encodings", nargs="+", default=list(ENCODINGS))
+    parser.add_argument("--out", type=Path, help="a file for the angles, for token_plot")
     options = parser.parse_args()
     config = DumpConfig(
         teacher=f"hf:{options.teacher}", data=options.data, temperature=1.0, out=Path("none.h5")
@@ -102,6 +104,9 @@ def main() -> None:
             ratios.append(float(found.norm() / reference.norm()))
         rows.append((spec, size, statistics.fmean(angles), max(angles), statistics.fmean(ratios)))
         print(rows[-1], flush=True)
+    if options.out:
+        points = [(spec, size, angle) for spec, size, angle, *_ in rows]
+        options.out.write_text(json.dumps({"classes": teacher.classes, "angles": points}))
     tokens = sum(len(batch.labels) for batch in batches)
     print(machine())
     print(f"{tokens:,} tokens in {len(batches)} batches, V = {teacher.classes:,}")
