@@ -16,6 +16,11 @@ from tempfile import TemporaryDirectory
 
 PRELOADED = ["softcache.cli.app", "softcache.dump.loop", "softcache.train.loop", "torch.optim"]
 TIMEOUT = 120  # seconds
+# the command line, which waits less for a batch after a signal to stop
+IMPATIENT = (
+    "from softcache.util import signals; signals.GRACE = 0.5; "
+    "from softcache.__main__ import main; main()"
+)
 
 
 def softcache(

@@ -29,6 +29,7 @@ from softcache.errors import DataError, Interrupted, ModelError, SettingsError
 from softcache.models.evaluate import data_digest
 from softcache.util.callables import import_callable
 from softcache.util.tensors import to_float
+from tests.commands import IMPATIENT
 from tests.conftest import CLASSES, SAMPLES, make_arrays
 from tests.dump.loop_cases import (
     BATCHES,
@@ -329,7 +330,7 @@ def test_ctrl_c_stops_in_one_line_and_the_same_command_goes_on(
         out=tmp_path / "wide.h5",
         batch_size=32,
     )
-    command = [sys.executable, "-m", "softcache", "dump", "--batch-size=32", "--temperature=4"]
+    command = [sys.executable, "-c", IMPATIENT, "dump", "--batch-size=32", "--temperature=4"]
     command += [f"--teacher={config.teacher}", f"--data={config.data}", f"--out={config.out}"]
     with subprocess.Popen(
         command,

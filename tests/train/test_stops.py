@@ -29,6 +29,7 @@ from softcache.train.checkpoint import NAME
 from softcache.train.config import MAX_LEARNING_RATE, TrainConfig
 from softcache.train.loop import train
 from softcache.train.run_folder import UNFINISHED_METRICS
+from tests.commands import IMPATIENT
 from tests.configs import replace
 from tests.conftest import CLASSES, make_arrays
 from tests.train.loop_cases import contents, metrics, same_weights, save_data, soft, weights
@@ -283,7 +284,7 @@ def at_step(
     config: TrainConfig, student_file: Path, step: int, *options: str
 ) -> Iterator[subprocess.Popen[str]]:
     """A training process that has reached a step, and sleeps there."""
-    command = [sys.executable, "-m", "softcache", "train", str(config.caches[0]), "--batch-size=64"]
+    command = [sys.executable, "-c", IMPATIENT, "train", str(config.caches[0]), "--batch-size=64"]
     command += [
         f"--student={student_file}:student",
         f"--data={config.data[0]}",
