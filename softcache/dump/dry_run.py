@@ -10,17 +10,12 @@ from torch import Tensor
 
 from softcache.cache import Encoding, Header, open_cache
 from softcache.cache.encodings import row_bytes
-from softcache.data.augment import parse_augment
-from softcache.data.class_names import align_classes
-from softcache.data.masks import check_masks_follow
-from softcache.data.open import open_source
 from softcache.data.rows import has_tokens, layout_of_source, lengths_of
 from softcache.data.source import Source
 from softcache.dump.config import DumpConfig
 from softcache.dump.fit_basis import Directions
 from softcache.dump.fit_head import head_directions
-from softcache.dump.prepare import draft_header, input_array_spec, load_teachers, size_advice
-from softcache.dump.rows import text_defaults, with_rows
+from softcache.dump.prepare import draft_header, input_array_spec, prepare, size_advice
 from softcache.dump.select_encoding import (
     AUTO,
     Candidate,
@@ -47,18 +42,7 @@ def dry_run(config: DumpConfig) -> str:
     The time is extrapolated from a few batches; the report compares the requested encoding with
     the candidates of `auto`.
     """
-    source = open_source(
-        config.data,
-        skip_unreadable=config.skip_unreadable,
-        defaults=text_defaults(config.teachers, config.data, config.loss_on),
-    )
-    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
-    check_masks_follow(source, augmentation)
-    teacher = load_teachers(config, source, augmentation)
-    source = with_rows(source, teacher)
-    source = align_classes(
-        source, teacher.class_names, "the teacher", same_classes=config.same_classes
-    )
+    source, augmentation, teacher = prepare(config)
     draft = draft_header(config, source, teacher)
     draw_teacher_rows(draft, source, teacher, augmentation, config.workers, max_rows=WARM_UP_ROWS)
     start = time.perf_counter()

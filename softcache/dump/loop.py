@@ -18,12 +18,9 @@ from softcache.cache.merge import copy_view
 from softcache.cache.reader import partial_path
 from softcache.cache.summary import measure_rows, summary_row_count, warning_field, warnings_of
 from softcache.cache.writer import Writer
-from softcache.data.augment import Augmentation, parse_augment
-from softcache.data.class_names import align_classes
+from softcache.data.augment import Augmentation
 from softcache.data.label_sets import check_batch_labels, stored_labels
 from softcache.data.loader import Batch, Request, augmented, loader, make_request
-from softcache.data.masks import check_masks_follow
-from softcache.data.open import open_source
 from softcache.data.source import Source
 from softcache.data.table_columns import columns_field
 from softcache.data.tables import columns_of
@@ -37,8 +34,8 @@ from softcache.dump.prepare import (
     check_out,
     describe_inputs,
     draft_header,
-    load_teachers,
     open_unfinished,
+    prepare,
     with_batch_size,
 )
 from softcache.dump.processes import ProcessGroup, join_processes
@@ -49,8 +46,6 @@ from softcache.dump.rows import (
     row_index,
     sample_batches,
     segments,
-    text_defaults,
-    with_rows,
 )
 from softcache.errors import DataError, Interrupted, RemoteError, SettingsError
 from softcache.join.fingerprints import check_replay
@@ -96,18 +91,7 @@ def dump(config: DumpConfig) -> Cache:
 
 def dump_in_process(config: DumpConfig, group: ProcessGroup) -> Cache:
     """One process's part of a dump; the first process also creates the file and finishes it."""
-    source = open_source(
-        config.data,
-        skip_unreadable=config.skip_unreadable,
-        defaults=text_defaults(config.teachers, config.data, config.loss_on),
-    )
-    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
-    check_masks_follow(source, augmentation)
-    teacher = load_teachers(config, source, augmentation)
-    source = with_rows(source, teacher)
-    source = align_classes(
-        source, teacher.class_names, "the teacher", same_classes=config.same_classes
-    )
+    source, augmentation, teacher = prepare(config)
     draft = draft_header(config, source, teacher)
     finished = open_finished(config, draft, source, augmentation)
     if finished is not None and finished.header.views == draft.views:

@@ -17,9 +17,10 @@ from softcache.cache.encodings import LABEL_SETS, row_bytes
 from softcache.cache.header import BASE_VERSION, FEATURES, PACKED_VERSION, ROWS
 from softcache.cache.packed import Packed
 from softcache.cache.reader import partial_path
-from softcache.data.augment import Augmentation, split_augment
+from softcache.data.augment import Augmentation, parse_augment, split_augment
 from softcache.data.class_names import align_classes
 from softcache.data.kinds import check_same_kind
+from softcache.data.masks import check_masks_follow
 from softcache.data.open import open_source
 from softcache.data.rows import layout_of_source, unit_of, vocabulary_of
 from softcache.data.source import Source, check_kind_of_labels
@@ -48,6 +49,27 @@ from softcache.util.tensors import to_float
 
 LARGE_TOKEN = 1024  # bytes; the rows of a token that are larger are pointed out
 DESCRIBED = 64  # samples of which mean and standard deviation are told
+
+
+def prepare(config: DumpConfig) -> tuple[Source, Augmentation, Ensemble]:
+    """The data, with the teacher's classes and rows, their augmentation, and the teacher.
+
+    Raises:
+        SoftcacheError: one of them is invalid, or they do not fit together.
+    """
+    source = open_source(
+        config.data,
+        skip_unreadable=config.skip_unreadable,
+        defaults=text_defaults(config.teachers, config.data, config.loss_on),
+    )
+    augmentation = parse_augment(config.augment, seed=config.seed, total=len(source))
+    check_masks_follow(source, augmentation)
+    teacher = load_teachers(config, source, augmentation)
+    source = with_rows(source, teacher)
+    source = align_classes(
+        source, teacher.class_names, "the teacher", same_classes=config.same_classes
+    )
+    return source, augmentation, teacher
 
 
 def draft_header(config: DumpConfig, source: Source, teacher: Ensemble) -> Header:

@@ -104,19 +104,15 @@ def random_log_probs(samples: int, classes: int, temperature: float, seed: int) 
     return torch.log_softmax(logits / temperature, dim=-1)
 
 
-def write_cache(
+def create_cache(
     path: Path,
-    rows: Callable[[range], Tensor],
     samples: int,
     classes: int,
     temperature: float,
-    views: int = 1,
-) -> Cache:
-    """Write a dense cache whose views are all the same.
-
-    Args:
-        rows: returns the log-probabilities (B, C) of a range of samples.
-    """
+    views: int,
+    augment: str | None = None,
+) -> None:
+    """Allocate a dense cache that has no rows yet."""
     header = Header(
         views=views,
         samples=samples,
@@ -128,7 +124,7 @@ def write_cache(
         temperature=temperature,
         encoding=Dense(),
         seed=0,
-        augment=None,
+        augment=augment,
         precision="fp32",
         data="synthetic",
         choice=None,
@@ -148,6 +144,22 @@ def write_cache(
         "fingerprints": np.zeros((views, 1, FINGERPRINT), np.float32),
     }
     create(path, header, shared)
+
+
+def write_cache(
+    path: Path,
+    rows: Callable[[range], Tensor],
+    samples: int,
+    classes: int,
+    temperature: float,
+    views: int = 1,
+) -> Cache:
+    """Write a dense cache whose views are all the same.
+
+    Args:
+        rows: returns the log-probabilities (B, C) of a range of samples.
+    """
+    create_cache(path, samples, classes, temperature, views)
     with Writer(path) as writer:
         for start in range(0, samples, WRITE_ROWS):
             part = range(start, min(start + WRITE_ROWS, samples))

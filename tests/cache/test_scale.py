@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.cache import Cache, Dense, Header, Sampled
-from softcache.cache.allocate import create
-from softcache.cache.arrays import FINGERPRINT
+from softcache.cache import Cache, Sampled
 from softcache.cache.reader import open_cache, partial_path
 from softcache.cache.verify import block_damage
 from softcache.cache.writer import Writer
 from softcache.targets.fetch import soft_targets
+from tests.bench import create_cache
 
 CLASSES = 256  # 512 bytes per row
 SAMPLES = (1 << 31) + (1 << 24) + 5
@@ -25,38 +24,8 @@ SAMPLES = (1 << 31) + (1 << 24) + 5
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An unfinished cache of more than a tebibyte, sparse, so that it takes no room on disk."""
     monkeypatch.setattr(os, "posix_fallocate", lambda file, start, size: os.truncate(file, size))
-    header = Header(
-        views=2,
-        samples=SAMPLES,
-        first_view=0,
-        first_sample=0,
-        data_samples=SAMPLES,
-        positions=(),
-        classes=CLASSES,
-        temperature=2.0,
-        encoding=Dense(),
-        seed=0,
-        augment="flip",
-        precision="fp32",
-        data="synthetic",
-        choice=None,
-        teachers=({"name": "synthetic", "parameters": 0, "weight": 1.0},),
-        evaluation=None,
-        software={},
-        block_rows=1,
-        user_block=0,
-        file_bytes=0,
-        hdf5_digest="",
-        shared_digest="",
-        arrays=(),
-    )
-    shared = {
-        "class_names": np.array([str(name).encode() for name in range(CLASSES)]),
-        "fingerprinted": np.zeros(1, np.int64),
-        "fingerprints": np.zeros((2, 1, FINGERPRINT), np.float32),
-    }
     try:
-        create(tmp_path / "big.h5", header, shared)
+        create_cache(tmp_path / "big.h5", SAMPLES, CLASSES, 2.0, views=2, augment="flip")
     except Exception as error:
         if partial_path(tmp_path / "big.h5").exists():
             raise
