@@ -348,6 +348,22 @@ def test_draws_say_nothing_of_how_close_a_student_is(
     assert "nan" not in compared.stdout
 
 
+@pytest.mark.parametrize(("encoding", "of"), [("dense", "soft targets"), ("packed:20", "draws")])
+def test_a_report_shows_tokens_and_their_students(
+    config: DumpConfig, tmp_path: Path, encoding: str, of: str
+) -> None:
+    cache = dump(replace(config, encoding=encoding, out=tmp_path / "cache.h5"))
+    train(make_train_config(student=STUDENT, cache=cache.path, epochs=1, out=tmp_path / "run"))
+    page = tmp_path / "page.html"
+    result = softcache("report", str(cache.path), str(tmp_path / "run"), "--out", str(page))
+    assert result.exit_code == 0, result.output
+    assert "its soft targets have a mean entropy" in page.read_text().replace(
+        "the stored draws of ", ""
+    )
+    described = softcache("info", str(cache.path)).output
+    assert f"nats, mean of the {'stored ' * (of == 'draws')}{of}" in described
+
+
 @pytest.mark.parametrize("encoding", ["sampled:6", "packed:16"])
 def test_views_without_augmentation_are_independent_draws(
     config: DumpConfig, tmp_path: Path, encoding: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from softcache.cache import Cache, Header
+from softcache.cache import Cache, Header, Sampled
 
 
 def facts(cache: Cache) -> dict[str, Any]:
@@ -62,7 +62,9 @@ def describe(cache: Cache, name: str | None = None) -> str:
         )
     if header.summary:
         entropy, agreement = header.summary["entropy"], header.summary["agreement"]
-        lines["entropy"] = f"{entropy:.3f} nats, mean of the soft targets"
+        drawn = isinstance(header.encoding, Sampled)
+        of = "stored draws; the teacher's is higher" if drawn else "soft targets"
+        lines["entropy"] = f"{entropy:.3f} nats, mean of the {of}"
         lines["agreement"] = (
             "no labels" if agreement is None else f"{agreement:.2%} {agreement_of(header)}"
         )
@@ -120,5 +122,6 @@ def cache_line(cache: Cache) -> str:
     return (
         f"{cache.path}: {header.samples:,} samples{rows} x {header.views} view(s), {header.classes:,} "
         f"classes, {header.encoding.name}, {header.file_bytes:,} bytes; entropy "
-        f"{summary.get('entropy', 0.0):.3f} nats{top_class}; content id {cache.content_id()}"
+        f"{'of the draws ' * isinstance(header.encoding, Sampled)}{summary.get('entropy', 0.0):.3f} nats"
+        f"{top_class}; content id {cache.content_id()}"
     )

@@ -245,6 +245,8 @@ def _add_gradients(
         )
         return
     cache = caches[0]
+    if cache.header.rows is not None:  # a batch of a few samples has thousands of rows
+        return
     joined = open_joined(cache.path, data)
     similarity = {}
     for student in students[:GRADIENT_STUDENTS]:

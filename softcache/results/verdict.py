@@ -89,8 +89,10 @@ def teacher_sentences(cache: Cache, knowledge: Knowledge) -> str:
         sentences.append(f"On the cached samples {agrees}, and {sure}: {judgement}.")
     elif agreement is not None or confidence is not None:
         sentences.append(f"On the cached samples {sure if agreement is None else agrees}.")
+    drawn = isinstance(header.encoding, Sampled)
+    of = "the stored draws of its soft targets" if drawn else "its soft targets"
     sentences.append(
-        f"At T = {header.temperature:g} its soft targets have a mean entropy of "
+        f"At T = {header.temperature:g} {of} have a mean entropy of "
         f"{_entropy(cache, knowledge):.3f} nats; hard labels have 0, and {header.classes:,} equally likely "
         f"classes {math.log(header.classes):.3f}."
     )
