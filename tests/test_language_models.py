@@ -352,7 +352,9 @@ def test_draws_say_nothing_of_how_close_a_student_is(
 def test_a_report_shows_tokens_and_their_students(
     config: DumpConfig, tmp_path: Path, encoding: str, of: str
 ) -> None:
-    cache = dump(replace(config, encoding=encoding, out=tmp_path / "cache.h5"))
+    write_texts(tmp_path / "many.txt", 130)  # two batches of gradients, if they were compared
+    data = f"text:{tmp_path / 'many.txt'}?documents=lines"
+    cache = dump(replace(config, data=data, encoding=encoding, out=tmp_path / "cache.h5"))
     train(make_train_config(student=STUDENT, cache=cache.path, epochs=1, out=tmp_path / "run"))
     page = tmp_path / "page.html"
     result = softcache("report", str(cache.path), str(tmp_path / "run"), "--out", str(page))
