@@ -392,6 +392,8 @@ def fidelity_line(fidelity: dict[str, Any], sampled: bool) -> str:
         note += f"; two answers to the same documents differ by KL {fidelity['repeats']:.1e}"
     if "unstored" in fidelity:
         note += f"; -ln(mass of the stored classes) {fidelity['unstored']:.1e}"
+    if sampled:
+        note += " (of single draws, which are the teacher's on the average)"
     direction = "KL(stored ‖ teacher)" if sampled else "KL(teacher ‖ stored)"
     return (
         f"fidelity: {direction} mean {fidelity['mean']:.1e}, 99th percentile "
