@@ -309,6 +309,23 @@ def test_texts_longer_than_the_teacher_takes_say_so(
         dump(replace(config, data=spec, out=tmp_path / "cache.h5"))
 
 
+@pytest.mark.parametrize(("encoding", "is_told"), [("topk:3", True), ("topk:250", False)])
+def test_a_head_without_much_of_the_probability_is_told(
+    config: DumpConfig,
+    tmp_path: Path,
+    encoding: str,
+    is_told: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cache = dump(replace(config, encoding=encoding, out=tmp_path / "cache.h5"))
+    told = capsys.readouterr().err
+    stored = np.exp(-(cache.header.summary or {})["fidelity"]["unstored"])
+    assert (stored < 0.95) == is_told
+    hint = f"the classes that topk stores have {stored:.0%} of the probability (geometric mean). Of"
+    assert (hint in told) == is_told
+    assert not (cache.header.summary or {}).get("warnings")
+
+
 def test_tokens_of_many_bytes_are_pointed_out(
     config: DumpConfig,
     tmp_path: Path,

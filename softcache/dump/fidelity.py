@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache.cache import Cache, Sampled, TopK
+from softcache.cache import Cache, Header, Sampled, TopK
 from softcache.cache.layout import RowLayout
 from softcache.data.augment import Augmentation
 from softcache.data.loader import augmented, loader, make_request
@@ -36,6 +37,7 @@ VALUES_OF_ROWS = (
 SAMPLES = 128  # of which rows are drawn where samples have many
 SAMPLES_AT_ONCE = 16
 REPEATED_SAMPLES = 16  # of those, that a server is asked about once more
+MOST_OF_THE_MASS = 0.95  # of a token; where less is stored, the gradient is another one
 MOST_REPEATS_KL = 1e-3  # nats; above, the answers of a server are not those of one model
 
 Pairs = npt.NDArray[np.int64]  # (n, 2): view, and cache row or sample id
@@ -290,6 +292,18 @@ def measure_fidelity(
         "at": means,
         "moved": _moved(cache, pairs, log_probs),
     }
+
+
+def hint_of_tail(header: Header, fidelity: dict[str, Any]) -> str | None:
+    """What a cache of tokens lacks if the K classes do not hold most of the probability; None if they do."""
+    stored = math.exp(-fidelity.get("unstored", 0.0))
+    if header.unit != "token" or stored > MOST_OF_THE_MASS:
+        return None
+    return (
+        f"the classes that {header.encoding.name} stores have {stored:.0%} of the probability (geometric "
+        "mean). Of the others a student learns the sum alone, and may end up worse than one of labels. "
+        "Where the teacher itself can run, --encoding packed:36 is smaller and leaves nothing out"
+    )
 
 
 def repeats_warnings(fidelity: dict[str, Any]) -> list[str]:

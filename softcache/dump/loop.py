@@ -27,7 +27,12 @@ from softcache.data.tables import columns_of
 from softcache.data.workers import worker_failures
 from softcache.dump.check_resume import check_same
 from softcache.dump.config import DumpConfig
-from softcache.dump.fidelity import fidelity_line, measure_fidelity, repeats_warnings
+from softcache.dump.fidelity import (
+    fidelity_line,
+    hint_of_tail,
+    measure_fidelity,
+    repeats_warnings,
+)
 from softcache.dump.memorized import memorized_labels
 from softcache.dump.pipeline import BackgroundConsumer, Stopwatch, prefetch
 from softcache.dump.prepare import (
@@ -198,8 +203,9 @@ def finish_dump(
         summary = statistics.summary() | columns_field(columns_of(source))
         summary |= warning_field(warnings)
         writer.finish(summary | {"fidelity": fidelity})
-    if hint := memorized_labels(teacher, statistics):
-        verdict(hint)
+    for hint in (memorized_labels(teacher, statistics), hint_of_tail(writer.header, fidelity)):
+        if hint:
+            verdict(hint)
 
 
 def random_teacher(moved: float) -> str:
