@@ -11,7 +11,7 @@ import pytest
 
 from softcache.cache import open_cache
 from softcache.cache.reader import partial_path
-from softcache.dump import loop as dump_loop
+from softcache.dump import prepare as dump_prepare
 from softcache.errors import ModelError
 from softcache.train import prepare as train_prepare
 from tests.cli.app_cases import Arguments, Workspace, softcache, without_verdicts
@@ -442,7 +442,7 @@ def test_ctrl_c_before_the_first_row_or_step_is_one_line_too(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dump_loop if command == "dump" else train_prepare, "open_source", stop)
+    monkeypatch.setattr(dump_prepare if command == "dump" else train_prepare, "open_source", stop)
     result = softcache(*(workspace.dump() if command == "dump" else workspace.train()))
     assert result.exit_code == 130
     assert re.fullmatch(r"Error: stopped.*\n", result.stderr)
