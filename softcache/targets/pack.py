@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softcache.cache.packed import ABOVE, BELOW, FIRST_BITS, KEPT_BITS, NEXT_BITS, Packing
 from softcache.errors import FormatError
-from softcache.targets.draw import BLOCK, in_blocks, largest, systematic_in_blocks
+from softcache.targets.draw import BLOCK, WIDE, in_blocks, largest, systematic, systematic_in_blocks
 
 # relative: a class whose probability is this close to the distance of the draws is kept, or it might be drawn
 # twice
@@ -61,7 +61,12 @@ def choose(log_probs: Tensor, draws: Tensor, places: Packing) -> Choice:
     sums.scatter_add_(1, order // BLOCK, back.double())
     points = (draws + (column - kept).clamp(min=0)).clamp(max=drawn - 1 + draws) / drawn
     # where no other class has any probability, the next in order stand for next to nothing
-    found = torch.where(left > 0, systematic_in_blocks(others, sums, points), order)
+    found = (
+        systematic(flat, points)
+        if flat.shape[1] <= WIDE
+        else systematic_in_blocks(others, sums, points)
+    )
+    found = torch.where(left > 0, found, order)
     ascending = torch.where(is_drawn, found, places.classes).sort(-1).values
     # sorting moves the drawn ones to the front
     ascending = ascending.gather(1, (column - kept).clamp(min=0))

@@ -41,7 +41,7 @@ from tests.bench.language_model import STUDENT, data
 
 ENCODINGS = (
     "dense", "quantized", "topk:16", "topk:64", "basis:32,4", "basis:64,8", "basis:192,8", "sampled:50",
-    "distinct:10", "distinct:20",
+    "packed:26", "packed:36",
 )  # fmt: skip
 CPU = torch.device("cpu")
 
