@@ -12,6 +12,7 @@ from softcache.cache.encodings import (
     parse_encoding,
 )
 from softcache.cache.header import Header
+from softcache.cache.packed import Packed
 from softcache.cache.reader import Cache, open_cache
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Dense",
     "Encoding",
     "Header",
+    "Packed",
     "Quantized",
     "Sampled",
     "TopK",

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from softcache.cache import Cache, Dense, Header, open_cache
+from softcache.cache import Cache, Dense, Header, Packed, open_cache
 from softcache.cache.allocate import create
 from softcache.cache.array_spec import DTYPES, ArraySpec
 from softcache.cache.arrays import INPUTS
 from softcache.cache.encodings import LABEL_SETS, row_bytes
 from softcache.cache.header import BASE_VERSION, FEATURES, PACKED_VERSION, ROWS
-from softcache.cache.packed import Packed
 from softcache.cache.reader import partial_path
 from softcache.data.augment import Augmentation, parse_augment, split_augment
 from softcache.data.class_names import align_classes

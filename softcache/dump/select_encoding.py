@@ -20,6 +20,7 @@ from softcache.cache import (
     Dense,
     Encoding,
     Header,
+    Packed,
     Quantized,
     Sampled,
     TopK,
@@ -27,7 +28,6 @@ from softcache.cache import (
 )
 from softcache.cache.allocate import Stored
 from softcache.cache.encodings import TAIL_TEMPERATURES, row_bytes
-from softcache.cache.packed import Packed
 from softcache.data.augment import Augmentation
 from softcache.data.rows import layout_of_source
 from softcache.data.source import Source

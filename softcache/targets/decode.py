@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from softcache.cache import Basis, Bernoulli, Dense, Encoding, Quantized, Sampled, TopK
+from softcache.cache import Basis, Bernoulli, Dense, Encoding, Packed, Quantized, Sampled, TopK
 from softcache.cache.draws import check_sampled
-from softcache.cache.packed import Packed, packing
+from softcache.cache.packed import packing
 from softcache.cache.tails import tail_weights
 from softcache.errors import FormatError
 from softcache.targets.pack import decode_packed

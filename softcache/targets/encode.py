@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcache.cache import Basis, Bernoulli, Dense, Encoding, Quantized, Sampled, TopK
+from softcache.cache import Basis, Bernoulli, Dense, Encoding, Packed, Quantized, Sampled, TopK
 from softcache.cache.array_spec import id_dtype
 from softcache.cache.encodings import BASIS_RANGE, FLOAT16_LOWEST, QUANTIZED_RANGE
-from softcache.cache.packed import Packed, packing
+from softcache.cache.packed import packing
 from softcache.targets.draw import WIDE, largest, systematic
 from softcache.targets.pack import encode_packed
 from softcache.util.counter_rng import uniform

@@ -25,8 +25,7 @@ from accelerate.utils import broadcast_object_list
 from tabulate import tabulate
 from torch import Tensor
 
-from softcache.cache import Sampled, TopK
-from softcache.cache.packed import Packed
+from softcache.cache import Packed, Sampled, TopK
 from softcache.errors import Interrupted, SettingsError
 from softcache.join.joined_data import JoinedData
 from softcache.models.outputs import logits_of

@@ -97,6 +97,14 @@ def main() -> None:
     )
     ensemble = replace(plain, teacher=teachers, teacher_weight=[1, 3], augment="shift:1,mixup")
     unlabelled = replace(plain, data="npz:unlabelled.npz", temperature=1.0, views=1, augment=None)
+    documents = replace(
+        plain,
+        teacher="tests.files.make:language_teacher",
+        data="text:texts.txt?documents=lines&tokenizer=tokenizer&length=24&stride=16",
+        views=1,
+        augment=None,
+        embed_inputs=True,
+    )
     folders = {
         "1.0": {name: replace(plain, encoding=encoding) for name, encoding in ENCODINGS.items()}
         | {
@@ -106,15 +114,8 @@ def main() -> None:
         "1.1": {"embedded": replace(plain, embed_inputs=True)},
         "1.2": {"label-sets": replace(plain, targets="sigmoid", embed_inputs=True)},
         "1.3": {
-            "documents": replace(
-                plain,
-                teacher="tests.files.make:language_teacher",
-                data="text:texts.txt?documents=lines&tokenizer=tokenizer&length=24&stride=16",
-                views=1,
-                augment=None,
-                encoding="topk:4",
-                embed_inputs=True,
-            ),
+            "documents": replace(documents, encoding="topk:4"),
+            "packed": replace(documents, encoding="packed:16", views=2, temperature=1.0),
             "frames": replace(plain, teacher="tests.files.make:line_teacher"),
         },
     }
@@ -129,12 +130,12 @@ def main() -> None:
         write_texts(Path("texts.txt"), 10)
         for version, configs in folders.items():
             folder = HERE / version
-            if any(folder.glob("*.h5")):
-                print(f"{folder} already holds files, which are never rewritten; skipped")
-                continue
             folder.mkdir(exist_ok=True)
             for name, config in configs.items():
-                write(folder, name, config)
+                if (folder / f"{name}.h5").exists():
+                    print(f"{folder / name}.h5 exists, and is never rewritten; skipped")
+                else:
+                    write(folder, name, config)
 
 
 def write(folder: Path, name: str, config: DumpConfig) -> None:
