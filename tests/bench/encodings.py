@@ -39,7 +39,8 @@ from softcache.types import Targets
 from tests.bench import alternate, machine, ratios
 
 SPECS = (
-    "dense", "quantized", "topk:16", "topk:32", "topk:128", "basis:32,8", "basis:64,8", "sampled:50", "packed:36",
+    "dense", "quantized", "topk:16", "topk:32", "topk:128", "basis:32,8", "basis:64,8", "sampled:50",
+    "packed:36",
 )  # fmt: skip
 KINDS = ("independent", "head")
 WIDTH = 128  # of the last layer's input
