@@ -68,13 +68,21 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--documents", type=int, help="of the training text (default: all)")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--student", default=STUDENT)
     parser.add_argument("--name", default="students", help="of the files with the figures")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--table", action="store_true", help="of all seeds, without training")
     options = parser.parse_args()
     folder: Path = options.folder
     if not options.table:
-        plan = Plan(options.seed, options.batch, options.lr, options.documents, options.epochs)
+        plan = Plan(
+            options.student,
+            options.seed,
+            options.batch,
+            options.lr,
+            options.documents,
+            options.epochs,
+        )
         figures = trained(folder, options.kinds, plan)
         (folder / f"{options.name}-{options.seed}.json").write_text(json.dumps(figures, indent=1))
     files = sorted(folder.glob(f"{options.name}-*.json"))
@@ -87,6 +95,7 @@ def main() -> None:
 class Plan:
     """How students are trained."""
 
+    student: str
     seed: int
     batch: int  # documents
     lr: float
@@ -104,7 +113,7 @@ def trained(folder: Path, kinds: Sequence[str], plan: Plan) -> Figures:
     steps = steps_of_epoch * plan.epochs
     sizes, codecs = make_codecs(folder, source, teacher, kinds)
     torch.manual_seed(plan.seed)
-    students = {kind: new_student(teacher.classes) for kind in kinds}
+    students = {kind: new_student(plan.student, teacher.classes) for kind in kinds}
     for student in students.values():
         student.load_state_dict(students[HARD].state_dict())
     optimizers = {kind: torch.optim.AdamW(s.parameters(), plan.lr) for kind, s in students.items()}
@@ -144,9 +153,9 @@ def trained(folder: Path, kinds: Sequence[str], plan: Plan) -> Figures:
     return figures
 
 
-def new_student(classes: int) -> TokenModel:
-    """A small student, not yet trained."""
-    student = build(STUDENT, input_shape=(1,), classes=classes, unit="token")
+def new_student(spec: str, classes: int) -> TokenModel:
+    """A student, not yet trained."""
+    student = build(spec, input_shape=(1,), classes=classes, unit="token")
     if not isinstance(student, TokenModel):
         raise TypeError("the student takes no tokens")
     return student
