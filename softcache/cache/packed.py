@@ -121,9 +121,8 @@ def packing(size: int, classes: int) -> Packing:
     id_starts = KEPT_BITS + np.where(kept > 0, FIRST_BITS + NEXT_BITS * (kept - 1), 0)
     low_starts = id_starts + kept * id_bits
     left = 8 * size - low_starts
-    fits = (needed <= left[:, None]) & (
-        numbers + kept[:, None] < max(2, classes)
-    )  # (kept, numbers)
+    leaves_one = numbers + kept[:, None] < max(2, classes)
+    fits = (needed <= left[:, None]) & leaves_one  # (kept, numbers)
     kept = kept[fits.any(-1)]
     if not len(kept):
         fewest = -(-(KEPT_BITS + int(needed.min())) // 8)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from softcache.cache import Packed, Sampled
 from softcache.cache.encodings import MAX_TEMPERATURE
 from softcache.errors import SettingsError
 from softcache.teachers.options import OUTPUTS, PRECISIONS
@@ -14,7 +15,7 @@ from softcache.teachers.spec import MATRIX_KINDS, parse_teacher
 from softcache.util.settings import check_range, setting
 
 BATCH_SIZE = 256  # the default
-DRAWS = ("sampled:", "packed:")  # encodings that draw at random
+DRAWS = tuple(f"{kind.name}:" for kind in (Sampled, Packed))  # encodings that draw at random
 AUTO = 0  # the batch size that stands for `auto`
 DEFAULT_MAX_KL = 1e-3  # nats; the limit of --encoding auto
 MAX_VIEWS = 1 << 20
